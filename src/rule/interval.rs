@@ -1,0 +1,50 @@
+//! Intervals such as `90`, `10m`, `25h`.
+
+/// Reads `1*9DIGIT [ "s" / "m" / "h" / "d" ]` as seconds; without a unit the
+/// digits are seconds. `None` for anything else.
+pub fn parse(text: &str) -> Option<u64> {
+    let (digits, unit) = match text.as_bytes().last()? {
+        b's' => (text.strip_suffix('s')?, 1),
+        b'm' => (text.strip_suffix('m')?, 60),
+        b'h' => (text.strip_suffix('h')?, 3_600),
+        b'd' => (text.strip_suffix('d')?, 86_400),
+        _ => (text, 1),
+    };
+    let plain = (1..=9).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+    digits
+        .parse::<u64>()
+        .ok()
+        .filter(|_| plain)?
+        .checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn intervals() {
+        let table = [
+            ("0", Some(0)),
+            ("90", Some(90)),
+            ("1s", Some(1)),
+            ("10m", Some(600)),
+            ("25h", Some(90_000)),
+            ("007d", Some(604_800)),
+            ("999999999d", Some(86_399_999_913_600)),
+            ("1000000000", None),
+            ("", None),
+            ("m", None),
+            ("-1", None),
+            ("+1", None),
+            ("1 m", None),
+            ("1M", None),
+            ("1mm", None),
+            ("1.5h", None),
+            ("١", None),
+        ];
+        for (text, seconds) in table {
+            assert_eq!(parse(text), seconds, "{text}");
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Blocks of addresses: IPv4 and IPv6, always in canonical form.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// The two address families, each with kernel tables of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Family {
+    /// IPv4, served by `iptables`.
+    V4,
+    /// IPv6, served by `ip6tables`.
+    V6,
+}
+
+impl Family {
+    /// Both, in the order in which they are listed.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The length of an address in bits.
+    pub fn width(self) -> u8 {
+        match self {
+            Family::V4 => 32,
+            Family::V6 => 128,
+        }
+    }
+}
+
+/// A CIDR block. Host bits are zero and an IPv4-mapped IPv6 address
+/// (RFC 4291, 2.5.5.2) is the IPv4 address, so equal blocks compare equal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Net {
+    addr: IpAddr,
+    prefix: u8,
+}
+
+impl Net {
+    /// The block of `prefix` bits around `addr`; `None` if the prefix is
+    /// longer than the address.
+    pub fn new(addr: IpAddr, prefix: u8) -> Option<Net> {
+        let addr = addr.to_canonical();
+        let host_bits = family_of(addr).width().checked_sub(prefix)?;
+        let kept = number(addr) & !low_bits(host_bits);
+        Some(Net {
+            addr: address(family_of(addr), kept),
+            prefix,
+        })
+    }
+
+    /// The block of one address.
+    pub fn host(addr: IpAddr) -> Net {
+        let addr = addr.to_canonical();
+        Net {
+            addr,
+            prefix: family_of(addr).width(),
+        }
+    }
+
+    /// The block of all addresses of a family.
+    pub fn any(family: Family) -> Net {
+        Net {
+            addr: address(family, 0),
+            prefix: 0,
+        }
+    }
+
+    /// Reads `ADDRESS` or `ADDRESS/PREFIX`, the notation of RFC 4632 and 4291.
+    pub fn parse(text: &str) -> Option<Net> {
+        match text.split_once('/') {
+            None => Some(Net::host(text.parse().ok()?)),
+            Some((addr, prefix)) => Net::new(addr.parse().ok()?, decimal(prefix)?),
+        }
+    }
+
+    /// The fewest blocks that together are `first` to `last`, both included;
+    /// `None` if they are of two families or in the wrong order.
+    pub fn range(first: IpAddr, last: IpAddr) -> Option<Vec<Net>> {
+        let (first, last) = (first.to_canonical(), last.to_canonical());
+        let family = family_of(first);
+        if family != family_of(last) || first > last {
+            return None;
+        }
+        let end = number(last);
+        let mut next = Some(number(first));
+        let mut nets = Vec::new();
+        while let Some(start) = next.filter(|start| *start <= end) {
+            let block = |bits: &u8| start & low_bits(*bits) == 0 && start | low_bits(*bits) <= end;
+            let bits = (0..=family.width()).take_while(block).last().unwrap_or(0);
+            nets.extend(Net::new(
+                address(family, start),
+                family.width().saturating_sub(bits),
+            ));
+            next = (start | low_bits(bits)).checked_add(1);
+        }
+        Some(nets)
+    }
+
+    /// The family of its addresses.
+    pub fn family(&self) -> Family {
+        family_of(self.addr)
+    }
+
+    /// How many leading bits its addresses share.
+    pub fn prefix(&self) -> u8 {
+        self.prefix
+    }
+
+    /// The block's first address.
+    pub fn addr(&self) -> IpAddr {
+        self.addr
+    }
+
+    /// Whether it is a single address.
+    pub fn is_host(&self) -> bool {
+        self.prefix == self.family().width()
+    }
+
+    /// Whether it is the host `0.0.0.0` or `::`, which is nobody.
+    pub fn is_unspecified(&self) -> bool {
+        self.is_host() && self.addr.is_unspecified()
+    }
+
+    /// Whether it is all addresses of its family.
+    pub fn is_any(&self) -> bool {
+        self.prefix == 0
+    }
+
+    /// Whether every address of `other` is in this block.
+    pub fn contains(&self, other: &Net) -> bool {
+        self.prefix <= other.prefix && Net::new(other.addr, self.prefix) == Some(*self)
+    }
+
+    /// Whether the blocks share an address: then one contains the other.
+    pub fn overlaps(&self, other: &Net) -> bool {
+        self.contains(other) || other.contains(self)
+    }
+}
+
+/// As iptables shows it: a single address without, a block with its prefix.
+impl fmt::Display for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.is_host() {
+            true => write!(f, "{}", self.addr),
+            false => write!(f, "{}/{}", self.addr, self.prefix),
+        }
+    }
+}
+
+/// Reads a prefix length: decimal digits, no sign, no leading zero.
+pub fn decimal(text: &str) -> Option<u8> {
+    let plain = text == "0" || !text.starts_with(['0', '+']);
+    text.parse().ok().filter(|_| plain)
+}
+
+fn family_of(addr: IpAddr) -> Family {
+    match addr {
+        IpAddr::V4(_) => Family::V4,
+        IpAddr::V6(_) => Family::V6,
+    }
+}
+
+fn number(addr: IpAddr) -> u128 {
+    match addr {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+fn address(family: Family, number: u128) -> IpAddr {
+    match family {
+        // The number came from 32 bits, so the mask takes nothing off.
+        Family::V4 => IpAddr::V4(Ipv4Addr::from_bits((number & 0xffff_ffff) as u32)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from_bits(number)),
+    }
+}
+
+fn low_bits(count: u8) -> u128 {
+    !u128::MAX.checked_shl(u32::from(count)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn show(text: &str) -> String {
+        Net::parse(text).map_or("none".into(), |net| net.to_string())
+    }
+
+    #[test]
+    fn one_block_has_one_form() {
+        let table = [
+            ("1.2.3.4", "1.2.3.4"),
+            ("1.2.3.4/32", "1.2.3.4"),
+            ("7.7.7.77/24", "7.7.7.0/24"),
+            ("7.7.7.77/0", "0.0.0.0/0"),
+            ("2001:DB8:0:0::1", "2001:db8::1"),
+            ("2001:db8::ffff/32", "2001:db8::/32"),
+            ("2001:db8::1/128", "2001:db8::1"),
+            ("::ffff:1.2.3.4", "1.2.3.4"),
+            ("::ffff:1.2.3.4/24", "1.2.3.0/24"),
+            ("::ffff:1.2.3.4/120", "none"),
+            ("::/0", "::/0"),
+            ("1.2.3.4/33", "none"),
+            ("::1/129", "none"),
+            ("1.2.3.4/", "none"),
+            ("1.2.3.4/+8", "none"),
+            ("1.2.3.4/08", "none"),
+            ("1.2.3.4/ 8", "none"),
+            ("01.2.3.4", "none"),
+            ("1.2.3", "none"),
+            ("1.2.3.4.5", "none"),
+            ("fe80::1%eth0", "none"),
+            ("", "none"),
+        ];
+        for (text, canonical) in table {
+            assert_eq!(show(text), canonical, "{text}");
+        }
+    }
+
+    #[test]
+    fn containment() {
+        let table = [
+            ("10.0.0.0/8", "10.1.2.3", true, true),
+            ("10.1.2.3", "10.0.0.0/8", false, true),
+            ("10.0.0.0/9", "10.128.0.0/9", false, false),
+            ("0.0.0.0/0", "::/0", false, false),
+            ("::/0", "2001:db8::1", true, true),
+            ("1.2.3.4", "1.2.3.4", true, true),
+        ];
+        for (a, b, contains, overlaps) in table {
+            let (a, b) = (Net::parse(a).unwrap(), Net::parse(b).unwrap());
+            assert_eq!(
+                (a.contains(&b), a.overlaps(&b)),
+                (contains, overlaps),
+                "{a} {b}"
+            );
+        }
+    }
+
+    #[test]
+    fn ranges_become_the_fewest_blocks() {
+        let table = [
+            ("10.0.0.1", "10.0.0.1", "10.0.0.1"),
+            ("10.0.0.0", "10.0.0.255", "10.0.0.0/24"),
+            (
+                "10.0.0.1",
+                "10.0.0.6",
+                "10.0.0.1 10.0.0.2/31 10.0.0.4/31 10.0.0.6",
+            ),
+            ("0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
+            ("255.255.255.254", "255.255.255.255", "255.255.255.254/31"),
+            ("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "::/0"),
+            ("2001:db8::1", "2001:db8::2", "2001:db8::1 2001:db8::2"),
+            ("10.0.0.2", "10.0.0.1", "none"),
+            ("10.0.0.2", "::1", "none"),
+        ];
+        for (first, last, expected) in table {
+            let nets = Net::range(first.parse().unwrap(), last.parse().unwrap());
+            let text = nets.map_or("none".into(), |nets| {
+                nets.iter()
+                    .map(Net::to_string)
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            });
+            assert_eq!(text, expected, "{first}-{last}");
+        }
+    }
+}

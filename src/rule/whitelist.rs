@@ -1,0 +1,174 @@
+//! Addresses that nobody may lock out, and that alone may talk to the
+//! outward server.
+
+use super::Change;
+use super::net::Net;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// The whitelist: what `white.list` names, and the loopback addresses.
+#[derive(Debug)]
+pub struct Whitelist {
+    nets: Vec<Net>,
+}
+
+/// A change that touches no whitelisted address. Only [`Whitelist::permit`]
+/// makes one, and the firewall takes nothing else.
+#[derive(Debug)]
+pub struct Permitted(Change);
+
+impl Permitted {
+    /// The change itself.
+    pub fn into_change(self) -> Change {
+        self.0
+    }
+}
+
+/// A line of `white.list` that is wrong, or the file as a whole (line 0).
+#[derive(Debug, PartialEq)]
+pub struct WhitelistError {
+    /// Counted from 1; 0 where no single line is to blame.
+    pub line: usize,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+impl Whitelist {
+    /// Reads one entry a line: an address, a CIDR block or `FIRST-LAST`;
+    /// blank lines and lines that start with `#` count for nothing.
+    pub fn parse(text: &str) -> Result<Whitelist, WhitelistError> {
+        let mut nets = Vec::new();
+        for (number, line) in (1..).zip(text.lines()) {
+            let entry = line.split('#').next().unwrap_or_default().trim();
+            if entry.is_empty() {
+                continue;
+            }
+            let blocks = entry_blocks(entry).ok_or_else(|| WhitelistError {
+                line: number,
+                message: format!(
+                    "'{entry}' is no entry; write an address, a CIDR block such as 10.0.0.0/8, \
+                     or a range such as 10.0.0.1-10.0.0.9"
+                ),
+            })?;
+            if blocks.iter().any(Net::is_any) {
+                return Err(WhitelistError {
+                    line: number,
+                    message: format!("'{entry}' is every address, so nothing could be blocked"),
+                });
+            }
+            nets.extend(blocks);
+        }
+        if nets.is_empty() {
+            return Err(WhitelistError {
+                line: 0,
+                message: "no entry; name at least the address that you administer from".into(),
+            });
+        }
+        nets.extend(Net::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8));
+        nets.push(Net::host(IpAddr::V6(Ipv6Addr::LOCALHOST)));
+        nets.sort();
+        nets.dedup();
+        Ok(Whitelist { nets })
+    }
+
+    /// Every block, sorted.
+    pub fn nets(&self) -> &[Net] {
+        &self.nets
+    }
+
+    /// Whether a peer may talk to the outward server.
+    pub fn admits(&self, peer: IpAddr) -> bool {
+        let peer = Net::host(peer);
+        self.nets.iter().any(|net| net.contains(&peer))
+    }
+
+    /// The whitelisted block that one of a rule's addresses overlaps.
+    pub fn conflict(&self, rule: &super::Rule) -> Option<Net> {
+        let touches = |net: &&Net| rule.addresses().any(|address| address.overlaps(net));
+        self.nets.iter().find(touches).copied()
+    }
+
+    /// Lets a change pass, or names the whitelisted block that it overlaps.
+    pub fn permit(&self, change: Change) -> Result<Permitted, Net> {
+        match self.conflict(&change.rule) {
+            None => Ok(Permitted(change)),
+            Some(net) => Err(net),
+        }
+    }
+}
+
+fn entry_blocks(entry: &str) -> Option<Vec<Net>> {
+    match entry.split_once('-') {
+        None => Some(vec![Net::parse(entry)?]),
+        Some((first, last)) => Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rule::Action;
+
+    #[test]
+    fn files() {
+        let always = "127.0.0.0/8 ::1";
+        let table = [
+            ("10.0.0.1\n", "10.0.0.1 127.0.0.0/8 ::1"),
+            (
+                "# head\n\n 10.0.0.1 # me\r\n10.0.0.1/32\n",
+                "10.0.0.1 127.0.0.0/8 ::1",
+            ),
+            ("10.0.0.1-10.0.0.2", "10.0.0.1 10.0.0.2 127.0.0.0/8 ::1"),
+            ("10.0.0.1 - 10.0.0.1", "10.0.0.1 127.0.0.0/8 ::1"),
+            ("2001:db8::5/64", "127.0.0.0/8 ::1 2001:db8::/64"),
+            ("127.0.0.0/8", always),
+        ];
+        for (text, expected) in table {
+            let nets = Whitelist::parse(text).unwrap().nets;
+            let shown: Vec<_> = nets.iter().map(Net::to_string).collect();
+            assert_eq!(shown.join(" "), expected, "{text}");
+        }
+        let wrong = [
+            ("", 0),
+            ("# nothing\n", 0),
+            ("10.0.0.1\nhost.example\n", 2),
+            ("10.0.0.1 10.0.0.2", 1),
+            ("10.0.0.1/33", 1),
+            ("10.0.0.2-10.0.0.1", 1),
+            ("10.0.0.0/24-10.0.1.0/24", 1),
+            ("10.0.0.1\n\n0.0.0.0/0", 3),
+            ("0.0.0.0-255.255.255.255", 1),
+        ];
+        for (text, line) in wrong {
+            assert_eq!(Whitelist::parse(text).unwrap_err().line, line, "{text}");
+        }
+    }
+
+    #[test]
+    fn overlap_either_way_is_a_conflict() {
+        let list = Whitelist::parse("10.1.0.0/16\n2001:db8::1").unwrap();
+        let table = [
+            ("/drop/input/any/10.1.2.3", Some("10.1.0.0/16")),
+            ("/drop/input/any/10.0.0.0/9", Some("10.1.0.0/16")),
+            ("/accept/output/eth0/10.1.2.3", Some("10.1.0.0/16")),
+            ("/drop/input/any/127.0.0.1", Some("127.0.0.0/8")),
+            ("/drop/input/any/2001:db8::/32", Some("2001:db8::1")),
+            (
+                "/drop/forward/any/0.0.0.0/any/10.1.2.3",
+                Some("10.1.0.0/16"),
+            ),
+            ("/drop/forward/any/0.0.0.0", None),
+            ("/drop/forward/any/::/any/2001:db8::2", None),
+            ("/drop/input/any/10.2.0.0/16", None),
+        ];
+        for (path, conflict) in table {
+            let change = Change {
+                rule: path.parse().unwrap(),
+                action: Action::Delete,
+            };
+            let net = list.permit(change).err().map(|net| net.to_string());
+            assert_eq!(net.as_deref(), conflict, "{path}");
+        }
+        assert!(list.admits("::ffff:10.1.9.9".parse().unwrap()));
+        assert!(!list.admits("10.2.0.1".parse().unwrap()));
+    }
+}
