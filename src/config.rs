@@ -1,0 +1,370 @@
+//! The text of rfw.conf to a [`Config`]; every error names its line.
+//!
+//! ```text
+//! file    = *( blank / comment / "[config]" / flag / setting )
+//! comment = ( "#" / ";" ) text
+//! flag    = key
+//! setting = key "=" value
+//! ```
+
+use crate::http::auth::Credentials;
+use crate::rule::interval;
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+const FLAGS: [&str; 5] = [
+    "outward.server",
+    "outward.server.tls12",
+    "local.server",
+    "local.server.authentication",
+    "non.restful",
+];
+
+const SETTINGS: [&str; 11] = [
+    "outward.server.port",
+    "outward.server.ip",
+    "outward.server.certfile",
+    "outward.server.keyfile",
+    "local.server.port",
+    "auth.username",
+    "auth.password",
+    "default.expire",
+    "whitelist.file",
+    "iptables.path",
+    "ip6tables.path",
+];
+
+/// The HTTPS server for remote clients.
+#[derive(Debug)]
+pub struct Outward {
+    /// The address to bind.
+    pub ip: IpAddr,
+    /// The TCP port.
+    pub port: u16,
+    /// The PEM chain.
+    pub certfile: PathBuf,
+    /// The PEM key.
+    pub keyfile: PathBuf,
+    /// Whether TLS 1.2 is spoken too.
+    pub tls12: bool,
+}
+
+/// The plain server on the loopback addresses.
+#[derive(Debug)]
+pub struct Local {
+    /// The TCP port.
+    pub port: u16,
+    /// Whether it asks for credentials.
+    pub authentication: bool,
+}
+
+/// What rfw.conf says, relative paths taken from its folder.
+#[derive(Debug)]
+pub struct Config {
+    /// The outward server, if it is on.
+    pub outward: Option<Outward>,
+    /// The local server, if it is on.
+    pub local: Option<Local>,
+    /// The one user, if there is one.
+    pub credentials: Option<Credentials>,
+    /// Whether GET may change rules.
+    pub non_restful: bool,
+    /// Seconds that a rule lives if a PUT does not say; 0 is for ever.
+    pub default_expire: u64,
+    /// The whitelist.
+    pub whitelist: PathBuf,
+    /// iptables, an absolute path.
+    pub iptables: PathBuf,
+    /// ip6tables, an absolute path.
+    pub ip6tables: PathBuf,
+}
+
+/// What is wrong with rfw.conf.
+#[derive(PartialEq, Eq, Debug)]
+pub struct ConfigError {
+    /// Counted from 1; 0 where no single line is to blame.
+    pub line: usize,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+fn error<T>(line: usize, message: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError {
+        line,
+        message: message.into(),
+    })
+}
+
+impl Config {
+    /// Reads the text of a file in `folder`.
+    pub fn parse(text: &str, folder: &Path) -> Result<Config, ConfigError> {
+        let entries = Entries::parse(text)?;
+        let path = |value: &str| folder.join(value);
+        let port = |key: &str, default: u16| {
+            let port = |value: &str| value.parse().ok().filter(|port| *port > 0);
+            entries.get(key, default, "a TCP port, 1 to 65535", port)
+        };
+        let outward = match entries.flag("outward.server") {
+            None => None,
+            Some(line) => Some(Outward {
+                ip: entries.get(
+                    "outward.server.ip",
+                    Ipv4Addr::UNSPECIFIED.into(),
+                    "an address to listen on, such as 0.0.0.0 or ::",
+                    |value| value.parse().ok(),
+                )?,
+                port: port("outward.server.port", 7393)?,
+                certfile: path(entries.needed("outward.server.certfile", line)?),
+                keyfile: path(entries.needed("outward.server.keyfile", line)?),
+                tls12: entries.flag("outward.server.tls12").is_some(),
+            }),
+        };
+        let local = match entries.flag("local.server") {
+            None => None,
+            Some(_) => Some(Local {
+                port: port("local.server.port", 7390)?,
+                authentication: entries.flag("local.server.authentication").is_some(),
+            }),
+        };
+        if outward.is_none() && local.is_none() {
+            return error(
+                0,
+                "no server is on; write a line outward.server or local.server",
+            );
+        }
+        let interval = "an interval: up to 9 digits and s, m, h or d, as in 10m; 0 is for ever";
+        let default_iptables = PathBuf::from("/sbin/iptables");
+        let iptables = entries.get("iptables.path", default_iptables, ABSOLUTE, absolute)?;
+        let ip6tables = beside(&iptables);
+        Ok(Config {
+            credentials: entries.credentials(&local)?,
+            outward,
+            local,
+            non_restful: entries.flag("non.restful").is_some(),
+            default_expire: entries.get("default.expire", 0, interval, interval::parse)?,
+            whitelist: path(entries.needed("whitelist.file", 0)?),
+            ip6tables: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,
+            iptables,
+        })
+    }
+}
+
+const ABSOLUTE: &str = "an absolute path";
+
+fn absolute(value: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(value)).filter(|path| path.is_absolute())
+}
+
+/// `/sbin/iptables-nft` has `/sbin/ip6tables-nft` beside it.
+fn beside(iptables: &Path) -> PathBuf {
+    let name = iptables
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    match name.strip_prefix("iptables") {
+        Some(variant) => iptables.with_file_name(format!("ip6tables{variant}")),
+        None => iptables.with_file_name("ip6tables"),
+    }
+}
+
+/// The keys of a file, each with its line and, unless it is a flag, its value.
+struct Entries<'a>(HashMap<&'a str, (usize, &'a str)>);
+
+impl<'a> Entries<'a> {
+    fn parse(text: &'a str) -> Result<Entries<'a>, ConfigError> {
+        let mut entries = HashMap::new();
+        let mut section = false;
+        for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+            if line.is_empty() || line.starts_with(['#', ';']) {
+                continue;
+            }
+            if line == "[config]" && !section {
+                section = true;
+                continue;
+            }
+            if !section {
+                return error(number, "the first line that counts must be [config]");
+            }
+            let (key, value) = entry(line, number)?;
+            if let Some((first, _)) = entries.insert(key, (number, value)) {
+                return error(number, format!("{key} stands in line {first} already"));
+            }
+        }
+        Ok(Entries(entries))
+    }
+
+    /// The line of a flag that is there.
+    fn flag(&self, key: &str) -> Option<usize> {
+        self.0.get(key).map(|(line, _)| *line)
+    }
+
+    fn get<T>(
+        &self,
+        key: &str,
+        default: T,
+        what: &str,
+        read: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        match self.0.get(key) {
+            None => Ok(default),
+            Some((line, value)) => match read(value) {
+                Some(read) => Ok(read),
+                None => error(*line, format!("{key} = {value}: write {what}")),
+            },
+        }
+    }
+
+    fn needed(&self, key: &str, line: usize) -> Result<&'a str, ConfigError> {
+        match self.0.get(key) {
+            Some((_, value)) => Ok(value),
+            None => error(line, format!("{key} is needed; write a line {key} = …")),
+        }
+    }
+
+    /// The user, whom the outward server needs, and the local one if it asks.
+    fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, ConfigError> {
+        let local = local.as_ref().is_some_and(|local| local.authentication);
+        let asking = self
+            .flag("outward.server")
+            .or(self.flag("local.server").filter(|_| local));
+        let set = ["auth.username", "auth.password"]
+            .iter()
+            .any(|key| self.0.contains_key(key));
+        if asking.is_none() && !set {
+            return Ok(None);
+        }
+        let line = asking.unwrap_or(0);
+        let user = self.needed("auth.username", line)?;
+        let password = self.needed("auth.password", line)?;
+        match Credentials::new(user, password) {
+            Some(credentials) => Ok(Some(credentials)),
+            None => error(
+                self.flag("auth.username").unwrap_or(0),
+                "auth.username holds a colon, or it or auth.password a control character",
+            ),
+        }
+    }
+}
+
+fn entry(line: &str, number: usize) -> Result<(&str, &str), ConfigError> {
+    let (key, value) = match line.split_once('=') {
+        None => (line, None),
+        Some((key, value)) => (key.trim_end(), Some(value.trim_start())),
+    };
+    match (FLAGS.contains(&key), SETTINGS.contains(&key), value) {
+        (true, _, None) => Ok((key, "")),
+        (true, _, Some(_)) => error(
+            number,
+            format!("{key} is on as soon as it stands here; write it without ="),
+        ),
+        (_, true, None | Some("")) => error(number, format!("{key} has no value")),
+        (_, true, Some(value)) => Ok((key, value)),
+        _ => error(number, format!("'{key}' is no key of rfw's")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = "[config]\nlocal.server\nwhitelist.file = white.list\n";
+    const OUTWARD: &str = "outward.server\noutward.server.certfile = c\n\
+                           outward.server.keyfile = /k\nauth.username = u\nauth.password = p = q\n";
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/rfw"))
+    }
+
+    #[test]
+    fn defaults() {
+        let config = parse(LEAST).unwrap();
+        let local = config.local.unwrap();
+        assert_eq!((local.port, local.authentication), (7390, false));
+        assert!(config.outward.is_none() && config.credentials.is_none() && !config.non_restful);
+        assert_eq!(config.default_expire, 0);
+        assert_eq!(config.whitelist, Path::new("/etc/rfw/white.list"));
+        assert_eq!(config.iptables, Path::new("/sbin/iptables"));
+        assert_eq!(config.ip6tables, Path::new("/sbin/ip6tables"));
+
+        let outward = parse(&format!("{LEAST}{OUTWARD}"))
+            .unwrap()
+            .outward
+            .unwrap();
+        assert_eq!(
+            (outward.ip.to_string().as_str(), outward.port),
+            ("0.0.0.0", 7393)
+        );
+        assert_eq!(outward.certfile, Path::new("/etc/rfw/c"));
+        assert_eq!(outward.keyfile, Path::new("/k"));
+        assert!(!outward.tls12);
+    }
+
+    #[test]
+    fn every_key() {
+        let text = format!(
+            "# comment\n\n; comment\n{LEAST}{OUTWARD}  outward.server.ip=::\noutward.server.port = 1\n\
+             outward.server.tls12\r\nlocal.server.port\t=\t65535\nlocal.server.authentication\n\
+             non.restful\ndefault.expire = 10m\niptables.path = /usr/sbin/iptables-nft\n"
+        );
+        let config = parse(&text).unwrap();
+        let (outward, local) = (config.outward.unwrap(), config.local.unwrap());
+        assert_eq!(
+            (outward.ip.to_string().as_str(), outward.port, outward.tls12),
+            ("::", 1, true)
+        );
+        assert_eq!((local.port, local.authentication), (65535, true));
+        assert_eq!((config.non_restful, config.default_expire), (true, 600));
+        assert_eq!(config.ip6tables, Path::new("/usr/sbin/ip6tables-nft"));
+        let text = format!("{LEAST}iptables.path = /x/fake\n");
+        assert_eq!(parse(&text).unwrap().ip6tables, Path::new("/x/ip6tables"));
+        let text = format!("{LEAST}ip6tables.path = /y/ip6tables\n");
+        assert_eq!(parse(&text).unwrap().ip6tables, Path::new("/y/ip6tables"));
+    }
+
+    #[test]
+    fn wrong_files() {
+        // Each behind the three lines of LEAST.
+        let table = [
+            ("colour = red", 4, "no key"),
+            ("[config]", 4, "no key"),
+            ("whitelist.file = b", 4, "line 3 already"),
+            ("non.restful\nnon.restful", 5, "line 4 already"),
+            ("non.restful = yes", 4, "without ="),
+            ("non.restful =", 4, "without ="),
+            ("default.expire", 4, "no value"),
+            ("auth.username =", 4, "no value"),
+            ("default.expire = soon", 4, "interval"),
+            ("local.server.port = 0", 4, "65535"),
+            ("local.server.port = 65536", 4, "65535"),
+            ("iptables.path = iptables", 4, "absolute"),
+            ("ip6tables.path = ./x", 4, "absolute"),
+            ("outward.server", 4, "outward.server.certfile is needed"),
+            ("local.server.authentication", 2, "auth.username is needed"),
+            ("auth.username = a", 0, "auth.password is needed"),
+            ("auth.username = a:b\nauth.password = c", 4, "colon"),
+        ];
+        for (lines, line, words) in table {
+            let error = parse(&format!("{LEAST}{lines}\n")).unwrap_err();
+            assert_eq!(error.line, line, "{lines}: {}", error.message);
+            assert!(error.message.contains(words), "{lines}: {}", error.message);
+        }
+        let whole = [
+            ("", 0, "no server"),
+            ("local.server\n", 1, "[config]"),
+            ("[other]\nlocal.server\n", 1, "[config]"),
+            ("[config]\nlocal.server\n", 0, "whitelist.file is needed"),
+            ("[config]\nwhitelist.file = w\n", 0, "no server"),
+            (
+                "[config]\noutward.server.ip = localhost\noutward.server\n",
+                2,
+                "listen",
+            ),
+        ];
+        for (text, line, words) in whole {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.line, line, "{text}: {}", error.message);
+            assert!(error.message.contains(words), "{text}: {}", error.message);
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! Writing JSON, RFC 8259. rfw reads none.
+
+use std::fmt::Write;
+
+/// A string with its quotes.
+pub fn string(text: &str) -> String {
+    let mut out = String::from('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(out, "\\u{:04x}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// A number, or `null`.
+pub fn number(value: Option<u64>) -> String {
+    value.map_or("null".into(), |value| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn strings_are_escaped() {
+        let text = super::string("a\"b\\c\n\u{0}\u{7f}é");
+        assert_eq!(text, r#""a\"b\\c\u000a\u0000\u007fé""#);
+    }
+}

@@ -1,0 +1,9 @@
+//! Bytes to requests and responses to bytes: RFC 9110 and 9112, no more of
+//! them than rfw needs.
+
+pub mod auth;
+pub mod json;
+pub mod request;
+pub mod response;
+pub mod stream;
+pub mod tls;

@@ -1,0 +1,160 @@
+//! A connection, plain or TLS, of which every wait has one common deadline.
+
+use super::request::head_length;
+use super::response::{Refusal, Response};
+use super::tls::{self, Acceptor, Session};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+/// How long a connection lingers for a peer that still sends, so that the
+/// answer is not lost to a reset (RFC 9112, 9.6), and how much it may send.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 256 * 1024;
+
+/// A socket whose reads and writes all end at a deadline. Each wait is armed
+/// with what is left of it, so a peer gains nothing by sending byte by byte.
+#[derive(Debug)]
+pub struct Timed {
+    socket: TcpStream,
+    deadline: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(ErrorKind::TimedOut.into()),
+            left => Ok(Some(left)),
+        }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+enum Io {
+    Plain(Timed),
+    Tls(Box<Session>),
+}
+
+/// Why there is no next request.
+pub enum NoHead {
+    /// The peer is gone, or was silent: nothing to answer.
+    Gone,
+    /// To be answered, and the connection closed.
+    Refused(Refusal),
+}
+
+/// One connection with what was received ahead of its use.
+pub struct Stream {
+    io: Io,
+    received: Vec<u8>,
+}
+
+impl Stream {
+    /// Takes a connection; with an acceptor it speaks TLS.
+    pub fn new(socket: TcpStream, acceptor: Option<&Acceptor>) -> io::Result<Stream> {
+        socket.set_nodelay(true)?;
+        let timed = Timed {
+            socket,
+            deadline: Instant::now(),
+        };
+        let io = match acceptor {
+            None => Io::Plain(timed),
+            Some(acceptor) => Io::Tls(Box::new(acceptor.session(timed)?)),
+        };
+        Ok(Stream {
+            io,
+            received: Vec::new(),
+        })
+    }
+
+    /// Sets the deadline of everything that follows.
+    pub fn give(&mut self, time: Duration) {
+        let now = Instant::now();
+        self.timed().deadline = now.checked_add(time).unwrap_or(now);
+    }
+
+    /// The bytes of the next head, whole.
+    pub fn head(&mut self) -> Result<Vec<u8>, NoHead> {
+        loop {
+            if let Some(length) = head_length(&self.received).map_err(NoHead::Refused)? {
+                let rest = self.received.split_off(length.min(self.received.len()));
+                return Ok(std::mem::replace(&mut self.received, rest));
+            }
+            let mut buffer = [0; 4096];
+            match self.read(&mut buffer) {
+                Ok(0) => return Err(NoHead::Gone),
+                Ok(count) => self.received.extend(buffer.iter().take(count)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_timeout(&error) && !self.received.is_empty() => {
+                    return Err(NoHead::Refused(Refusal::Timeout));
+                }
+                Err(_) => return Err(NoHead::Gone),
+            }
+        }
+    }
+
+    /// Sends bytes and waits until the kernel has them.
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.io {
+            Io::Plain(timed) => timed.write_all(bytes),
+            Io::Tls(session) => session.write_all(bytes).and_then(|()| session.flush()),
+        }
+    }
+
+    /// Answers 503 without waiting for a request, as far as that can be done
+    /// without a TLS handshake.
+    pub fn turn_away(mut self) {
+        if matches!(self.io, Io::Plain(_)) {
+            self.give(Duration::from_millis(100));
+            let busy = Refusal::Busy("All connections are taken.".into());
+            let _ = self.send(Response::refusal(&busy).bytes(false, false).as_bytes());
+        }
+    }
+
+    /// Closes the connection so that the peer can still read the answer.
+    pub fn close(mut self) {
+        self.give(LINGER);
+        if let Io::Tls(session) = &mut self.io {
+            tls::close(session);
+        }
+        let timed = self.timed();
+        if timed.socket.shutdown(Shutdown::Write).is_ok() {
+            let _ = io::copy(&mut timed.take(LINGER_BYTES), &mut io::sink());
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.io {
+            Io::Plain(timed) => timed.read(buffer),
+            Io::Tls(session) => session.read(buffer),
+        }
+    }
+
+    fn timed(&mut self) -> &mut Timed {
+        match &mut self.io {
+            Io::Plain(timed) => timed,
+            Io::Tls(session) => &mut session.sock,
+        }
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock)
+}
