@@ -1,0 +1,350 @@
+//! The only file that starts a process.
+//!
+//! By absolute path, with an argument array and an empty environment. What
+//! goes in and out passes through socket pairs, because those, unlike pipes,
+//! can be waited for with a time limit.
+
+use std::fmt;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How many bytes of a program's standard error are kept.
+const MAX_WORDS: u64 = 4 * 1024;
+/// The longest line of a listing; a longer one is no line of ours.
+const MAX_LINE: u64 = 64 * 1024;
+/// How often a silent child is looked after: it may be gone and have left its
+/// end of a socket to a child of its own.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What went wrong with a program.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// It could not be started, for this reason.
+    Start(String),
+    /// It was still running at its time limit, and was killed.
+    Hung(String),
+    /// This signal ended it.
+    Killed(String, i32),
+    /// It waited for the xtables lock in vain.
+    Locked(String),
+    /// It said no, in these words.
+    Refused(String),
+}
+
+impl Failure {
+    /// Whether the same may work in a moment. Then nobody knows either what
+    /// the kernel has taken of it.
+    pub fn is_passing(&self) -> bool {
+        !matches!(self, Failure::Refused(_))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Start(reason) => write!(f, "{reason}."),
+            Failure::Hung(program) => write!(f, "{program} hung and was killed."),
+            Failure::Killed(program, signal) => {
+                write!(f, "{program} was ended by signal {signal}.")
+            }
+            Failure::Locked(program) => {
+                write!(
+                    f,
+                    "{program} waited in vain for the xtables lock that another program holds."
+                )
+            }
+            Failure::Refused(words) => f.write_str(words),
+        }
+    }
+}
+
+/// Runs a program on an input, to its end.
+pub fn run(program: &Path, args: &[&str], input: &str, limit: Duration) -> Result<(), Failure> {
+    let (mut ours, theirs) = pair(program)?;
+    let running = Running::start(program, args, Stdio::from(theirs), Stdio::null(), limit)?;
+    // A program that does not read to the end says why on its standard error.
+    let _ = ours
+        .set_write_timeout(Some(limit))
+        .and_then(|()| ours.write_all(input.as_bytes()));
+    drop(ours);
+    running.finish()
+}
+
+/// Runs a program and hands on each line of its output, until one is answered
+/// with `false`: then the program is ended, and that is no failure.
+pub fn lines(
+    program: &Path,
+    args: &[&str],
+    limit: Duration,
+    mut each: impl FnMut(&str) -> bool,
+) -> Result<(), Failure> {
+    let (ours, theirs) = pair(program)?;
+    let mut running = Running::start(program, args, Stdio::null(), Stdio::from(theirs), limit)?;
+    let mut output = BufReader::with_capacity(MAX_LINE as usize, running.watch(&ours));
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut output).take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(0) => break,
+            Ok(_) if each(&String::from_utf8_lossy(&line)) => {}
+            Ok(_) => {
+                running.end();
+                return Ok(());
+            }
+            Err(_) => return Err(running.hung()),
+        }
+    }
+    running.finish()
+}
+
+fn pair(program: &Path) -> Result<(UnixStream, OwnedFd), Failure> {
+    let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+        ours.set_read_timeout(Some(LOOK))?;
+        Ok((ours, OwnedFd::from(theirs)))
+    });
+    pair.map_err(|error| cannot_start(program, &error))
+}
+
+fn cannot_start(program: &Path, error: &io::Error) -> Failure {
+    Failure::Start(format!(
+        "{} could not be started: {error}",
+        program.display()
+    ))
+}
+
+/// A child, to be ended by its deadline.
+struct Running {
+    name: String,
+    child: Child,
+    errors: UnixStream,
+    deadline: Instant,
+}
+
+impl Running {
+    fn start(
+        program: &Path,
+        args: &[&str],
+        stdin: Stdio,
+        stdout: Stdio,
+        limit: Duration,
+    ) -> Result<Running, Failure> {
+        let (errors, theirs) = pair(program)?;
+        let mut command = Command::new(program);
+        command
+            .args(args)
+            .env_clear()
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(theirs);
+        let child = command
+            .spawn()
+            .map_err(|error| cannot_start(program, &error))?;
+        let now = Instant::now();
+        let deadline = now.checked_add(limit).unwrap_or(now);
+        Ok(Running {
+            name: program.display().to_string(),
+            child,
+            errors,
+            deadline,
+        })
+    }
+
+    fn watch<'a>(&'a mut self, socket: &'a UnixStream) -> Watched<'a> {
+        Watched {
+            socket,
+            child: &mut self.child,
+            deadline: self.deadline,
+        }
+    }
+
+    /// Reads what the child has to say, waits for its end, and judges it.
+    fn finish(mut self) -> Result<(), Failure> {
+        let mut words = Vec::new();
+        let mut errors = Watched {
+            socket: &self.errors,
+            child: &mut self.child,
+            deadline: self.deadline,
+        };
+        let read = (&mut errors)
+            .take(MAX_WORDS)
+            .read_to_end(&mut words)
+            .and_then(|_| io::copy(&mut errors, &mut io::sink()));
+        let Some(status) = read.ok().and_then(|_| self.wait()) else {
+            return Err(self.hung());
+        };
+        let words = String::from_utf8_lossy(&words)
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ");
+        judge(self.name, status, words)
+    }
+
+    /// Waits for a child that has closed its end, so it will not be long.
+    fn wait(&mut self) -> Option<ExitStatus> {
+        let mut pause = Duration::from_micros(10);
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if Instant::now() < self.deadline => thread::sleep(pause),
+                _ => return None,
+            }
+            pause = pause.saturating_mul(2).min(LOOK);
+        }
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn hung(mut self) -> Failure {
+        self.end();
+        Failure::Hung(self.name)
+    }
+}
+
+fn judge(name: String, status: ExitStatus, words: String) -> Result<(), Failure> {
+    match (status.code(), status.signal()) {
+        (Some(0), _) => Ok(()),
+        (None, signal) => Err(Failure::Killed(name, signal.unwrap_or_default())),
+        // iptables(8): 4 is a resource problem; iptables-nft also exits so
+        // where the kernel refuses a rule, and then says so.
+        (Some(4), _) if words.is_empty() || words.contains("xtables lock") => {
+            Err(Failure::Locked(name))
+        }
+        (Some(code), _) if words.is_empty() => Err(Failure::Refused(format!(
+            "{name} exited with status {code} and said nothing."
+        ))),
+        _ => Err(Failure::Refused(words)),
+    }
+}
+
+/// The child's end of a socket: it is over when the child closes it, or when
+/// the child is gone and whoever has inherited it is silent.
+struct Watched<'a> {
+    socket: &'a UnixStream,
+    child: &'a mut Child,
+    deadline: Instant,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if Instant::now() >= self.deadline {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            let gone = self.child.try_wait()?.is_some();
+            match self.socket.read(buffer) {
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                Err(_) if gone => return Ok(0),
+                Err(_) => {}
+                Ok(count) => return Ok(count),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str, input: &str, limit: u64) -> Result<(), Failure> {
+        run(
+            Path::new("/bin/sh"),
+            &["-c", script],
+            input,
+            Duration::from_millis(limit),
+        )
+    }
+
+    #[test]
+    fn how_programs_end() {
+        let refused = |words: &str| Err(Failure::Refused(words.into()));
+        let name = || "/bin/sh".to_string();
+        let table = [
+            ("exit 0", Ok(())),
+            ("read a; test \"$a\" = hello", Ok(())),
+            ("echo noise; echo noise >&2", Ok(())),
+            ("test -z \"$HOME$LANG$USER\"", Ok(())),
+            ("exec >&- 2>&-; sleep 0.1; exit 0", Ok(())),
+            ("sleep 3 & exit 0", Ok(())),
+            (
+                "echo 'No  such' >&2; echo rule >&2; exit 1",
+                refused("No such rule"),
+            ),
+            (
+                "exit 2",
+                refused("/bin/sh exited with status 2 and said nothing."),
+            ),
+            ("exit 4", Err(Failure::Locked(name()))),
+            (
+                "echo RULE_INSERT failed >&2; exit 4",
+                refused("RULE_INSERT failed"),
+            ),
+            (
+                "echo held: xtables lock >&2; exit 4",
+                Err(Failure::Locked(name())),
+            ),
+            ("kill -9 $$", Err(Failure::Killed(name(), 9))),
+        ];
+        for (script, end) in table {
+            assert_eq!(sh(script, "hello\n", 2_000), end, "{script}");
+        }
+    }
+
+    #[test]
+    fn a_child_past_its_limit_is_killed() {
+        let big = "x".repeat(4 << 20);
+        for script in ["exec sleep 9", "exec yes >&2", "exec 2>&-; exec sleep 9"] {
+            let started = Instant::now();
+            assert_eq!(
+                sh(script, &big, 200),
+                Err(Failure::Hung("/bin/sh".into())),
+                "{script}"
+            );
+            assert!(started.elapsed() < Duration::from_secs(4), "{script}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_started() {
+        let failure = run(Path::new("/no/such"), &[], "", LOOK).unwrap_err();
+        assert!(
+            matches!(&failure, Failure::Start(text) if text.contains("/no/such")),
+            "{failure}"
+        );
+        assert!(failure.is_passing());
+    }
+
+    #[test]
+    fn listings_are_read_line_by_line() {
+        let list = |script: &str, most: usize| {
+            let mut seen = Vec::new();
+            let each = |line: &str| {
+                seen.push(line.trim_end().len());
+                seen.len() < most
+            };
+            let end = lines(
+                Path::new("/bin/sh"),
+                &["-c", script],
+                Duration::from_secs(2),
+                each,
+            );
+            (seen, end)
+        };
+        assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
+        assert_eq!(list("yes", 3), (vec![1, 1, 1], Ok(())));
+        assert_eq!(
+            list("echo a; echo why >&2; exit 1", 9).1,
+            Err(Failure::Refused("why".into()))
+        );
+        let long = format!("printf '%0{}d' 1", MAX_LINE + 1);
+        assert_eq!(list(&long, 9).0, vec![65_536, 1]);
+    }
+}
