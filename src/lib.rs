@@ -1,0 +1,31 @@
+//! rfw: a REST server that blocks and allows IP addresses in iptables.
+//!
+//! In the order in which a request travels:
+//!
+//! 1. [`server`]: the listeners, and `serve`, the whole life of a request;
+//! 2. [`http`]: bytes to requests, requests to who is asking, responses to bytes;
+//! 3. [`api`]: a request to a command;
+//! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
+//! 5. [`firewall`]: the command function, from a change to the kernel and back.
+//!
+//! Beside the way: [`config`] (rfw.conf), [`log`] and [`clock`].
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod api;
+pub mod clock;
+pub mod config;
+pub mod firewall;
+pub mod http;
+pub mod log;
+pub mod rule;
+pub mod server;
