@@ -39,11 +39,7 @@ impl Command {
     /// Reads method, path and query.
     pub fn parse(request: &Request, grammar: Grammar) -> Result<Command, Refusal> {
         let path = request.path.strip_suffix('/').unwrap_or(&request.path);
-        let segments = path
-            .split('/')
-            .skip(1)
-            .map(decode)
-            .collect::<Option<Vec<_>>>();
+        let segments = path.split('/').skip(1).map(decode).collect::<Option<Vec<_>>>();
         let segments = segments.ok_or(Refusal::Rule(RuleError::Shape))?;
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
         let query = Query::parse(request.query.as_deref())?;
@@ -62,10 +58,8 @@ impl Command {
 impl Query {
     fn parse(query: Option<&str>) -> Result<Query, Refusal> {
         let mut parsed = Query::default();
-        for pair in query
-            .unwrap_or_default()
-            .split('&')
-            .filter(|_| query.is_some_and(|q| !q.is_empty()))
+        for pair in
+            query.unwrap_or_default().split('&').filter(|_| query.is_some_and(|q| !q.is_empty()))
         {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let wrong = |what: &str| Refusal::Query(format!("The parameter '{name}' {what}."));
@@ -82,9 +76,7 @@ impl Query {
         }
         match parsed.wait.as_deref() {
             None | Some("true") => Ok(parsed),
-            Some(_) => Err(Refusal::Query(
-                "The parameter 'wait' can only be true.".into(),
-            )),
+            Some(_) => Err(Refusal::Query("The parameter 'wait' can only be true.".into())),
         }
     }
 
@@ -113,14 +105,10 @@ impl Query {
             ("GET", Some("insert")) if grammar.non_restful => true,
             ("GET", Some("delete")) if grammar.non_restful => false,
             ("GET", _) if grammar.non_restful => {
-                return Err(Refusal::Query(
-                    "GET takes modify=insert or modify=delete.".into(),
-                ));
+                return Err(Refusal::Query("GET takes modify=insert or modify=delete.".into()));
             }
             ("PUT" | "DELETE", Some(_)) => {
-                return Err(Refusal::Query(
-                    "The parameter 'modify' goes with GET only.".into(),
-                ));
+                return Err(Refusal::Query("The parameter 'modify' goes with GET only.".into()));
             }
             _ if grammar.non_restful => return Err(Refusal::Method("GET, PUT, DELETE")),
             _ => return Err(Refusal::Method("PUT, DELETE")),
@@ -131,9 +119,7 @@ impl Query {
             (true, Some(text)) => Action::Put(interval::parse(&text).ok_or(Refusal::Expire(text))?),
             (false, None) => Action::Delete,
             (false, Some(_)) => {
-                return Err(Refusal::Query(
-                    "The parameter 'expire' goes with PUT only.".into(),
-                ));
+                return Err(Refusal::Query("The parameter 'expire' goes with PUT only.".into()));
             }
         };
         Ok(Command::Change(Change { rule, action }))
@@ -190,10 +176,7 @@ fn decode(text: &str) -> Option<String> {
 
 /// Whether a GET asks for a change, allowed or not.
 pub fn modifies(request: &Request) -> bool {
-    request
-        .query
-        .as_deref()
-        .is_some_and(|query| query.contains("modify="))
+    request.query.as_deref().is_some_and(|query| query.contains("modify="))
 }
 
 /// The answer to a change.
@@ -222,11 +205,7 @@ pub fn listed_json(listed: &Listed) -> String {
 }
 
 fn head_json(rule: &Rule) -> String {
-    format!(
-        "\"chain\":\"{}\",\"target\":\"{}\"",
-        rule.chain().name(),
-        rule.target.name()
-    )
+    format!("\"chain\":\"{}\",\"target\":\"{}\"", rule.chain().name(), rule.target.name())
 }
 
 /// Interfaces and addresses; none of them holds a character to be escaped.

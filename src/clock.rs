@@ -5,9 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The wall clock as Unix time; zero if it is set before 1970.
 pub fn wall() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Unix time that goes on evenly when somebody sets the wall clock: read once,
@@ -24,10 +22,7 @@ impl Clock {
 
     /// Starts at the wall clock's time.
     pub fn start() -> Clock {
-        Clock {
-            started: Instant::now(),
-            base: wall(),
-        }
+        Clock { started: Instant::now(), base: wall() }
     }
 
     /// The steady time since 1970.
@@ -42,10 +37,7 @@ impl Clock {
         if wall.abs_diff(now) < Clock::STEP {
             return None;
         }
-        let rounded = wall
-            .abs_diff(now)
-            .saturating_add(Duration::from_millis(500))
-            .as_secs();
+        let rounded = wall.abs_diff(now).saturating_add(Duration::from_millis(500)).as_secs();
         let seconds = i64::try_from(rounded).unwrap_or(i64::MAX);
         let step = Duration::from_secs(seconds.unsigned_abs());
         if wall > now {
@@ -55,12 +47,7 @@ impl Clock {
         // The clock may be set to before this program's start less its age.
         match self.base.checked_sub(step) {
             Some(base) => self.base = base,
-            None => {
-                *self = Clock {
-                    started: Instant::now(),
-                    base: wall,
-                }
-            }
+            None => *self = Clock { started: Instant::now(), base: wall },
         }
         Some(seconds.saturating_neg())
     }
@@ -71,9 +58,8 @@ impl Clock {
 pub struct Utc(pub Duration);
 
 const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
-const MONTHS: [&str; 12] = [
-    "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-];
+const MONTHS: [&str; 12] =
+    ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 
 impl Utc {
     /// Year, month (1 to 12) and day (1 to 31) of the Gregorian calendar.
@@ -91,11 +77,7 @@ impl Utc {
         // From March on, 5 months have 153 days, over and over.
         let month = (5 * day + 2) / 153;
         let day = day - (153 * month + 2) / 5 + 1;
-        let (month, carry) = if month < 10 {
-            (month + 3, 0)
-        } else {
-            (month - 9, 1)
-        };
+        let (month, carry) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
         (400 * era + year + carry, month, day)
     }
 
@@ -108,11 +90,7 @@ impl Utc {
     pub fn http(self) -> impl fmt::Display {
         let ((year, month, day), (hour, minute, second)) = (self.date(), self.time());
         let pick = |names: &[&'static str], at: u64| {
-            usize::try_from(at)
-                .ok()
-                .and_then(|at| names.get(at))
-                .copied()
-                .unwrap_or_default()
+            usize::try_from(at).ok().and_then(|at| names.get(at)).copied().unwrap_or_default()
         };
         let weekday = pick(&DAYS, self.0.as_secs() / 86_400 % 7);
         let month = pick(&MONTHS, month.saturating_sub(1));
@@ -125,10 +103,7 @@ impl fmt::Display for Utc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ((year, month, day), (hour, minute, second)) = (self.date(), self.time());
         let milli = self.0.subsec_millis();
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z"
-        )
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
     }
 }
 
@@ -140,59 +115,20 @@ mod tests {
     fn dates() {
         // Checked with: date -u -d @SECONDS
         let table = [
-            (
-                0,
-                "1970-01-01T00:00:00.000Z",
-                "Thu, 01 Jan 1970 00:00:00 GMT",
-            ),
-            (
-                784_111_777,
-                "1994-11-06T08:49:37.000Z",
-                "Sun, 06 Nov 1994 08:49:37 GMT",
-            ),
-            (
-                951_782_399,
-                "2000-02-28T23:59:59.000Z",
-                "Mon, 28 Feb 2000 23:59:59 GMT",
-            ),
-            (
-                951_782_400,
-                "2000-02-29T00:00:00.000Z",
-                "Tue, 29 Feb 2000 00:00:00 GMT",
-            ),
-            (
-                1_709_251_199,
-                "2024-02-29T23:59:59.000Z",
-                "Thu, 29 Feb 2024 23:59:59 GMT",
-            ),
-            (
-                1_767_225_599,
-                "2025-12-31T23:59:59.000Z",
-                "Wed, 31 Dec 2025 23:59:59 GMT",
-            ),
-            (
-                1_795_431_795,
-                "2026-11-23T11:03:15.000Z",
-                "Mon, 23 Nov 2026 11:03:15 GMT",
-            ),
-            (
-                4_107_542_400,
-                "2100-03-01T00:00:00.000Z",
-                "Mon, 01 Mar 2100 00:00:00 GMT",
-            ),
+            (0, "1970-01-01T00:00:00.000Z", "Thu, 01 Jan 1970 00:00:00 GMT"),
+            (784_111_777, "1994-11-06T08:49:37.000Z", "Sun, 06 Nov 1994 08:49:37 GMT"),
+            (951_782_399, "2000-02-28T23:59:59.000Z", "Mon, 28 Feb 2000 23:59:59 GMT"),
+            (951_782_400, "2000-02-29T00:00:00.000Z", "Tue, 29 Feb 2000 00:00:00 GMT"),
+            (1_709_251_199, "2024-02-29T23:59:59.000Z", "Thu, 29 Feb 2024 23:59:59 GMT"),
+            (1_767_225_599, "2025-12-31T23:59:59.000Z", "Wed, 31 Dec 2025 23:59:59 GMT"),
+            (1_795_431_795, "2026-11-23T11:03:15.000Z", "Mon, 23 Nov 2026 11:03:15 GMT"),
+            (4_107_542_400, "2100-03-01T00:00:00.000Z", "Mon, 01 Mar 2100 00:00:00 GMT"),
         ];
         for (seconds, log, http) in table {
             let utc = Utc(Duration::from_secs(seconds));
-            assert_eq!(
-                (utc.to_string().as_str(), utc.http().to_string().as_str()),
-                (log, http)
-            );
+            assert_eq!((utc.to_string().as_str(), utc.http().to_string().as_str()), (log, http));
         }
-        assert!(
-            Utc(Duration::from_millis(7))
-                .to_string()
-                .ends_with(":00.007Z")
-        );
+        assert!(Utc(Duration::from_millis(7)).to_string().ends_with(":00.007Z"));
     }
 
     #[test]
@@ -200,23 +136,11 @@ mod tests {
         let mut clock = Clock::start();
         let at = |clock: &Clock| clock.now().as_secs();
         let before = at(&clock);
-        assert_eq!(
-            clock.follow(clock.now() + Duration::from_millis(1_900)),
-            None
-        );
-        assert_eq!(
-            clock.follow(clock.now() + Duration::from_secs(3_600)),
-            Some(3_600)
-        );
+        assert_eq!(clock.follow(clock.now() + Duration::from_millis(1_900)), None);
+        assert_eq!(clock.follow(clock.now() + Duration::from_secs(3_600)), Some(3_600));
         assert!(at(&clock) - before - 3_600 < 60);
-        assert_eq!(
-            clock.follow(clock.now() - Duration::from_secs(7_200)),
-            Some(-7_200)
-        );
+        assert_eq!(clock.follow(clock.now() - Duration::from_secs(7_200)), Some(-7_200));
         let back = clock.follow(Duration::from_secs(5)).unwrap();
-        assert!(
-            back < -1_000_000_000 && at(&clock) < 60,
-            "a router that boots in 1970"
-        );
+        assert!(back < -1_000_000_000 && at(&clock) < 60, "a router that boots in 1970");
     }
 }

@@ -90,10 +90,7 @@ pub struct ConfigError {
 }
 
 fn error<T>(line: usize, message: impl Into<String>) -> Result<T, ConfigError> {
-    Err(ConfigError {
-        line,
-        message: message.into(),
-    })
+    Err(ConfigError { line, message: message.into() })
 }
 
 impl Config {
@@ -128,10 +125,7 @@ impl Config {
             }),
         };
         if outward.is_none() && local.is_none() {
-            return error(
-                0,
-                "no server is on; write a line outward.server or local.server",
-            );
+            return error(0, "no server is on; write a line outward.server or local.server");
         }
         let interval = "an interval: up to 9 digits and s, m, h or d, as in 10m; 0 is for ever";
         let default_iptables = PathBuf::from("/sbin/iptables");
@@ -158,10 +152,7 @@ fn absolute(value: &str) -> Option<PathBuf> {
 
 /// `/sbin/iptables-nft` has `/sbin/ip6tables-nft` beside it.
 fn beside(iptables: &Path) -> PathBuf {
-    let name = iptables
-        .file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default();
+    let name = iptables.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     match name.strip_prefix("iptables") {
         Some(variant) => iptables.with_file_name(format!("ip6tables{variant}")),
         None => iptables.with_file_name("ip6tables"),
@@ -225,12 +216,8 @@ impl<'a> Entries<'a> {
     /// The user, whom the outward server needs, and the local one if it asks.
     fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, ConfigError> {
         let local = local.as_ref().is_some_and(|local| local.authentication);
-        let asking = self
-            .flag("outward.server")
-            .or(self.flag("local.server").filter(|_| local));
-        let set = ["auth.username", "auth.password"]
-            .iter()
-            .any(|key| self.0.contains_key(key));
+        let asking = self.flag("outward.server").or(self.flag("local.server").filter(|_| local));
+        let set = ["auth.username", "auth.password"].iter().any(|key| self.0.contains_key(key));
         if asking.is_none() && !set {
             return Ok(None);
         }
@@ -254,10 +241,9 @@ fn entry(line: &str, number: usize) -> Result<(&str, &str), ConfigError> {
     };
     match (FLAGS.contains(&key), SETTINGS.contains(&key), value) {
         (true, _, None) => Ok((key, "")),
-        (true, _, Some(_)) => error(
-            number,
-            format!("{key} is on as soon as it stands here; write it without ="),
-        ),
+        (true, _, Some(_)) => {
+            error(number, format!("{key} is on as soon as it stands here; write it without ="))
+        }
         (_, true, None | Some("")) => error(number, format!("{key} has no value")),
         (_, true, Some(value)) => Ok((key, value)),
         _ => error(number, format!("'{key}' is no key of rfw's")),
@@ -287,14 +273,8 @@ mod tests {
         assert_eq!(config.iptables, Path::new("/sbin/iptables"));
         assert_eq!(config.ip6tables, Path::new("/sbin/ip6tables"));
 
-        let outward = parse(&format!("{LEAST}{OUTWARD}"))
-            .unwrap()
-            .outward
-            .unwrap();
-        assert_eq!(
-            (outward.ip.to_string().as_str(), outward.port),
-            ("0.0.0.0", 7393)
-        );
+        let outward = parse(&format!("{LEAST}{OUTWARD}")).unwrap().outward.unwrap();
+        assert_eq!((outward.ip.to_string().as_str(), outward.port), ("0.0.0.0", 7393));
         assert_eq!(outward.certfile, Path::new("/etc/rfw/c"));
         assert_eq!(outward.keyfile, Path::new("/k"));
         assert!(!outward.tls12);
@@ -309,10 +289,7 @@ mod tests {
         );
         let config = parse(&text).unwrap();
         let (outward, local) = (config.outward.unwrap(), config.local.unwrap());
-        assert_eq!(
-            (outward.ip.to_string().as_str(), outward.port, outward.tls12),
-            ("::", 1, true)
-        );
+        assert_eq!((outward.ip.to_string().as_str(), outward.port, outward.tls12), ("::", 1, true));
         assert_eq!((local.port, local.authentication), (65535, true));
         assert_eq!((config.non_restful, config.default_expire), (true, 600));
         assert_eq!(config.ip6tables, Path::new("/usr/sbin/ip6tables-nft"));
@@ -355,11 +332,7 @@ mod tests {
             ("[other]\nlocal.server\n", 1, "[config]"),
             ("[config]\nlocal.server\n", 0, "whitelist.file is needed"),
             ("[config]\nwhitelist.file = w\n", 0, "no server"),
-            (
-                "[config]\noutward.server.ip = localhost\noutward.server\n",
-                2,
-                "listen",
-            ),
+            ("[config]\noutward.server.ip = localhost\noutward.server\n", 2, "listen"),
         ];
         for (text, line, words) in whole {
             let error = parse(text).unwrap_err();

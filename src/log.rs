@@ -35,15 +35,8 @@ impl Level {
 
     /// Reads a name, in any letter case.
     pub fn parse(name: &str) -> Option<Level> {
-        let all = [
-            Level::Debug,
-            Level::Info,
-            Level::Warning,
-            Level::Error,
-            Level::Critical,
-        ];
-        all.into_iter()
-            .find(|level| level.name().eq_ignore_ascii_case(name))
+        let all = [Level::Debug, Level::Info, Level::Warning, Level::Error, Level::Critical];
+        all.into_iter().find(|level| level.name().eq_ignore_ascii_case(name))
     }
 }
 
@@ -106,10 +99,7 @@ mod tests {
     fn foreign_text_stays_on_its_line() {
         let table: [(&[u8], &str); 4] = [
             (b"PUT /drop", "PUT /drop"),
-            (
-                b"a\r\n2026-11-22 INFO forged",
-                r"a\r\n2026-11-22 INFO forged",
-            ),
+            (b"a\r\n2026-11-22 INFO forged", r"a\r\n2026-11-22 INFO forged"),
             (b"\"\\\x1b[2J\x00", r#"\"\\\x1b[2J\x00"#),
             ("é".as_bytes(), r"\xc3\xa9"),
         ];

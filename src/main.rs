@@ -32,10 +32,8 @@ A REST server that blocks and allows IP addresses in iptables.
 ";
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args_os()
-        .skip(1)
-        .map(|a| a.to_string_lossy().into())
-        .collect();
+    let args: Vec<String> =
+        std::env::args_os().skip(1).map(|a| a.to_string_lossy().into()).collect();
     match Options::parse(&args) {
         Err(message) => {
             eprint!("rfw: {message}\n\n{USAGE}");
@@ -129,24 +127,12 @@ fn run(options: &Options) -> Result<(), String> {
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let doors = Door::open(&config, acceptor)?;
     let firewall = Firewall::start(tools, guarded, whitelist.clone(), log.clone())?;
-    let grammar = Grammar {
-        default_expire: config.default_expire,
-        non_restful: config.non_restful,
-    };
+    let grammar =
+        Grammar { default_expire: config.default_expire, non_restful: config.non_restful };
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
-    log.info(format_args!(
-        "rfw {} at {addresses}",
-        env!("CARGO_PKG_VERSION")
-    ));
+    log.info(format_args!("rfw {} at {addresses}", env!("CARGO_PKG_VERSION")));
     let credentials = config.credentials;
-    let server = Arc::new(Server {
-        firewall,
-        whitelist,
-        log,
-        grammar,
-        credentials,
-        addresses,
-    });
+    let server = Arc::new(Server { firewall, whitelist, log, grammar, credentials, addresses });
     for door in doors {
         let server = server.clone();
         thread::spawn(move || server.listen(door));
@@ -170,11 +156,7 @@ fn read_trusted(file: &Path) -> Result<Vec<u8>, String> {
     let wrong = |error: std::io::Error| at(file, 0, &format!("cannot read it: {error}"));
     let mode = fs::metadata(file).map_err(wrong)?.mode();
     if mode & 0o022 != 0 {
-        return Err(at(
-            file,
-            0,
-            "others than its owner may write it; run chmod go-w on it",
-        ));
+        return Err(at(file, 0, "others than its owner may write it; run chmod go-w on it"));
     }
     fs::read(file).map_err(wrong)
 }
@@ -196,10 +178,7 @@ fn check_program(iptables: &Path, key: &str) -> Result<(), String> {
     restore.push("-restore");
     for program in [iptables, Path::new(&restore)] {
         let mode = fs::metadata(program).map_err(|error| {
-            format!(
-                "{}: {error}; install iptables or set {key}",
-                program.display()
-            )
+            format!("{}: {error}; install iptables or set {key}", program.display())
         })?;
         if !mode.is_file() || mode.mode() & 0o111 == 0 {
             return Err(format!("{} is no program; set {key}", program.display()));
@@ -212,30 +191,15 @@ fn check_program(iptables: &Path, key: &str) -> Result<(), String> {
 fn open_log(options: &Options) -> Log {
     let verbose = options.verbose.then_some(Level::Debug);
     if options.logfile == Path::new("-") {
-        return Log {
-            file: None,
-            stderr: verbose.or(Some(options.level)),
-        };
+        return Log { file: None, stderr: verbose.or(Some(options.level)) };
     }
-    let file = File::options()
-        .append(true)
-        .create(true)
-        .mode(0o640)
-        .open(&options.logfile);
+    let file = File::options().append(true).create(true).mode(0o640).open(&options.logfile);
     match file {
-        Ok(file) => Log {
-            file: Some((file, options.level)),
-            stderr: verbose,
-        },
+        Ok(file) => Log { file: Some((file, options.level)), stderr: verbose },
         Err(error) => {
-            let log = Log {
-                file: None,
-                stderr: verbose.or(Some(options.level)),
-            };
+            let log = Log { file: None, stderr: verbose.or(Some(options.level)) };
             let file = options.logfile.display();
-            log.warning(format_args!(
-                "cannot write {file}: {error}; the log is here instead"
-            ));
+            log.warning(format_args!("cannot write {file}: {error}; the log is here instead"));
             log
         }
     }

@@ -78,36 +78,24 @@ impl Door {
     /// Where it listens, as a URL.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
-        self.listener
-            .local_addr()
-            .map_or_else(|e| e.to_string(), |at| format!("{scheme}://{at}"))
+        self.listener.local_addr().map_or_else(|e| e.to_string(), |at| format!("{scheme}://{at}"))
     }
 
     /// The local server is for who means this host by its name: a web page in
     /// a browser here, whose name was made to point here, means another one.
     fn check_host(&self, request: &Request) -> Result<(), Refusal> {
         let host = request.host.as_deref().unwrap_or_default();
-        let port = self
-            .listener
-            .local_addr()
-            .map_or(0, |address| address.port());
+        let port = self.listener.local_addr().map_or(0, |address| address.port());
         let name = host.strip_suffix(&format!(":{port}")).unwrap_or(host);
         let names = ["localhost", "127.0.0.1", "[::1]"];
         match self.tls.is_some() || names.iter().any(|known| known.eq_ignore_ascii_case(name)) {
             true => Ok(()),
-            false => Err(Refusal::BadRequest(
-                "The Host must be localhost, 127.0.0.1 or [::1].",
-            )),
+            false => Err(Refusal::BadRequest("The Host must be localhost, 127.0.0.1 or [::1].")),
         }
     }
 
     fn new(listener: TcpListener, tls: Option<Acceptor>, authentication: bool) -> Door {
-        Door {
-            listener,
-            tls,
-            authentication,
-            connections: AtomicUsize::new(0),
-        }
+        Door { listener, tls, authentication, connections: AtomicUsize::new(0) }
     }
 }
 
@@ -125,8 +113,7 @@ impl Server {
             match door.listener.accept() {
                 Ok((socket, peer)) => self.accept(&door, socket, peer.ip().to_canonical()),
                 Err(error) => {
-                    self.log
-                        .warning(format_args!("cannot accept a connection: {error}"));
+                    self.log.warning(format_args!("cannot accept a connection: {error}"));
                     thread::sleep(Duration::from_millis(100));
                 }
             }
@@ -135,8 +122,7 @@ impl Server {
 
     fn accept(self: &Arc<Server>, door: &Arc<Door>, socket: TcpStream, peer: IpAddr) {
         if door.tls.is_some() && !self.whitelist.admits(peer) {
-            self.log
-                .write(Level::Debug, format_args!("{peer} is not whitelisted"));
+            self.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
             return;
         }
         let Ok(stream) = Stream::new(socket, door.tls.as_ref()) else {
@@ -154,8 +140,7 @@ impl Server {
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             door.connections.fetch_sub(1, Ordering::Relaxed);
-            self.log
-                .warning(format_args!("cannot serve {peer}: {error}"));
+            self.log.warning(format_args!("cannot serve {peer}: {error}"));
         }
     }
 }
@@ -180,13 +165,7 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr) {
         };
         stream.give(ANSWER_TIME);
         let sent = send(server, &answer, request.as_ref().ok(), keep, &mut stream);
-        record(
-            server,
-            peer,
-            &answer,
-            request.as_ref().ok(),
-            started.elapsed(),
-        );
+        record(server, peer, &answer, request.as_ref().ok(), started.elapsed());
         if sent.is_err() || !keep {
             return stream.close();
         }
@@ -218,10 +197,7 @@ fn carry_out(
         Command::Help => Ok(Answer::Help),
         Command::List(chain) => Ok(Answer::List(client, chain)),
         Command::Change(change) => {
-            let change = server
-                .whitelist
-                .permit(change)
-                .map_err(Refusal::Whitelisted)?;
+            let change = server.whitelist.permit(change).map_err(Refusal::Whitelisted)?;
             let outcome = server.firewall.apply(&client, change)?;
             Ok(Answer::Change(client, outcome))
         }
@@ -260,9 +236,7 @@ fn send_list(
     let mut sent = body.push("[");
     let mut comma = "";
     let listed = server.firewall.list(client, chain, |listed| {
-        sent = body
-            .push(comma)
-            .and_then(|()| body.push(&api::listed_json(listed)));
+        sent = body.push(comma).and_then(|()| body.push(&api::listed_json(listed)));
         comma = ",\n";
         sent.is_ok()
     });
@@ -293,9 +267,6 @@ fn record(
     let line = printable(line.as_bytes());
     server.log.write(
         level,
-        format_args!(
-            "{who} \"{line}\" {result} {:.1} ms",
-            duration.as_secs_f64() * 1e3
-        ),
+        format_args!("{who} \"{line}\" {result} {:.1} ms", duration.as_secs_f64() * 1e3),
     );
 }

@@ -69,9 +69,7 @@ pub fn run(program: &Path, args: &[&str], input: &str, limit: Duration) -> Resul
     let (mut ours, theirs) = pair(program)?;
     let running = Running::start(program, args, Stdio::from(theirs), Stdio::null(), limit)?;
     // A program that does not read to the end says why on its standard error.
-    let _ = ours
-        .set_write_timeout(Some(limit))
-        .and_then(|()| ours.write_all(input.as_bytes()));
+    let _ = ours.set_write_timeout(Some(limit)).and_then(|()| ours.write_all(input.as_bytes()));
     drop(ours);
     running.finish()
 }
@@ -112,10 +110,7 @@ fn pair(program: &Path) -> Result<(UnixStream, OwnedFd), Failure> {
 }
 
 fn cannot_start(program: &Path, error: &io::Error) -> Failure {
-    Failure::Start(format!(
-        "{} could not be started: {error}",
-        program.display()
-    ))
+    Failure::Start(format!("{} could not be started: {error}", program.display()))
 }
 
 /// A child, to be ended by its deadline.
@@ -136,41 +131,22 @@ impl Running {
     ) -> Result<Running, Failure> {
         let (errors, theirs) = pair(program)?;
         let mut command = Command::new(program);
-        command
-            .args(args)
-            .env_clear()
-            .stdin(stdin)
-            .stdout(stdout)
-            .stderr(theirs);
-        let child = command
-            .spawn()
-            .map_err(|error| cannot_start(program, &error))?;
+        command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(theirs);
+        let child = command.spawn().map_err(|error| cannot_start(program, &error))?;
         let now = Instant::now();
         let deadline = now.checked_add(limit).unwrap_or(now);
-        Ok(Running {
-            name: program.display().to_string(),
-            child,
-            errors,
-            deadline,
-        })
+        Ok(Running { name: program.display().to_string(), child, errors, deadline })
     }
 
     fn watch<'a>(&'a mut self, socket: &'a UnixStream) -> Watched<'a> {
-        Watched {
-            socket,
-            child: &mut self.child,
-            deadline: self.deadline,
-        }
+        Watched { socket, child: &mut self.child, deadline: self.deadline }
     }
 
     /// Reads what the child has to say, waits for its end, and judges it.
     fn finish(mut self) -> Result<(), Failure> {
         let mut words = Vec::new();
-        let mut errors = Watched {
-            socket: &self.errors,
-            child: &mut self.child,
-            deadline: self.deadline,
-        };
+        let mut errors =
+            Watched { socket: &self.errors, child: &mut self.child, deadline: self.deadline };
         let read = (&mut errors)
             .take(MAX_WORDS)
             .read_to_end(&mut words)
@@ -178,10 +154,8 @@ impl Running {
         let Some(status) = read.ok().and_then(|_| self.wait()) else {
             return Err(self.hung());
         };
-        let words = String::from_utf8_lossy(&words)
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ");
+        let words =
+            String::from_utf8_lossy(&words).split_whitespace().collect::<Vec<_>>().join(" ");
         judge(self.name, status, words)
     }
 
@@ -218,9 +192,9 @@ fn judge(name: String, status: ExitStatus, words: String) -> Result<(), Failure>
         (Some(4), _) if words.is_empty() || words.contains("xtables lock") => {
             Err(Failure::Locked(name))
         }
-        (Some(code), _) if words.is_empty() => Err(Failure::Refused(format!(
-            "{name} exited with status {code} and said nothing."
-        ))),
+        (Some(code), _) if words.is_empty() => {
+            Err(Failure::Refused(format!("{name} exited with status {code} and said nothing.")))
+        }
         _ => Err(Failure::Refused(words)),
     }
 }
@@ -255,12 +229,7 @@ mod tests {
     use super::*;
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), Failure> {
-        run(
-            Path::new("/bin/sh"),
-            &["-c", script],
-            input,
-            Duration::from_millis(limit),
-        )
+        run(Path::new("/bin/sh"), &["-c", script], input, Duration::from_millis(limit))
     }
 
     #[test]
@@ -274,23 +243,11 @@ mod tests {
             ("test -z \"$HOME$LANG$USER\"", Ok(())),
             ("exec >&- 2>&-; sleep 0.1; exit 0", Ok(())),
             ("sleep 3 & exit 0", Ok(())),
-            (
-                "echo 'No  such' >&2; echo rule >&2; exit 1",
-                refused("No such rule"),
-            ),
-            (
-                "exit 2",
-                refused("/bin/sh exited with status 2 and said nothing."),
-            ),
+            ("echo 'No  such' >&2; echo rule >&2; exit 1", refused("No such rule")),
+            ("exit 2", refused("/bin/sh exited with status 2 and said nothing.")),
             ("exit 4", Err(Failure::Locked(name()))),
-            (
-                "echo RULE_INSERT failed >&2; exit 4",
-                refused("RULE_INSERT failed"),
-            ),
-            (
-                "echo held: xtables lock >&2; exit 4",
-                Err(Failure::Locked(name())),
-            ),
+            ("echo RULE_INSERT failed >&2; exit 4", refused("RULE_INSERT failed")),
+            ("echo held: xtables lock >&2; exit 4", Err(Failure::Locked(name()))),
             ("kill -9 $$", Err(Failure::Killed(name(), 9))),
         ];
         for (script, end) in table {
@@ -303,11 +260,7 @@ mod tests {
         let big = "x".repeat(4 << 20);
         for script in ["exec sleep 9", "exec yes >&2", "exec 2>&-; exec sleep 9"] {
             let started = Instant::now();
-            assert_eq!(
-                sh(script, &big, 200),
-                Err(Failure::Hung("/bin/sh".into())),
-                "{script}"
-            );
+            assert_eq!(sh(script, &big, 200), Err(Failure::Hung("/bin/sh".into())), "{script}");
             assert!(started.elapsed() < Duration::from_secs(4), "{script}");
         }
     }
@@ -315,10 +268,7 @@ mod tests {
     #[test]
     fn what_cannot_be_started() {
         let failure = run(Path::new("/no/such"), &[], "", LOOK).unwrap_err();
-        assert!(
-            matches!(&failure, Failure::Start(text) if text.contains("/no/such")),
-            "{failure}"
-        );
+        assert!(matches!(&failure, Failure::Start(text) if text.contains("/no/such")), "{failure}");
         assert!(failure.is_passing());
     }
 
@@ -330,20 +280,12 @@ mod tests {
                 seen.push(line.trim_end().len());
                 seen.len() < most
             };
-            let end = lines(
-                Path::new("/bin/sh"),
-                &["-c", script],
-                Duration::from_secs(2),
-                each,
-            );
+            let end = lines(Path::new("/bin/sh"), &["-c", script], Duration::from_secs(2), each);
             (seen, end)
         };
         assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
         assert_eq!(list("yes", 3), (vec![1, 1, 1], Ok(())));
-        assert_eq!(
-            list("echo a; echo why >&2; exit 1", 9).1,
-            Err(Failure::Refused("why".into()))
-        );
+        assert_eq!(list("echo a; echo why >&2; exit 1", 9).1, Err(Failure::Refused("why".into())));
         let long = format!("printf '%0{}d' 1", MAX_LINE + 1);
         assert_eq!(list(&long, 9).0, vec![65_536, 1]);
     }

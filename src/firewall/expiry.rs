@@ -24,10 +24,7 @@ impl Expiries {
 
     /// All that have expired by `now`, the first one first.
     pub fn due(&self, now: u64) -> impl Iterator<Item = Rule> {
-        self.0
-            .iter()
-            .take_while(move |(second, _)| *second <= now)
-            .map(|(_, rule)| *rule)
+        self.0.iter().take_while(move |(second, _)| *second <= now).map(|(_, rule)| *rule)
     }
 }
 
@@ -37,11 +34,7 @@ mod tests {
 
     #[test]
     fn what_is_set_anew_does_not_expire_before() {
-        let rule = |last: u8| {
-            format!("/drop/input/any/192.0.2.{last}")
-                .parse::<Rule>()
-                .unwrap()
-        };
+        let rule = |last: u8| format!("/drop/input/any/192.0.2.{last}").parse::<Rule>().unwrap();
         let mut expiries = Expiries::default();
         expiries.add(Some(30), rule(3));
         expiries.add(Some(10), rule(1));

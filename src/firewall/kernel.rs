@@ -111,11 +111,7 @@ impl fmt::Display for Spec<'_> {
             }
         }
         if let Tag::Guard(port) = tag {
-            let end = if rule.chain() == Chain::Output {
-                "--sport"
-            } else {
-                "--dport"
-            };
+            let end = if rule.chain() == Chain::Output { "--sport" } else { "--dport" };
             write!(f, "-p tcp -m tcp {end} {port} ")?;
         }
         write!(f, "-m comment --comment {tag} -j {}", rule.target.name())
@@ -197,10 +193,7 @@ impl<'a> Options<'a> {
                 "-m" if matches!(value, "comment" | "tcp") => continue,
                 _ => return None,
             };
-            let value = value
-                .strip_prefix('"')
-                .and_then(|v| v.strip_suffix('"'))
-                .unwrap_or(value);
+            let value = value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value);
             if slot.replace(value).is_some() {
                 return None;
             }
@@ -216,25 +209,16 @@ impl<'a> Options<'a> {
             _ => return None,
         };
         let tag = Tag::parse(self.comment?, port)?;
-        let rule = Rule {
-            target: self.target()?,
-            scope: self.scope(chain, family)?,
-        };
+        let rule = Rule { target: self.target()?, scope: self.scope(chain, family)? };
         let count = |text: Option<&str>| text.unwrap_or("0").parse().ok();
         let counters = (count(self.packets)?, count(self.bytes)?);
         let ours = matches!(tag, Tag::Guard(_)) || rule.is_wellformed();
-        ours.then_some(Owned {
-            rule,
-            tag,
-            counters,
-        })
+        ours.then_some(Owned { rule, tag, counters })
     }
 
     fn target(&self) -> Option<Target> {
         let names = [Target::Drop, Target::Accept, Target::Reject];
-        let target = names
-            .into_iter()
-            .find(|target| Some(target.name()) == self.target)?;
+        let target = names.into_iter().find(|target| Some(target.name()) == self.target)?;
         match (target, self.reject) {
             (_, None) => Some(target),
             (Target::Reject, Some("icmp-port-unreachable" | "icmp6-port-unreachable")) => {
@@ -256,16 +240,10 @@ impl<'a> Options<'a> {
             Chain::Input if out == Iface::Any && destination.is_any() => {
                 Some(Scope::Input { iface: inp, source })
             }
-            Chain::Output if inp == Iface::Any && source.is_any() => Some(Scope::Output {
-                iface: out,
-                destination,
-            }),
-            Chain::Forward => Some(Scope::Forward {
-                inp,
-                out,
-                source,
-                destination,
-            }),
+            Chain::Output if inp == Iface::Any && source.is_any() => {
+                Some(Scope::Output { iface: out, destination })
+            }
+            Chain::Forward => Some(Scope::Forward { inp, out, source, destination }),
             _ => None,
         }
     }
@@ -299,11 +277,7 @@ impl Tools {
     pub fn new(family: Family, iptables: PathBuf) -> Tools {
         let mut restore = iptables.clone().into_os_string();
         restore.push("-restore");
-        Tools {
-            family,
-            iptables,
-            restore: restore.into(),
-        }
+        Tools { family, iptables, restore: restore.into() }
     }
 
     /// The family that they serve.
@@ -317,22 +291,15 @@ impl Tools {
         match lines {
             [] => Ok(()),
             [line] => {
-                let args: Vec<&str> = ["-w", LOCK_WAIT]
-                    .into_iter()
-                    .chain(line.split(' '))
-                    .collect();
+                let args: Vec<&str> =
+                    ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
                 exec::run(&self.iptables, &args, "", LIMIT)
             }
             _ => {
                 let input = format!("*filter\n{}\nCOMMIT\n", lines.join("\n"));
                 let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
                 let limit = LIMIT.saturating_add(PER_LINE.saturating_mul(count));
-                exec::run(
-                    &self.restore,
-                    &["--noflush", "-w", LOCK_WAIT],
-                    &input,
-                    limit,
-                )
+                exec::run(&self.restore, &["--noflush", "-w", LOCK_WAIT], &input, limit)
             }
         }
     }
@@ -347,11 +314,9 @@ impl Tools {
         args.extend(chain.map(Chain::name));
         // As long as a listing of a hundred thousand rules takes, and more.
         let limit = LIMIT.saturating_mul(3);
-        exec::lines(&self.iptables, &args, limit, |line| {
-            match parse_row(line, self.family) {
-                Some((chain, row)) => each(chain, row),
-                None => true,
-            }
+        exec::lines(&self.iptables, &args, limit, |line| match parse_row(line, self.family) {
+            Some((chain, row)) => each(chain, row),
+            None => true,
         })
     }
 }

@@ -77,16 +77,10 @@ impl Comparison<'_> {
     /// Takes the next row; `false` if the listing differs.
     pub fn row(&mut self, chain: Chain, row: &Row) -> bool {
         let Row::Own(owned) = row else { return true };
-        let entry = self
-            .mirror
-            .rules
-            .get(&owned.rule)
-            .filter(|entry| entry.tag == owned.tag);
+        let entry = self.mirror.rules.get(&owned.rule).filter(|entry| entry.tag == owned.tag);
         // Ages that only fall are of rules in order, none of them twice.
         let in_order = entry.is_some_and(|entry| {
-            self.above
-                .insert(chain, entry.age)
-                .is_none_or(|above| above > entry.age)
+            self.above.insert(chain, entry.age).is_none_or(|above| above > entry.age)
         });
         self.left = self.left.saturating_sub(1);
         self.same = self.same && in_order;
@@ -128,13 +122,7 @@ impl Mirror {
     /// Takes a rule as its newest.
     pub fn add(&mut self, rule: Rule, tag: Tag) {
         self.last = self.last.saturating_add(1);
-        self.set(
-            rule,
-            Some(Entry {
-                age: self.last,
-                tag,
-            }),
-        );
+        self.set(rule, Some(Entry { age: self.last, tag }));
     }
 
     fn set(&mut self, rule: Rule, entry: Option<Entry>) -> Option<Entry> {
@@ -142,10 +130,8 @@ impl Mirror {
             Some(entry) => self.rules.insert(rule, entry),
             None => self.rules.remove(&rule),
         };
-        self.expiries
-            .remove(old.and_then(|old| old.tag.expires()), rule);
-        self.expiries
-            .add(entry.and_then(|entry| entry.tag.expires()), rule);
+        self.expiries.remove(old.and_then(|old| old.tag.expires()), rule);
+        self.expiries.add(entry.and_then(|entry| entry.tag.expires()), rule);
         old
     }
 
@@ -175,11 +161,7 @@ impl Mirror {
                 batch.before.entry(*rule).or_insert(old);
             }
             let expires = new.and_then(|entry| entry.tag.expires());
-            batch.outcomes.push(Outcome {
-                verdict,
-                rule: *rule,
-                expires,
-            });
+            batch.outcomes.push(Outcome { verdict, rule: *rule, expires });
         }
         batch
     }
@@ -189,18 +171,8 @@ impl Mirror {
             return (Verdict::Exists, Some(entry));
         }
         self.last = self.last.saturating_add(1);
-        let verdict = if old.is_some() {
-            Verdict::Refreshed
-        } else {
-            Verdict::Inserted
-        };
-        (
-            verdict,
-            Some(Entry {
-                age: self.last,
-                tag,
-            }),
-        )
+        let verdict = if old.is_some() { Verdict::Refreshed } else { Verdict::Inserted };
+        (verdict, Some(Entry { age: self.last, tag }))
     }
 
     /// Whether a newer rule decides otherwise about some packet of this one.
@@ -238,11 +210,7 @@ impl Mirror {
         }
         gone.sort_unstable_by_key(|(entry, _)| Reverse(entry.age));
         new.sort_unstable_by_key(|(entry, _)| entry.age);
-        let owned = |(Entry { tag, .. }, rule)| Owned {
-            rule,
-            tag,
-            counters: (0, 0),
-        };
+        let owned = |(Entry { tag, .. }, rule)| Owned { rule, tag, counters: (0, 0) };
         let deletions = gone.into_iter().map(|pair| owned(pair).delete_line());
         let insertions = new.into_iter().map(|pair| owned(pair).insert_line(1));
         Some(deletions.chain(insertions).collect())
@@ -251,10 +219,8 @@ impl Mirror {
     /// Moves every expiry by the seconds that the wall clock was set forward
     /// or back.
     pub fn shift(&mut self, seconds: i64) {
-        let timed = self
-            .rules
-            .iter()
-            .filter_map(|(rule, e)| Some((*rule, e.age, e.tag.expires()?)));
+        let timed =
+            self.rules.iter().filter_map(|(rule, e)| Some((*rule, e.age, e.tag.expires()?)));
         for (rule, age, second) in timed.collect::<Vec<_>>() {
             let tag = Tag::Until(second.saturating_add_signed(seconds));
             self.set(rule, Some(Entry { age, tag }));
@@ -264,17 +230,8 @@ impl Mirror {
     /// Starts to compare a listing of one family, which is cheap as long as
     /// nobody else has touched rfw's rules.
     pub fn compare(&self, family: Family) -> Comparison<'_> {
-        let left = self
-            .rules
-            .keys()
-            .filter(|rule| rule.family() == family)
-            .count();
-        Comparison {
-            mirror: self,
-            left,
-            above: HashMap::new(),
-            same: true,
-        }
+        let left = self.rules.keys().filter(|rule| rule.family() == family).count();
+        Comparison { mirror: self, left, above: HashMap::new(), same: true }
     }
 
     /// Works out how the kernel comes to hold what the mirror says. Rules with
@@ -341,10 +298,7 @@ impl Mirror {
         let kept = rows.iter().zip(keep).filter(|(_, keep)| **keep);
         let kept: HashSet<Rule> = kept.filter_map(|(row, _)| row.rule()).collect();
         let here = |rule: &Rule| rule.family() == family && rule.chain() == chain;
-        let missing = self
-            .rules
-            .iter()
-            .filter(|(rule, _)| here(rule) && !kept.contains(rule));
+        let missing = self.rules.iter().filter(|(rule, _)| here(rule) && !kept.contains(rule));
         let mut missing: Vec<_> = missing.map(|(rule, entry)| (*entry, *rule)).collect();
         missing.sort_unstable_by_key(|(entry, _)| Reverse(entry.age));
         missing
@@ -358,17 +312,10 @@ impl Mirror {
         };
         let slot = |(Entry { tag, .. }, rule): (Entry, Rule)| Slot {
             fate: Fate::New,
-            row: Row::Own(Owned {
-                rule,
-                tag,
-                counters: (0, 0),
-            }),
+            row: Row::Own(Owned { rule, tag, counters: (0, 0) }),
         };
         // Where no older one is left, behind the last newer one, or in front.
-        let last = rows
-            .iter()
-            .zip(keep)
-            .rposition(|(row, keep)| *keep && age(row).is_some());
+        let last = rows.iter().zip(keep).rposition(|(row, keep)| *keep && age(row).is_some());
         let end = last.map_or(0, |last| last.saturating_add(1));
         let mut missing = missing.into_iter().peekable();
         let mut slots = Vec::new();
@@ -452,14 +399,8 @@ fn rewrite_if_cheaper(slots: &mut Vec<Slot>) {
     }
     for slot in std::mem::take(slots) {
         if slot.fate == Fate::Stays && matches!(slot.row, Row::Own(_)) {
-            slots.push(Slot {
-                fate: Fate::Gone,
-                row: slot.row,
-            });
-            slots.push(Slot {
-                fate: Fate::New,
-                row: slot.row,
-            });
+            slots.push(Slot { fate: Fate::Gone, row: slot.row });
+            slots.push(Slot { fate: Fate::New, row: slot.row });
         } else {
             slots.push(slot);
         }

@@ -119,11 +119,7 @@ impl Firewall {
                 tools.insert(program.family(), program);
             }
         }
-        Ok(Firewall {
-            queue: Mutex::default(),
-            kernel: Mutex::new(kernel),
-            tools,
-        })
+        Ok(Firewall { queue: Mutex::default(), kernel: Mutex::new(kernel), tools })
     }
 
     /// Carries out a change. When it returns, the kernel has taken it, or
@@ -134,10 +130,7 @@ impl Firewall {
             return Err(Refusal::NoIpv6);
         }
         let (sender, answer) = mpsc::channel();
-        lock(&self.queue).push(Job {
-            change,
-            answer: sender,
-        });
+        lock(&self.queue).push(Job { change, answer: sender });
         let mut kernel = lock(&self.kernel);
         let answered = answer.try_recv().or_else(|_| {
             self.lead(&mut kernel);
@@ -155,9 +148,7 @@ impl Firewall {
     fn lead(&self, kernel: &mut Kernel) {
         let jobs = mem::take(&mut *lock(&self.queue));
         for (family, tools) in &self.tools {
-            let jobs = jobs
-                .iter()
-                .filter(|job| job.change.rule.family() == *family);
+            let jobs = jobs.iter().filter(|job| job.change.rule.family() == *family);
             let (changes, answers): (Vec<_>, Vec<_>) =
                 jobs.map(|job| (job.change, &job.answer)).unzip();
             let results = kernel.commit(tools, &changes);
@@ -187,10 +178,7 @@ impl Firewall {
         mut each: impl FnMut(&Listed) -> bool,
     ) -> Result<(), Refusal> {
         let mut wanted = true;
-        for tools in Family::ALL
-            .iter()
-            .filter_map(|family| self.tools.get(family))
-        {
+        for tools in Family::ALL.iter().filter_map(|family| self.tools.get(family)) {
             let mut nums = HashMap::new();
             let row = |chain, row| {
                 let num: &mut usize = nums.entry(chain).or_default();
@@ -237,21 +225,10 @@ impl Firewall {
 
 fn listed(row: Row, num: usize) -> Option<Listed> {
     match row {
-        Row::Own(Owned {
-            tag: Tag::Guard(_), ..
-        })
-        | Row::Foreign => None,
-        Row::Own(Owned {
-            rule,
-            tag,
-            counters: (packets, bytes),
-        }) => Some(Listed {
-            rule,
-            num,
-            packets,
-            bytes,
-            expires: tag.expires(),
-        }),
+        Row::Own(Owned { tag: Tag::Guard(_), .. }) | Row::Foreign => None,
+        Row::Own(Owned { rule, tag, counters: (packets, bytes) }) => {
+            Some(Listed { rule, num, packets, bytes, expires: tag.expires() })
+        }
     }
 }
 
@@ -262,8 +239,7 @@ impl Kernel {
         let listing = match listing(tools) {
             Ok(listing) => listing,
             Err(failure @ (Failure::Refused(_) | Failure::Start(_))) if family == Family::V6 => {
-                self.log
-                    .warning(format_args!("IPv6 rules are not taken: {failure}"));
+                self.log.warning(format_args!("IPv6 rules are not taken: {failure}"));
                 return Ok(false);
             }
             Err(failure) => {
@@ -281,8 +257,7 @@ impl Kernel {
         for guard in guards.iter().rev() {
             self.mirror.add(guard.rule, guard.tag);
         }
-        self.repair_listed(tools, listing, &Batch::default())
-            .map_err(|f| no_rules(&f))?;
+        self.repair_listed(tools, listing, &Batch::default()).map_err(|f| no_rules(&f))?;
         Ok(true)
     }
 
@@ -305,16 +280,9 @@ impl Kernel {
                 return Err(Failure::clone(failure));
             }
             let result = self.commit_all(tools, std::slice::from_ref(change));
-            passing = result
-                .as_ref()
-                .err()
-                .filter(|failure| failure.is_passing())
-                .cloned();
+            passing = result.as_ref().err().filter(|failure| failure.is_passing()).cloned();
             result.and_then(|outcomes| {
-                outcomes
-                    .into_iter()
-                    .next()
-                    .ok_or(Failure::Refused("No answer.".into()))
+                outcomes.into_iter().next().ok_or(Failure::Refused("No answer.".into()))
             })
         };
         changes.iter().map(&mut one).collect()
@@ -340,11 +308,7 @@ impl Kernel {
 
     fn attempt(&mut self, tools: &Tools, changes: &[Change]) -> Result<Vec<Outcome>, Failure> {
         // Rounded up: no rule lives shorter than it was told to.
-        let now = self
-            .clock
-            .now()
-            .saturating_add(Duration::from_nanos(999_999_999))
-            .as_secs();
+        let now = self.clock.now().saturating_add(Duration::from_nanos(999_999_999)).as_secs();
         let batch = self.mirror.apply(changes, now);
         let committed = match self.mirror.lines(&batch) {
             Some(lines) => self.run(tools, &lines),
@@ -379,10 +343,7 @@ impl Kernel {
         listing: Listing,
         batch: &Batch,
     ) -> Result<(), Failure> {
-        let law = Law {
-            now: self.clock.now().as_secs(),
-            whitelist: &self.whitelist,
-        };
+        let law = Law { now: self.clock.now().as_secs(), whitelist: &self.whitelist };
         let repair = self.mirror.repair(tools.family(), listing, batch, &law);
         self.run(tools, &repair.lines)?;
         self.mirror.learn(&repair);
@@ -393,10 +354,7 @@ impl Kernel {
 
     fn report(&self, repair: &Repair) {
         if repair.adopted > 0 {
-            self.log.info(format_args!(
-                "found {} rules of rfw's in the kernel",
-                repair.adopted
-            ));
+            self.log.info(format_args!("found {} rules of rfw's in the kernel", repair.adopted));
         }
         if !repair.restored.is_empty() {
             self.log.warning(format_args!(
@@ -411,16 +369,13 @@ impl Kernel {
         for (rule, reason) in &repair.removed {
             match reason {
                 Reason::Expired => self.log.info(format_args!("expired {rule}")),
-                Reason::OldGuard => self
-                    .log
-                    .info(format_args!("removed {rule}: an old guard rule")),
-                Reason::Whitelisted => {
-                    self.log
-                        .warning(format_args!("removed {rule}: it overlaps the whitelist"));
+                Reason::OldGuard => {
+                    self.log.info(format_args!("removed {rule}: an old guard rule"))
                 }
-                Reason::Double => self
-                    .log
-                    .warning(format_args!("removed {rule}: it stood twice")),
+                Reason::Whitelisted => {
+                    self.log.warning(format_args!("removed {rule}: it overlaps the whitelist"));
+                }
+                Reason::Double => self.log.warning(format_args!("removed {rule}: it stood twice")),
             }
         }
     }
@@ -428,22 +383,14 @@ impl Kernel {
     /// Deletes what has expired.
     fn expire(&mut self, tools: &Tools) -> Result<(), Failure> {
         let due = self.mirror.due(self.clock.now().as_secs());
-        let due = due
-            .into_iter()
-            .filter(|rule| rule.family() == tools.family());
-        let changes: Vec<_> = due
-            .map(|rule| Change {
-                rule,
-                action: Action::Delete,
-            })
-            .collect();
+        let due = due.into_iter().filter(|rule| rule.family() == tools.family());
+        let changes: Vec<_> = due.map(|rule| Change { rule, action: Action::Delete }).collect();
         let mut end = Ok(());
         for (result, change) in self.commit(tools, &changes).into_iter().zip(&changes) {
             match result {
                 Ok(_) => self.log.info(format_args!("expired {}", change.rule)),
                 Err(failure) => {
-                    self.log
-                        .error(format_args!("not yet expired {}: {failure}", change.rule));
+                    self.log.error(format_args!("not yet expired {}: {failure}", change.rule));
                     end = Err(failure);
                 }
             }
@@ -462,8 +409,7 @@ impl Kernel {
             Err(failure) => Err(failure),
         };
         if let Err(failure) = &mended {
-            self.log
-                .error(format_args!("cannot check the kernel's rules: {failure}"));
+            self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
         }
         mended
     }
@@ -497,41 +443,20 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<Owned> {
     let accepted = nets.map(|net| (Target::Accept, *net));
     let all = accepted.chain([(Target::Drop, Net::any(family))]);
     let both = all.flat_map(|(target, net)| {
-        let input = Scope::Input {
-            iface: Iface::Any,
-            source: net,
-        };
-        let output = Scope::Output {
-            iface: Iface::Any,
-            destination: net,
-        };
+        let input = Scope::Input { iface: Iface::Any, source: net };
+        let output = Scope::Output { iface: Iface::Any, destination: net };
         [input, output].map(|scope| Rule { target, scope })
     });
     let tag = Tag::Guard(port);
-    both.map(|rule| Owned {
-        rule,
-        tag,
-        counters: (0, 0),
-    })
-    .collect()
+    both.map(|rule| Owned { rule, tag, counters: (0, 0) }).collect()
 }
 
 /// Sees whether the kernel takes rfw's rules, with one that no packet meets.
 /// Where this is cut short, the next start finds it as a guard rule of no use.
 fn probe(tools: &Tools) -> Result<(), String> {
-    let scope = Scope::Input {
-        iface: Iface::Any,
-        source: Net::any(tools.family()),
-    };
-    let rule = Rule {
-        target: Target::Accept,
-        scope,
-    };
-    let probe = Owned {
-        rule,
-        tag: Tag::Guard(0),
-        counters: (0, 0),
-    };
+    let scope = Scope::Input { iface: Iface::Any, source: Net::any(tools.family()) };
+    let rule = Rule { target: Target::Accept, scope };
+    let probe = Owned { rule, tag: Tag::Guard(0), counters: (0, 0) };
     [probe.insert_line(1), probe.delete_line()]
         .into_iter()
         .try_for_each(|line| tools.commit(&[line]))

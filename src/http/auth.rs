@@ -55,10 +55,7 @@ impl Credentials {
             return None;
         }
         let token = base64(format!("{user}:{password}").as_bytes());
-        Some(Credentials {
-            user: user.into(),
-            token,
-        })
+        Some(Credentials { user: user.into(), token })
     }
 }
 
@@ -71,18 +68,10 @@ pub fn admit(
     let Some(wanted) = wanted else {
         return Ok(Client { peer, user: None });
     };
-    let (scheme, token) = authorization
-        .and_then(|a| a.split_once(' '))
-        .unwrap_or_default();
-    let same = same(
-        token.trim_start_matches(' ').as_bytes(),
-        wanted.token.as_bytes(),
-    );
+    let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
+    let same = same(token.trim_start_matches(' ').as_bytes(), wanted.token.as_bytes());
     match same && scheme.eq_ignore_ascii_case("basic") {
-        true => Ok(Client {
-            peer,
-            user: Some(wanted.user.clone()),
-        }),
+        true => Ok(Client { peer, user: Some(wanted.user.clone()) }),
         false => Err(Refusal::Unauthorized),
     }
 }
@@ -149,11 +138,7 @@ mod tests {
             ("a\0", "a", false),
         ];
         for (given, wanted, equal) in table {
-            assert_eq!(
-                same(given.as_bytes(), wanted.as_bytes()),
-                equal,
-                "{given} {wanted}"
-            );
+            assert_eq!(same(given.as_bytes(), wanted.as_bytes()), equal, "{given} {wanted}");
         }
     }
 

@@ -55,10 +55,7 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, Refusal> {
     let mut start = 0_usize;
     let mut first = true;
     while let Some(rest) = received.get(start..) {
-        let length = rest
-            .iter()
-            .position(|b| matches!(b, b'\r' | b'\n'))
-            .unwrap_or(rest.len());
+        let length = rest.iter().position(|b| matches!(b, b'\r' | b'\n')).unwrap_or(rest.len());
         let end = start.saturating_add(length).saturating_add(2);
         if first && length > MAX_LINE {
             return Err(Refusal::LongLine);
@@ -90,20 +87,14 @@ impl Request {
     pub fn parse(head: &[u8]) -> Result<Request, Refusal> {
         // A character a byte, so that values may hold obs-text (RFC 9110, 5.5).
         let text: String = head.iter().map(|b| char::from(*b)).collect();
-        let mut lines = text
-            .trim_start_matches("\r\n")
-            .trim_end_matches("\r\n")
-            .split("\r\n");
+        let mut lines = text.trim_start_matches("\r\n").trim_end_matches("\r\n").split("\r\n");
         let (method, target, minor) = request_line(lines.next().unwrap_or_default())?;
         let fields = Fields::parse(lines)?;
         let (authority, path, query) = target_parts(method, target)?;
         let host = host(&fields, minor)?;
         let connection = tokens(&fields, "connection");
-        let wants = |option: &str| {
-            connection
-                .iter()
-                .any(|token| token.eq_ignore_ascii_case(option))
-        };
+        let wants =
+            |option: &str| connection.iter().any(|token| token.eq_ignore_ascii_case(option));
         Ok(Request {
             method: method.into(),
             path: path.into(),
@@ -148,24 +139,18 @@ fn target_parts<'a>(
     target: &'a str,
 ) -> Result<(Option<&'a str>, &'a str, Option<&'a str>), Refusal> {
     if method == "CONNECT" {
-        return Err(Refusal::NotImplemented(
-            "rfw is no proxy: CONNECT is not implemented.",
-        ));
+        return Err(Refusal::NotImplemented("rfw is no proxy: CONNECT is not implemented."));
     }
     if target == "*" && method == "OPTIONS" {
         return Ok((None, target, None));
     }
     let (authority, target) = match target.split_once("://") {
         Some((scheme, rest)) if !target.starts_with('/') => {
-            let known = ["http", "https"]
-                .iter()
-                .any(|known| known.eq_ignore_ascii_case(scheme));
+            let known = ["http", "https"].iter().any(|known| known.eq_ignore_ascii_case(scheme));
             let end = rest.find(['/', '?']).unwrap_or(rest.len());
             let (authority, target) = rest.split_at(end);
             if !known || authority.is_empty() || !is_authority(authority) {
-                return Err(BadRequest(
-                    "The target must be a path, or a whole http or https URI.",
-                ));
+                return Err(BadRequest("The target must be a path, or a whole http or https URI."));
             }
             (Some(authority), target)
         }
@@ -175,11 +160,7 @@ fn target_parts<'a>(
         Some((path, query)) => (path, Some(query)),
         None => (target, None),
     };
-    let path = if authority.is_some() && path.is_empty() {
-        "/"
-    } else {
-        path
-    };
+    let path = if authority.is_some() && path.is_empty() { "/" } else { path };
     if !path.starts_with('/')
         || !is_pchars(path, "/")
         || !is_pchars(query.unwrap_or_default(), "/?")
@@ -234,10 +215,7 @@ impl<'a> Fields<'a> {
     }
 
     fn all(&self, name: &str) -> impl Iterator<Item = &'a str> {
-        self.0
-            .iter()
-            .filter(move |(n, _)| n.eq_ignore_ascii_case(name))
-            .map(|(_, value)| *value)
+        self.0.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
     }
 
     /// The value of a field that may stand only once.
@@ -270,10 +248,7 @@ fn is_authority(text: &str) -> bool {
         Some(end) => text.split_at(end.saturating_add(1)),
         None => text.split_at(text.find(':').unwrap_or(text.len())),
     };
-    let host_ok = match host
-        .strip_prefix('[')
-        .and_then(|inner| inner.strip_suffix(']'))
-    {
+    let host_ok = match host.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')) {
         Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
         None => !host.is_empty() && !host.contains(['[', ']', ':', '@']) && is_pchars(host, ""),
     };
@@ -297,9 +272,7 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
         let codings: Vec<_> = codings.collect();
         return match *codings {
             [coding] if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
-            _ => Err(Refusal::NotImplemented(
-                "The only Transfer-Encoding here is chunked.",
-            )),
+            _ => Err(Refusal::NotImplemented("The only Transfer-Encoding here is chunked.")),
         };
     }
     match length {
@@ -352,11 +325,7 @@ mod tests {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());
                 let flags = [(r.keep_alive, " keep"), (r.expects_continue, " expects")];
-                let flags: String = flags
-                    .iter()
-                    .filter(|(on, _)| *on)
-                    .map(|(_, f)| *f)
-                    .collect();
+                let flags: String = flags.iter().filter(|(on, _)| *on).map(|(_, f)| *f).collect();
                 format!("{} {}{query} {host} {:?}{flags}", r.method, r.path, r.body)
             }
         }
@@ -369,40 +338,19 @@ mod tests {
     #[test]
     fn well_formed_heads() {
         let table = [
-            (
-                "GET / HTTP/1.1\r\nHost: h\r\n\r\n",
-                "GET / h Length(0) keep",
-            ),
-            (
-                "\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n",
-                "GET / h Length(0) keep",
-            ),
+            ("GET / HTTP/1.1\r\nHost: h\r\n\r\n", "GET / h Length(0) keep"),
+            ("\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n", "GET / h Length(0) keep"),
             ("GET / HTTP/1.0\r\n\r\n", "GET / - Length(0)"),
-            (
-                "GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
-                "GET / - Length(0) keep",
-            ),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "GET / - Length(0) keep"),
             ("GET / HTTP/1.7\r\nHost:\r\n\r\n", "GET /  Length(0) keep"),
             (
                 "GET /a%2Fb?c=d?e/ HTTP/1.1\r\nhOST:\t[::1]:80 \r\n\r\n",
                 "GET /a%2Fb?c=d?e/ [::1]:80 Length(0) keep",
             ),
-            (
-                "GET HTTP://a:7/x?y HTTP/1.1\r\nHost: b\r\n\r\n",
-                "GET /x?y a:7 Length(0) keep",
-            ),
-            (
-                "GET http://a HTTP/1.1\r\nHost: b\r\n\r\n",
-                "GET / a Length(0) keep",
-            ),
-            (
-                "GET http://a?q HTTP/1.1\r\nHost: b\r\n\r\n",
-                "GET /?q a Length(0) keep",
-            ),
-            (
-                "OPTIONS * HTTP/1.1\r\nHost: b\r\n\r\n",
-                "OPTIONS * b Length(0) keep",
-            ),
+            ("GET HTTP://a:7/x?y HTTP/1.1\r\nHost: b\r\n\r\n", "GET /x?y a:7 Length(0) keep"),
+            ("GET http://a HTTP/1.1\r\nHost: b\r\n\r\n", "GET / a Length(0) keep"),
+            ("GET http://a?q HTTP/1.1\r\nHost: b\r\n\r\n", "GET /?q a Length(0) keep"),
+            ("OPTIONS * HTTP/1.1\r\nHost: b\r\n\r\n", "OPTIONS * b Length(0) keep"),
             (
                 "M!#$%&'*+-.^_`|~9 / HTTP/1.1\r\nHost: b\r\n\r\n",
                 "M!#$%&'*+-.^_`|~9 / b Length(0) keep",
@@ -414,25 +362,15 @@ mod tests {
         let fields = [
             ("", "Length(0) keep"),
             ("Content-Length: 007\r\n", "Length(7) keep"),
-            (
-                "Content-Length: 99999999999999999999\r\n",
-                "Length(18446744073709551615) keep",
-            ),
+            ("Content-Length: 99999999999999999999\r\n", "Length(18446744073709551615) keep"),
             ("Transfer-Encoding: Chunked\r\n", "Chunked keep"),
             ("Expect: 100-Continue\r\n", "Length(0) keep expects"),
             ("Connection: x, Close\r\n", "Length(0)"),
-            (
-                "Connection: keep-alive\r\nConnection: close\r\n",
-                "Length(0)",
-            ),
+            ("Connection: keep-alive\r\nConnection: close\r\n", "Length(0)"),
             ("Empty:\r\nTab: a\tb\r\n", "Length(0) keep"),
         ];
         for (field, expected) in fields {
-            assert_eq!(
-                read(with(field).as_bytes()),
-                format!("PUT / h {expected}"),
-                "{field:?}"
-            );
+            assert_eq!(read(with(field).as_bytes()), format!("PUT / h {expected}"), "{field:?}");
         }
         assert_eq!(
             read(b"PUT / HTTP/1.1\r\nHost: h\r\nLatin: \xe9\r\n\r\n"),
@@ -470,11 +408,7 @@ mod tests {
             ("CONNECT a:1 HTTP/1.1", "501"),
         ];
         for (line, status) in lines {
-            assert_eq!(
-                read(format!("{line}\r\nHost: h\r\n\r\n").as_bytes()),
-                status,
-                "{line:?}"
-            );
+            assert_eq!(read(format!("{line}\r\nHost: h\r\n\r\n").as_bytes()), status, "{line:?}");
         }
         let fields = [
             ("Host: i\r\n", "400"),
@@ -495,28 +429,20 @@ mod tests {
             ("Content-Length: 1\r\nTransfer-Encoding: chunked\r\n", "400"),
             ("Transfer-Encoding: gzip\r\n", "501"),
             ("Transfer-Encoding: gzip, chunked\r\n", "501"),
-            (
-                "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
-                "501",
-            ),
+            ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", "501"),
             ("Expect: tea\r\n", "417"),
             ("Authorization: a\r\nAuthorization: a\r\n", "400"),
         ];
         for (field, status) in fields {
             assert_eq!(read(with(field).as_bytes()), status, "{field:?}");
         }
-        let hosts = [
-            "a b", "a/b", "a@b", "a:x", ":80", "[::1", "[x]", "a]", "::1",
-        ];
+        let hosts = ["a b", "a/b", "a@b", "a:x", ":80", "[::1", "[x]", "a]", "::1"];
         for host in hosts {
             let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
             assert_eq!(read(head.as_bytes()), "400", "{host:?}");
         }
         assert_eq!(read(b"GET / HTTP/1.1\r\n\r\n"), "400", "no Host");
-        assert_eq!(
-            read(b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"),
-            "400"
-        );
+        assert_eq!(read(b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"), "400");
         assert_eq!(read(b"\r\n\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n"), "400");
     }
 
@@ -550,9 +476,7 @@ mod tests {
         for head in heads {
             let whole = head_length(head.as_bytes());
             let mut prefixes = (1..=head.len()).map(|n| head_length(&head.as_bytes()[..n]));
-            let first = prefixes
-                .find(|verdict| *verdict != Ok(None))
-                .unwrap_or(Ok(None));
+            let first = prefixes.find(|verdict| *verdict != Ok(None)).unwrap_or(Ok(None));
             assert_eq!(first, whole, "{:?}", &head[..head.len().min(60)]);
         }
     }

@@ -65,43 +65,27 @@ impl Refusal {
         match self {
             Refusal::BadRequest(message) => (400, "bad_request", text(message)),
             Refusal::Timeout => (408, "timeout", text("The request did not come in time.")),
-            Refusal::LongLine => (
-                414,
-                "too_long",
-                text("The request line may have 8192 bytes at most."),
-            ),
-            Refusal::LongHead => (
-                431,
-                "too_long",
-                text("The head may have 16384 bytes and 64 fields at most."),
-            ),
-            Refusal::Body => (
-                413,
-                "too_large",
-                text("This request takes no body; send none."),
-            ),
-            Refusal::Expectation => (
-                417,
-                "expectation_failed",
-                text("The only Expect here is 100-continue."),
-            ),
+            Refusal::LongLine => {
+                (414, "too_long", text("The request line may have 8192 bytes at most."))
+            }
+            Refusal::LongHead => {
+                (431, "too_long", text("The head may have 16384 bytes and 64 fields at most."))
+            }
+            Refusal::Body => (413, "too_large", text("This request takes no body; send none.")),
+            Refusal::Expectation => {
+                (417, "expectation_failed", text("The only Expect here is 100-continue."))
+            }
             Refusal::NotImplemented(message) => (501, "not_implemented", text(message)),
             Refusal::Version => (505, "version", text("Send HTTP/1.1 or HTTP/1.0.")),
-            Refusal::Unauthorized => (
-                401,
-                "unauthorized",
-                text("Send the user name and password of rfw.conf."),
-            ),
-            Refusal::NotFound => (
-                404,
-                "not_found",
-                text("No such action or chain; GET / lists what there is."),
-            ),
-            Refusal::Method(allow) => (
-                405,
-                "method_not_allowed",
-                format!("The methods for this path are: {allow}."),
-            ),
+            Refusal::Unauthorized => {
+                (401, "unauthorized", text("Send the user name and password of rfw.conf."))
+            }
+            Refusal::NotFound => {
+                (404, "not_found", text("No such action or chain; GET / lists what there is."))
+            }
+            Refusal::Method(allow) => {
+                (405, "method_not_allowed", format!("The methods for this path are: {allow}."))
+            }
             Refusal::Rule(error) => rule_parts(error),
             Refusal::Query(message) => (400, "bad_query", message.clone()),
             Refusal::Expire(value) => (
@@ -116,11 +100,9 @@ impl Refusal {
                 "whitelisted",
                 format!("This overlaps {net} of the whitelist; nothing was changed."),
             ),
-            Refusal::NoIpv6 => (
-                400,
-                "bad_address",
-                text("This host filters no IPv6; send IPv4 addresses."),
-            ),
+            Refusal::NoIpv6 => {
+                (400, "bad_address", text("This host filters no IPv6; send IPv4 addresses."))
+            }
             Refusal::Iptables(words) => (500, "iptables_failed", words.clone()),
             Refusal::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
         }
@@ -155,14 +137,10 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
                 "'{text}' is no address of a host; write one such as 192.0.2.1 or 2001:db8::1."
             ),
         ),
-        RuleError::AnyAddress => (
-            "bad_address",
-            "0.0.0.0 and :: stand for any address in FORWARD only.".into(),
-        ),
-        RuleError::Families => (
-            "bad_address",
-            "Both addresses must be IPv4, or both IPv6.".into(),
-        ),
+        RuleError::AnyAddress => {
+            ("bad_address", "0.0.0.0 and :: stand for any address in FORWARD only.".into())
+        }
+        RuleError::Families => ("bad_address", "Both addresses must be IPv4, or both IPv6.".into()),
         RuleError::Mask(text) => (
             "bad_mask",
             format!(
@@ -185,23 +163,13 @@ pub struct Response {
 impl Response {
     /// 200 with a JSON text.
     pub fn json(body: String) -> Response {
-        Response {
-            status: 200,
-            content_type: "application/json",
-            extra: String::new(),
-            body,
-        }
+        Response { status: 200, content_type: "application/json", extra: String::new(), body }
     }
 
     /// 200 with a text for people.
     pub fn text(body: String) -> Response {
         let content_type = "text/plain; charset=utf-8";
-        Response {
-            status: 200,
-            content_type,
-            extra: String::new(),
-            body,
-        }
+        Response { status: 200, content_type, extra: String::new(), body }
     }
 
     /// `{"error":CODE,"message":SENTENCE}` with the status and the fields that
@@ -216,12 +184,7 @@ impl Response {
         };
         let (code, message) = (json::string(code), json::string(&message));
         let body = format!("{{\"error\":{code},\"message\":{message}}}\n");
-        Response {
-            status,
-            content_type: "application/json",
-            extra,
-            body,
-        }
+        Response { status, content_type: "application/json", extra, body }
     }
 
     /// The whole response as bytes; a HEAD request gets no body (RFC 9110, 9.3.2).
@@ -250,17 +213,8 @@ impl<'a> Chunked<'a> {
     /// Nothing is sent before there is a whole [`CHUNK`], or the end.
     pub fn new(stream: &'a mut Stream, http11: bool, keep_alive: bool) -> Chunked<'a> {
         let mut head = head(200, "application/json", keep_alive && http11);
-        head.push_str(if http11 {
-            "Transfer-Encoding: chunked\r\n\r\n"
-        } else {
-            "\r\n"
-        });
-        Chunked {
-            stream,
-            http11,
-            head,
-            pending: String::new(),
-        }
+        head.push_str(if http11 { "Transfer-Encoding: chunked\r\n\r\n" } else { "\r\n" });
+        Chunked { stream, http11, head, pending: String::new() }
     }
 
     /// Adds to the body.
@@ -285,8 +239,7 @@ impl<'a> Chunked<'a> {
         if self.head.is_empty() {
             return Err(ErrorKind::ConnectionAborted.into());
         }
-        self.stream
-            .send(Response::refusal(refusal).bytes(true, false).as_bytes())
+        self.stream.send(Response::refusal(refusal).bytes(true, false).as_bytes())
     }
 
     fn flush(&mut self, trailer: &str) -> io::Result<()> {

@@ -70,18 +70,12 @@ impl Stream {
     /// Takes a connection; with an acceptor it speaks TLS.
     pub fn new(socket: TcpStream, acceptor: Option<&Acceptor>) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
-        let timed = Timed {
-            socket,
-            deadline: Instant::now(),
-        };
+        let timed = Timed { socket, deadline: Instant::now() };
         let io = match acceptor {
             None => Io::Plain(timed),
             Some(acceptor) => Io::Tls(Box::new(acceptor.session(timed)?)),
         };
-        Ok(Stream {
-            io,
-            received: Vec::new(),
-        })
+        Ok(Stream { io, received: Vec::new() })
     }
 
     /// Sets the deadline of everything that follows.

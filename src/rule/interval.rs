@@ -11,11 +11,7 @@ pub fn parse(text: &str) -> Option<u64> {
         _ => (text, 1),
     };
     let plain = (1..=9).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
-    digits
-        .parse::<u64>()
-        .ok()
-        .filter(|_| plain)?
-        .checked_mul(unit)
+    digits.parse::<u64>().ok().filter(|_| plain)?.checked_mul(unit)
 }
 
 #[cfg(test)]

@@ -57,8 +57,7 @@ impl Target {
     /// Reads a name in any letter case.
     pub fn parse(name: &str) -> Option<Target> {
         let all = [Target::Drop, Target::Accept, Target::Reject];
-        all.into_iter()
-            .find(|target| target.name().eq_ignore_ascii_case(name))
+        all.into_iter().find(|target| target.name().eq_ignore_ascii_case(name))
     }
 }
 
@@ -88,9 +87,7 @@ impl Chain {
 
     /// Reads a name in any letter case.
     pub fn parse(name: &str) -> Option<Chain> {
-        Chain::ALL
-            .into_iter()
-            .find(|chain| chain.name().eq_ignore_ascii_case(name))
+        Chain::ALL.into_iter().find(|chain| chain.name().eq_ignore_ascii_case(name))
     }
 }
 
@@ -112,20 +109,12 @@ impl Name {
             return None;
         }
         let mut bytes = [0; Name::MAX];
-        bytes
-            .get_mut(..text.len())?
-            .copy_from_slice(text.as_bytes());
-        Some(Name {
-            bytes,
-            length: u8::try_from(text.len()).ok()?,
-        })
+        bytes.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+        Some(Name { bytes, length: u8::try_from(text.len()).ok()? })
     }
 
     fn as_str(&self) -> &str {
-        let name = self
-            .bytes
-            .get(..usize::from(self.length))
-            .unwrap_or_default();
+        let name = self.bytes.get(..usize::from(self.length)).unwrap_or_default();
         std::str::from_utf8(name).unwrap_or_default()
     }
 }
@@ -153,9 +142,7 @@ impl Iface {
         if stem == text && stem.ends_with(|c: char| c.is_ascii_digit()) {
             return Some(Iface::Exact(Name::parse(stem)?));
         }
-        Some(Iface::Prefix(
-            Name::parse(stem).filter(|_| stem.len() < Name::MAX)?,
-        ))
+        Some(Iface::Prefix(Name::parse(stem).filter(|_| stem.len() < Name::MAX)?))
     }
 
     /// Reads what iptables lists, where a name without `+` is exact.
@@ -199,12 +186,7 @@ pub enum Scope {
     /// From this host.
     Output { iface: Iface, destination: Net },
     /// Through this host; both blocks are of one family.
-    Forward {
-        inp: Iface,
-        out: Iface,
-        source: Net,
-        destination: Net,
-    },
+    Forward { inp: Iface, out: Iface, source: Net, destination: Net },
 }
 
 /// One rule of rfw's.
@@ -270,14 +252,8 @@ impl Rule {
         let (iface, rest) = take_iface(rest)?;
         let (block, rest) = take_block(chain, rest)?;
         let scope = match chain {
-            Chain::Input => Scope::Input {
-                iface,
-                source: not_any(block)?,
-            },
-            Chain::Output => Scope::Output {
-                iface,
-                destination: not_any(block)?,
-            },
+            Chain::Input => Scope::Input { iface, source: not_any(block)? },
+            Chain::Output => Scope::Output { iface, destination: not_any(block)? },
             Chain::Forward => return forward(target, iface, block, rest),
         };
         if !rest.is_empty() {
@@ -315,20 +291,14 @@ impl Rule {
         match self.scope {
             Scope::Input { source, .. } => (source, Net::any(source.family())),
             Scope::Output { destination, .. } => (Net::any(destination.family()), destination),
-            Scope::Forward {
-                source,
-                destination,
-                ..
-            } => (source, destination),
+            Scope::Forward { source, destination, .. } => (source, destination),
         }
     }
 
     /// The blocks that it names; "any address" is none.
     pub fn addresses(&self) -> impl Iterator<Item = Net> {
         let (source, destination) = self.ends();
-        [source, destination]
-            .into_iter()
-            .filter(|net| !net.is_any())
+        [source, destination].into_iter().filter(|net| !net.is_any())
     }
 
     /// Whether a path could name it: what the kernel lists need not.
@@ -362,29 +332,12 @@ impl FromStr for Rule {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (target, chain) = (self.target.name(), self.chain().name());
-        write!(
-            f,
-            "/{}/{}",
-            target.to_ascii_lowercase(),
-            chain.to_ascii_lowercase()
-        )?;
+        write!(f, "/{}/{}", target.to_ascii_lowercase(), chain.to_ascii_lowercase())?;
         match self.scope {
-            Scope::Input {
-                iface,
-                source: block,
-            }
-            | Scope::Output {
-                iface,
-                destination: block,
-            } => {
+            Scope::Input { iface, source: block } | Scope::Output { iface, destination: block } => {
                 write!(f, "/{iface}/{block}")
             }
-            Scope::Forward {
-                inp,
-                out,
-                source,
-                destination,
-            } => {
+            Scope::Forward { inp, out, source, destination } => {
                 write!(f, "/{inp}/{}", PathBlock(source))?;
                 if out == Iface::Any && destination.is_any() {
                     return Ok(());
@@ -430,25 +383,14 @@ fn forward(target: Target, inp: Iface, source: Net, rest: &[&str]) -> Result<Rul
     if source.family() != destination.family() {
         return Err(RuleError::Families);
     }
-    Ok(Rule {
-        target,
-        scope: Scope::Forward {
-            inp,
-            out,
-            source,
-            destination,
-        },
-    })
+    Ok(Rule { target, scope: Scope::Forward { inp, out, source, destination } })
 }
 
 fn take_iface<'a, 'b>(segments: &'a [&'b str]) -> Result<(Iface, &'a [&'b str]), RuleError> {
     let [iface, rest @ ..] = segments else {
         return Err(RuleError::Shape);
     };
-    Ok((
-        Iface::parse(iface).ok_or_else(|| RuleError::Iface(iface.to_string()))?,
-        rest,
-    ))
+    Ok((Iface::parse(iface).ok_or_else(|| RuleError::Iface(iface.to_string()))?, rest))
 }
 
 /// Takes an address and the prefix length that may follow: in FORWARD an
@@ -504,58 +446,25 @@ mod tests {
         let table = [
             ("/drop/input/any/1.2.3.4", "/drop/input/any/1.2.3.4"),
             ("/DROP/Input/eth0/1.2.3.4/32", "/drop/input/eth0/1.2.3.4"),
-            (
-                "/reject/output/ppp/7.7.7.77/24",
-                "/reject/output/ppp+/7.7.7.0/24",
-            ),
-            (
-                "/accept/input/ppp+/1.2.3.4/9",
-                "/accept/input/ppp+/1.0.0.0/9",
-            ),
+            ("/reject/output/ppp/7.7.7.77/24", "/reject/output/ppp+/7.7.7.0/24"),
+            ("/accept/input/ppp+/1.2.3.4/9", "/accept/input/ppp+/1.0.0.0/9"),
             ("/drop/input/eth0+/1.2.3.4", "/drop/input/eth0+/1.2.3.4"),
-            (
-                "/drop/input/Eth0.5@x-1/1.2.3.4",
-                "/drop/input/Eth0.5@x-1/1.2.3.4",
-            ),
-            (
-                "/drop/input/abcdefghijklmn5/1.2.3.4",
-                "/drop/input/abcdefghijklmn5/1.2.3.4",
-            ),
-            (
-                "/drop/input/abcdefghijklmn/1.2.3.4",
-                "/drop/input/abcdefghijklmn+/1.2.3.4",
-            ),
-            (
-                "/drop/input/any/2001:DB8::1/64",
-                "/drop/input/any/2001:db8::/64",
-            ),
-            (
-                "/drop/input/any/::ffff:1.2.3.4/24",
-                "/drop/input/any/1.2.3.0/24",
-            ),
+            ("/drop/input/Eth0.5@x-1/1.2.3.4", "/drop/input/Eth0.5@x-1/1.2.3.4"),
+            ("/drop/input/abcdefghijklmn5/1.2.3.4", "/drop/input/abcdefghijklmn5/1.2.3.4"),
+            ("/drop/input/abcdefghijklmn/1.2.3.4", "/drop/input/abcdefghijklmn+/1.2.3.4"),
+            ("/drop/input/any/2001:DB8::1/64", "/drop/input/any/2001:db8::/64"),
+            ("/drop/input/any/::ffff:1.2.3.4/24", "/drop/input/any/1.2.3.0/24"),
             ("/drop/input/any/0.0.0.5/24", "/drop/input/any/0.0.0.0/24"),
             ("/drop/forward/any/0.0.0.0", "/drop/forward/any/0.0.0.0"),
             ("/drop/forward/any/::/eth1", "/drop/forward/any/::/eth1"),
-            (
-                "/drop/forward/any/1.2.3.4/any/0.0.0.0",
-                "/drop/forward/any/1.2.3.4",
-            ),
-            (
-                "/drop/forward/eth0/1.2.3.4/24/eth1",
-                "/drop/forward/eth0/1.2.3.0/24/eth1",
-            ),
-            (
-                "/drop/forward/eth0/1.2.3.4/32/24",
-                "/drop/forward/eth0/1.2.3.4/32/24",
-            ),
+            ("/drop/forward/any/1.2.3.4/any/0.0.0.0", "/drop/forward/any/1.2.3.4"),
+            ("/drop/forward/eth0/1.2.3.4/24/eth1", "/drop/forward/eth0/1.2.3.0/24/eth1"),
+            ("/drop/forward/eth0/1.2.3.4/32/24", "/drop/forward/eth0/1.2.3.4/32/24"),
             (
                 "/drop/forward/eth0/0.0.0.0/ppp/5.6.7.8/31",
                 "/drop/forward/eth0/0.0.0.0/ppp+/5.6.7.8/31",
             ),
-            (
-                "/drop/forward/any/1.2.3.4/any/5.6.7.8",
-                "/drop/forward/any/1.2.3.4/any/5.6.7.8",
-            ),
+            ("/drop/forward/any/1.2.3.4/any/5.6.7.8", "/drop/forward/any/1.2.3.4/any/5.6.7.8"),
         ];
         for (path, canonical) in table {
             let rule: Rule = path.parse().expect(path);
@@ -589,20 +498,11 @@ mod tests {
             ("/drop/input/e h/1.2.3.4", Iface(text("e h"))),
             ("/drop/input/eth+0/1.2.3.4", Iface(text("eth+0"))),
             ("/drop/input/é0/1.2.3.4", Iface(text("é0"))),
-            (
-                "/drop/input/abcdefghijklmno5/1.2.3.4",
-                Iface(text("abcdefghijklmno5")),
-            ),
-            (
-                "/drop/input/abcdefghijklmno/1.2.3.4",
-                Iface(text("abcdefghijklmno")),
-            ),
+            ("/drop/input/abcdefghijklmno5/1.2.3.4", Iface(text("abcdefghijklmno5"))),
+            ("/drop/input/abcdefghijklmno/1.2.3.4", Iface(text("abcdefghijklmno"))),
             ("/drop/input/any/1.2.3", Address(text("1.2.3"))),
             ("/drop/input/any/01.2.3.4", Address(text("01.2.3.4"))),
-            (
-                "/drop/input/any/1.2.3.4%2f24",
-                Address(text("1.2.3.4%2f24")),
-            ),
+            ("/drop/input/any/1.2.3.4%2f24", Address(text("1.2.3.4%2f24"))),
             ("/drop/input/any/0.0.0.0", AnyAddress),
             ("/drop/output/any/::", AnyAddress),
             ("/drop/input/any/0.0.0.0/32", Address(text("0.0.0.0"))),
@@ -624,45 +524,17 @@ mod tests {
     #[test]
     fn overlapping_rules() {
         let table = [
-            (
-                "/drop/input/any/1.2.3.4",
-                "/accept/input/eth0/1.2.3.0/24",
-                true,
-            ),
-            (
-                "/drop/input/eth1/1.2.3.4",
-                "/accept/input/eth0/1.2.3.0/24",
-                false,
-            ),
-            (
-                "/drop/input/eth/1.2.3.4",
-                "/accept/input/eth0/1.2.3.4",
-                true,
-            ),
+            ("/drop/input/any/1.2.3.4", "/accept/input/eth0/1.2.3.0/24", true),
+            ("/drop/input/eth1/1.2.3.4", "/accept/input/eth0/1.2.3.0/24", false),
+            ("/drop/input/eth/1.2.3.4", "/accept/input/eth0/1.2.3.4", true),
             ("/drop/input/eth/1.2.3.4", "/accept/input/e/1.2.3.4", true),
-            (
-                "/drop/input/any/1.2.3.4",
-                "/accept/output/any/1.2.3.4",
-                false,
-            ),
-            (
-                "/drop/forward/any/1.2.3.4",
-                "/drop/forward/any/0.0.0.0/any/5.6.7.8",
-                true,
-            ),
-            (
-                "/drop/forward/any/1.2.3.4",
-                "/drop/forward/any/::/any/5::",
-                false,
-            ),
+            ("/drop/input/any/1.2.3.4", "/accept/output/any/1.2.3.4", false),
+            ("/drop/forward/any/1.2.3.4", "/drop/forward/any/0.0.0.0/any/5.6.7.8", true),
+            ("/drop/forward/any/1.2.3.4", "/drop/forward/any/::/any/5::", false),
         ];
         for (a, b, overlap) in table {
             let (a, b): (Rule, Rule) = (a.parse().expect(a), b.parse().expect(b));
-            assert_eq!(
-                (a.overlaps(&b), b.overlaps(&a)),
-                (overlap, overlap),
-                "{a} {b}"
-            );
+            assert_eq!((a.overlaps(&b), b.overlaps(&a)), (overlap, overlap), "{a} {b}");
         }
     }
 }

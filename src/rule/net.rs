@@ -40,27 +40,18 @@ impl Net {
         let addr = addr.to_canonical();
         let host_bits = family_of(addr).width().checked_sub(prefix)?;
         let kept = number(addr) & !low_bits(host_bits);
-        Some(Net {
-            addr: address(family_of(addr), kept),
-            prefix,
-        })
+        Some(Net { addr: address(family_of(addr), kept), prefix })
     }
 
     /// The block of one address.
     pub fn host(addr: IpAddr) -> Net {
         let addr = addr.to_canonical();
-        Net {
-            addr,
-            prefix: family_of(addr).width(),
-        }
+        Net { addr, prefix: family_of(addr).width() }
     }
 
     /// The block of all addresses of a family.
     pub fn any(family: Family) -> Net {
-        Net {
-            addr: address(family, 0),
-            prefix: 0,
-        }
+        Net { addr: address(family, 0), prefix: 0 }
     }
 
     /// Reads `ADDRESS` or `ADDRESS/PREFIX`, the notation of RFC 4632 and 4291.
@@ -85,10 +76,7 @@ impl Net {
         while let Some(start) = next.filter(|start| *start <= end) {
             let block = |bits: &u8| start & low_bits(*bits) == 0 && start | low_bits(*bits) <= end;
             let bits = (0..=family.width()).take_while(block).last().unwrap_or(0);
-            nets.extend(Net::new(
-                address(family, start),
-                family.width().saturating_sub(bits),
-            ));
+            nets.extend(Net::new(address(family, start), family.width().saturating_sub(bits)));
             next = (start | low_bits(bits)).checked_add(1);
         }
         Some(nets)
@@ -228,11 +216,7 @@ mod tests {
         ];
         for (a, b, contains, overlaps) in table {
             let (a, b) = (Net::parse(a).unwrap(), Net::parse(b).unwrap());
-            assert_eq!(
-                (a.contains(&b), a.overlaps(&b)),
-                (contains, overlaps),
-                "{a} {b}"
-            );
+            assert_eq!((a.contains(&b), a.overlaps(&b)), (contains, overlaps), "{a} {b}");
         }
     }
 
@@ -241,11 +225,7 @@ mod tests {
         let table = [
             ("10.0.0.1", "10.0.0.1", "10.0.0.1"),
             ("10.0.0.0", "10.0.0.255", "10.0.0.0/24"),
-            (
-                "10.0.0.1",
-                "10.0.0.6",
-                "10.0.0.1 10.0.0.2/31 10.0.0.4/31 10.0.0.6",
-            ),
+            ("10.0.0.1", "10.0.0.6", "10.0.0.1 10.0.0.2/31 10.0.0.4/31 10.0.0.6"),
             ("0.0.0.0", "255.255.255.255", "0.0.0.0/0"),
             ("255.255.255.254", "255.255.255.255", "255.255.255.254/31"),
             ("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "::/0"),
@@ -256,10 +236,7 @@ mod tests {
         for (first, last, expected) in table {
             let nets = Net::range(first.parse().unwrap(), last.parse().unwrap());
             let text = nets.map_or("none".into(), |nets| {
-                nets.iter()
-                    .map(Net::to_string)
-                    .collect::<Vec<_>>()
-                    .join(" ")
+                nets.iter().map(Net::to_string).collect::<Vec<_>>().join(" ")
             });
             assert_eq!(text, expected, "{first}-{last}");
         }

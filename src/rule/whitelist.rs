@@ -113,10 +113,7 @@ mod tests {
         let always = "127.0.0.0/8 ::1";
         let table = [
             ("10.0.0.1\n", "10.0.0.1 127.0.0.0/8 ::1"),
-            (
-                "# head\n\n 10.0.0.1 # me\r\n10.0.0.1/32\n",
-                "10.0.0.1 127.0.0.0/8 ::1",
-            ),
+            ("# head\n\n 10.0.0.1 # me\r\n10.0.0.1/32\n", "10.0.0.1 127.0.0.0/8 ::1"),
             ("10.0.0.1-10.0.0.2", "10.0.0.1 10.0.0.2 127.0.0.0/8 ::1"),
             ("10.0.0.1 - 10.0.0.1", "10.0.0.1 127.0.0.0/8 ::1"),
             ("2001:db8::5/64", "127.0.0.0/8 ::1 2001:db8::/64"),
@@ -152,19 +149,13 @@ mod tests {
             ("/accept/output/eth0/10.1.2.3", Some("10.1.0.0/16")),
             ("/drop/input/any/127.0.0.1", Some("127.0.0.0/8")),
             ("/drop/input/any/2001:db8::/32", Some("2001:db8::1")),
-            (
-                "/drop/forward/any/0.0.0.0/any/10.1.2.3",
-                Some("10.1.0.0/16"),
-            ),
+            ("/drop/forward/any/0.0.0.0/any/10.1.2.3", Some("10.1.0.0/16")),
             ("/drop/forward/any/0.0.0.0", None),
             ("/drop/forward/any/::/any/2001:db8::2", None),
             ("/drop/input/any/10.2.0.0/16", None),
         ];
         for (path, conflict) in table {
-            let change = Change {
-                rule: path.parse().unwrap(),
-                action: Action::Delete,
-            };
+            let change = Change { rule: path.parse().unwrap(), action: Action::Delete };
             let net = list.permit(change).err().map(|net| net.to_string());
             assert_eq!(net.as_deref(), conflict, "{path}");
         }
