@@ -1,11 +1,11 @@
 //! The REST API: a request to a command, and what became of it to JSON.
 
 use crate::firewall::Outcome;
-use crate::firewall::kernel::Listed;
+use crate::firewall::kernel::Owned;
 use crate::http::json;
 use crate::http::request::Request;
 use crate::http::response::Refusal;
-use crate::rule::{Action, Chain, Change, Iface, Rule, RuleError, WIDEST_V4, WIDEST_V6, interval};
+use crate::rule::{Action, Chain, Change, Iface, Rule, RuleError, interval};
 
 /// What a client may ask for.
 #[derive(PartialEq, Eq, Debug)]
@@ -96,8 +96,8 @@ impl Query {
         rule: Result<Rule, RuleError>,
         grammar: Grammar,
     ) -> Result<Command, Refusal> {
-        if let Err(error @ (RuleError::NoTarget(_) | RuleError::NoChain(_))) = rule {
-            return Err(Refusal::Rule(error));
+        if rule == Err(RuleError::Unknown) {
+            return Err(Refusal::NotFound);
         }
         let put = match (request.method.as_str(), self.modify.as_deref()) {
             ("PUT", None) => true,
@@ -128,38 +128,19 @@ impl Query {
 
 /// What `GET /` answers.
 pub fn help(addresses: &str, grammar: Grammar) -> String {
-    let version = env!("CARGO_PKG_VERSION");
     let expire = match grammar.default_expire {
         0 => "for ever".into(),
         seconds => format!("{seconds} s"),
     };
     let get = match grammar.non_restful {
-        true => "GET …?modify=insert and GET …?modify=delete do the same as PUT and DELETE.\n",
+        true => "GET    the same path?modify=insert or delete      as PUT and DELETE\n",
         false => "",
     };
-    format!(
-        "rfw {version} at {addresses}
-
-PUT    /TARGET/input/IFACE/IP[/MASK][?expire=T]    block or allow what comes from IP
-PUT    /TARGET/output/IFACE/IP[/MASK][?expire=T]   … what goes to IP
-PUT    /TARGET/forward/IFACE/IP[/MASK][/IFACE2[/IP2[/MASK2]]][?expire=T]
-                                                   … what is routed from IP to IP2
-DELETE the same path                               remove that rule
-GET    /list, GET /list/CHAIN                      the rules, as JSON
-{get}
-TARGET  drop, accept or reject
-CHAIN   input, output or forward
-IFACE   any; eth0 is that interface; ppp is every one that starts so
-IP      IPv4 or IPv6; in forward 0.0.0.0 or :: is any address
-MASK    {WIDEST_V4} to 32 for IPv4, {WIDEST_V6} to 128 for IPv6
-T       seconds, or digits with s, m, h or d; 0 is for ever; without it {expire}
-
-curl -X PUT    'http://127.0.0.1:7390/drop/input/any/192.0.2.1?expire=10m'
-curl -X DELETE 'http://127.0.0.1:7390/drop/input/any/192.0.2.1'
-curl           'http://127.0.0.1:7390/list'
-curl --cacert ca.crt -u USER -X PUT https://SERVER:7393/drop/input/eth0/192.0.2.0/24
-"
-    )
+    include_str!("help.txt")
+        .replace("VERSION", env!("CARGO_PKG_VERSION"))
+        .replace("ADDRESSES", addresses)
+        .replace("DEFAULT", &expire)
+        .replace("GETS", get)
 }
 
 /// Decodes `%XX` once (RFC 3986, 2.1); `None` if the bytes are not UTF-8.
@@ -180,32 +161,28 @@ pub fn modifies(request: &Request) -> bool {
 }
 
 /// The answer to a change.
-pub fn outcome_json(outcome: &Outcome) -> String {
+pub fn outcome_json(Outcome { verdict, rule, expires }: &Outcome) -> String {
     format!(
-        "{{\"result\":\"{}\",\"rule\":{{{},{}}},\"expires\":{}}}\n",
-        outcome.verdict.name(),
-        head_json(&outcome.rule),
-        ends_json(&outcome.rule),
-        json::number(outcome.expires)
+        "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{}}}\n",
+        verdict.name(),
+        rule.chain().name(),
+        rule.target.name(),
+        ends_json(rule),
+        json::number(*expires)
     )
 }
 
-/// One element of the list.
-pub fn listed_json(listed: &Listed) -> String {
-    let (target, ends) = (listed.rule.target.name(), ends_json(&listed.rule));
+/// One element of the list; `place` is the rule's number in its chain.
+pub fn listed_json(place: usize, owned: &Owned) -> String {
+    let Owned { rule, tag, counters: (packets, bytes) } = owned;
     format!(
-        "{{\"chain\":\"{}\",\"num\":\"{}\",\"pkts\":\"{}\",\"bytes\":\"{}\",\"target\":\"{target}\",\
-         \"prot\":\"all\",\"opt\":\"--\",{ends},\"extra\":\"\",\"expires\":{}}}",
-        listed.rule.chain().name(),
-        listed.num,
-        listed.packets,
-        listed.bytes,
-        json::number(listed.expires)
+        "{{\"chain\":\"{}\",\"num\":\"{place}\",\"pkts\":\"{packets}\",\"bytes\":\"{bytes}\",\
+         \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{}}}",
+        rule.chain().name(),
+        rule.target.name(),
+        ends_json(rule),
+        json::number(tag.expires())
     )
-}
-
-fn head_json(rule: &Rule) -> String {
-    format!("\"chain\":\"{}\",\"target\":\"{}\"", rule.chain().name(), rule.target.name())
 }
 
 /// Interfaces and addresses; none of them holds a character to be escaped.
@@ -213,7 +190,7 @@ fn ends_json(rule: &Rule) -> String {
     let (inp, out) = rule.ifaces();
     let (source, destination) = rule.ends();
     let name = |iface: Iface| match iface {
-        Iface::Any => "*".into(),
+        Iface::ANY => "*".into(),
         iface => iface.to_string(),
     };
     format!(

@@ -25,7 +25,6 @@ impl Clock {
         Clock { started: Instant::now(), base: wall() }
     }
 
-    /// The steady time since 1970.
     pub fn now(&self) -> Duration {
         self.base.saturating_add(self.started.elapsed())
     }
@@ -34,22 +33,14 @@ impl Clock {
     /// every time that was read off this clock before is to be moved by them.
     pub fn follow(&mut self, wall: Duration) -> Option<i64> {
         let now = self.now();
-        if wall.abs_diff(now) < Clock::STEP {
+        let distance = wall.abs_diff(now);
+        if distance < Clock::STEP {
             return None;
         }
-        let rounded = wall.abs_diff(now).saturating_add(Duration::from_millis(500)).as_secs();
+        *self = Clock { started: Instant::now(), base: wall };
+        let rounded = distance.saturating_add(Duration::from_millis(500)).as_secs();
         let seconds = i64::try_from(rounded).unwrap_or(i64::MAX);
-        let step = Duration::from_secs(seconds.unsigned_abs());
-        if wall > now {
-            self.base = self.base.saturating_add(step);
-            return Some(seconds);
-        }
-        // The clock may be set to before this program's start less its age.
-        match self.base.checked_sub(step) {
-            Some(base) => self.base = base,
-            None => *self = Clock { started: Instant::now(), base: wall },
-        }
-        Some(seconds.saturating_neg())
+        Some(if wall > now { seconds } else { seconds.saturating_neg() })
     }
 }
 

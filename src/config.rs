@@ -36,94 +36,75 @@ const SETTINGS: [&str; 11] = [
 ];
 
 /// The HTTPS server for remote clients.
-#[derive(Debug)]
 pub struct Outward {
-    /// The address to bind.
     pub ip: IpAddr,
-    /// The TCP port.
     pub port: u16,
-    /// The PEM chain.
     pub certfile: PathBuf,
-    /// The PEM key.
     pub keyfile: PathBuf,
-    /// Whether TLS 1.2 is spoken too.
     pub tls12: bool,
 }
 
 /// The plain server on the loopback addresses.
-#[derive(Debug)]
 pub struct Local {
-    /// The TCP port.
     pub port: u16,
-    /// Whether it asks for credentials.
     pub authentication: bool,
 }
 
 /// What rfw.conf says, relative paths taken from its folder.
-#[derive(Debug)]
 pub struct Config {
-    /// The outward server, if it is on.
     pub outward: Option<Outward>,
-    /// The local server, if it is on.
     pub local: Option<Local>,
-    /// The one user, if there is one.
     pub credentials: Option<Credentials>,
-    /// Whether GET may change rules.
     pub non_restful: bool,
-    /// Seconds that a rule lives if a PUT does not say; 0 is for ever.
+    /// Seconds; 0 is for ever.
     pub default_expire: u64,
-    /// The whitelist.
     pub whitelist: PathBuf,
-    /// iptables, an absolute path.
     pub iptables: PathBuf,
-    /// ip6tables, an absolute path.
     pub ip6tables: PathBuf,
 }
 
-/// What is wrong with rfw.conf.
+/// A line of a file that is wrong, or the file as a whole.
 #[derive(PartialEq, Eq, Debug)]
-pub struct ConfigError {
+pub struct LineError {
     /// Counted from 1; 0 where no single line is to blame.
     pub line: usize,
     /// What is wrong and what to do.
     pub message: String,
 }
 
-fn error<T>(line: usize, message: impl Into<String>) -> Result<T, ConfigError> {
-    Err(ConfigError { line, message: message.into() })
+fn error<T>(line: usize, message: impl Into<String>) -> Result<T, LineError> {
+    Err(LineError { line, message: message.into() })
 }
 
 impl Config {
     /// Reads the text of a file in `folder`.
-    pub fn parse(text: &str, folder: &Path) -> Result<Config, ConfigError> {
+    pub fn parse(text: &str, folder: &Path) -> Result<Config, LineError> {
         let entries = Entries::parse(text)?;
         let path = |value: &str| folder.join(value);
         let port = |key: &str, default: u16| {
-            let port = |value: &str| value.parse().ok().filter(|port| *port > 0);
+            let port = |value: &str| {
+                let digits = value.bytes().all(|b| b.is_ascii_digit());
+                value.parse().ok().filter(|port| digits && *port > 0)
+            };
             entries.get(key, default, "a TCP port, 1 to 65535", port)
         };
-        let outward = match entries.flag("outward.server") {
-            None => None,
-            Some(line) => Some(Outward {
-                ip: entries.get(
-                    "outward.server.ip",
-                    Ipv4Addr::UNSPECIFIED.into(),
-                    "an address to listen on, such as 0.0.0.0 or ::",
-                    |value| value.parse().ok(),
-                )?,
+        let outward = |line| {
+            let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+            let what = "an address to listen on, such as 0.0.0.0 or ::";
+            Ok(Outward {
+                ip: entries.get("outward.server.ip", any, what, |value| value.parse().ok())?,
                 port: port("outward.server.port", 7393)?,
                 certfile: path(entries.needed("outward.server.certfile", line)?),
                 keyfile: path(entries.needed("outward.server.keyfile", line)?),
                 tls12: entries.flag("outward.server.tls12").is_some(),
-            }),
+            })
         };
-        let local = match entries.flag("local.server") {
-            None => None,
-            Some(_) => Some(Local {
-                port: port("local.server.port", 7390)?,
-                authentication: entries.flag("local.server.authentication").is_some(),
-            }),
+        let local = |_| {
+            let authentication = entries.flag("local.server.authentication").is_some();
+            Ok(Local { port: port("local.server.port", 7390)?, authentication })
         };
+        let outward = entries.flag("outward.server").map(outward).transpose()?;
+        let local = entries.flag("local.server").map(local).transpose()?;
         if outward.is_none() && local.is_none() {
             return error(0, "no server is on; write a line outward.server or local.server");
         }
@@ -163,7 +144,7 @@ fn beside(iptables: &Path) -> PathBuf {
 struct Entries<'a>(HashMap<&'a str, (usize, &'a str)>);
 
 impl<'a> Entries<'a> {
-    fn parse(text: &'a str) -> Result<Entries<'a>, ConfigError> {
+    fn parse(text: &'a str) -> Result<Entries<'a>, LineError> {
         let mut entries = HashMap::new();
         let mut section = false;
         for (number, line) in (1..).zip(text.lines().map(str::trim)) {
@@ -196,7 +177,7 @@ impl<'a> Entries<'a> {
         default: T,
         what: &str,
         read: impl Fn(&str) -> Option<T>,
-    ) -> Result<T, ConfigError> {
+    ) -> Result<T, LineError> {
         match self.0.get(key) {
             None => Ok(default),
             Some((line, value)) => match read(value) {
@@ -206,7 +187,7 @@ impl<'a> Entries<'a> {
         }
     }
 
-    fn needed(&self, key: &str, line: usize) -> Result<&'a str, ConfigError> {
+    fn needed(&self, key: &str, line: usize) -> Result<&'a str, LineError> {
         match self.0.get(key) {
             Some((_, value)) => Ok(value),
             None => error(line, format!("{key} is needed; write a line {key} = …")),
@@ -214,7 +195,7 @@ impl<'a> Entries<'a> {
     }
 
     /// The user, whom the outward server needs, and the local one if it asks.
-    fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, ConfigError> {
+    fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, LineError> {
         let local = local.as_ref().is_some_and(|local| local.authentication);
         let asking = self.flag("outward.server").or(self.flag("local.server").filter(|_| local));
         let set = ["auth.username", "auth.password"].iter().any(|key| self.0.contains_key(key));
@@ -234,7 +215,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-fn entry(line: &str, number: usize) -> Result<(&str, &str), ConfigError> {
+fn entry(line: &str, number: usize) -> Result<(&str, &str), LineError> {
     let (key, value) = match line.split_once('=') {
         None => (line, None),
         Some((key, value)) => (key.trim_end(), Some(value.trim_start())),
@@ -258,7 +239,7 @@ mod tests {
     const OUTWARD: &str = "outward.server\noutward.server.certfile = c\n\
                            outward.server.keyfile = /k\nauth.username = u\nauth.password = p = q\n";
 
-    fn parse(text: &str) -> Result<Config, ConfigError> {
+    fn parse(text: &str) -> Result<Config, LineError> {
         Config::parse(text, Path::new("/etc/rfw"))
     }
 
@@ -314,6 +295,7 @@ mod tests {
             ("default.expire = soon", 4, "interval"),
             ("local.server.port = 0", 4, "65535"),
             ("local.server.port = 65536", 4, "65535"),
+            ("local.server.port = +80", 4, "65535"),
             ("iptables.path = iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
             ("outward.server", 4, "outward.server.certfile is needed"),
@@ -322,7 +304,7 @@ mod tests {
             ("auth.username = a:b\nauth.password = c", 4, "colon"),
         ];
         for (lines, line, words) in table {
-            let error = parse(&format!("{LEAST}{lines}\n")).unwrap_err();
+            let error = parse(&format!("{LEAST}{lines}\n")).err().unwrap();
             assert_eq!(error.line, line, "{lines}: {}", error.message);
             assert!(error.message.contains(words), "{lines}: {}", error.message);
         }
@@ -335,7 +317,7 @@ mod tests {
             ("[config]\noutward.server.ip = localhost\noutward.server\n", 2, "listen"),
         ];
         for (text, line, words) in whole {
-            let error = parse(text).unwrap_err();
+            let error = parse(text).err().unwrap();
             assert_eq!(error.line, line, "{text}: {}", error.message);
             assert!(error.message.contains(words), "{text}: {}", error.message);
         }

@@ -8,9 +8,8 @@ use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::Write as _;
 
-/// How much an event matters. The order is from least to most.
+/// How much an event matters, from least to most.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-#[allow(missing_docs, reason = "the names are the log's own words")]
 pub enum Level {
     Debug,
     Info,
@@ -20,29 +19,26 @@ pub enum Level {
 }
 
 impl Level {
-    /// All names, as the option `--loglevel` takes them.
-    pub const NAMES: &str = "DEBUG, INFO, WARNING, ERROR or CRITICAL";
+    const ALL: [(Level, &str); 5] = [
+        (Level::Debug, "DEBUG"),
+        (Level::Info, "INFO"),
+        (Level::Warning, "WARNING"),
+        (Level::Error, "ERROR"),
+        (Level::Critical, "CRITICAL"),
+    ];
 
     fn name(self) -> &'static str {
-        match self {
-            Level::Debug => "DEBUG",
-            Level::Info => "INFO",
-            Level::Warning => "WARNING",
-            Level::Error => "ERROR",
-            Level::Critical => "CRITICAL",
-        }
+        Level::ALL.iter().find(|(level, _)| *level == self).map_or("", |(_, name)| name)
     }
 
     /// Reads a name, in any letter case.
-    pub fn parse(name: &str) -> Option<Level> {
-        let all = [Level::Debug, Level::Info, Level::Warning, Level::Error, Level::Critical];
-        all.into_iter().find(|level| level.name().eq_ignore_ascii_case(name))
+    pub fn parse(text: &str) -> Option<Level> {
+        Level::ALL.iter().find(|(_, name)| name.eq_ignore_ascii_case(text)).map(|(level, _)| *level)
     }
 }
 
 /// Where the lines go. Each is one `write` to a file opened for appending, so
 /// lines of several threads never mix and nothing needs a lock.
-#[derive(Debug)]
 pub struct Log {
     /// The log file and the least level that goes there.
     pub file: Option<(File, Level)>,
@@ -61,25 +57,22 @@ impl Log {
         }
         let mut line = String::new();
         let _ = writeln!(line, "{} {} {event}", Utc(clock::wall()), level.name());
-        if let Some((mut file, _)) = file.map(|(file, least)| (file, least)) {
-            let _ = file.write_all(line.as_bytes());
+        if let Some((file, _)) = file {
+            let _ = (&*file).write_all(line.as_bytes());
         }
         if stderr.is_some() {
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
     }
 
-    /// Writes at INFO.
     pub fn info(&self, event: fmt::Arguments<'_>) {
         self.write(Level::Info, event);
     }
 
-    /// Writes at WARNING.
     pub fn warning(&self, event: fmt::Arguments<'_>) {
         self.write(Level::Warning, event);
     }
 
-    /// Writes at ERROR.
     pub fn error(&self, event: fmt::Arguments<'_>) {
         self.write(Level::Error, event);
     }

@@ -89,7 +89,9 @@ impl Options {
                 "--logfile" => options.logfile = value()?.into(),
                 "--loglevel" => {
                     let name = value()?;
-                    let wrong = || format!("--loglevel {name}: write {}", Level::NAMES);
+                    let wrong = || {
+                        format!("--loglevel {name}: write DEBUG, INFO, WARNING, ERROR or CRITICAL")
+                    };
                     options.level = Level::parse(name).ok_or_else(wrong)?;
                 }
                 "-v" => options.verbose = true,
@@ -168,8 +170,9 @@ fn read_text(file: &Path) -> Result<String, String> {
 fn load_keys(outward: &Outward) -> Result<Acceptor, String> {
     let chain = read_trusted(&outward.certfile)?;
     let key = read_trusted(&outward.keyfile)?;
-    Acceptor::new(&chain, &key, outward.tls12)
-        .map_err(|message| format!("{}: {message}", outward.certfile.display()))
+    Acceptor::new(&chain, &key, outward.tls12).map_err(|message| {
+        format!("{}, {}: {message}", outward.certfile.display(), outward.keyfile.display())
+    })
 }
 
 /// The program and `-restore` beside it, as far as a look at the files tells.

@@ -10,9 +10,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long one command may take; a batch gets [`PER_LINE`] more a line.
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long one command may take, how much more a batch gets for each line,
+/// and how long a listing may take that a client reads along.
+pub const LIMIT: Duration = Duration::from_secs(10);
 const PER_LINE: Duration = Duration::from_millis(10);
+pub const LIST_LIMIT: Duration = Duration::from_secs(30);
 /// Seconds that the tools wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
 
@@ -30,10 +32,7 @@ pub enum Tag {
 impl Tag {
     /// When the rule expires.
     pub fn expires(self) -> Option<u64> {
-        match self {
-            Tag::Until(second) => Some(second),
-            Tag::Permanent | Tag::Guard(_) => None,
-        }
+        if let Tag::Until(second) = self { Some(second) } else { None }
     }
 
     /// Reads a comment; `port` is the one that the rule names.
@@ -41,10 +40,9 @@ impl Tag {
         match (comment.strip_prefix("rfw")?, port) {
             ("", None) => Some(Tag::Permanent),
             (":guard", Some(port)) => Some(Tag::Guard(port)),
-            (rest, None) => {
-                let digits = rest.strip_prefix(':')?;
-                let plain = digits.bytes().all(|b| b.is_ascii_digit()) && !digits.starts_with('0');
-                digits.parse().ok().filter(|_| plain).map(Tag::Until)
+            (second, None) => {
+                let tag = Tag::Until(second.strip_prefix(':')?.parse().ok()?);
+                Some(tag).filter(|tag| tag.to_string() == comment)
             }
             _ => None,
         }
@@ -64,212 +62,121 @@ impl fmt::Display for Tag {
 /// A rule as it stands in the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Owned {
-    /// The rule.
     pub rule: Rule,
-    /// Its comment.
     pub tag: Tag,
     /// Packets and bytes that it has met.
     pub counters: (u64, u64),
 }
 
 impl Owned {
-    /// `-D CHAIN …`
-    pub fn delete_line(&self) -> String {
-        format!("-D {} {}", self.rule.chain().name(), Spec(self))
+    /// A rule that has met no packet yet.
+    pub fn new(rule: Rule, tag: Tag) -> Owned {
+        Owned { rule, tag, counters: (0, 0) }
     }
 
-    /// `-I CHAIN [PLACE] …`; place 1 is the front.
+    pub fn delete_line(&self) -> String {
+        format!("-D {} {}", self.rule.chain().name(), self.spec())
+    }
+
+    /// Inserts it as the chain's rule number `place`; 1 is the front.
     pub fn insert_line(&self, place: usize) -> String {
-        let chain = self.rule.chain().name();
+        let place = if place == 1 { String::new() } else { format!(" {place}") };
         let counters = match self.counters {
             (0, 0) => String::new(),
             (packets, bytes) => format!(" -c {packets} {bytes}"),
         };
-        match place {
-            1 => format!("-I {chain} {}{counters}", Spec(self)),
-            _ => format!("-I {chain} {place} {}{counters}", Spec(self)),
-        }
+        format!("-I {}{place} {}{counters}", self.rule.chain().name(), self.spec())
+    }
+
+    /// What follows the chain. No word of it holds a space or a quote: names,
+    /// numbers and addresses alone can get here.
+    fn spec(&self) -> String {
+        let ((inp, out), (source, destination)) = (self.rule.ifaces(), self.rule.ends());
+        let iface = |option, iface| match iface {
+            Iface::ANY => String::new(),
+            _ => format!("{option} {iface} "),
+        };
+        let net = |option, net: Net| match net.is_any() {
+            true => String::new(),
+            false => format!("{option} {net} "),
+        };
+        let port = match (self.tag, self.rule.chain()) {
+            (Tag::Guard(port), Chain::Output) => format!("-p tcp -m tcp --sport {port} "),
+            (Tag::Guard(port), _) => format!("-p tcp -m tcp --dport {port} "),
+            _ => String::new(),
+        };
+        format!(
+            "{}{}{}{}{port}-m comment --comment {} -j {}",
+            iface("-i", inp),
+            iface("-o", out),
+            net("-s", source),
+            net("-d", destination),
+            self.tag,
+            self.rule.target.name()
+        )
     }
 }
 
-/// What follows the chain. No word of it holds a space or a quote: names,
-/// numbers and addresses alone can get here.
-struct Spec<'a>(&'a Owned);
+/// One rule of a listing: one of rfw's, or anybody else's.
+pub type Row = Option<Owned>;
 
-impl fmt::Display for Spec<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Owned { rule, tag, .. } = self.0;
-        let ((inp, out), (source, destination)) = (rule.ifaces(), rule.ends());
-        for (option, iface) in [("-i", inp), ("-o", out)] {
-            if iface != Iface::Any {
-                write!(f, "{option} {iface} ")?;
-            }
-        }
-        for (option, net) in [("-s", source), ("-d", destination)] {
-            if !net.is_any() {
-                write!(f, "{option} {net} ")?;
-            }
-        }
-        if let Tag::Guard(port) = tag {
-            let end = if rule.chain() == Chain::Output { "--sport" } else { "--dport" };
-            write!(f, "-p tcp -m tcp {end} {port} ")?;
-        }
-        write!(f, "-m comment --comment {tag} -j {}", rule.target.name())
-    }
-}
-
-/// One rule of a listing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Row {
-    /// One of rfw's.
-    Own(Owned),
-    /// Anybody else's.
-    Foreign,
-}
-
-impl Row {
-    /// The rule, if it is one of rfw's.
-    pub fn rule(&self) -> Option<Rule> {
-        match self {
-            Row::Own(owned) => Some(owned.rule),
-            Row::Foreign => None,
-        }
-    }
-}
-
-/// Reads a line of `iptables -S` or `iptables -v -S`; `None` if it is no rule
-/// of a built-in chain. The order of options varies with the version.
+/// Reads a line of `iptables -v -S`; `None` if it is no rule of a built-in
+/// chain. The order of the options varies with the version.
 pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Row)> {
-    let mut words = line.trim_end().split(' ');
-    let chain = match (words.next()?, words.next()?) {
-        ("-A", name) => Chain::ALL.into_iter().find(|chain| chain.name() == name)?,
+    let (chain, spec) = line.trim_end().strip_prefix("-A ")?.split_once(' ')?;
+    let chain = Chain::ALL.into_iter().find(|known| known.name() == chain)?;
+    let ours = spec.contains("rfw").then(|| parse_owned(chain, spec, family));
+    Some((chain, ours.flatten()))
+}
+
+/// `None` where an option is left over that no rule of rfw's has.
+fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
+    let mut words = spec.split(' ');
+    let mut options = Vec::new();
+    let mut counters = (0, 0);
+    while let Some(option) = words.next() {
+        let value = words.next()?;
+        match (option, value) {
+            ("-c", packets) => counters = (packets.parse().ok()?, words.next()?.parse().ok()?),
+            ("-m", "comment" | "tcp") => {}
+            ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
+            _ => options.push((option, value)),
+        }
+    }
+    let mut take = |name: &str| {
+        let at = options.iter().position(|(option, _)| *option == name)?;
+        Some(options.swap_remove(at).1)
+    };
+    let port = match (take("-p"), chain) {
+        (None, _) => None,
+        (Some("tcp"), Chain::Input) => Some(take("--dport")?.parse().ok()?),
+        (Some("tcp"), Chain::Output) => Some(take("--sport")?.parse().ok()?),
         _ => return None,
     };
-    let owned = match line.contains("rfw") {
-        true => Options::parse(words).and_then(|options| options.owned(chain, family)),
-        false => None,
+    let tag = Tag::parse(take("--comment")?.trim_matches('"'), port)?;
+    let target = take("-j")?;
+    let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
+    let same = |name: &str| Iface::parse(name).filter(|iface| iface.to_string() == name);
+    let mut iface = |option| take(option).map_or(Some(Iface::ANY), same);
+    let (inp, out) = (iface("-i")?, iface("-o")?);
+    let mut net = |option| take(option).map_or(Some(Net::any(family)), Net::parse);
+    let (source, destination) = (net("-s")?, net("-d")?);
+    let scope = match (chain, (inp, source.is_any()), (out, destination.is_any())) {
+        (Chain::Forward, ..) => Scope::Forward { inp, out, source, destination },
+        (Chain::Input, _, (Iface::ANY, true)) => Scope::Input { iface: inp, source },
+        (Chain::Output, (Iface::ANY, true), _) => Scope::Output { iface: out, destination },
+        _ => return None,
     };
-    Some((chain, owned.map_or(Row::Foreign, Row::Own)))
-}
-
-/// The options of one listed rule, each at most once.
-#[derive(Default)]
-struct Options<'a> {
-    inp: Option<&'a str>,
-    out: Option<&'a str>,
-    source: Option<&'a str>,
-    destination: Option<&'a str>,
-    protocol: Option<&'a str>,
-    dport: Option<&'a str>,
-    sport: Option<&'a str>,
-    comment: Option<&'a str>,
-    target: Option<&'a str>,
-    reject: Option<&'a str>,
-    packets: Option<&'a str>,
-    bytes: Option<&'a str>,
-}
-
-impl<'a> Options<'a> {
-    /// `None` at the first option that no rule of rfw's has.
-    fn parse(mut words: impl Iterator<Item = &'a str>) -> Option<Options<'a>> {
-        let mut options = Options::default();
-        while let Some(option) = words.next() {
-            let value = words.next()?;
-            let slot = match option {
-                "-i" => &mut options.inp,
-                "-o" => &mut options.out,
-                "-s" => &mut options.source,
-                "-d" => &mut options.destination,
-                "-p" => &mut options.protocol,
-                "--dport" => &mut options.dport,
-                "--sport" => &mut options.sport,
-                "--comment" => &mut options.comment,
-                "-j" => &mut options.target,
-                "--reject-with" => &mut options.reject,
-                "-c" => {
-                    options.bytes = words.next();
-                    &mut options.packets
-                }
-                "-m" if matches!(value, "comment" | "tcp") => continue,
-                _ => return None,
-            };
-            let value = value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value);
-            if slot.replace(value).is_some() {
-                return None;
-            }
-        }
-        Some(options)
-    }
-
-    fn owned(&self, chain: Chain, family: Family) -> Option<Owned> {
-        let port = match (self.protocol, self.dport, self.sport, chain) {
-            (None, None, None, _) => None,
-            (Some("tcp"), Some(port), None, Chain::Input) => Some(port.parse().ok()?),
-            (Some("tcp"), None, Some(port), Chain::Output) => Some(port.parse().ok()?),
-            _ => return None,
-        };
-        let tag = Tag::parse(self.comment?, port)?;
-        let rule = Rule { target: self.target()?, scope: self.scope(chain, family)? };
-        let count = |text: Option<&str>| text.unwrap_or("0").parse().ok();
-        let counters = (count(self.packets)?, count(self.bytes)?);
-        let ours = matches!(tag, Tag::Guard(_)) || rule.is_wellformed();
-        ours.then_some(Owned { rule, tag, counters })
-    }
-
-    fn target(&self) -> Option<Target> {
-        let names = [Target::Drop, Target::Accept, Target::Reject];
-        let target = names.into_iter().find(|target| Some(target.name()) == self.target)?;
-        match (target, self.reject) {
-            (_, None) => Some(target),
-            (Target::Reject, Some("icmp-port-unreachable" | "icmp6-port-unreachable")) => {
-                Some(target)
-            }
-            _ => None,
-        }
-    }
-
-    fn scope(&self, chain: Chain, family: Family) -> Option<Scope> {
-        let iface = |name: Option<&str>| name.map_or(Some(Iface::Any), Iface::from_kernel);
-        let net = |text: Option<&str>| match text {
-            None => Some(Net::any(family)),
-            Some(text) => Net::parse(text).filter(|net| net.family() == family),
-        };
-        let (inp, out) = (iface(self.inp)?, iface(self.out)?);
-        let (source, destination) = (net(self.source)?, net(self.destination)?);
-        match chain {
-            Chain::Input if out == Iface::Any && destination.is_any() => {
-                Some(Scope::Input { iface: inp, source })
-            }
-            Chain::Output if inp == Iface::Any && source.is_any() => {
-                Some(Scope::Output { iface: out, destination })
-            }
-            Chain::Forward => Some(Scope::Forward { inp, out, source, destination }),
-            _ => None,
-        }
-    }
-}
-
-/// A rule for `GET /list`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Listed {
-    /// The rule.
-    pub rule: Rule,
-    /// Its place in its chain, everybody's rules counted, from 1.
-    pub num: usize,
-    /// Packets that it has met.
-    pub packets: u64,
-    /// Bytes that it has met.
-    pub bytes: u64,
-    /// When it expires, in Unix seconds.
-    pub expires: Option<u64>,
+    let rule = Rule { target, scope };
+    let ours = options.is_empty() && (port.is_some() || rule.is_wellformed());
+    ours.then_some(Owned { rule, tag, counters })
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` beside it.
-#[derive(Clone, Debug)]
 pub struct Tools {
-    family: Family,
-    iptables: PathBuf,
-    restore: PathBuf,
+    pub family: Family,
+    pub iptables: PathBuf,
+    pub restore: PathBuf,
 }
 
 impl Tools {
@@ -280,43 +187,171 @@ impl Tools {
         Tools { family, iptables, restore: restore.into() }
     }
 
-    /// The family that they serve.
-    pub fn family(&self) -> Family {
-        self.family
-    }
-
     /// Commits lines such as `-I INPUT …` in order, all or none: one alone as
     /// that very command, several in one transaction.
     pub fn commit(&self, lines: &[String]) -> Result<(), Failure> {
-        match lines {
-            [] => Ok(()),
-            [line] => {
-                let args: Vec<&str> =
-                    ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-                exec::run(&self.iptables, &args, "", LIMIT)
-            }
-            _ => {
-                let input = format!("*filter\n{}\nCOMMIT\n", lines.join("\n"));
-                let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
-                let limit = LIMIT.saturating_add(PER_LINE.saturating_mul(count));
-                exec::run(&self.restore, &["--noflush", "-w", LOCK_WAIT], &input, limit)
-            }
+        if let [line] = lines {
+            let args: Vec<&str> = ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
+            return exec::run(&self.iptables, &args, "", LIMIT);
         }
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let input = format!("*filter\n{}\nCOMMIT\n", lines.join("\n"));
+        let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
+        let limit = LIMIT.saturating_add(PER_LINE.saturating_mul(count));
+        exec::run(&self.restore, &["--noflush", "-w", LOCK_WAIT], &input, limit)
     }
 
-    /// Reads every rule of the built-in chains, or of one, with its counters.
+    /// Reads every rule of the built-in chains, or of one, with its counters,
+    /// until `each` says `false`.
     pub fn list(
         &self,
         chain: Option<Chain>,
+        limit: Duration,
         mut each: impl FnMut(Chain, Row) -> bool,
     ) -> Result<(), Failure> {
         let mut args = vec!["-w", LOCK_WAIT, "-v", "-S"];
         args.extend(chain.map(Chain::name));
-        // As long as a listing of a hundred thousand rules takes, and more.
-        let limit = LIMIT.saturating_mul(3);
         exec::lines(&self.iptables, &args, limit, |line| match parse_row(line, self.family) {
             Some((chain, row)) => each(chain, row),
             None => true,
         })
+    }
+
+    /// Reads every rule into memory.
+    pub fn listing(&self) -> Result<Listing, Failure> {
+        let mut listing = Listing::new();
+        self.list(None, LIMIT, |chain, row| {
+            listing.entry(chain).or_default().push(row);
+            true
+        })?;
+        Ok(listing)
+    }
+}
+
+/// A listing of one family, a chain each, front first.
+pub type Listing = std::collections::HashMap<Chain, Vec<Row>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> String {
+        let family = if line.contains("::") { Family::V6 } else { Family::V4 };
+        match parse_row(line, family) {
+            None => "none".into(),
+            Some((_, None)) => "foreign".into(),
+            Some((_, Some(o))) => format!("{} {} {:?}", o.rule, o.tag, o.counters),
+        }
+    }
+
+    #[test]
+    fn listings_of_several_versions() {
+        let table = [
+            // iptables-nft and iptables-legacy 1.8.9, with -v and without
+            (
+                r#"-A INPUT -s 1.1.1.1/32 -m comment --comment "rfw:17" -c 5 7 -j DROP"#,
+                "/drop/input/any/1.1.1.1 rfw:17 (5, 7)",
+            ),
+            (
+                "-A INPUT -s 2.2.2.0/24 -i ppp+ -m comment --comment rfw -c 0 0 -j REJECT --reject-with icmp-port-unreachable",
+                "/reject/input/ppp+/2.2.2.0/24 rfw (0, 0)",
+            ),
+            (
+                "-A OUTPUT -d 2001:db8::/64 -o eth0 -m comment --comment rfw -j REJECT --reject-with icmp6-port-unreachable\n",
+                "/reject/output/eth0/2001:db8::/64 rfw (0, 0)",
+            ),
+            ("-A FORWARD -m comment --comment rfw -j DROP", "/drop/forward/any/0.0.0.0 rfw (0, 0)"),
+            (
+                "-A FORWARD -s 1.1.1.1/32 -d 2.2.2.2/32 -i a+ -o b1 -m comment --comment rfw -j ACCEPT",
+                "/accept/forward/a+/1.1.1.1/b1/2.2.2.2 rfw (0, 0)",
+            ),
+            (
+                r#"-A INPUT -s 9.9.9.9/32 -p tcp -m comment --comment "rfw:guard" -m tcp --dport 7393 -j ACCEPT"#,
+                "/accept/input/any/9.9.9.9 rfw:guard (0, 0)",
+            ),
+            (
+                r#"-A OUTPUT -p tcp -m tcp --sport 7393 -m comment --comment "rfw:guard" -j DROP"#,
+                "/drop/output/any/0.0.0.0 rfw:guard (0, 0)",
+            ),
+            // Other orders, as versions before 1.4 and after 1.8.10 have them
+            (
+                r#"-A INPUT -m comment --comment "rfw:17" -s 1.1.1.1/32 -j DROP -c 1 2"#,
+                "/drop/input/any/1.1.1.1 rfw:17 (1, 2)",
+            ),
+            (
+                "-A INPUT -i eth0 -s 1.1.1.1 -j DROP -m comment --comment rfw",
+                "/drop/input/eth0/1.1.1.1 rfw (0, 0)",
+            ),
+        ];
+        for (line, expected) in table {
+            assert_eq!(read(line), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_others_have_made_is_theirs() {
+        let own = "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -j DROP";
+        assert_ne!(read(own), "foreign");
+        let foreign = [
+            "-A INPUT -s 1.1.1.1/32 -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -j LOG",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -g DROP",
+            "-A INPUT ! -s 1.1.1.1/32 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -s 1.1.1.2/32 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -d 2.2.2.2/32 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -o eth0 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.0.0.0/8 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 0.0.0.0/32 -m comment --comment rfw -j DROP",
+            "-A INPUT -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -i lo -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -p tcp -m tcp --dport 22 -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -p udp --dport 22 -m comment --comment rfw:guard -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw:guard -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw:017 -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw:-1 -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw2 -j DROP",
+            r#"-A INPUT -s 1.1.1.1/32 -m comment --comment "rfw x" -j DROP"#,
+            r#"-A INPUT -s 1.1.1.1/32 -m comment --comment "\"rfw\"" -j DROP"#,
+            "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -j REJECT --reject-with tcp-reset",
+            r#"-A INPUT -j LOG --log-prefix "rfw -j DROP ""#,
+        ];
+        for line in foreign {
+            assert_eq!(read(line), "foreign", "{line}");
+        }
+        for line in ["-P INPUT ACCEPT -c 0 0", "-N rfw", "-A rfw -j DROP", "# -A INPUT", ""] {
+            assert_eq!(read(line), "none", "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let rules = [
+            (
+                "/drop/input/eth0/1.2.3.4",
+                "-D INPUT -i eth0 -s 1.2.3.4 -m comment --comment rfw -j DROP",
+            ),
+            (
+                "/reject/output/any/2001:db8::/64",
+                "-D OUTPUT -d 2001:db8::/64 -m comment --comment rfw -j REJECT",
+            ),
+            (
+                "/accept/forward/a/1.2.3.4/b1/5.6.7.0/24",
+                "-D FORWARD -i a+ -o b1 -s 1.2.3.4 -d 5.6.7.0/24 -m comment --comment rfw -j ACCEPT",
+            ),
+        ];
+        for (path, line) in rules {
+            let owned = Owned::new(path.parse().unwrap(), Tag::Permanent);
+            assert_eq!(owned.delete_line(), line);
+            let family = owned.rule.family();
+            let listed = owned.insert_line(1).replace("-I ", "-A ");
+            assert_eq!(parse_row(&listed, family), Some((owned.rule.chain(), Some(owned))));
+        }
+        let mut owned = Owned::new("/drop/input/any/1.2.3.4".parse().unwrap(), Tag::Until(9));
+        owned.counters = (5, 7);
+        let line = "-I INPUT 3 -s 1.2.3.4 -m comment --comment rfw:9 -j DROP -c 5 7";
+        assert_eq!(owned.insert_line(3), line);
     }
 }

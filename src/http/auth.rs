@@ -13,25 +13,10 @@ pub struct Credentials {
     token: String,
 }
 
-/// Shows the user only.
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Credentials({:?})", self.user)
-    }
-}
-
 /// Somebody who may ask for changes. Only [`admit`] makes one.
-#[derive(Debug)]
 pub struct Client {
     peer: IpAddr,
     user: Option<String>,
-}
-
-impl Client {
-    /// The address that the request came from.
-    pub fn peer(&self) -> IpAddr {
-        self.peer
-    }
 }
 
 /// For the log: address and user, `-` where no credentials were asked for.

@@ -8,7 +8,6 @@
 //! ```
 
 use super::response::Refusal;
-use Refusal::BadRequest;
 
 /// The longest request line in bytes, without its CRLF.
 pub const MAX_LINE: usize = 8 * 1024;
@@ -16,6 +15,16 @@ pub const MAX_LINE: usize = 8 * 1024;
 pub const MAX_HEAD: usize = 16 * 1024;
 /// The most field lines.
 pub const MAX_FIELDS: usize = 64;
+
+const LONG_LINE: Refusal = Refusal::Http(414, "The request line may have 8192 bytes at most.");
+const LONG_HEAD: Refusal =
+    Refusal::Http(431, "The head may have 16384 bytes and 64 fields at most.");
+const VERSION: Refusal = Refusal::Http(505, "Send HTTP/1.1 or HTTP/1.0.");
+const EXPECTATION: Refusal = Refusal::Http(417, "The only Expect here is 100-continue.");
+
+fn bad(message: &'static str) -> Refusal {
+    Refusal::Http(400, message)
+}
 
 /// How long the body is said to be (RFC 9112, 6.3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,18 +67,16 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, Refusal> {
         let length = rest.iter().position(|b| matches!(b, b'\r' | b'\n')).unwrap_or(rest.len());
         let end = start.saturating_add(length).saturating_add(2);
         if first && length > MAX_LINE {
-            return Err(Refusal::LongLine);
+            return Err(LONG_LINE);
         }
         if end > MAX_HEAD {
-            return Err(Refusal::LongHead);
+            return Err(LONG_HEAD);
         }
         match rest.get(length..).unwrap_or_default() {
             [] | [b'\r'] => return Ok(None),
             [b'\r', b'\n', ..] => {}
             _ => {
-                return Err(BadRequest(
-                    "A line must end in CRLF, and CR and LF stand nowhere else.",
-                ));
+                return Err(bad("A line must end in CRLF, and CR and LF stand nowhere else."));
             }
         }
         // One empty line before the request line is let pass (2.2).
@@ -118,7 +125,7 @@ impl Request {
 }
 
 fn request_line(line: &str) -> Result<(&str, &str, u8), Refusal> {
-    let wrong = BadRequest("The request line must be: METHOD SP TARGET SP HTTP/1.1.");
+    let wrong = bad("The request line must be: METHOD SP TARGET SP HTTP/1.1.");
     let [method, target, version] = *line.split(' ').collect::<Vec<_>>() else {
         return Err(wrong);
     };
@@ -127,7 +134,7 @@ fn request_line(line: &str) -> Result<(&str, &str, u8), Refusal> {
     }
     match version.strip_prefix("HTTP/").map(str::as_bytes) {
         Some([b'1', b'.', minor @ b'0'..=b'9']) => Ok((method, target, minor.saturating_sub(b'0'))),
-        Some([b'0'..=b'9', b'.', b'0'..=b'9']) => Err(Refusal::Version),
+        Some([b'0'..=b'9', b'.', b'0'..=b'9']) => Err(VERSION),
         _ => Err(wrong),
     }
 }
@@ -139,7 +146,7 @@ fn target_parts<'a>(
     target: &'a str,
 ) -> Result<(Option<&'a str>, &'a str, Option<&'a str>), Refusal> {
     if method == "CONNECT" {
-        return Err(Refusal::NotImplemented("rfw is no proxy: CONNECT is not implemented."));
+        return Err(Refusal::Http(501, "rfw is no proxy: CONNECT is not implemented."));
     }
     if target == "*" && method == "OPTIONS" {
         return Ok((None, target, None));
@@ -150,7 +157,7 @@ fn target_parts<'a>(
             let end = rest.find(['/', '?']).unwrap_or(rest.len());
             let (authority, target) = rest.split_at(end);
             if !known || authority.is_empty() || !is_authority(authority) {
-                return Err(BadRequest("The target must be a path, or a whole http or https URI."));
+                return Err(bad("The target must be a path, or a whole http or https URI."));
             }
             (Some(authority), target)
         }
@@ -165,7 +172,7 @@ fn target_parts<'a>(
         || !is_pchars(path, "/")
         || !is_pchars(query.unwrap_or_default(), "/?")
     {
-        return Err(BadRequest(
+        return Err(bad(
             "The target must be a path of letters, digits, -._~!$&'()*+,;=:@ and %XX escapes.",
         ));
     }
@@ -198,16 +205,14 @@ impl<'a> Fields<'a> {
             let (name, value) = line.split_once(':').unwrap_or_default();
             // A name with a space at either end, or an obs-fold (5.2), is no token.
             if !is_token(name) {
-                return Err(BadRequest(
-                    "A field line must be NAME:VALUE, with no space in the name.",
-                ));
+                return Err(bad("A field line must be NAME:VALUE, with no space in the name."));
             }
             let control = |c: char| c.is_ascii_control() && c != '\t';
             if value.contains(control) {
-                return Err(BadRequest("A field value must hold no control characters."));
+                return Err(bad("A field value must hold no control characters."));
             }
             if fields.len() >= MAX_FIELDS {
-                return Err(Refusal::LongHead);
+                return Err(LONG_HEAD);
             }
             fields.push((name, value.trim_matches([' ', '\t'])));
         }
@@ -223,9 +228,7 @@ impl<'a> Fields<'a> {
         let mut values = self.all(name);
         match (values.next(), values.next()) {
             (value, None) => Ok(value),
-            _ => Err(BadRequest(
-                "Host, Content-Length, Expect and Authorization may stand only once.",
-            )),
+            _ => Err(bad("Host, Content-Length, Expect and Authorization may stand only once.")),
         }
     }
 }
@@ -234,10 +237,10 @@ impl<'a> Fields<'a> {
 fn host<'a>(fields: &Fields<'a>, minor: u8) -> Result<Option<&'a str>, Refusal> {
     let host = fields.single("host")?;
     match host {
-        None if minor > 0 => Err(BadRequest("HTTP/1.1 needs a Host field.")),
-        Some(host) if !host.is_empty() && !is_authority(host) => Err(BadRequest(
-            "The Host field must be a host name or address, with or without a port.",
-        )),
+        None if minor > 0 => Err(bad("HTTP/1.1 needs a Host field.")),
+        Some(host) if !host.is_empty() && !is_authority(host) => {
+            Err(bad("The Host field must be a host name or address, with or without a port."))
+        }
         _ => Ok(host),
     }
 }
@@ -265,14 +268,14 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     let mut codings = fields.all("transfer-encoding").peekable();
     if codings.peek().is_some() {
         if length.is_some() || minor == 0 {
-            return Err(BadRequest(
+            return Err(bad(
                 "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0.",
             ));
         }
         let codings: Vec<_> = codings.collect();
         return match *codings {
             [coding] if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
-            _ => Err(Refusal::NotImplemented("The only Transfer-Encoding here is chunked.")),
+            _ => Err(Refusal::Http(501, "The only Transfer-Encoding here is chunked.")),
         };
     }
     match length {
@@ -281,7 +284,7 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
             // More digits than a u64 holds are more bytes than anybody takes.
             Ok(Body::Length(digits.parse().unwrap_or(u64::MAX)))
         }
-        Some(_) => Err(BadRequest("Content-Length must be digits.")),
+        Some(_) => Err(bad("Content-Length must be digits.")),
     }
 }
 
@@ -289,7 +292,7 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
 fn expects_continue(fields: &Fields<'_>, minor: u8) -> Result<bool, Refusal> {
     match fields.single("expect")? {
         Some(value) if value.eq_ignore_ascii_case("100-continue") => Ok(minor > 0),
-        Some(_) if minor > 0 => Err(Refusal::Expectation),
+        Some(_) if minor > 0 => Err(EXPECTATION),
         _ => Ok(false),
     }
 }
@@ -317,10 +320,10 @@ mod tests {
         let length = match head_length(head) {
             Ok(Some(length)) => length,
             Ok(None) => return "more".into(),
-            Err(refusal) => return refusal.status().to_string(),
+            Err(refusal) => return refusal.parts().0.to_string(),
         };
         match Request::parse(&head[..length]) {
-            Err(refusal) => refusal.status().to_string(),
+            Err(refusal) => refusal.parts().0.to_string(),
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());

@@ -1,7 +1,7 @@
 //! A connection, plain or TLS, of which every wait has one common deadline.
 
-use super::request::head_length;
-use super::response::{Refusal, Response};
+use super::request::{Request, head_length};
+use super::response::Refusal;
 use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 /// answer is not lost to a reset (RFC 9112, 9.6), and how much it may send.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 256 * 1024;
+
+const TIMEOUT: Refusal = Refusal::Http(408, "The request did not come in time.");
 
 /// A socket whose reads and writes all end at a deadline. Each wait is armed
 /// with what is left of it, so a peer gains nothing by sending byte by byte.
@@ -52,14 +54,6 @@ enum Io {
     Tls(Box<Session>),
 }
 
-/// Why there is no next request.
-pub enum NoHead {
-    /// The peer is gone, or was silent: nothing to answer.
-    Gone,
-    /// To be answered, and the connection closed.
-    Refused(Refusal),
-}
-
 /// One connection with what was received ahead of its use.
 pub struct Stream {
     io: Io,
@@ -84,41 +78,33 @@ impl Stream {
         self.timed().deadline = now.checked_add(time).unwrap_or(now);
     }
 
-    /// The bytes of the next head, whole.
-    pub fn head(&mut self) -> Result<Vec<u8>, NoHead> {
+    /// Reads the next request; `None` if the peer is gone, or was silent.
+    pub fn request(&mut self) -> Option<Result<Request, Refusal>> {
         loop {
-            if let Some(length) = head_length(&self.received).map_err(NoHead::Refused)? {
-                let rest = self.received.split_off(length.min(self.received.len()));
-                return Ok(std::mem::replace(&mut self.received, rest));
+            match head_length(&self.received) {
+                Ok(None) => {}
+                Ok(Some(length)) => {
+                    let head: Vec<u8> = self.received.drain(..length).collect();
+                    return Some(Request::parse(&head));
+                }
+                Err(refusal) => return Some(Err(refusal)),
             }
             let mut buffer = [0; 4096];
             match self.read(&mut buffer) {
-                Ok(0) => return Err(NoHead::Gone),
+                Ok(0) => return None,
                 Ok(count) => self.received.extend(buffer.iter().take(count)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_timeout(&error) && !self.received.is_empty() => {
-                    return Err(NoHead::Refused(Refusal::Timeout));
+                    return Some(Err(TIMEOUT));
                 }
-                Err(_) => return Err(NoHead::Gone),
+                Err(_) => return None,
             }
         }
     }
 
-    /// Sends bytes and waits until the kernel has them.
-    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub fn send(&mut self, text: &str) -> io::Result<()> {
         match &mut self.io {
-            Io::Plain(timed) => timed.write_all(bytes),
-            Io::Tls(session) => session.write_all(bytes).and_then(|()| session.flush()),
-        }
-    }
-
-    /// Answers 503 without waiting for a request, as far as that can be done
-    /// without a TLS handshake.
-    pub fn turn_away(mut self) {
-        if matches!(self.io, Io::Plain(_)) {
-            self.give(Duration::from_millis(100));
-            let busy = Refusal::Busy("All connections are taken.".into());
-            let _ = self.send(Response::refusal(&busy).bytes(false, false).as_bytes());
+            Io::Plain(timed) => timed.write_all(text.as_bytes()),
+            Io::Tls(session) => session.write_all(text.as_bytes()).and_then(|()| session.flush()),
         }
     }
 

@@ -6,9 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// The two address families, each with kernel tables of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Family {
-    /// IPv4, served by `iptables`.
     V4,
-    /// IPv6, served by `ip6tables`.
     V6,
 }
 
@@ -18,10 +16,7 @@ impl Family {
 
     /// The length of an address in bits.
     pub fn width(self) -> u8 {
-        match self {
-            Family::V4 => 32,
-            Family::V6 => 128,
-        }
+        if self == Family::V4 { 32 } else { 128 }
     }
 }
 
@@ -43,7 +38,6 @@ impl Net {
         Some(Net { addr: address(family_of(addr), kept), prefix })
     }
 
-    /// The block of one address.
     pub fn host(addr: IpAddr) -> Net {
         let addr = addr.to_canonical();
         Net { addr, prefix: family_of(addr).width() }
@@ -82,7 +76,6 @@ impl Net {
         Some(nets)
     }
 
-    /// The family of its addresses.
     pub fn family(&self) -> Family {
         family_of(self.addr)
     }
@@ -97,7 +90,6 @@ impl Net {
         self.addr
     }
 
-    /// Whether it is a single address.
     pub fn is_host(&self) -> bool {
         self.prefix == self.family().width()
     }
@@ -126,10 +118,10 @@ impl Net {
 /// As iptables shows it: a single address without, a block with its prefix.
 impl fmt::Display for Net {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.is_host() {
-            true => write!(f, "{}", self.addr),
-            false => write!(f, "{}/{}", self.addr, self.prefix),
+        if self.is_host() {
+            return self.addr.fmt(f);
         }
+        write!(f, "{}/{}", self.addr, self.prefix)
     }
 }
 
@@ -140,10 +132,7 @@ pub fn decimal(text: &str) -> Option<u8> {
 }
 
 fn family_of(addr: IpAddr) -> Family {
-    match addr {
-        IpAddr::V4(_) => Family::V4,
-        IpAddr::V6(_) => Family::V6,
-    }
+    if addr.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
 fn number(addr: IpAddr) -> u128 {

@@ -1,8 +1,9 @@
 //! Addresses that nobody may lock out, and that alone may talk to the
 //! outward server.
 
-use super::Change;
 use super::net::Net;
+use super::{Change, Rule};
+use crate::config::LineError;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -17,32 +18,22 @@ pub struct Whitelist {
 pub struct Permitted(Change);
 
 impl Permitted {
-    /// The change itself.
     pub fn into_change(self) -> Change {
         self.0
     }
 }
 
-/// A line of `white.list` that is wrong, or the file as a whole (line 0).
-#[derive(Debug, PartialEq)]
-pub struct WhitelistError {
-    /// Counted from 1; 0 where no single line is to blame.
-    pub line: usize,
-    /// What is wrong and what to do.
-    pub message: String,
-}
-
 impl Whitelist {
     /// Reads one entry a line: an address, a CIDR block or `FIRST-LAST`;
     /// blank lines and lines that start with `#` count for nothing.
-    pub fn parse(text: &str) -> Result<Whitelist, WhitelistError> {
+    pub fn parse(text: &str) -> Result<Whitelist, LineError> {
         let mut nets = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
             let entry = line.split('#').next().unwrap_or_default().trim();
             if entry.is_empty() {
                 continue;
             }
-            let blocks = entry_blocks(entry).ok_or_else(|| WhitelistError {
+            let blocks = blocks(entry).ok_or_else(|| LineError {
                 line: number,
                 message: format!(
                     "'{entry}' is no entry; write an address, a CIDR block such as 10.0.0.0/8, \
@@ -50,18 +41,14 @@ impl Whitelist {
                 ),
             })?;
             if blocks.iter().any(Net::is_any) {
-                return Err(WhitelistError {
-                    line: number,
-                    message: format!("'{entry}' is every address, so nothing could be blocked"),
-                });
+                let message = format!("'{entry}' is every address: nothing could be blocked");
+                return Err(LineError { line: number, message });
             }
             nets.extend(blocks);
         }
         if nets.is_empty() {
-            return Err(WhitelistError {
-                line: 0,
-                message: "no entry; name at least the address that you administer from".into(),
-            });
+            let message = "no entry; name at least the address that you administer from".into();
+            return Err(LineError { line: 0, message });
         }
         nets.extend(Net::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8));
         nets.push(Net::host(IpAddr::V6(Ipv6Addr::LOCALHOST)));
@@ -70,7 +57,6 @@ impl Whitelist {
         Ok(Whitelist { nets })
     }
 
-    /// Every block, sorted.
     pub fn nets(&self) -> &[Net] {
         &self.nets
     }
@@ -82,7 +68,7 @@ impl Whitelist {
     }
 
     /// The whitelisted block that one of a rule's addresses overlaps.
-    pub fn conflict(&self, rule: &super::Rule) -> Option<Net> {
+    pub fn conflict(&self, rule: &Rule) -> Option<Net> {
         let touches = |net: &&Net| rule.addresses().any(|address| address.overlaps(net));
         self.nets.iter().find(touches).copied()
     }
@@ -96,7 +82,7 @@ impl Whitelist {
     }
 }
 
-fn entry_blocks(entry: &str) -> Option<Vec<Net>> {
+fn blocks(entry: &str) -> Option<Vec<Net>> {
     match entry.split_once('-') {
         None => Some(vec![Net::parse(entry)?]),
         Some((first, last)) => Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?),
