@@ -1,0 +1,85 @@
+# rfw: what a person types. `make help` lists it.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO_TARGET_DIR ?= target
+
+rfw := $(CARGO_TARGET_DIR)/release/rfw
+sbin := $(DESTDIR)$(PREFIX)/sbin
+bin := $(DESTDIR)$(PREFIX)/bin
+etc := $(DESTDIR)/etc/rfw
+scripts := contrib/rfwgen $(wildcard contrib/*.sh tests/*.sh tests/*/*.sh) .ci/run
+
+# rustup's Rust where there is one; ordinary users have no sbin.
+export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: build demo test bench run install uninstall clean deps help
+
+build: $(rfw) ## the release binary, target/release/rfw (the default)
+
+$(rfw): Cargo.toml Cargo.lock $(shell find src -type f)
+	contrib/deps.sh build
+	cargo build --release --locked
+	@touch $@
+
+demo: $(rfw) ## block an attacker in a network of its own: real packets, no risk
+	contrib/deps.sh demo
+	contrib/demo.sh $(rfw)
+
+test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end tests
+	contrib/deps.sh test
+	@if cargo fmt --version >/dev/null 2>&1; \
+	then set -x; cargo fmt --check; \
+	else echo 'SKIPPED: cargo fmt (this Rust has none)'; fi
+	@if cargo clippy --version >/dev/null 2>&1; \
+	then set -x; cargo clippy --all-targets --locked -- -D warnings; \
+	else echo 'SKIPPED: cargo clippy (this Rust has none)'; fi
+	@if command -v shellcheck >/dev/null; \
+	then set -x; shellcheck $(scripts); \
+	else echo 'SKIPPED: shellcheck (not installed)'; fi
+	cargo test --locked
+
+bench: $(rfw) ## speed and size beside the bare tools, in a network of its own
+	contrib/deps.sh bench
+	python3 tests/bench.py $(rfw) $(ROWS)
+
+run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
+	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
+	@echo '  curl -X PUT "http://127.0.0.1:7390/drop/input/any/192.0.2.1?expire=1m"'
+	@echo '  curl http://127.0.0.1:7390/list'
+	@echo 'Ctrl-C stops it; its rules stay in iptables.'
+	$(rfw) -f run/rfw.conf --logfile -
+
+# The shipped files, with credentials and keys. Made once; yours to change.
+run/rfw.conf:
+	contrib/deps.sh demo
+	rm -rf run
+	contrib/rfwgen 127.0.0.1 run
+	umask 077; cp white.list run/ && \
+	sed -e 's|^auth.username =|& admin|' \
+	    -e "s|^auth.password =|& $$(openssl rand -hex 16)|" \
+	    -e 's|file = server\.|file = server_127.0.0.1/server.|' rfw.conf >run/new && \
+	mv run/new run/rfw.conf
+
+install: $(rfw) ## rfw to PREFIX/sbin, rfwgen to PREFIX/bin, new files only to /etc/rfw (DESTDIR=)
+	install -d "$(sbin)" "$(bin)"
+	install -m 755 $(rfw) "$(sbin)/rfw"
+	install -m 755 contrib/rfwgen "$(bin)/rfwgen"
+	install -d -m 700 "$(etc)"
+	[ -e "$(etc)/rfw.conf" ] || install -m 600 rfw.conf "$(etc)/rfw.conf"
+	[ -e "$(etc)/white.list" ] || install -m 600 white.list "$(etc)/white.list"
+
+uninstall: ## removes the two programs; /etc/rfw and the rules in iptables stay
+	rm -f "$(sbin)/rfw" "$(bin)/rfwgen"
+	@echo 'Left: $(etc), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
+
+clean: ## removes what was built, and run/
+	cargo clean
+	rm -rf run
+
+deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of this needs
+	contrib/deps.sh test
+	contrib/deps.sh bench
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20

@@ -1,0 +1,86 @@
+#!/bin/sh
+# deps.sh: sees to it that the tools which one of make's targets needs are there.
+#
+#   contrib/deps.sh build|demo|test|bench
+#
+# As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
+# missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck)
+# is installed where apt has it, and never a reason to fail.
+set -eu
+cd "$(dirname "$0")/.."
+least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
+missing=
+
+has() { command -v "$1" >/dev/null 2>&1; }
+want() { has "$1" || missing="$missing $2"; } # TOOL PACKAGE
+new_enough() { printf '%s\n%s\n' "$least" "$1" | sort -V -C; }
+
+rust_ok() {
+	cargo --version >/dev/null 2>&1 && version=$(rustc --version 2>/dev/null) || return 1
+	version=${version#rustc }
+	new_enough "${version%% *}"
+}
+
+candidate() { apt-cache policy "$1" | sed -n 's/^ *Candidate: \([0-9].*\)/\1/p'; }
+
+# The first of apt's Rusts that is new enough. Debian 12 has a second one, for browsers; apt takes
+# the older off for it.
+rust_packages() {
+	for suffix in '' -web; do
+		version=$(candidate "rustc$suffix")
+		if [ -n "$version" ] && new_enough "$version"; then
+			echo "rustc$suffix cargo$suffix"
+			return
+		fi
+	done
+}
+
+install() {
+	echo "apt-get install $*"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Dpkg::Use-Pty=0 \
+		--no-install-recommends "$@" </dev/null
+}
+
+has cc && echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 || missing="$missing gcc libc6-dev"
+[ -d /etc/ssl/certs ] || missing="$missing ca-certificates" # cargo fetches over HTTPS
+case ${1:-} in
+build) ;;
+demo | test | bench)
+	want iptables iptables
+	want ip iproute2
+	want unshare util-linux
+	want curl curl
+	want openssl openssl
+	[ "$1" != bench ] || want python3 python3 ;;
+*) echo "usage: contrib/deps.sh build|demo|test|bench" >&2; exit 2 ;;
+esac
+
+apt=
+if [ "$(id -u)" = 0 ] && has apt-get; then apt=yes; fi
+if [ -n "$apt" ] && { [ -n "$missing" ] || ! rust_ok; }; then
+	apt-get update -qq </dev/null
+	rust_ok || missing="$missing $(rust_packages)"
+	# shellcheck disable=SC2086 # a list of words
+	[ -z "$missing" ] || install $missing
+	missing=
+fi
+rust_ok || missing="$missing rust>=$least"
+if [ -n "$missing" ]; then
+	echo "missing:$missing" >&2
+	echo "(Debian's names; as root on Debian or Ubuntu they are installed here. The Rust that is" \
+		"here: $(rustc --version 2>/dev/null || echo none); newer ones: https://rustup.rs)" >&2
+	exit 1
+fi
+
+if [ "$1" = test ] && [ -n "$apt" ]; then
+	optional=
+	has shellcheck || optional=shellcheck
+	# The tools of the very compiler in use, where that is Debian's.
+	package=$(dpkg -S "$(command -v rustc)" 2>/dev/null | sed 's/:.*//') || true
+	case $package in
+	rustc*) optional="$optional rustfmt${package#rustc} rust-clippy${package#rustc}" ;;
+	esac
+	for tool in $optional; do
+		dpkg -s "$tool" >/dev/null 2>&1 || [ -z "$(candidate "$tool")" ] || install "$tool" || true
+	done
+fi

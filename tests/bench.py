@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""bench.py: what rfw costs beside the bare tools, measured in one run, in namespaces of its own.
+
+    tests/bench.py target/release/rfw [WORD...]     only the rows with one of the words in them
+
+One namespace for each iptables variant. What is compared is measured in turns, and the median
+counts. A slow figure is printed, never a failure; 1 MB is 1,000,000 bytes.
+"""
+
+import os, re, select, socket, statistics, subprocess, sys, tempfile, time
+from collections import namedtuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VARIANTS = ["nft", "legacy"]
+LOCAL, OUTWARD = 7390, 7393
+Row = namedtuple("Row", "what goal measure")  # measure(Box) -> (rfw, bare, ratio), texts
+
+
+# --- The two sides ---------------------------------------------------------------------------------
+
+class Box:
+    """One variant's tools, and the rfw that runs with them."""
+
+    def __init__(self, rfw, keys, variant):
+        self.rfw, self.dir, self.pid = rfw, keys, None
+        self.iptables = "/usr/sbin/iptables-" + variant
+        self.conf = os.path.join(keys, variant + ".conf")
+        with open(self.conf, "w") as f:
+            f.write(f"""[config]
+outward.server
+outward.server.port = {OUTWARD}
+outward.server.ip = 127.0.0.1
+outward.server.certfile = server_127.0.0.1/server.crt
+outward.server.keyfile = server_127.0.0.1/server.key
+local.server
+local.server.port = {LOCAL}
+auth.username = bench
+auth.password = bench
+whitelist.file = white.list
+iptables.path = {self.iptables}
+""")
+
+    def start(self):
+        self.stop()
+        log = os.path.join(self.dir, "log")
+        self.pid = spawn([self.rfw, "-f", self.conf, "--logfile", log], None)
+
+    def stop(self):
+        if self.pid:
+            os.kill(self.pid, 9)
+            os.waitpid(self.pid, 0)
+            self.pid = None
+            time.sleep(0.05)  # a program that it was just starting may hold its sockets until then
+
+    def fresh(self, rules=0, comment="rfw", start=True):
+        """Nothing in the kernel but `rules` rules of rfw's, and rfw started and answering."""
+        self.stop()
+        for program in (self.iptables, self.iptables.replace("iptables", "ip6tables")):
+            subprocess.run([program, "-F"], check=True)
+        self.load([rule("A", "20", i, comment) for i in range(rules)])
+        if start:
+            self.start()
+            return Client()
+
+    def load(self, lines):
+        for i in range(0, len(lines), 200):  # ordinary users' netlink takes no more at once
+            subprocess.run([self.iptables + "-restore", "--noflush"], input=table(lines[i:i + 200]), check=True)
+
+    def listing(self):
+        return subprocess.run([self.iptables, "-S", "INPUT"], capture_output=True, check=True).stdout
+
+    def resident(self):
+        with open(f"/proc/{self.pid}/status") as f:
+            return int(re.search(r"VmRSS:\s+(\d+) kB", f.read()).group(1)) * 1024
+
+
+def address(net, i):
+    return f"{net}.{i >> 16 & 255}.{i >> 8 & 255}.{i & 255}"
+
+
+def rule(verb, net, i, comment):
+    return f"-{verb} INPUT -s {address(net, i)}/32 -m comment --comment {comment} -j DROP"
+
+
+def table(lines):
+    return "\n".join(["*filter", *lines, "COMMIT", ""]).encode()
+
+
+def spawn(argv, stdin):
+    """The cheapest way to start a program: vfork and exec."""
+    files = [(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+             (os.POSIX_SPAWN_OPEN, 0, stdin or "/dev/null", os.O_RDONLY, 0)]
+    return os.posix_spawn(argv[0], argv, {}, file_actions=files)
+
+
+def seconds_of(argv, stdin=None):
+    begin = time.perf_counter()
+    _, status = os.waitpid(spawn(argv, stdin), 0)
+    took = time.perf_counter() - begin
+    if status:
+        raise RuntimeError(f"{argv} failed")
+    return took
+
+
+class Client:
+    """One kept connection to the local server; connects as soon as rfw listens."""
+
+    def __init__(self):
+        limit = time.monotonic() + 30
+        while True:
+            self.socket = socket.socket()
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                self.socket.connect(("127.0.0.1", LOCAL))
+                return
+            except ConnectionRefusedError:
+                self.socket.close()
+                if time.monotonic() > limit:
+                    raise RuntimeError("rfw does not start") from None
+                time.sleep(0.0002)
+
+    def answer(self):
+        """One answer, whole; anything but 200 ends the row."""
+        data = self.socket.recv(65536)
+        end = data.find(b"\r\n\r\n") + 4
+        if not data.startswith(b"HTTP/1.1 200") or end < 4:
+            raise RuntimeError(f"rfw answered {data[:300]!r}")
+        length = int(re.search(rb"(?i)content-length: *(\d+)", data[:end]).group(1))
+        while len(data) < end + length:
+            data += self.socket.recv(65536)
+
+    def ask(self, request):
+        self.socket.sendall(request)
+        self.answer()
+
+
+def request(method, path):
+    return f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+def drop(method, net, i):
+    return request(method, "/drop/input/any/" + address(net, i))
+
+
+# --- The rows --------------------------------------------------------------------------------------
+
+def times(rfw, bare):
+    rfw, bare = statistics.median(rfw), statistics.median(bare)
+    return f"{rfw * 1e3:.2f} ms", f"{bare * 1e3:.2f} ms", f"{rfw / bare:.2f} x"
+
+
+def one_put(rules):
+    def measure(box):
+        rfw, bare, insert = [], [], os.path.join(box.dir, "insert")
+        for _ in range(6):
+            client = box.fresh(rules)
+            for i in range(30):  # no deletions between: what they leave to the kernel slows what follows
+                with open(insert, "wb") as f:
+                    f.write(table([rule("I", "30", i, "bare")]))
+                bare.append(seconds_of([box.iptables + "-restore", "--noflush"], insert))
+                put = drop("PUT", "40", i)
+                begin = time.perf_counter()
+                client.ask(put)
+                rfw.append(time.perf_counter() - begin)
+        return times(rfw, bare)
+    return measure
+
+
+def many_clients(box):
+    rfw, bare, each = [], [], 64
+    for _ in range(3):
+        box.fresh()
+        clients = [Client() for _ in range(32)]
+        todo = {c.socket.fileno(): (c, [drop("PUT", str(50 + n), i) for i in range(each)])
+                for n, c in enumerate(clients)}
+        poll = select.epoll()
+        begin = time.perf_counter()
+        for fd, (client, puts) in todo.items():
+            poll.register(fd, select.EPOLLIN)
+            client.socket.sendall(puts.pop())
+        while todo:
+            for fd, _ in poll.poll():
+                client, puts = todo[fd]
+                client.answer()
+                if puts:
+                    client.socket.sendall(puts.pop())
+                else:
+                    poll.unregister(fd)
+                    del todo[fd]
+        rfw.append(32 * each / (time.perf_counter() - begin))
+        box.fresh(start=False)
+        loop = f'i=0; while [ $i -lt 250 ]; do i=$((i + 1)); {box.iptables} -w -I INPUT -s 30.0.0.$i -j DROP; done'
+        bare.append(250 / seconds_of(["/bin/sh", "-c", loop]))
+    rfw, bare = statistics.median(rfw), statistics.median(bare)
+    return f"{rfw:.0f} /s", f"{bare:.0f} /s", f"{rfw / bare:.2f} x"
+
+
+def same_put(box):
+    client, put, rates = box.fresh(), drop("PUT", "40", 1), []
+    client.ask(put)
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(10000):
+            client.ask(put)
+        rates.append(10000 / (time.perf_counter() - begin))
+    return f"{statistics.median(rates):.0f} /s", "", ""
+
+
+def expiry(others):
+    def measure(box):
+        due = int(time.time()) + 8
+        box.fresh(5000, f"rfw:{due}", start=False)
+        box.load([rule("I", "10", i, "rfw") for i in range(others)])
+        box.start()
+        Client()
+        time.sleep(max(0, due - time.time() - 0.2))
+        if box.listing().count(b"rfw:%d" % due) != 5000:
+            raise RuntimeError("the rules did not live until they were due")
+        while b"rfw:%d" % due in box.listing():
+            if time.time() > due + 60:
+                raise RuntimeError("not gone after 60 s")
+            time.sleep(0.1)
+        return f"{time.time() - due:.1f} s", "", ""
+    return measure
+
+
+def start_up(box):
+    rfw, bare = [], []
+    box.fresh(10000)
+    for _ in range(9):
+        box.stop()
+        begin = time.perf_counter()
+        box.start()
+        Client().ask(request("GET", "/"))
+        rfw.append(time.perf_counter() - begin)
+        bare.append(seconds_of([box.iptables, "-S"]))
+    return times(rfw, bare)
+
+
+def memory(rules):
+    def measure(box):
+        client = box.fresh(rules)
+        client.ask(request("GET", "/"))
+        time.sleep(3)
+        return megabytes(box.resident())
+    return measure
+
+
+def megabytes(size):
+    return f"{size / 1e6:.2f} MB", "", ""
+
+
+ROWS = [
+    Row("one PUT on a kept connection: one restore, 0 rules", "at most 1.2 x", one_put(0)),
+    Row("one PUT on a kept connection: one restore, 10,000 rules", "at most 1.3 x", one_put(10000)),
+    Row("32 clients PUT at once: loop of iptables -w -I", "at least 5 x", many_clients),
+    Row("PUT of a rule that is there", "at least 10000 /s", same_put),
+    Row("5,000 rules expire in one second", "at most 3 s", expiry(0)),
+    Row("5,000 of 10,000 rules expire in one second", "", expiry(5000)),
+    Row("start to first answer, 10,000 rules: one iptables -S", "at most 1.5 x", start_up),
+    Row("memory, both servers on, idle", "at most 4 MB", memory(0)),
+    Row("memory, both servers on, 10,000 rules", "at most 8 MB", memory(10000)),
+    Row("size of the program", "at most 1.6 MB", lambda box: megabytes(os.stat(box.rfw).st_size)),
+]
+
+
+# --- The run ---------------------------------------------------------------------------------------
+
+def main(rfw, words):
+    with tempfile.TemporaryDirectory() as keys:
+        subprocess.run([ROOT + "/contrib/rfwgen", "127.0.0.1", keys], stdout=subprocess.DEVNULL, check=True)
+        with open(keys + "/white.list", "w") as f:
+            f.write("127.0.0.1\n")
+        print(f"{'':7}{'what: beside what':58}{'rfw':>10}{'bare':>11}{'ratio':>10}   goal", flush=True)
+        unshare = ["unshare", "-nm" if os.getuid() == 0 else "-rnm", "sh", "-c",
+                   'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"', "sh",
+                   sys.executable, os.path.abspath(__file__), "--inside", os.readlink("/proc/self/ns/net")]
+        return max(subprocess.run([*unshare, os.path.abspath(rfw), keys, variant, *words]).returncode
+                   for variant in VARIANTS)
+
+
+def inside(outer, rfw, keys, variant, *words):
+    if os.readlink("/proc/self/ns/net") == outer:
+        sys.exit("bench: not in a network namespace of its own")
+    box, failed = Box(rfw, keys, variant), 0
+    for row in ROWS:
+        if words and not any(word in row.what for word in words):
+            continue
+        try:
+            figures = "{:>10} {:>10} {:>9}".format(*row.measure(box))
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            failed, figures = 1, f"NOT MEASURED: {error}"
+        finally:
+            box.stop()
+        print(f"{variant:7}{row.what:58}{figures}   {row.goal}", flush=True)
+    return failed
+
+
+if sys.argv[1:2] == ["--inside"]:
+    sys.exit(inside(*sys.argv[2:]))
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
+sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,415 @@
+//! SPEC 4: every row of the API, as tables of requests, answers and kernel rules.
+
+use crate::lab::*;
+
+/// Path of the rule; the rule in the kernel.
+const ROWS: [(&str, &str); 24] = [
+    ("/drop/input/eth0/11.22.33.44", "INPUT -s 11.22.33.44/32 -i eth0 -j DROP"),
+    ("/drop/input/any/11.22.33.44", "INPUT -s 11.22.33.44/32 -j DROP"),
+    ("/accept/input/any/11.22.33.44", "INPUT -s 11.22.33.44/32 -j ACCEPT"),
+    ("/reject/input/any/11.22.33.44", "INPUT -s 11.22.33.44/32 -j REJECT"),
+    ("/DROP/Input/any/11.22.33.44/", "INPUT -s 11.22.33.44/32 -j DROP"),
+    ("/%64rop/input/any/11%2E22.33.44", "INPUT -s 11.22.33.44/32 -j DROP"),
+    ("/drop/input/any/11.22.33.44/32", "INPUT -s 11.22.33.44/32 -j DROP"),
+    ("/drop/input/any/11.22.33.44/24", "INPUT -s 11.22.33.0/24 -j DROP"),
+    ("/drop/input/any/11.128.0.0/9", "INPUT -s 11.128.0.0/9 -j DROP"),
+    ("/drop/input/ppp/11.22.33.44", "INPUT -s 11.22.33.44/32 -i ppp+ -j DROP"),
+    ("/drop/input/ppp+/11.22.33.44", "INPUT -s 11.22.33.44/32 -i ppp+ -j DROP"),
+    ("/drop/input/eth0+/11.22.33.44", "INPUT -s 11.22.33.44/32 -i eth0+ -j DROP"),
+    ("/drop/input/Lan_1.2@x-3/11.22.33.44", "INPUT -s 11.22.33.44/32 -i Lan_1.2@x-3 -j DROP"),
+    (
+        "/drop/input/abcdefghijklmn9/11.22.33.44",
+        "INPUT -s 11.22.33.44/32 -i abcdefghijklmn9 -j DROP",
+    ),
+    ("/drop/input/any/::ffff:11.22.33.44", "INPUT -s 11.22.33.44/32 -j DROP"),
+    ("/drop/input/eth0/2001:DB8:0::1", "INPUT -s 2001:db8::1/128 -i eth0 -j DROP"),
+    ("/reject/input/any/2001:db8::1/64", "INPUT -s 2001:db8::/64 -j REJECT"),
+    ("/drop/input/any/2001:8000::/17", "INPUT -s 2001:8000::/17 -j DROP"),
+    ("/drop/output/eth0/11.22.33.44", "OUTPUT -d 11.22.33.44/32 -o eth0 -j DROP"),
+    ("/accept/output/any/2001:db8::1", "OUTPUT -d 2001:db8::1/128 -j ACCEPT"),
+    ("/drop/forward/eth0/11.22.33.44", "FORWARD -s 11.22.33.44/32 -i eth0 -j DROP"),
+    ("/drop/forward/any/11.22.33.44/24/eth1", "FORWARD -s 11.22.33.0/24 -o eth1 -j DROP"),
+    (
+        "/drop/forward/eth0/11.22.33.44/eth/5.6.7.8/24",
+        "FORWARD -s 11.22.33.44/32 -d 5.6.7.0/24 -i eth0 -o eth+ -j DROP",
+    ),
+    (
+        "/accept/forward/any/2001:db8::1/any/2001:db8:2::/48",
+        "FORWARD -s 2001:db8::1/128 -d 2001:db8:2::/48 -j ACCEPT",
+    ),
+];
+
+#[test]
+fn rows() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let mut conn = Conn::open();
+        table(&ROWS, |path| {
+            let mut ask = |method: &str| conn.ask(&format!("{method} {path}")).brief();
+            assert_eq!(ask("PUT"), "200 inserted", "{path}");
+            let rules = lab.rules();
+            assert_eq!(ask("PUT"), "200 exists", "{path}");
+            assert_eq!(lab.rules(), rules, "{path}");
+            assert_eq!(ask("DELETE"), "200 deleted", "{path}");
+            assert_eq!(lab.rules(), [""; 0], "{path}");
+            assert_eq!(ask("DELETE"), "200 absent", "{path}");
+            rules.join(" | ").replace(" [rfw]", "")
+        });
+    });
+}
+
+#[test]
+fn any_address_in_forward() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        transcript(&[
+            ("PUT /drop/forward/eth0/0.0.0.0", "200 inserted"),
+            ("PUT /drop/forward/any/0.0.0.0/eth1/5.6.7.8", "200 inserted"),
+            ("PUT /drop/forward/eth0/::", "200 inserted"),
+            ("PUT /drop/forward/any/::/any/2001:db8::1", "200 inserted"),
+            ("PUT /drop/forward/any/1.2.3.4/eth1/0.0.0.0", "200 inserted"),
+        ]);
+        let rules = [
+            "FORWARD -s 1.2.3.4/32 -o eth1 -j DROP [rfw]",
+            "FORWARD -d 5.6.7.8/32 -o eth1 -j DROP [rfw]",
+            "FORWARD -i eth0 -j DROP [rfw]",
+            "FORWARD -d 2001:db8::1/128 -j DROP [rfw]",
+            "FORWARD -i eth0 -j DROP [rfw]",
+        ];
+        assert_eq!(lab.rules(), rules);
+    });
+}
+
+const BAD: [(&str, &str); 80] = [
+    ("PUT /drop", "400 bad_path"),
+    ("PUT /drop/input", "400 bad_path"),
+    ("PUT /drop/input/eth0", "400 bad_path"),
+    ("PUT /drop/input/eth0/1.2.3.4/24/eth1", "400 bad_path"),
+    ("PUT /drop/output/eth0/1.2.3.4/eth1", "400 bad_mask"),
+    ("PUT /drop/forward/eth0/1.2.3.4/24/eth1/5.6.7.8/24/x", "400 bad_path"),
+    ("PUT /drop/output/eth0/1.2.3.4/24/eth1", "400 bad_path"),
+    ("PUT /drop/input/eth0/1.2.3.4//", "400 bad_mask"),
+    ("PUT /drop/input/eth0/1.2.3.4%", "400 bad_request"),
+    ("PUT /drop/input/eth0/1.2.3.4%2", "400 bad_request"),
+    ("PUT /drop/input/eth0/1.2.3.4%zz", "400 bad_request"),
+    ("PUT /drop/input/any/1.2.3.4%2F24", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.%2534", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.4%00", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.4%0a", "400 bad_address"),
+    ("PUT /drop/input/any/%ff", "400 bad_path"),
+    ("PUT /drop/input/any/1.2.3", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.4.5", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.256", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.04", "400 bad_address"),
+    ("PUT /drop/input/any/1.2.3.-4", "400 bad_address"),
+    ("PUT /drop/input/any/0x01.2.3.4", "400 bad_address"),
+    ("PUT /drop/input/any/example.com", "400 bad_address"),
+    ("PUT /drop/input/any/2001:db8:::1", "400 bad_address"),
+    ("PUT /drop/input/any/2001:db8::1::", "400 bad_address"),
+    ("PUT /drop/input/any/2001:db8::12345", "400 bad_address"),
+    ("PUT /drop/input/any/fe80::1%25eth0", "400 bad_address"),
+    ("PUT /drop/input/any/[2001:db8::1]", "400 bad_request"),
+    ("PUT /drop/input/any/0.0.0.0", "400 bad_address"),
+    ("PUT /drop/input/any/::", "400 bad_address"),
+    ("PUT /drop/output/any/0.0.0.0", "400 bad_address"),
+    ("PUT /drop/input/any/0.0.0.0/32", "400 bad_address"),
+    ("PUT /drop/forward/any/0.0.0.0/32", "400 bad_address"),
+    ("PUT /drop/forward/any/::/128", "400 bad_address"),
+    ("PUT /drop/forward/any/1.2.3.4/any/2001:db8::1", "400 bad_address"),
+    ("PUT /drop/input/any/11.22.33.44/8", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/0", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/33", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/024", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/+24", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/255.255.255.0", "400 bad_mask"),
+    ("PUT /drop/input/any/11.22.33.44/99999999999", "400 bad_mask"),
+    ("PUT /drop/input/any/2001:db8::1/16", "400 bad_mask"),
+    ("PUT /drop/input/any/2001:db8::1/129", "400 bad_mask"),
+    ("PUT /drop/input/abcdefghijklmno9/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/abcdefghijklmno/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/+/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/pp+p/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/-eth0/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/.eth0/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/eth%200/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/eth0%0a-j/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/!eth0/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/eth%c3%a90/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input/any/1.2.3.4?expire=", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=-1", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=10w", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=1.5h", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=1h1", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=1234567890", "400 bad_expire"),
+    ("PUT /drop/input/any/1.2.3.4?expire=10s&expire=10s", "400 bad_query"),
+    ("PUT /drop/input/any/1.2.3.4?wait=true&wait=true", "400 bad_query"),
+    ("PUT /drop/input/any/1.2.3.4?wait=yes", "400 bad_query"),
+    ("PUT /drop/input/any/1.2.3.4?other=1", "400 bad_query"),
+    ("PUT /drop/input/any/1.2.3.4?modify=insert", "400 bad_query"),
+    ("DELETE /drop/input/any/1.2.3.4?expire=10s", "400 bad_query"),
+    ("GET /list?x=1", "400 bad_query"),
+    ("PUT /drop/input/any/192.0.2.1", "409 whitelisted"),
+    ("DELETE /accept/input/any/192.0.2.0/24", "409 whitelisted"),
+    ("PUT /drop/forward/any/5.6.7.8/any/192.0.2.1", "409 whitelisted"),
+    ("PUT /drop/input/any/127.0.0.1", "409 whitelisted"),
+    ("PUT /drop/output/any/::1", "409 whitelisted"),
+    ("PUT /nothing", "404 not_found"),
+    ("PUT /drop//eth0/1.2.3.4", "404 not_found"),
+    ("PUT /drop/prerouting/any/1.2.3.4", "404 not_found"),
+    ("GET /list/prerouting", "404 not_found"),
+    ("POST /drop/input/any/1.2.3.4", "405 method_not_allowed"),
+    ("GET /drop/input/any/1.2.3.4", "405 method_not_allowed"),
+    ("DELETE /list", "405 method_not_allowed"),
+    ("PUT /", "405 method_not_allowed"),
+];
+
+#[test]
+fn refusals() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let before = lab.others();
+        transcript(&BAD);
+        let answer = ask("PUT /drop/input/any/1.2.3.4/99");
+        assert_eq!(answer.header("Content-Type"), Some("application/json"));
+        assert!(answer.body.starts_with("{\"error\":\"bad_mask\",\"message\":\""), "{answer:?}");
+        assert!(answer.body.ends_with(".\"}\n"), "{answer:?}");
+        assert_eq!((lab.rules(), lab.others()), (vec![], before));
+    });
+}
+
+#[test]
+fn allow_names_the_methods() {
+    once(|lab| {
+        let rows = [
+            ("POST /drop/input/any/1.2.3.4", "PUT, DELETE"),
+            ("HEAD /list", "GET"),
+            ("FOO /", "GET"),
+        ];
+        let mut rfw = lab.start("local.server");
+        let allow = |request: &str| {
+            let mut conn = Conn::open();
+            conn.send(format!(
+                "{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            ));
+            let whole = conn.rest();
+            assert!(whole.starts_with("HTTP/1.1 405 "), "{whole}");
+            assert_eq!(whole.ends_with("\r\n\r\n"), request.starts_with("HEAD"), "{whole}");
+            whole.split("Allow: ").nth(1).unwrap().split("\r\n").next().unwrap().to_string()
+        };
+        table(&rows, allow);
+        rfw.kill();
+        let _rfw = lab.start("local.server\nnon.restful");
+        table(&[("POST /drop/input/any/1.2.3.4", "GET, PUT, DELETE")], allow);
+    });
+}
+
+#[test]
+fn answers_are_one_line_of_json() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let rule = r#""rule":{"chain":"INPUT","target":"DROP","inp":"eth0","out":"*","source":"11.22.33.44","destination":"0.0.0.0/0"}"#;
+        let request = "/drop/input/eth0/11.22.33.44";
+        let rows = ["inserted", "exists"].map(|word| {
+            (
+                format!("PUT {request}"),
+                format!("{{\"result\":\"{word}\",{rule},\"expires\":null}}\n"),
+            )
+        });
+        for (request, body) in rows {
+            let answer = ask(&request);
+            assert_eq!(answer.body, body);
+            assert_eq!(answer.header("content-type"), Some("application/json"));
+        }
+        let timed = ask(&format!("PUT {request}?expire=10m"));
+        let want = format!("{{\"result\":\"refreshed\",{rule},\"expires\":{}}}\n", timed.expires());
+        assert_eq!(timed.body, want);
+
+        let forward = ask("PUT /accept/forward/ppp/2001:db8::1/64/eth1/::");
+        let rule = r#""rule":{"chain":"FORWARD","target":"ACCEPT","inp":"ppp+","out":"eth1","source":"2001:db8::/64","destination":"::/0"}"#;
+        assert_eq!(forward.body, format!("{{\"result\":\"inserted\",{rule},\"expires\":null}}\n"));
+    });
+}
+
+#[test]
+fn expire_is_an_interval_and_the_kernel_keeps_it() {
+    both(|lab| {
+        let _rfw = lab.start("local.server\ndefault.expire = 2h");
+        let rows = [
+            ("?expire=90", 90),
+            ("?expire=90s", 90),
+            ("?expire=10m&wait=true", 600),
+            ("?wait=true&expire=1h", 3600),
+            ("?expire=2d", 172_800),
+            ("?expire=999999999", 999_999_999),
+            ("", 7200),
+        ];
+        for (query, seconds) in rows {
+            let from = now();
+            let answer = ask(&format!("PUT /drop/input/any/1.2.3.4{query}"));
+            assert!(
+                (from..=now() + 1).contains(&(answer.expires() - seconds)),
+                "{query} {answer:?}"
+            );
+            let rule = format!("INPUT -s 1.2.3.4/32 -j DROP [rfw:{}]", answer.expires());
+            assert_eq!(lab.rules(), [rule], "{query}");
+        }
+        assert_eq!(ask("PUT /drop/input/any/1.2.3.4?expire=0").field("expires"), "null");
+        assert_eq!(lab.rules(), ["INPUT -s 1.2.3.4/32 -j DROP [rfw]"]);
+    });
+}
+
+#[test]
+fn list() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("GET /list").body.trim_end(), "[]");
+        let expires =
+            ask("PUT /drop/input/eth0/11.22.33.44?expire=1h").field("expires").to_string();
+        ask("PUT /reject/input/ppp/7.7.7.77/24");
+        ask("PUT /accept/output/any/5.6.7.8");
+        ask("PUT /drop/forward/eth0/1.1.1.1/eth1/2.2.2.2");
+        ask("PUT /drop/output/any/2001:db8::1");
+        lab.iptables("-I INPUT 2 -s 3.3.3.3 -j DROP");
+        let row = |chain: &str, num, target: &str, ends: &str, expires: &str| {
+            format!(
+                r#"{{"chain":"{chain}","num":"{num}","pkts":"0","bytes":"0","target":"{target}","prot":"all","opt":"--",{ends},"extra":"","expires":{expires}}}"#
+            )
+        };
+        let any = r#""source":"0.0.0.0/0""#;
+        let to_any = r#""destination":"0.0.0.0/0""#;
+        let reject = format!(r#""inp":"ppp+","out":"*","source":"7.7.7.0/24",{to_any}"#);
+        let drop = format!(r#""inp":"eth0","out":"*","source":"11.22.33.44",{to_any}"#);
+        let forward = r#""inp":"eth0","out":"eth1","source":"1.1.1.1","destination":"2.2.2.2""#;
+        let accept = format!(r#""inp":"*","out":"*",{any},"destination":"5.6.7.8""#);
+        let six = r#""inp":"*","out":"*","source":"::/0","destination":"2001:db8::1""#;
+        let input =
+            [row("INPUT", 1, "REJECT", &reject, "null"), row("INPUT", 3, "DROP", &drop, &expires)];
+        let forward = [row("FORWARD", 1, "DROP", forward, "null")];
+        let output =
+            [row("OUTPUT", 1, "ACCEPT", &accept, "null"), row("OUTPUT", 1, "DROP", six, "null")];
+        let whole = [&input[..], &forward, &output].concat();
+        assert_eq!(rows_of(&ask("GET /list/Input")), input);
+        assert_eq!(rows_of(&ask("GET /list/forward/")), forward);
+        assert_eq!(rows_of(&ask("GET /list/output")), output);
+        let [mut got, mut want] = [rows_of(&ask("GET /list")), whole];
+        got.sort();
+        want.sort();
+        assert_eq!(got, want);
+    });
+}
+
+/// The objects of a JSON array, each as its text.
+fn rows_of(answer: &Answer) -> Vec<String> {
+    assert_eq!(answer.header("Content-Type"), Some("application/json"));
+    let inside = answer.body.trim_end().strip_prefix('[').unwrap().strip_suffix(']').unwrap();
+    let rows = inside.split_inclusive('}');
+    rows.map(|row| row.trim_start_matches(|c: char| c == ',' || c.is_whitespace()).into()).collect()
+}
+
+#[test]
+fn list_counts_packets() {
+    both(|lab| {
+        sh("ip addr add 10.9.9.9/32 dev lo");
+        let _rfw = lab.start("local.server");
+        ask("PUT /accept/input/any/10.9.9.9");
+        let socket = std::net::UdpSocket::bind("10.9.9.9:0").unwrap();
+        for _ in 0..3 {
+            socket.send_to(b"12345678", socket.local_addr().unwrap()).unwrap();
+        }
+        let answer = ask("GET /list");
+        assert_eq!((answer.field("pkts"), answer.field("bytes")), ("3", "108"));
+    });
+}
+
+#[test]
+fn list_is_what_the_kernel_has() {
+    both(|lab| {
+        let count = lab.seed(3000, "rfw");
+        let _rfw = lab.start("local.server");
+        let answer = ask("GET /list");
+        let sources: Vec<_> = answer.body.split("\"source\":\"").skip(1).collect();
+        assert_eq!(sources.len(), count);
+        for (n, source) in sources.iter().enumerate() {
+            assert!(source.starts_with(&format!("10.{}.{}.1\"", n / 256, n % 256)), "{n} {source}");
+        }
+    });
+}
+
+#[test]
+fn help() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let answer = ask("GET /");
+        assert_eq!(answer.status, 200);
+        assert!(answer.header("Content-Type").unwrap().starts_with("text/plain"), "{answer:?}");
+        for word in [env!("CARGO_PKG_VERSION"), "7390", "curl", "/list", "expire"] {
+            assert!(answer.body.contains(word), "{word}: {}", answer.body);
+        }
+    });
+}
+
+#[test]
+fn non_restful() {
+    both(|lab| {
+        let rule = "GET /drop/input/any/1.2.3.4";
+        let rows = [
+            ("?modify=insert", "200 inserted"),
+            ("?modify=insert&expire=1h", "200 refreshed"),
+            ("?modify=delete&expire=1h", "400 bad_query"),
+            ("?modify=other", "400 bad_query"),
+            ("?modify=delete", "200 deleted"),
+            ("?modify=delete&wait=true", "200 absent"),
+        ];
+        let mut rfw = lab.start("local.server\nnon.restful");
+        table(&rows, |query| ask(&format!("{rule}{query}")).brief());
+        transcript(&[("PUT /drop/input/any/1.2.3.4", "200 inserted"), ("GET /list", "200")]);
+        rfw.kill();
+        let _rfw = lab.start("local.server");
+        transcript(&[("GET /drop/input/any/1.2.3.4?modify=delete", "405 method_not_allowed")]);
+        assert_eq!(lab.rules(), ["INPUT -s 1.2.3.4/32 -j DROP [rfw]"]);
+    });
+}
+
+#[test]
+fn whitelist() {
+    both(|lab| {
+        lab.write("white.list", "# mine\n10.0.0.0/8\n198.51.100.4-198.51.100.9\n2001:db8::/48\n\n");
+        let _rfw = lab.start("local.server");
+        transcript(&[
+            ("PUT /drop/input/any/10.1.2.3", "409 whitelisted"),
+            ("PUT /drop/input/any/11.0.0.0/9", "200 inserted"),
+            ("PUT /drop/input/any/198.51.100.3", "200 inserted"),
+            ("PUT /drop/input/any/198.51.100.4", "409 whitelisted"),
+            ("PUT /drop/input/any/198.51.100.9", "409 whitelisted"),
+            ("PUT /drop/input/any/198.51.100.10", "200 inserted"),
+            ("PUT /drop/input/any/198.51.0.0/16", "409 whitelisted"),
+            ("PUT /drop/output/any/2001:db8:0:1::1", "409 whitelisted"),
+            ("PUT /drop/output/any/2001:db8::/32", "409 whitelisted"),
+            ("PUT /drop/output/any/2001:db8:1::1", "200 inserted"),
+            ("PUT /drop/input/any/::ffff:10.1.2.3", "409 whitelisted"),
+            ("DELETE /drop/input/any/10.1.2.3", "409 whitelisted"),
+            ("PUT /drop/forward/any/0.0.0.0/any/5.6.7.8", "200 inserted"),
+            ("PUT /drop/forward/any/0.0.0.0/any/10.6.7.8", "409 whitelisted"),
+        ]);
+    });
+}
+
+#[test]
+fn curl_types_what_the_readme_says() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let rows = [
+            ("PUT /drop/input/any/1.2.3.4?expire=0", "\"inserted\""),
+            ("PUT /drop/input/any/1.2.3.4", "\"exists\""),
+            ("GET /list", "\"source\":\"1.2.3.4\""),
+            ("DELETE /drop/input/any/1.2.3.4", "\"deleted\""),
+            ("DELETE /drop/input/any/1.2.3.4", "\"absent\""),
+        ];
+        for (request, word) in rows {
+            let said = curl("", request, "http://localhost:7390");
+            assert!(said.contains(word) && said.ends_with("200"), "{request} {said}");
+        }
+        let said = curl("", "GET /list", "http://[::1]:7390");
+        assert_eq!(said, "[]\n200");
+    });
+}

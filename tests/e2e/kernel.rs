@@ -1,0 +1,540 @@
+//! SPEC 5: what rfw does to the kernel, on the real one, and what it makes of a bad iptables.
+
+use crate::lab::*;
+use crate::tls;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const DAY: u64 = 86_400;
+
+/// Other people's rules, some of them close to rfw's own.
+const OTHERS: [&str; 12] = [
+    "-N rfw",
+    "-A rfw -s 1.2.3.4 -m comment --comment hers -j RETURN",
+    "-A INPUT -s 9.9.9.9 -j DROP",
+    "-A INPUT -p tcp --dport 22 -m comment --comment rfw -j ACCEPT",
+    "-A INPUT -s 1.2.3.4 -m comment --comment rfwall -j DROP",
+    "-A INPUT -s 1.2.3.4 -m comment --comment \"rfw: his\" -j DROP",
+    "-A INPUT -s 1.2.3.4 -m comment --comment rfw:12x -j DROP",
+    "-A INPUT -s 1.2.3.4 ! -i lo -m comment --comment \"-j DROP --comment rfw\" -j rfw",
+    "-A INPUT -s 1.2.3.4 -g rfw",
+    "-A FORWARD -d 5.6.7.0/24 -p udp -m udp --sport 53 -j ACCEPT",
+    "-P FORWARD DROP",
+    "-t nat -A POSTROUTING -s 10.0.0.0/8 -m comment --comment rfw -j RETURN",
+];
+
+#[test]
+fn others_rules_are_never_touched() {
+    both(|lab| {
+        OTHERS.iter().for_each(|rule| drop(lab.iptables(rule)));
+        lab.ip6tables("-A INPUT -s 2001:db8::9 -j DROP");
+        let all = || (lab.others(), lab.iptables("-t nat -S"));
+        let before = all();
+        let mut rfw = lab.start("local.server");
+        transcript(&[
+            ("DELETE /drop/input/any/9.9.9.9", "200 absent"),
+            ("DELETE /drop/input/any/2001:db8::9", "200 absent"),
+            ("DELETE /drop/input/any/1.2.3.4", "200 absent"),
+            ("PUT /drop/input/any/9.9.9.9", "200 inserted"),
+            ("PUT /drop/input/any/2001:db8::9", "200 inserted"),
+            ("PUT /drop/input/any/9.9.9.9?expire=1h", "200 refreshed"),
+            ("PUT /accept/forward/any/5.6.7.8", "200 inserted"),
+            ("PUT /drop/input/any/8.8.8.8?expire=1", "200 inserted"),
+        ]);
+        assert_eq!(all(), before);
+        await_true("an expiry", 3 + SLACK, || lab.rules().len() == 3);
+        rfw.restart();
+        assert_eq!(ask("DELETE /drop/input/any/9.9.9.9").brief(), "200 deleted");
+        assert_eq!(ask("GET /list/input").body.matches("source").count(), 1);
+        assert_eq!(all(), before);
+    });
+}
+
+#[test]
+fn a_newer_rule_stands_first() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let [drop, accept] = ["drop", "accept"].map(|t| format!("PUT /{t}/input/any/1.2.3.4"));
+        let wide = "PUT /accept/input/any/1.2.0.0/16".to_string();
+        let [d, a] = ["DROP", "ACCEPT"].map(|t| format!("INPUT -s 1.2.3.4/32 -j {t} [rfw]"));
+        let w = "INPUT -s 1.2.0.0/16 -j ACCEPT [rfw]".to_string();
+        let steps = [
+            (&drop, "200 inserted", vec![&d]),
+            (&accept, "200 inserted", vec![&a, &d]),
+            (&accept, "200 exists", vec![&a, &d]),
+            (&drop, "200 refreshed", vec![&d, &a]),
+            (&drop, "200 exists", vec![&d, &a]),
+            (&wide, "200 inserted", vec![&w, &d, &a]),
+            (&accept, "200 refreshed", vec![&a, &w, &d]),
+            (&drop, "200 refreshed", vec![&d, &a, &w]),
+        ];
+        for (request, answer, rules) in steps {
+            assert_eq!(ask(request).brief(), answer, "{request}");
+            assert_eq!(lab.rules().iter().collect::<Vec<_>>(), rules, "{request}");
+        }
+    });
+}
+
+#[test]
+fn a_refresh_moves_to_the_front() {
+    both(|lab| {
+        let mut rfw = lab.start("local.server");
+        ["1.1.1.1", "2.2.2.2", "2001:db8::1"].iter().for_each(|ip| {
+            ask(&format!("PUT /drop/input/any/{ip}"));
+        });
+        let first = ask("PUT /drop/input/any/1.1.1.1?expire=1h");
+        let six = ask("PUT /drop/input/any/2001:db8::1?expire=1h");
+        let rules = [
+            format!("INPUT -s 1.1.1.1/32 -j DROP [rfw:{}]", first.expires()),
+            "INPUT -s 2.2.2.2/32 -j DROP [rfw]".into(),
+            format!("INPUT -s 2001:db8::1/128 -j DROP [rfw:{}]", six.expires()),
+        ];
+        assert_eq!(lab.rules(), rules);
+        rfw.restart();
+        assert_eq!(lab.rules(), rules);
+        assert_eq!(ask("PUT /drop/input/any/1.1.1.1?expire=0").brief(), "200 refreshed");
+        assert_eq!(ask("PUT /drop/input/any/2.2.2.2").brief(), "200 exists");
+    });
+}
+
+#[test]
+fn expiry() {
+    both(|lab| {
+        let _rfw = lab.start("local.server\ndefault.expire = 3");
+        let start = ask("PUT /drop/input/any/1.1.1.1").expires();
+        transcript(&[
+            ("PUT /drop/input/any/2.2.2.2?expire=3", "200 inserted"),
+            ("PUT /drop/output/any/2001:db8::2?expire=3", "200 inserted"),
+            ("PUT /drop/input/any/3.3.3.3?expire=0", "200 inserted"),
+            ("PUT /drop/input/any/4.4.4.4?expire=2", "200 inserted"),
+            ("PUT /drop/input/any/4.4.4.4?expire=0", "200 refreshed"),
+            ("PUT /drop/input/any/5.5.5.5?expire=1h", "200 inserted"),
+            ("PUT /drop/input/any/5.5.5.5?expire=3", "200 refreshed"),
+        ]);
+        await_true("four rules expire", 6 + SLACK, || {
+            let count = lab.rules().len();
+            assert!(count == 6 || now() >= start, "early");
+            count == 2
+        });
+        let left = ["INPUT -s 4.4.4.4/32 -j DROP [rfw]", "INPUT -s 3.3.3.3/32 -j DROP [rfw]"];
+        assert_eq!(lab.rules(), left);
+        await_true("a line in the log", SLACK, || lab.read("rfw.log").contains("2.2.2.2"));
+    });
+}
+
+#[test]
+fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
+    both(|lab| {
+        let count = lab.seed(1000, &format!("rfw:{}", now() + DAY));
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("DELETE /drop/input/any/10.0.7.1").brief(), "200 deleted");
+        ask("PUT /drop/input/any/2001:db8::1");
+        lab.iptables("-I INPUT 3 -s 9.9.9.9 -j DROP");
+        let (rules, others) = (lab.rules(), lab.others());
+        assert_eq!(rules.len(), count);
+
+        lab.iptables("-D INPUT 201");
+        lab.iptables("-D INPUT 1");
+        await_true("two rules come back", 3 + SLACK, || lab.rules() == rules);
+        assert_eq!(lab.others(), others);
+        await_true("a warning", SLACK, || lab.read("rfw.log").contains(" WARNING "));
+
+        lab.iptables("-F");
+        lab.ip6tables("-F");
+        await_true("a thousand rules come back", 3 + SLACK, || lab.rules() == rules);
+        assert_eq!(ask("GET /list").body.matches("source").count(), count);
+        assert!(!lab.rules().iter().any(|rule| rule.contains("10.0.7.1/")));
+    });
+}
+
+#[test]
+fn a_rule_that_others_brought_back_is_adopted() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let soon = now() + 5;
+        lab.iptables(&format!("-A INPUT -s 1.1.1.1 -m comment --comment rfw:{soon} -j DROP"));
+        lab.iptables("-A INPUT -s 2.2.2.2 -m comment --comment rfw -j DROP");
+        await_true("an adopted rule expires", 8 + SLACK, || lab.rules().len() == 1);
+        assert!(now() >= soon);
+        transcript(&[
+            ("PUT /drop/input/any/2.2.2.2", "200 exists"),
+            ("DELETE /drop/input/any/2.2.2.2", "200 deleted"),
+        ]);
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+#[test]
+fn at_start_what_expired_or_is_whitelisted_now_is_deleted() {
+    both(|lab| {
+        let comment =
+            |ip, tag| lab.iptables(&format!("-A INPUT -s {ip} -m comment --comment {tag} -j DROP"));
+        comment("1.1.1.1", format!("rfw:{}", now() - 5));
+        comment("2.2.2.2", format!("rfw:{}", now() + DAY));
+        comment("192.0.2.0/24", "rfw".into());
+        comment("3.3.3.3", "rfw".into());
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("GET /list").body.matches("source").count(), 2);
+        let left: Vec<_> =
+            lab.rules().iter().map(|r| r.split(' ').nth(2).unwrap().to_string()).collect();
+        assert_eq!(left, ["2.2.2.2/32", "3.3.3.3/32"]);
+        let log = lab.read("rfw.log");
+        assert!(
+            log.lines().any(|l| l.contains(" WARNING ") && l.contains("192.0.2.0/24")),
+            "{log}"
+        );
+    });
+}
+
+/// Changes the time of day that rfw sees: it reads the offset from /run/lab/jump.
+const CLOCK: &str = r#"
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *t) {
+    long result = syscall(SYS_clock_gettime, clock, t), jump = 0;
+    FILE *file = clock == CLOCK_REALTIME ? fopen("/run/lab/jump", "r") : NULL;
+    if (file) { fscanf(file, "%ld", &jump); fclose(file); t->tv_sec += jump; }
+    return result;
+}
+"#;
+
+#[test]
+fn a_jump_of_the_clock_expires_nothing_early_or_late() {
+    both(|lab| {
+        lab.write("clock.c", CLOCK);
+        sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
+        let born = now();
+        lab.write("jump", &format!("-{born}")); // a router boots in 1970
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&["env", "LD_PRELOAD=/run/lab/clock.so"]);
+        rfw.await_ready();
+        let day = ask("PUT /drop/input/any/1.1.1.1?expire=1d").expires();
+        assert!(day < DAY + 60, "the clock of the test does not work");
+        ask("PUT /drop/input/any/2.2.2.2?expire=6");
+        let (from, stamped) = (Instant::now(), |time: u64, rule: &String| {
+            let stamp: u64 = rule.split(['[', ':', ']']).nth(2).unwrap().parse().unwrap();
+            stamp.abs_diff(time) <= 2 + SLACK
+        });
+        lab.write("jump", "0"); // and asks NTP
+        await_true("the comment is stamped anew", 3 + SLACK, || {
+            let rules = lab.rules();
+            assert!(
+                rules.len() == 2 || from.elapsed() >= Duration::from_secs(5),
+                "early: {rules:?}"
+            );
+            stamped(born + DAY, rules.last().unwrap())
+        });
+        lab.write("jump", "-100000");
+        await_true("a rule expires", 6 + SLACK, || lab.rules().len() == 1);
+        assert!(from.elapsed() >= Duration::from_secs(5), "early");
+        await_true("stamped once more", 3 + SLACK, || {
+            stamped(born + DAY - 100_000, &lab.rules()[0])
+        });
+        assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 refreshed");
+    });
+}
+
+/// What the guard rules of these whitelist entries are: INPUT and OUTPUT, ACCEPT each, then DROP.
+fn guards_of(ranges: &[&str]) -> Vec<String> {
+    let of = |chain, way, port| {
+        let accept = ranges.iter().map(move |net| {
+            format!("{chain} {way} {net} -p tcp {port} 7393 -j ACCEPT [rfw:guard]")
+        });
+        accept.chain([format!("{chain} -p tcp {port} 7393 -j DROP [rfw:guard]")])
+    };
+    of("INPUT", "-s", "--dport").chain(of("OUTPUT", "-d", "--sport")).collect()
+}
+
+/// The guards chain by chain: the DROP stays last, the ACCEPTs before it in any order.
+fn chains(guards: &[String]) -> Vec<Vec<String>> {
+    let chains = guards.split_inclusive(|rule| rule.contains("-j DROP"));
+    let mut chains: Vec<Vec<String>> = chains.map(<[String]>::to_vec).collect();
+    chains.iter_mut().for_each(|chain| chain.sort());
+    chains
+}
+
+#[test]
+fn guard_rules() {
+    both(|lab| {
+        tls::keys(lab);
+        lab.write(
+            "white.list",
+            "192.0.2.1\n10.0.0.0/8\n198.51.100.4-198.51.100.7\n2001:db8::/48\n",
+        );
+        let mut rfw = lab.start(&format!("local.server\n{}", tls::CONF));
+        let four = guards_of(&["10.0.0.0/8", "127.0.0.0/8", "192.0.2.1/32", "198.51.100.4/30"]);
+        let six = guards_of(&["2001:db8::/48", "::1/128"]);
+        let whole = chains(&[four, six].concat());
+        assert_eq!(chains(&lab.guards()), whole);
+        assert_eq!(ask("GET /list").body, "[]\n");
+
+        // Never a moment without them, and never twice, while rfw starts again and again.
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let order = std::sync::atomic::Ordering::SeqCst;
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(order) {
+                    assert_eq!(chains(&lab.guards()), whole);
+                }
+            });
+            (0..5).for_each(|_| rfw.restart());
+            done.store(true, order);
+        });
+        lab.iptables("-F");
+        lab.ip6tables("-D INPUT 1");
+        await_true("the guards come back", 3 + SLACK, || chains(&lab.guards()) == whole);
+
+        lab.write("white.list", "192.0.2.1\n");
+        rfw.restart();
+        let whole = [guards_of(&["127.0.0.0/8", "192.0.2.1/32"]), guards_of(&["::1/128"])].concat();
+        assert_eq!(chains(&lab.guards()), chains(&whole));
+    });
+}
+
+#[test]
+fn the_very_commands() {
+    both(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        lab.stand_in_for_changes("echo \"$me $*\" >> $lab/calls");
+        let tail = "-m comment --comment rfw -j";
+        let rows = [
+            ("/drop/input/eth0/11.22.33.44", format!("INPUT -i eth0 -s 11.22.33.44 {tail} DROP")),
+            ("/reject/input/any/7.7.7.77/24", format!("INPUT -s 7.7.7.0/24 {tail} REJECT")),
+            ("/accept/output/ppp/1.2.3.4", format!("OUTPUT -o ppp+ -d 1.2.3.4 {tail} ACCEPT")),
+            (
+                "/drop/forward/eth0/1.2.3.4/eth1/5.6.7.8",
+                format!("FORWARD -i eth0 -o eth1 -s 1.2.3.4 -d 5.6.7.8 {tail} DROP"),
+            ),
+        ];
+        for (path, words) in rows {
+            ask(&format!("PUT {path}"));
+            ask(&format!("DELETE {path}"));
+            let calls = format!("iptables -w 5 -I {words}\niptables -w 5 -D {words}\n");
+            assert_eq!(lab.read("calls"), calls, "{path}");
+            lab.write("calls", "");
+        }
+        let timed = ask("PUT /drop/input/any/2001:db8::1?expire=1h").expires();
+        let words = format!("INPUT -s 2001:db8::1 -m comment --comment rfw:{timed} -j DROP");
+        assert_eq!(lab.read("calls"), format!("ip6tables -w 5 -I {words}\n"));
+    });
+}
+
+/// While `$lab/gate` is there, changes wait; restores write down what they were given.
+const GATE: &str = r#"
+while [ -e $lab/gate ]; do /bin/sleep 0.02; done
+case $me in
+    *-restore) echo "$me $*" >> $lab/calls; /usr/bin/tee -a $lab/calls | INPUT "$@"; exit $?;;
+esac"#;
+
+/// PUTs these while another change holds the lock, so that they become one batch.
+fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
+    lab.write("gate", "");
+    let before = rfw.await_idle();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| ask("PUT /drop/input/any/1.1.1.1").brief());
+        await_true("one goes first", 10, || rfw.threads() == before + 1);
+        let rest = requests.iter().map(|request| scope.spawn(|| ask(request).brief()));
+        let rest: Vec<_> = rest.collect();
+        await_true("the rest come", 10, || rfw.threads() == before + 1 + requests.len());
+        thread::sleep(Duration::from_millis(300)); // from the socket to the queue
+        std::fs::remove_file(lab.dir.join("gate")).unwrap();
+        assert_eq!(first.join().unwrap(), "200 inserted");
+        rest.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn requests_that_wait_are_one_restore_a_family() {
+    both(|lab| {
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        lab.stand_in_for_changes(&GATE.replace("INPUT", "$real"));
+        let put = |n| format!("PUT /drop/input/any/1.1.2.{n}");
+        let mut requests: Vec<_> = (1..=8).map(put).collect();
+        requests.extend((1..=4).map(|n| format!("PUT /drop/output/any/2001:db8::{n}")));
+        assert!(batch(lab, &rfw, &requests).iter().all(|answer| answer == "200 inserted"));
+        let calls = lab.read("calls");
+        let mut restores: Vec<_> = calls.lines().filter(|line| line.contains("restore ")).collect();
+        restores.sort_unstable();
+        assert_eq!(
+            restores,
+            ["ip6tables-restore --noflush -w 5", "iptables-restore --noflush -w 5"]
+        );
+        assert_eq!(calls.lines().filter(|line| line.starts_with("-I ")).count(), 12, "{calls}");
+        assert_eq!(lab.rules().len(), 13);
+    });
+}
+
+#[test]
+fn a_rule_that_the_kernel_refuses_fails_alone() {
+    both(|lab| {
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        // The kernel's own refusal: 1.1.2.5 asks for a chain that is not there.
+        let spoil = "/bin/sed '/1.1.2.5/s/DROP/NOCHAIN/' | $real";
+        let single = "case $* in *1.1.2.5*) exec $real -I INPUT -s 1.1.2.5 -j NOCHAIN;; esac";
+        lab.stand_in_for_changes(&format!("{}\n{single}", GATE.replace("INPUT", spoil)));
+        let requests: Vec<_> = (1..=8).map(|n| format!("PUT /drop/input/any/1.1.2.{n}")).collect();
+        let mut want = ["200 inserted"; 8];
+        want[4] = "500 iptables_failed";
+        assert_eq!(batch(lab, &rfw, &requests), want);
+        let rules = lab.rules();
+        assert_eq!(rules.len(), 8, "{rules:#?}");
+        assert!(!rules.iter().any(|rule| rule.contains("1.1.2.5/")));
+        let answer = ask("PUT /drop/input/any/1.1.2.5");
+        assert!(answer.field("message").contains("NOCHAIN"), "{answer:?}");
+        await_true("nothing is put back", 2, || {
+            ask("PUT /drop/input/any/1.1.2.6").brief() == "200 exists"
+        });
+    });
+}
+
+#[test]
+fn a_batch_keeps_the_order_of_its_requests() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let mut conn = Conn::open();
+        let requests = ["PUT /drop", "PUT /accept", "PUT /drop", "DELETE /accept", "PUT /accept"];
+        let head = " HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let all: String = requests.iter().map(|r| format!("{r}/input/any/1.2.3.4{head}")).collect();
+        conn.send(all);
+        let answers: Vec<_> = requests.iter().map(|_| conn.answer().unwrap().brief()).collect();
+        assert_eq!(
+            answers,
+            ["200 inserted", "200 inserted", "200 refreshed", "200 deleted", "200 inserted"]
+        );
+        let rules = ["INPUT -s 1.2.3.4/32 -j ACCEPT [rfw]", "INPUT -s 1.2.3.4/32 -j DROP [rfw]"];
+        assert_eq!(lab.rules(), rules);
+    });
+}
+
+const HELD: &str = "echo 'Another app is currently holding the xtables lock.' >&2; exit 4";
+
+/// What iptables does instead of a change; the answer; what its message says.
+const ILLS: [(&str, &str, &str); 8] = [
+    ("echo 'iptables: Bad luck.' >&2; exit 1", "500 iptables_failed", "Bad luck."),
+    ("echo 'iptables: Memory \"x\\' >&2; exit 2", "500 iptables_failed", "Memory"),
+    ("exit 3", "500 iptables_failed", ""),
+    (HELD, "503 busy", ""),
+    ("exit 4", "503 busy", ""),
+    ("kill -9 $$", "503 busy", ""),
+    ("/bin/cat < /dev/zero | /usr/bin/head -c 9000000 >&2; exit 1", "500 iptables_failed", ""),
+    ("exec /bin/sleep 100", "503 busy", ""),
+];
+
+#[test]
+fn an_iptables_that_fails() {
+    both(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("PUT /drop/input/any/9.9.9.9").brief(), "200 inserted");
+        let rules = lab.rules();
+        for (ill, brief, words) in ILLS {
+            lab.stand_in_for_changes(ill);
+            let from = Instant::now();
+            for request in ["PUT /drop/input/any/1.2.3.4", "DELETE /drop/input/any/9.9.9.9"] {
+                if ill.contains("sleep") && request.starts_with("DELETE") {
+                    continue; // once is long enough
+                }
+                let answer = ask(request);
+                assert_eq!(answer.brief(), brief, "{ill} {request} {answer:?}");
+                assert!(answer.field("message").contains(words), "{ill}: {answer:?}");
+                assert_eq!(
+                    answer.header("Retry-After").is_some(),
+                    answer.status == 503,
+                    "{answer:?}"
+                );
+                assert_eq!(lab.rules(), rules, "{ill} {request}");
+            }
+            assert!(from.elapsed().as_secs() <= 11 + SLACK, "{ill}: {:?}", from.elapsed());
+            lab.stand_in("");
+            transcript(&[
+                ("PUT /drop/input/any/1.2.3.4", "200 inserted"),
+                ("DELETE /drop/input/any/1.2.3.4", "200 deleted"),
+            ]);
+        }
+    });
+}
+
+#[test]
+fn an_iptables_that_cannot_be_started_or_read() {
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        for (ill, brief) in [("exit 1", "500 iptables_failed"), ("kill -9 $$", "503 busy")] {
+            lab.stand_in(ill);
+            assert_eq!(ask("GET /list").brief(), brief, "{ill}");
+        }
+        sh("chmod -x lab/bin/*");
+        let put = "PUT /drop/input/any/1.2.3.4";
+        transcript(&[(put, "503 busy"), ("GET /list", "503 busy"), ("GET /", "200")]);
+        lab.stand_in("");
+        transcript(&[(put, "200 inserted"), ("GET /list", "200")]);
+    });
+}
+
+#[test]
+fn an_iptables_that_prints_noise() {
+    both(|lab| {
+        let noise = "echo '# Warning: iptables-legacy tables present'; echo noise >&2";
+        lab.stand_in(noise);
+        let _rfw = lab.start("local.server");
+        transcript(&[
+            ("PUT /drop/input/any/1.2.3.4", "200 inserted"),
+            ("PUT /drop/input/any/1.2.3.4?expire=1h", "200 refreshed"),
+            ("GET /list", "200"),
+        ]);
+        assert_eq!(ask("GET /list").body.matches("source").count(), 1);
+        assert_eq!(lab.rules().len(), 1);
+    });
+}
+
+#[test]
+fn a_held_xtables_lock_gives_503() {
+    legacy(|lab| {
+        let _rfw = lab.start("local.server");
+        let holder = Process::start("flock -F /run/xtables.lock sleep 100");
+        let held = || sh("flock -n /run/xtables.lock true && echo free || echo held") == "held\n";
+        await_true("the lock is held", SLACK, held);
+        let from = Instant::now();
+        let answer = ask("PUT /drop/input/any/1.2.3.4");
+        assert_eq!(answer.brief(), "503 busy", "{answer:?}");
+        assert!((4..=11 + SLACK).contains(&from.elapsed().as_secs()), "{:?}", from.elapsed());
+        drop(holder);
+        transcript(&[("PUT /drop/input/any/1.2.3.4", "200 inserted")]);
+    });
+}
+
+#[test]
+fn without_ip6tables_ipv4_works() {
+    once(|lab| {
+        let no_ipv6 = "echo \"can't initialize ip6tables table\" >&2; exit 3";
+        for missing in [false, true] {
+            lab.stand_in(&format!("case $me in ip6*) {no_ipv6};; esac"));
+            if missing {
+                sh("rm lab/bin/ip6*");
+            }
+            lab.write("rfw.log", "");
+            let _rfw = lab.start("local.server");
+            assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
+            assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
+            assert_eq!(ask("GET /list").body.matches("source").count(), 1);
+            let log = lab.read("rfw.log");
+            assert_eq!(log.lines().filter(|line| line.contains(" WARNING ")).count(), 1, "{log}");
+        }
+    });
+}
+
+#[test]
+fn children_have_an_empty_environment() {
+    once(|lab| {
+        lab.stand_in("/usr/bin/tr '\\0' '\\n' < /proc/$$/environ >> $lab/environ");
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("PUT /drop/input/any/1.2.3.4").brief(), "200 inserted");
+        assert_eq!(lab.read("environ"), "");
+    });
+}

@@ -1,0 +1,507 @@
+//! The laboratory. Outside, `both` and `once` start this very test program again under `unshare`,
+//! once for each variant of iptables; inside, with `RFW_E2E` set, they run the body of the test.
+
+use std::fs::{self, Permissions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+use std::{any, env, thread};
+
+pub const LOCAL: &str = "127.0.0.1:7390";
+pub const OUTWARD: &str = "127.0.0.1:7393";
+
+/// Seconds that a busy machine may add to any time that the contract names.
+pub const SLACK: u64 = 4;
+
+const TEST_SECONDS: &str = "150";
+
+/// Runs `body` with iptables-nft and with iptables-legacy.
+pub fn both<F: Fn(&Lab)>(body: F) {
+    run(&["nft", "legacy"], body);
+}
+
+/// Runs `body` where the variant of iptables makes no difference.
+pub fn once<F: Fn(&Lab)>(body: F) {
+    run(&["nft"], body);
+}
+
+pub fn legacy<F: Fn(&Lab)>(body: F) {
+    run(&["legacy"], body);
+}
+
+fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
+    if let (Ok(variant), Ok(outside)) = (env::var("RFW_E2E"), env::var("RFW_E2E_OUTSIDE")) {
+        return body(&Lab::open(&variant, &outside));
+    }
+    // "e2e::api::rows::{{closure}}" → "api::rows"
+    let name = any::type_name::<F>().trim_end_matches("::{{closure}}");
+    let name = name.split_once("::").expect("a path").1;
+    thread::scope(|scope| {
+        for variant in variants {
+            scope.spawn(move || run_inside(name, variant));
+        }
+    });
+}
+
+fn run_inside(name: &str, variant: &str) {
+    let root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    let out = Command::new("timeout")
+        .args(["-s", "KILL", TEST_SECONDS, "unshare"])
+        .args(if root { ["-nm"] } else { ["-rnm"] })
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env("RUST_BACKTRACE", "0")
+        .env("RFW_E2E", variant)
+        .env("RFW_E2E_OUTSIDE", network_namespace())
+        .output()
+        .expect("timeout and unshare (coreutils, util-linux) are needed");
+    let said = text(&out);
+    assert!(
+        said.contains("running 1 test"),
+        "no private network namespace can be made here: run as root, or allow user namespaces\n{said}"
+    );
+    assert!(
+        out.status.success() && said.contains("1 passed"),
+        "{name} with iptables-{variant}: {} (150 s at most)\n{said}",
+        out.status
+    );
+}
+
+fn network_namespace() -> PathBuf {
+    fs::read_link("/proc/self/ns/net").expect("/proc is needed")
+}
+
+/// A private network and a private /run, where all files of the test are; both go with it.
+pub struct Lab {
+    pub dir: PathBuf,
+    variant: String,
+}
+
+impl Lab {
+    fn open(variant: &str, outside: &str) -> Lab {
+        let refused = "a test never runs in the host's own network namespace";
+        assert_ne!(network_namespace(), Path::new(outside), "{refused}");
+        sh("mount -t tmpfs lab /run; mkdir -m 700 /run/netns /run/lab; ip link set lo up");
+        let lab = Lab { dir: "/run/lab".into(), variant: variant.into() };
+        lab.write("white.list", "192.0.2.1\n");
+        lab
+    }
+
+    pub fn write(&self, name: &str, content: &str) {
+        let (path, new) = (self.dir.join(name), self.dir.join("new"));
+        fs::write(&new, content).unwrap();
+        fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
+        fs::rename(new, path).unwrap();
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.join(name)).unwrap_or_default()
+    }
+
+    /// The real program: "iptables" → /usr/sbin/iptables-nft.
+    fn real(&self, program: &str) -> String {
+        let (family, restore) = program.split_at(program.find('-').unwrap_or(program.len()));
+        format!("/usr/sbin/{family}-{}{restore}", self.variant)
+    }
+
+    /// The path for `iptables.path`: the real program, or the stand-in where one was made.
+    pub fn iptables_path(&self) -> String {
+        let stand_in = self.dir.join("bin/iptables");
+        let real = self.real("iptables");
+        if stand_in.exists() { stand_in.to_str().unwrap().into() } else { real }
+    }
+
+    /// Puts scripts in the place of iptables, iptables-restore and the two of IPv6: they run `body`
+    /// (which knows `$me`, `$real` and `$lab`) and then, unless it left, the real program.
+    pub fn stand_in(&self, body: &str) {
+        let bin = self.dir.join("bin");
+        fs::create_dir_all(&bin).unwrap();
+        for me in ["iptables", "iptables-restore", "ip6tables", "ip6tables-restore"] {
+            let real = self.real(me);
+            let head = format!("#!/bin/sh\nme={me} real={real} lab={}\n", self.dir.display());
+            fs::write(bin.join("new"), format!("{head}{body}\nexec $real \"$@\"\n")).unwrap();
+            fs::set_permissions(bin.join("new"), Permissions::from_mode(0o755)).unwrap();
+            fs::rename(bin.join("new"), bin.join(me)).unwrap();
+        }
+    }
+
+    /// The same for changes only: what merely reads goes to the real program.
+    pub fn stand_in_for_changes(&self, body: &str) {
+        self.stand_in(&format!(
+            "case \"$me $*\" in *restore*|*\" -I \"*|*\" -D \"*)\n{body}\n;; esac"
+        ));
+    }
+
+    /// What an administrator types: `lab.iptables("-I INPUT -s 9.9.9.9 -j DROP")`.
+    pub fn iptables(&self, arguments: &str) -> String {
+        sh(&format!("{} -w {arguments}", self.real("iptables")))
+    }
+
+    pub fn ip6tables(&self, arguments: &str) -> String {
+        sh(&format!("{} -w {arguments}", self.real("ip6tables")))
+    }
+
+    /// Many rules of rfw's, as from a former run: 10.0.0.1, 10.0.1.1 and so on. Returns how many:
+    /// fewer where iptables-nft may not write them all at once, in a user namespace.
+    pub fn seed(&self, wanted: usize, comment: &str) -> usize {
+        let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
+        let count = if uids.contains("4294967295") { wanted } else { wanted.min(250) };
+        let tail = format!("-m comment --comment {comment} -j DROP\n");
+        let line = |n| format!("-A INPUT -s 10.{}.{}.1 {tail}", n / 256, n % 256);
+        let lines: String = (0..count).map(line).collect();
+        self.write("rules", &format!("*filter\n{lines}COMMIT\n"));
+        sh(&format!("{} --noflush -w < /run/lab/rules", self.real("iptables-restore")));
+        count
+    }
+
+    /// rfw's rules in kernel order, IPv4 first: `INPUT -s 1.2.3.4/32 -i eth0 -j DROP [rfw:1795431795]`.
+    pub fn rules(&self) -> Vec<String> {
+        self.tagged(|tag| tag != "rfw:guard")
+    }
+
+    pub fn guards(&self) -> Vec<String> {
+        self.tagged(|tag| tag == "rfw:guard")
+    }
+
+    fn tagged(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        let lines = self.dump();
+        let tagged = lines.iter().filter_map(|line| Some((line, tag(line)?)));
+        tagged.filter(|(_, tag)| wanted(tag)).map(|(line, tag)| short(line, &tag)).collect()
+    }
+
+    /// `iptables -S` and `ip6tables -S` less the tagged lines.
+    pub fn others(&self) -> Vec<String> {
+        self.dump().into_iter().filter(|line| tag(line).is_none()).collect()
+    }
+
+    fn dump(&self) -> Vec<String> {
+        let both = self.iptables("-S") + &self.ip6tables("-S");
+        both.lines().map(String::from).collect()
+    }
+
+    /// Writes rfw.conf: the lines that every test needs, and these.
+    pub fn configure(&self, lines: &str) {
+        let iptables = self.iptables_path();
+        let always = format!("whitelist.file = white.list\niptables.path = {iptables}\n");
+        self.write("rfw.conf", &format!("[config]\n{always}{lines}\n"));
+    }
+
+    /// A run of rfw to its end: the words of both outputs, and the exit status.
+    pub fn rfw(&self, arguments: &str) -> (i32, String) {
+        let mut command = Command::new("timeout");
+        command.arg("20").arg(env!("CARGO_BIN_EXE_rfw")).args(arguments.split(' '));
+        let out = command.current_dir(&self.dir).output().unwrap();
+        (out.status.code().expect("an exit status"), text(&out))
+    }
+
+    /// Starts rfw with these lines in rfw.conf and waits until it answers.
+    pub fn start(&self, lines: &str) -> Rfw<'_> {
+        self.configure(lines);
+        let mut rfw = self.launch(&[]);
+        rfw.await_ready();
+        rfw
+    }
+
+    /// Starts rfw, after the words of another program if need be, and does not wait.
+    pub fn launch(&self, before: &[&str]) -> Rfw<'_> {
+        let words = ["-f", "rfw.conf", "--logfile", "rfw.log", "--loglevel", "DEBUG"];
+        let mut line = before.to_vec();
+        line.push(env!("CARGO_BIN_EXE_rfw"));
+        line.extend(words);
+        let mut stderr = fs::File::options();
+        let stderr = stderr.create(true).append(true).open(self.dir.join("stderr")).unwrap();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).current_dir(&self.dir).stdin(Stdio::null()).stderr(stderr);
+        Rfw { child: command.spawn().unwrap(), lab: self }
+    }
+}
+
+/// "rfw", "rfw:guard" or "rfw:1795431795" where the line is one of rfw's.
+fn tag(line: &str) -> Option<String> {
+    let comment = line.split_once("--comment ")?.1.split(' ').next()?.trim_matches('"');
+    let seconds = comment.strip_prefix("rfw:").unwrap_or("");
+    let timed = !seconds.is_empty() && seconds.bytes().all(|b| b.is_ascii_digit());
+    let plain = !line.contains(" -p ") && (comment == "rfw" || timed);
+    (plain || comment == "rfw:guard").then(|| comment.into())
+}
+
+/// One spelling for all versions of iptables: the comment last, reject's default left out.
+fn short(line: &str, tag: &str) -> String {
+    let mut words = line.split(' ').skip(1);
+    let mut kept = Vec::new();
+    while let Some(word) = words.next() {
+        match word {
+            "-m" => drop(words.next()),
+            "--comment" | "--reject-with" => drop(words.next()),
+            _ => kept.push(word),
+        }
+    }
+    format!("{} [{tag}]", kept.join(" "))
+}
+
+/// Another process that ends with the test.
+pub struct Process(Child);
+
+impl Process {
+    pub fn start(words: &str) -> Process {
+        let mut words = words.split(' ');
+        let mut command = Command::new(words.next().unwrap());
+        Process(command.args(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A running rfw; killed at the end of the test, and quoted where the test failed.
+pub struct Rfw<'l> {
+    child: Child,
+    lab: &'l Lab,
+}
+
+impl Rfw<'_> {
+    pub fn await_ready(&mut self) {
+        await_true("rfw answers", 10 + SLACK, || {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "rfw ended: {}", self.lab.read("stderr"));
+            let local = Conn::to(LOCAL).and_then(|mut conn| conn.try_ask("GET /", ""));
+            local.is_ok() || curl("-k", "GET /", "https://127.0.0.1:7393").ends_with("401")
+        });
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// One for each connection, and those of `await_idle`.
+    pub fn threads(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
+    }
+
+    /// Waits until no connection is left; returns how many threads run then.
+    pub fn await_idle(&self) -> usize {
+        await_true("main and two listeners are left", 10 + SLACK, || self.threads() <= 3);
+        self.threads()
+    }
+
+    /// kill -9
+    pub fn kill(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+
+    pub fn restart(&mut self) {
+        self.kill();
+        self.child = self.lab.launch(&[]).into_child();
+        self.await_ready();
+    }
+
+    fn into_child(self) -> Child {
+        let mut rfw = std::mem::ManuallyDrop::new(self);
+        std::mem::replace(&mut rfw.child, Command::new("true").spawn().unwrap())
+    }
+
+    /// Waits until the process ends by itself; the signal that ended it.
+    pub fn signal(&mut self) -> Option<i32> {
+        std::os::unix::process::ExitStatusExt::signal(&self.child.wait().unwrap())
+    }
+}
+
+impl Drop for Rfw<'_> {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            let [log, stderr] = ["rfw.log", "stderr"].map(|name| self.lab.read(name));
+            let tail = log.lines().count().saturating_sub(40);
+            let log: Vec<&str> = log.lines().skip(tail).collect();
+            eprintln!("--- log\n{}\n--- stderr\n{stderr}", log.join("\n"));
+            eprintln!("--- iptables -S\n{}", self.lab.dump().join("\n"));
+        }
+    }
+}
+
+/// An answer as it came.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Answer {
+    /// "200 inserted", "409 whitelisted", "200".
+    pub fn brief(&self) -> String {
+        let word = [self.field("result"), self.field("error")].concat();
+        format!("{} {word}", self.status).trim_end().into()
+    }
+
+    /// A member of the JSON object in the body, without its quotes.
+    pub fn field(&self, name: &str) -> &str {
+        let Some((_, value)) = self.body.split_once(&format!("\"{name}\":")) else {
+            return "";
+        };
+        match value.strip_prefix('"') {
+            Some(word) => word.split('"').next().unwrap_or(""),
+            None => value.split([',', '}']).next().unwrap_or(""),
+        }
+    }
+
+    pub fn expires(&self) -> u64 {
+        self.field("expires").parse().expect("a time of expiry")
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let fields = self.head.lines().filter_map(|line| line.split_once(':'));
+        fields
+            .filter(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.trim())
+            .next()
+    }
+}
+
+/// A kept connection to the local server.
+pub struct Conn(BufReader<TcpStream>);
+
+impl Conn {
+    pub fn open() -> Conn {
+        Conn::to(LOCAL).unwrap()
+    }
+
+    pub fn to(address: &str) -> io::Result<Conn> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(Duration::from_secs(40)))?;
+        Ok(Conn(BufReader::new(stream)))
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        drop(self.0.get_mut().write_all(bytes.as_ref()));
+    }
+
+    pub fn writer(&self) -> TcpStream {
+        self.0.get_ref().try_clone().unwrap()
+    }
+
+    /// `ask("PUT /drop/input/any/1.2.3.4")`
+    pub fn ask(&mut self, request: &str) -> Answer {
+        self.try_ask(request, "").expect(request)
+    }
+
+    /// The same with further header lines, each with its CRLF.
+    pub fn try_ask(&mut self, request: &str, fields: &str) -> io::Result<Answer> {
+        let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n");
+        self.0.get_mut().write_all(head.as_bytes())?;
+        self.answer()
+    }
+
+    pub fn answer(&mut self) -> io::Result<Answer> {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            if self.0.read_line(&mut head)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        let status = head.get(9..12).and_then(|digits| digits.parse().ok());
+        let status = status.ok_or(io::ErrorKind::InvalidData)?;
+        let mut answer = Answer { status, head, body: String::new() };
+        answer.body = String::from_utf8(self.body(&answer)?).expect("UTF-8");
+        Ok(answer)
+    }
+
+    fn body(&mut self, answer: &Answer) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        if let Some(length) = answer.header("Content-Length") {
+            body.resize(length.parse().expect("a length"), 0);
+            self.0.read_exact(&mut body)?;
+        } else if answer.header("Transfer-Encoding") == Some("chunked") {
+            while self.chunk(&mut body)? {}
+        } else {
+            self.0.read_to_end(&mut body)?;
+        }
+        Ok(body)
+    }
+
+    fn chunk(&mut self, body: &mut Vec<u8>) -> io::Result<bool> {
+        let mut size = String::new();
+        self.0.read_line(&mut size)?;
+        let size = usize::from_str_radix(size.trim(), 16).expect("a chunk's size");
+        let mut chunk = vec![0; size + 2];
+        self.0.read_exact(&mut chunk)?;
+        body.extend(&chunk[..size]);
+        Ok(size > 0)
+    }
+
+    /// All that still comes before the server closes; nothing may come after a refusal.
+    pub fn rest(&mut self) -> String {
+        let mut rest = Vec::new();
+        match self.0.read_to_end(&mut rest) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => panic!("still open"),
+            _ => String::from_utf8_lossy(&rest).into(),
+        }
+    }
+}
+
+/// One request to the local server on a connection of its own.
+pub fn ask(request: &str) -> Answer {
+    Conn::open().ask(request)
+}
+
+/// One request over HTTP by curl, with further options; the body and, below it, the status.
+pub fn curl(options: &str, request: &str, server: &str) -> String {
+    let (method, path) = request.split_once(' ').expect("METHOD /path");
+    let words = format!("{options} -sS -m 30 -g -w %{{http_code}} -X {method} {server}{path}");
+    text(&Command::new("curl").args(words.split_whitespace()).output().expect("curl is needed"))
+}
+
+/// Each row of a table, all that differ shown at once.
+pub fn table<W: AsRef<str>>(rows: &[(&str, W)], mut got: impl FnMut(&str) -> String) {
+    let mut wrong = String::new();
+    for (given, want) in rows {
+        let (got, want) = (got(given), want.as_ref());
+        if got != want {
+            wrong += &format!("{given:?}\n    is     {got}\n    not    {want}\n");
+        }
+    }
+    assert!(wrong.is_empty(), "\n{wrong}");
+}
+
+/// Requests to the local server, in this order, and their answers in brief.
+pub fn transcript(rows: &[(&str, &str)]) {
+    table(rows, |request| ask(request).brief());
+}
+
+pub fn await_true(what: &str, seconds: u64, mut probe: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while !probe() {
+        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until the wall clock shows `time`: for what must not have happened by then.
+pub fn await_time(time: u64) {
+    await_true("time passes", 60, || now() >= time);
+}
+
+pub fn now() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs()
+}
+
+/// Runs a shell script that must succeed; its standard output.
+pub fn sh(script: &str) -> String {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-ec", script]).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/run");
+    let out = command.output().unwrap();
+    assert!(out.status.success(), "{script}\n{}", text(&out));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+pub fn text(out: &Output) -> String {
+    [&out.stdout, &out.stderr].map(|bytes| String::from_utf8_lossy(bytes)).concat()
+}

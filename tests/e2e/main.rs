@@ -1,0 +1,25 @@
+//! The real program, real iptables in both variants, real curl, real packets: end to end.
+//!
+//! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
+//! order: the harness, the program as a command, its API, what it does to the kernel, then HTTP,
+//! TLS, packets, kill -9, and the defects of rfw 0.2.2 that must not return.
+
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+
+mod lab;
+
+mod api;
+mod crash;
+mod http;
+mod kernel;
+mod packets;
+mod program;
+mod readme;
+mod regressions;
+mod tls;

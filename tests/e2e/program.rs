@@ -1,0 +1,222 @@
+//! SPEC 1 to 3 and 7: the program as a command: options, configuration, start-up checks, log.
+
+use crate::lab::*;
+use std::net::TcpListener;
+
+#[test]
+fn options() {
+    once(|lab| {
+        lab.configure("local.server");
+        let rows = [
+            ("-V", 0, env!("CARGO_PKG_VERSION")),
+            ("-h", 0, "--loglevel"),
+            ("-t -f rfw.conf", 0, ""),
+            ("-t -f /run/lab/rfw.conf --logfile - --loglevel ERROR -v", 0, ""),
+            ("-t -f nope.conf", 1, "nope.conf"),
+            ("-t -f", 2, "-f"),
+            ("-x", 2, "-x"),
+            ("-t rfw.conf", 2, "rfw.conf"),
+            ("-t -f rfw.conf --loglevel LOUD", 2, "LOUD"),
+            ("-t -f rfw.conf --logfile", 2, "--logfile"),
+        ];
+        for (options, status, word) in rows {
+            let (got, said) = lab.rfw(options);
+            assert!(got == status && said.contains(word), "rfw {options}: {got} {said}");
+            assert!(status != 1 || said.lines().count() == 1, "one clear sentence: {said}");
+        }
+        assert_eq!(lab.rules(), [""; 0], "-t changes nothing");
+    });
+}
+
+/// A line of a good rfw.conf (below), what stands there instead, and what rfw says of it.
+const BAD_CONF: [(&str, &str, &[&str]); 31] = [
+    ("[config]", "[other]", &["rfw.conf:1"]),
+    ("[config]", "local.server", &["rfw.conf:1"]),
+    ("[config]", "", &["rfw.conf"]),
+    ("[config]", "[config]|[config]", &["rfw.conf:2"]),
+    ("local.server", "local.servr", &["rfw.conf:4", "local.servr"]),
+    ("local.server", "Local.Server", &["rfw.conf:4"]),
+    ("local.server", "local.server = yes", &["rfw.conf:4"]),
+    ("local.server", "local.server =", &["rfw.conf:4"]),
+    ("local.server", "local.server|local.server", &["rfw.conf:5", "local.server"]),
+    ("local.server", "# none", &["local.server", "outward.server"]),
+    ("local.server", "local.server|local.server.authentication", &["auth."]),
+    ("local.server", "local.server|default.expire", &["rfw.conf:5"]),
+    ("local.server", "local.server|default.expire =", &["rfw.conf:5"]),
+    ("local.server", "local.server|default.expire = 10x", &["rfw.conf:5", "10x"]),
+    ("local.server", "local.server|default.expire = 1234567890", &["rfw.conf:5"]),
+    ("local.server", "local.server|local.server.port = 0", &["rfw.conf:5"]),
+    ("local.server", "local.server|local.server.port = 65536", &["rfw.conf:5", "65536"]),
+    ("local.server", "local.server|local.server.port = +80", &["rfw.conf:5"]),
+    ("local.server", "local.server|local.server.port = 1|local.server.port = 1", &["rfw.conf:6"]),
+    ("local.server", "local.server|auth.username = mu|auth.password =", &["rfw.conf:6"]),
+    ("local.server", "local.server|outward.server.ip = example.com", &["rfw.conf:5"]),
+    ("local.server", "local.server|outward.server", &["outward.server.certfile"]),
+    ("local.server", "local.server|\u{1}", &["rfw.conf:5"]),
+    ("white.list", "nope.list", &["rfw.conf:2", "nope.list"]),
+    ("white.list", "", &["rfw.conf:2"]),
+    ("whitelist.file = white.list", "", &["whitelist.file"]),
+    ("iptables.path = ", "iptables.path = usr/", &["rfw.conf:3", "absolute"]),
+    ("iptables.path = ", "iptables.path = /nope", &["rfw.conf:3", "/nope"]),
+    ("iptables.path = ", "iptables.path = /run/lab/white.list #", &["rfw.conf:3"]),
+    ("local.server", "local.server|ip6tables.path = x", &["rfw.conf:5", "absolute"]),
+    ("local.server", "local.server|auth.password = a:b|auth.username = a:b", &["rfw.conf:6"]),
+];
+
+#[test]
+fn a_wrong_configuration_never_starts() {
+    once(|lab| {
+        for (line, instead, words) in BAD_CONF {
+            lab.configure("local.server");
+            let good = lab.read("rfw.conf");
+            lab.write("rfw.conf", &good.replacen(line, &instead.replace('|', "\n"), 1));
+            for options in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
+                let (status, said) = lab.rfw(options);
+                let all = words.iter().all(|word| said.contains(word));
+                assert!(status == 1 && all, "{instead}: {status} {said}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_wrong_whitelist_never_starts() {
+    once(|lab| {
+        lab.configure("local.server");
+        let rows = [
+            ("", "white.list"),
+            ("# nobody\n\n", "white.list"),
+            ("10.0.0.1\n10.0.0.256\n", "white.list:2"),
+            ("10.0.0.0/33\n", "white.list:1"),
+            ("10.0.0.9-10.0.0.1\n", "white.list:1"),
+            ("10.0.0.1-\n", "white.list:1"),
+            ("2001:db8::9-2001:db8::1\n", "white.list:1"),
+            ("example.com\n", "white.list:1"),
+            ("10.0.0.1 10.0.0.2\n", "white.list:1"),
+        ];
+        for (list, word) in rows {
+            lab.write("white.list", list);
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            assert!(status == 1 && said.contains(word), "{list}: {status} {said}");
+        }
+        lab.write(
+            "white.list",
+            "# all\n10.0.0.1 # mine\n10.0.0.0/8\n1.1.1.1-1.1.1.3\n::1\n2001:db8::/48\r\n",
+        );
+        assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
+    });
+}
+
+#[test]
+fn files_that_others_can_write_are_refused() {
+    once(|lab| {
+        for file in ["rfw.conf", "white.list"] {
+            lab.configure("local.server");
+            sh(&format!("chmod 646 lab/{file}"));
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            assert!(status == 1 && said.contains(file) && said.contains("writ"), "{status} {said}");
+            sh(&format!("chmod 600 lab/{file}"));
+        }
+    });
+}
+
+#[test]
+fn start_up_checks() {
+    once(|lab| {
+        let no_match = "case \"$*\" in *comment*) echo \"Couldn't load match \\`comment'\" >&2; exit 2;; esac
+            case $me in *restore) /bin/grep -q comment && { echo 'line 2 failed' >&2; exit 2; };; esac";
+        let rows = [
+            ("kill -9 $$", "iptables"),
+            ("echo 'Permission denied (you must be root)' >&2; exit 4", "root"),
+            (no_match, "comment"),
+        ];
+        for (ill, word) in rows {
+            lab.stand_in(ill);
+            lab.configure("local.server");
+            let (status, said) = lab.rfw("-f rfw.conf --logfile -");
+            assert!(status == 1 && said.contains(word), "{ill}: {status} {said}");
+        }
+        sh("chmod -x lab/bin/iptables");
+        let (status, said) = lab.rfw("-f rfw.conf --logfile -");
+        assert!(status == 1 && said.contains("/run/lab/bin/iptables"), "{status} {said}");
+
+        lab.stand_in("");
+        let _busy = TcpListener::bind(LOCAL).unwrap();
+        let (status, said) = lab.rfw("-f rfw.conf --logfile -");
+        assert!(status == 1 && said.contains("7390"), "{status} {said}");
+    });
+}
+
+#[test]
+fn sigterm_ends_it_and_unblocks_nobody() {
+    both(|lab| {
+        let mut rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/1.2.3.4");
+        sh(&format!("kill -TERM {}", rfw.pid()));
+        assert_eq!(rfw.signal(), Some(15));
+        assert_eq!(lab.rules(), ["INPUT -s 1.2.3.4/32 -j DROP [rfw]"]);
+    });
+}
+
+#[test]
+fn the_log_has_a_line_for_every_change_made_or_refused() {
+    once(|lab| {
+        let rfw = lab.start("local.server");
+        let rows = [
+            ("PUT /drop/input/any/1.2.3.4", "inserted"),
+            ("DELETE /drop/input/any/1.2.3.4", "deleted"),
+            ("PUT /drop/input/any/192.0.2.1", "whitelisted"),
+            ("PUT /drop/input/any/1.2.3.4/99", "bad_mask"),
+        ];
+        for (request, result) in rows {
+            let (_, path) = request.split_once(' ').unwrap();
+            ask(request);
+            let line = || {
+                let log = lab.read("rfw.log");
+                log.lines().rfind(|line| line.contains(path)).unwrap_or_default().to_string()
+            };
+            await_true(request, SLACK, || line().contains(result));
+            let line = line();
+            assert!(line.contains(" INFO ") && line.contains("127.0.0.1"), "{line}");
+            let stamp: String =
+                line.chars().map(|c| if c.is_ascii_digit() { '9' } else { c }).collect();
+            assert!(stamp.starts_with("9999-99-99T99:99:99.999Z INFO "), "{line}");
+        }
+        // What a client sends is escaped: it cannot write a line of its own or colour a terminal.
+        let mut conn = Conn::open();
+        conn.send("PUT /drop/\u{1b}[31m HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        conn.rest();
+        ask("PUT /drop/input/any/%0a2026-01-01T00:00:00.000Z%20INFO%20x");
+        let log = lab.read("rfw.log");
+        assert!(
+            !log.contains('\u{1b}') && !log.lines().any(|l| l.starts_with("2026-01-01T")),
+            "{log}"
+        );
+        drop(rfw);
+    });
+}
+
+#[test]
+fn loglevel_and_standard_error() {
+    once(|lab| {
+        let rows = [
+            ("--logfile - --loglevel INFO", true),
+            ("--logfile - --loglevel ERROR", false),
+            ("--logfile rfw.log --loglevel ERROR -v", true),
+            ("--logfile /dev/full", false), // a log that cannot be written never stops the firewall
+            ("--logfile /nope/rfw.log -v", true),
+        ];
+        for (options, shown) in rows {
+            lab.configure("local.server");
+            lab.write("stderr", "");
+            let script = format!("cd /run/lab; exec \"$0\" -f rfw.conf {options}");
+            let mut rfw = lab.launch(&["/bin/sh", "-c", &script]);
+            rfw.await_ready();
+            assert_eq!(ask("DELETE /drop/input/any/1.2.3.4").brief(), "200 absent", "{options}");
+            let is_shown = || lab.read("stderr").contains("/drop/input/any/1.2.3.4");
+            await_true(options, SLACK, || is_shown() || !shown);
+            rfw.kill();
+            assert_eq!(is_shown(), shown, "{options}: {}", lab.read("stderr"));
+        }
+    });
+}

@@ -1,0 +1,212 @@
+//! The outward server: TLS, its keys made by contrib/rfwgen, credentials, who may connect.
+
+use crate::lab::*;
+use std::io::Read;
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::Duration;
+
+pub const CONF: &str = "outward.server
+outward.server.port = 7393
+outward.server.ip = ::
+outward.server.certfile = keys/server_127.0.0.1/server.crt
+outward.server.keyfile = keys/server_127.0.0.1/server.key
+auth.username = mu
+auth.password = s3cret:pass";
+
+const USER: &str = "-u mu:s3cret:pass";
+const SERVER: &str = "https://127.0.0.1:7393";
+
+/// What `rfwgen 127.0.0.1 keys` makes.
+pub fn keys(lab: &Lab) {
+    rfwgen(lab, "127.0.0.1");
+}
+
+fn rfwgen(lab: &Lab, server: &str) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+    sh(&format!("umask 022; cd {}; '{script}' {server} keys < /dev/null", lab.dir.display()));
+}
+
+/// One request by curl over TLS: its answer in brief.
+fn https(options: &str, request: &str) -> String {
+    let said = curl(&format!("--cacert /run/lab/keys/client/ca.crt {options}"), request, SERVER);
+    let (body, status) = said.rsplit_once('\n').unwrap_or(("", &said));
+    let answer = Answer { status: 0, head: String::new(), body: body.into() };
+    format!("{status} {}{}", answer.field("result"), answer.field("error"))
+}
+
+#[test]
+fn curl_over_https() {
+    both(|lab| {
+        keys(lab);
+        let _rfw = lab.start(CONF);
+        let put = "PUT /drop/input/any/1.2.3.4";
+        let rows = [
+            (put, USER, "200 inserted"),
+            (put, USER, "200 exists"),
+            ("PUT /drop/input/any/2001:db8::1?expire=1h", USER, "200 inserted"),
+            ("PUT /drop/input/any/127.0.0.1", USER, "409 whitelisted"),
+            (put, "", "401 unauthorized"),
+            (put, "-u mu:", "401 unauthorized"),
+            (put, "-u mu:s3cret:pas", "401 unauthorized"),
+            (put, "-u mu:s3cret:passs", "401 unauthorized"),
+            (put, "-u MU:s3cret:pass", "401 unauthorized"),
+            (put, "-H Authorization:Bearer", "401 unauthorized"),
+            ("GET /", "", "401 unauthorized"),
+            ("GET /nothing", "", "401 unauthorized"),
+            ("FOO /list", "", "401 unauthorized"),
+            ("DELETE /drop/input/any/1.2.3.4", USER, "200 deleted"),
+        ];
+        for (request, options, answer) in rows {
+            assert_eq!(https(options, request), answer, "{request} {options}");
+        }
+        let head = curl("-k -i", "GET /", SERVER).to_lowercase();
+        assert!(head.contains("\r\nwww-authenticate: basic realm=\"rfw\"\r\n"), "{head}");
+        let list = curl(&format!("-k {USER}"), "GET /list", "https://[::1]:7393");
+        assert!(list.contains("2001:db8::1") && !list.contains("7393"), "{list}");
+        let files = ["rfw.log", "stderr"].map(|name| lab.read(name)).concat();
+        for secret in ["s3cret", "bXU6"] {
+            assert!(!files.contains(secret), "{files}");
+        }
+        assert!(files.contains("mu") && files.contains("401") && files.contains("2001:db8::1"));
+    });
+}
+
+/// The protocol that `openssl s_client` gets with these options, or "refused".
+fn s_client(options: &str) -> String {
+    let words = format!(
+        "s_client -connect 127.0.0.1:7393 -CAfile /run/lab/keys/client/ca.crt \
+         -verify_return_error -verify_ip 127.0.0.1 -brief {options}"
+    );
+    let mut command = Command::new("openssl");
+    let out = command.args(words.split_whitespace()).stdin(std::process::Stdio::null()).output();
+    let said = text(&out.expect("openssl is needed"));
+    let version = said.lines().find_map(|line| line.strip_prefix("Protocol version: "));
+    version.unwrap_or("refused").into()
+}
+
+#[test]
+fn protocol_versions() {
+    once(|lab| {
+        keys(lab);
+        let old = "-tls1_1 -cipher ALL:@SECLEVEL=0";
+        let mut rfw = lab.start(CONF);
+        table(&[("-tls1_3", "TLSv1.3"), ("-tls1_2", "refused"), (old, "refused")], s_client);
+        rfw.kill();
+        let _rfw = lab.start(&format!("{CONF}\noutward.server.tls12"));
+        table(&[("", "TLSv1.3"), ("-tls1_2", "TLSv1.2"), (old, "refused")], s_client);
+        assert_eq!(https(&format!("--tls-max 1.2 {USER}"), "GET /list"), "200 ");
+        let plain = curl(USER, "GET /list", "http://127.0.0.1:7393");
+        assert!(!plain.ends_with("200"), "{plain}");
+        assert_eq!(https(USER, "GET /list"), "200 ");
+    });
+}
+
+#[test]
+fn kinds_of_keys() {
+    once(|lab| {
+        keys(lab);
+        let files = "keys/server_127.0.0.1/server";
+        let rows = [
+            "genrsa -traditional -out key 2048",
+            "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out key",
+            "ecparam -genkey -noout -name prime256v1 -out key",
+            "genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out key",
+            "genpkey -algorithm ED25519 -out key",
+        ];
+        for words in rows {
+            let request = "req -x509 -new -key key -subj /CN=x -addext subjectAltName=IP:127.0.0.1";
+            sh(&format!(
+                "cd lab; openssl {words} 2>/dev/null; openssl {request} -days 3 -out crt; \
+                 cat key > {files}.key; cat crt > {files}.crt; cat crt > keys/client/ca.crt"
+            ));
+            let _rfw = lab.start(CONF);
+            assert_eq!(https(USER, "GET /list"), "200 ", "{words}");
+        }
+    });
+}
+
+#[test]
+fn bad_keys_do_not_start() {
+    once(|lab| {
+        keys(lab);
+        lab.configure(CONF);
+        let key = "keys/server_127.0.0.1/server.key";
+        let rows = [
+            ("chmod 666 KEY", "write"),
+            ("echo > KEY", "server.key"),
+            ("echo '-----BEGIN PRIVATE KEY-----' > KEY", "server.key"),
+            ("openssl genpkey -algorithm ED25519 > KEY", "server."),
+            ("rm KEY", "server.key"),
+        ];
+        for (ill, word) in rows {
+            sh(&format!("cd lab; cp {key} good; {}", ill.replace("KEY", key)));
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            assert!(status == 1 && said.contains(word), "{ill}: {status} {said}");
+            sh(&format!("cd lab; rm -f {key}; mv good {key}"));
+        }
+        assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
+    });
+}
+
+#[test]
+fn only_whitelisted_addresses_may_connect() {
+    both(|lab| {
+        keys(lab);
+        sh("ip addr add 10.9.9.1/32 dev lo; ip addr add 10.9.9.9/32 dev lo");
+        lab.write("white.list", "10.9.9.1\n");
+        let _rfw = lab.start(CONF);
+        let from = |source: &str| {
+            let options = format!("-k {USER} -m 2 --interface {source}");
+            curl(&options, "GET /list", "https://10.9.9.1:7393")
+        };
+        assert_eq!(from("10.9.9.1"), "[]\n200");
+        let stranger = from("10.9.9.9");
+        assert!(stranger.contains("timed out"), "dropped, not refused: {stranger}");
+
+        // Where another rule lets a stranger's packets through, rfw itself closes at once.
+        lab.iptables("-I INPUT -s 10.9.9.9 -j ACCEPT");
+        lab.iptables("-I OUTPUT -d 10.9.9.9 -j ACCEPT");
+        let stranger = from("10.9.9.9");
+        assert!(!stranger.contains("timed out") && stranger.starts_with("000"), "{stranger}");
+    });
+}
+
+#[test]
+fn a_silent_handshake_is_closed_and_holds_up_nobody() {
+    once(|lab| {
+        keys(lab);
+        let _rfw = lab.start(CONF);
+        let mut silent = TcpStream::connect(OUTWARD).unwrap();
+        assert_eq!(https(USER, "GET /list"), "200 ");
+        silent.set_read_timeout(Some(Duration::from_secs(11 + SLACK))).unwrap();
+        let mut said = Vec::new();
+        assert!(silent.read_to_end(&mut said).is_ok(), "still open");
+    });
+}
+
+#[test]
+fn rfwgen_makes_what_it_says() {
+    once(|lab| {
+        keys(lab);
+        let files = "cd lab; find keys -type f -o -type d | sort | xargs stat -c '%a %n'";
+        let made = "700 keys\n700 keys/client\n600 keys/client/ca.crt\n700 keys/offline\n600 keys/offline/ca.key\n\
+                    700 keys/server_127.0.0.1\n600 keys/server_127.0.0.1/server.crt\n600 keys/server_127.0.0.1/server.key\n";
+        assert_eq!(sh(files), made);
+        let shown = sh("openssl x509 -noout -text -in lab/keys/server_127.0.0.1/server.crt");
+        assert!(shown.contains("IP Address:127.0.0.1") && shown.contains("prime256v1"), "{shown}");
+
+        let sums = "cd lab; sha256sum keys/*/*";
+        let before = sh(sums);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+        sh(&format!("cd lab; '{script}' 127.0.0.1 keys < /dev/null || true"));
+        assert_eq!(sh(sums), before, "a key was overwritten");
+
+        rfwgen(lab, "2001:db8::7");
+        let after = sh(sums);
+        assert!(before.lines().all(|line| after.contains(line)), "one CA for all servers");
+        sh("cd lab/keys; openssl verify -CAfile client/ca.crt server_*/server.crt");
+        sh(&format!("! '{script}' 1.2.3.400 lab/other < /dev/null"));
+        sh("test ! -e lab/other");
+    });
+}
