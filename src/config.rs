@@ -13,27 +13,11 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
-const FLAGS: [&str; 5] = [
-    "outward.server",
-    "outward.server.tls12",
-    "local.server",
-    "local.server.authentication",
-    "non.restful",
-];
-
-const SETTINGS: [&str; 11] = [
-    "outward.server.port",
-    "outward.server.ip",
-    "outward.server.certfile",
-    "outward.server.keyfile",
-    "local.server.port",
-    "auth.username",
-    "auth.password",
-    "default.expire",
-    "whitelist.file",
-    "iptables.path",
-    "ip6tables.path",
-];
+const FLAGS: &str = "outward.server outward.server.tls12 local.server \
+                     local.server.authentication non.restful";
+const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
+                        outward.server.keyfile local.server.port auth.username auth.password \
+                        default.expire whitelist.file iptables.path ip6tables.path";
 
 /// The HTTPS server for remote clients.
 pub struct Outward {
@@ -220,7 +204,8 @@ fn entry(line: &str, number: usize) -> Result<(&str, &str), LineError> {
         None => (line, None),
         Some((key, value)) => (key.trim_end(), Some(value.trim_start())),
     };
-    match (FLAGS.contains(&key), SETTINGS.contains(&key), value) {
+    let is_in = |keys: &str| keys.split_whitespace().any(|known| known == key);
+    match (is_in(FLAGS), is_in(SETTINGS), value) {
         (true, _, None) => Ok((key, "")),
         (true, _, Some(_)) => {
             error(number, format!("{key} is on as soon as it stands here; write it without ="))

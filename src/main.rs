@@ -1,7 +1,7 @@
 //! Start-up, in order, top to bottom; then the threads.
 
 use rfw::api::Grammar;
-use rfw::config::{Config, Outward};
+use rfw::config::{Config, LineError, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::kernel::Tools;
 use rfw::http::tls::Acceptor;
@@ -9,6 +9,7 @@ use rfw::log::{Level, Log};
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::Whitelist;
 use rfw::server::{Door, Server};
+use std::convert::Infallible;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 const USAGE: &str = "\
 usage: rfw [-f FILE] [--loglevel LEVEL] [--logfile FILE] [-v] [-t] [-V] [-h]
 
@@ -32,56 +34,54 @@ A REST server that blocks and allows IP addresses in iptables.
 ";
 
 fn main() -> ExitCode {
-    let args: Vec<String> =
-        std::env::args_os().skip(1).map(|a| a.to_string_lossy().into()).collect();
-    match Options::parse(&args) {
+    let args = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned());
+    let options = match Options::parse(args) {
+        Ok(options) => options,
         Err(message) => {
             eprint!("rfw: {message}\n\n{USAGE}");
-            ExitCode::from(2)
+            return ExitCode::from(2);
         }
-        Ok(Ask::Help) => {
-            print!("{USAGE}");
+    };
+    let said = match options.ask {
+        Ask::Help => Ok(USAGE.into()),
+        Ask::Version => Ok(format!("rfw {VERSION}\n")),
+        Ask::Check => {
+            load(&options.file).map(|_| format!("{} is in order\n", options.file.display()))
+        }
+        Ask::Run => run(&options).map(|never| match never {}),
+    };
+    match said {
+        Ok(text) => {
+            print!("{text}");
             ExitCode::SUCCESS
         }
-        Ok(Ask::Version) => {
-            println!("rfw {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
+        Err(message) => {
+            eprintln!("rfw: {message}");
+            ExitCode::FAILURE
         }
-        Ok(Ask::Run(options)) => match run(&options) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(message) => {
-                eprintln!("rfw: {message}");
-                ExitCode::FAILURE
-            }
-        },
     }
 }
 
-/// What the command line asks for.
 enum Ask {
+    Run,
+    Check,
     Help,
     Version,
-    Run(Options),
 }
 
 struct Options {
+    ask: Ask,
     file: PathBuf,
     level: Level,
     logfile: PathBuf,
     verbose: bool,
-    test: bool,
 }
 
 impl Options {
-    fn parse(args: &[String]) -> Result<Ask, String> {
-        let mut options = Options {
-            file: "/etc/rfw/rfw.conf".into(),
-            level: Level::Info,
-            logfile: "/var/log/rfw.log".into(),
-            verbose: false,
-            test: false,
-        };
-        let mut args = args.iter();
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
+        let (file, logfile) = ("/etc/rfw/rfw.conf".into(), "/var/log/rfw.log".into());
+        let mut options =
+            Options { ask: Ask::Run, file, level: Level::Info, logfile, verbose: false };
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or(format!("{arg} needs a value"));
             match arg.as_str() {
@@ -89,51 +89,55 @@ impl Options {
                 "--logfile" => options.logfile = value()?.into(),
                 "--loglevel" => {
                     let name = value()?;
-                    let wrong = || {
-                        format!("--loglevel {name}: write DEBUG, INFO, WARNING, ERROR or CRITICAL")
-                    };
-                    options.level = Level::parse(name).ok_or_else(wrong)?;
+                    let wrong =
+                        format!("{arg} {name}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
+                    options.level = Level::parse(&name).ok_or(wrong)?;
                 }
                 "-v" => options.verbose = true,
-                "-t" => options.test = true,
-                "-V" | "--version" => return Ok(Ask::Version),
-                "-h" | "--help" => return Ok(Ask::Help),
+                "-t" => options.ask = Ask::Check,
+                "-V" | "--version" => return Ok(Options { ask: Ask::Version, ..options }),
+                "-h" | "--help" => return Ok(Options { ask: Ask::Help, ..options }),
                 _ => return Err(format!("unknown option {arg}")),
             }
         }
-        Ok(Ask::Run(options))
+        Ok(options)
     }
 }
 
-/// Starts, or says in one sentence why not. With `-t` it returns in the end.
-fn run(options: &Options) -> Result<(), String> {
-    let file = &options.file;
+/// What the configuration comes to: all that can be read before anything is done.
+struct Loaded {
+    config: Config,
+    whitelist: Whitelist,
+    acceptor: Option<Acceptor>,
+    tools: [Tools; 2],
+}
+
+/// Reads rfw.conf and what it names, or says in one sentence what is wrong.
+fn load(file: &Path) -> Result<Loaded, String> {
     let folder = file.parent().unwrap_or(Path::new("."));
-    let config =
-        Config::parse(&read_text(file)?, folder).map_err(|e| at(file, e.line, &e.message))?;
+    let config = Config::parse(&read_text(file)?, folder).map_err(|error| at(file, &error))?;
     let list = &config.whitelist;
-    let whitelist =
-        Whitelist::parse(&read_text(list)?).map_err(|e| at(list, e.line, &e.message))?;
-    let whitelist = Arc::new(whitelist);
+    let whitelist = Whitelist::parse(&read_text(list)?).map_err(|error| at(list, &error))?;
     let acceptor = config.outward.as_ref().map(load_keys).transpose()?;
-    check_program(&config.iptables, "iptables.path")?;
     let tools = [
         Tools::new(Family::V4, config.iptables.clone()),
         Tools::new(Family::V6, config.ip6tables.clone()),
     ];
-    if options.test {
-        println!("{} and what it names are in order", file.display());
-        return Ok(());
-    }
-    let log = Arc::new(open_log(options));
+    check_programs(&tools[0])?;
+    Ok(Loaded { config, whitelist, acceptor, tools })
+}
+
+/// Starts, and stays; or says in one sentence why not.
+fn run(options: &Options) -> Result<Infallible, String> {
+    let Loaded { config, whitelist, acceptor, tools } = load(&options.file)?;
+    let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let doors = Door::open(&config, acceptor)?;
     let firewall = Firewall::start(tools, guarded, whitelist.clone(), log.clone())?;
-    let grammar =
-        Grammar { default_expire: config.default_expire, non_restful: config.non_restful };
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
-    log.info(format_args!("rfw {} at {addresses}", env!("CARGO_PKG_VERSION")));
-    let credentials = config.credentials;
+    log.info(format_args!("rfw {VERSION} at {addresses}"));
+    let Config { default_expire, non_restful, credentials, .. } = config;
+    let grammar = Grammar { default_expire, non_restful };
     let server = Arc::new(Server { firewall, whitelist, log, grammar, credentials, addresses });
     for door in doors {
         let server = server.clone();
@@ -145,26 +149,25 @@ fn run(options: &Options) -> Result<(), String> {
     }
 }
 
-fn at(file: &Path, line: usize, message: &str) -> String {
+fn at(file: &Path, LineError { line, message }: &LineError) -> String {
     match line {
         0 => format!("{}: {message}", file.display()),
         _ => format!("{}:{line}: {message}", file.display()),
     }
 }
-
 /// Reads a file that decides who may do what: nobody but root and its owner
 /// may be able to write it.
 fn read_trusted(file: &Path) -> Result<Vec<u8>, String> {
-    let wrong = |error: std::io::Error| at(file, 0, &format!("cannot read it: {error}"));
-    let mode = fs::metadata(file).map_err(wrong)?.mode();
-    if mode & 0o022 != 0 {
-        return Err(at(file, 0, "others than its owner may write it; run chmod go-w on it"));
+    let wrong = |error: std::io::Error| format!("{}: cannot read it: {error}", file.display());
+    if fs::metadata(file).map_err(wrong)?.mode() & 0o022 != 0 {
+        let what = "others than its owner may write it; run chmod go-w on it";
+        return Err(format!("{}: {what}", file.display()));
     }
     fs::read(file).map_err(wrong)
 }
 
 fn read_text(file: &Path) -> Result<String, String> {
-    String::from_utf8(read_trusted(file)?).map_err(|_| at(file, 0, "it is not UTF-8 text"))
+    String::from_utf8(read_trusted(file)?).map_err(|_| format!("{}: not UTF-8", file.display()))
 }
 
 fn load_keys(outward: &Outward) -> Result<Acceptor, String> {
@@ -175,16 +178,14 @@ fn load_keys(outward: &Outward) -> Result<Acceptor, String> {
     })
 }
 
-/// The program and `-restore` beside it, as far as a look at the files tells.
-fn check_program(iptables: &Path, key: &str) -> Result<(), String> {
-    let mut restore = iptables.as_os_str().to_owned();
-    restore.push("-restore");
-    for program in [iptables, Path::new(&restore)] {
-        let mode = fs::metadata(program).map_err(|error| {
-            format!("{}: {error}; install iptables or set {key}", program.display())
-        })?;
-        if !mode.is_file() || mode.mode() & 0o111 == 0 {
-            return Err(format!("{} is no program; set {key}", program.display()));
+/// Looks whether the files are programs; the start shows whether they work.
+fn check_programs(tools: &Tools) -> Result<(), String> {
+    for program in [&tools.iptables, &tools.restore] {
+        let name = program.display();
+        let data = fs::metadata(program)
+            .map_err(|error| format!("{name}: {error}; install iptables or set iptables.path"))?;
+        if !data.is_file() || data.mode() & 0o111 == 0 {
+            return Err(format!("{name} is no program; set iptables.path"));
         }
     }
     Ok(())
@@ -193,17 +194,16 @@ fn check_program(iptables: &Path, key: &str) -> Result<(), String> {
 /// A log file that cannot be opened does not stop the firewall.
 fn open_log(options: &Options) -> Log {
     let verbose = options.verbose.then_some(Level::Debug);
-    if options.logfile == Path::new("-") {
-        return Log { file: None, stderr: verbose.or(Some(options.level)) };
+    let only_stderr = Log { file: None, stderr: verbose.or(Some(options.level)) };
+    let name = options.logfile.as_path();
+    if name == Path::new("-") {
+        return only_stderr;
     }
-    let file = File::options().append(true).create(true).mode(0o640).open(&options.logfile);
-    match file {
+    match File::options().append(true).create(true).mode(0o640).open(name) {
         Ok(file) => Log { file: Some((file, options.level)), stderr: verbose },
         Err(error) => {
-            let log = Log { file: None, stderr: verbose.or(Some(options.level)) };
-            let file = options.logfile.display();
-            log.warning(format_args!("cannot write {file}: {error}; the log is here instead"));
-            log
+            only_stderr.warning(format_args!("cannot write {}: {error}", name.display()));
+            only_stderr
         }
     }
 }

@@ -22,6 +22,9 @@ const MAX_LINE: u64 = 64 * 1024;
 /// end of a socket to a child of its own.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// By how much longer each pause is in which a child ends.
+const STEP: Duration = Duration::from_micros(20);
+
 /// What went wrong with a program.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Failure {
@@ -161,14 +164,14 @@ impl Running {
 
     /// Waits for a child that has closed its end, so it will not be long.
     fn wait(&mut self) -> Option<ExitStatus> {
-        let mut pause = Duration::from_micros(10);
+        let mut pause = STEP;
         loop {
             match self.child.try_wait() {
                 Ok(Some(status)) => return Some(status),
                 Ok(None) if Instant::now() < self.deadline => thread::sleep(pause),
                 _ => return None,
             }
-            pause = pause.saturating_mul(2).min(LOOK);
+            pause = pause.saturating_add(STEP).min(LOOK);
         }
     }
 

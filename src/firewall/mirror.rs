@@ -182,15 +182,13 @@ impl Mirror {
         let mut repair = Repair::default();
         for chain in Chain::ALL {
             let rows = listing.remove(&chain).unwrap_or_default();
-            let listed: HashSet<Rule> = rows.iter().flatten().map(|owned| owned.rule).collect();
-            let mut kept = HashSet::new();
+            let mut kept = HashSet::with_capacity(rows.len());
             // From the back: of rules that stand twice a deletion takes the first.
             let judge = |row: Row| {
                 let stays = row.is_none_or(|owned| {
-                    !kept.contains(&owned.rule)
-                        && self.keeps(&owned, batch, now, whitelist, &mut repair)
+                    self.keeps(&owned, batch, now, whitelist, &mut repair)
+                        && kept.insert(owned.rule)
                 });
-                kept.extend(row.filter(|_| stays).map(|owned| owned.rule));
                 Slot { fate: if stays { Fate::Stays } else { Fate::Gone }, row }
             };
             let mut slots: Vec<Slot> = rows.into_iter().rev().map(judge).collect();
@@ -200,11 +198,16 @@ impl Mirror {
             let missing = self.rules.iter().filter(|(rule, _)| here(rule) && !kept.contains(rule));
             let mut missing: Vec<_> = missing.map(|(rule, entry)| (*rule, *entry)).collect();
             missing.sort_unstable_by_key(|(_, entry)| Reverse(entry.age));
-            let lost = missing.iter().map(|(rule, _)| *rule);
-            let lost =
-                lost.filter(|rule| !listed.contains(rule) && !batch.before.contains_key(rule));
-            repair.restored.extend(lost);
-            repair.arrange(rewritten_if_cheaper(self.merged(slots, missing)));
+            if !missing.is_empty() {
+                let rows = slots.iter().filter_map(|slot| slot.row);
+                let listed: HashSet<Rule> = rows.map(|owned| owned.rule).collect();
+                let lost = missing.iter().map(|(rule, _)| *rule);
+                repair.restored.extend(
+                    lost.filter(|rule| !listed.contains(rule) && !batch.before.contains_key(rule)),
+                );
+                slots = self.merged(slots, missing);
+            }
+            repair.arrange(rewritten_if_cheaper(slots));
         }
         repair
     }
@@ -265,6 +268,7 @@ impl Mirror {
     /// the mirror's.
     pub fn learn(&mut self, repair: &Repair) {
         if !repair.lines.is_empty() || repair.adopted > 0 {
+            self.rules.reserve(repair.adopted);
             for owned in repair.layout.iter().rev() {
                 self.add(owned.rule, owned.tag);
             }
