@@ -199,3 +199,92 @@ fn ends_json(rule: &Rule) -> String {
         name(out)
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a request line comes to; `!` stands for non.restful.
+    fn read(line: &str) -> String {
+        let (non_restful, line) = (line.starts_with('!'), line.trim_start_matches('!'));
+        let head = format!("{line} HTTP/1.1\r\nHost: h\r\n\r\n");
+        let request = Request::parse(head.as_bytes()).unwrap();
+        let grammar = Grammar { default_expire: 7, non_restful };
+        match Command::parse(&request, grammar) {
+            Ok(Command::Help) => "help".into(),
+            Ok(Command::List(chain)) => format!("list {}", chain.map_or("all", Chain::name)),
+            Ok(Command::Change(Change { rule, action })) => format!("{action:?} {rule}"),
+            Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
+        }
+    }
+
+    #[test]
+    fn requests() {
+        let table = [
+            ("GET /", "help"),
+            ("GET /list", "list all"),
+            ("GET /list/", "list all"),
+            ("GET /list/Input", "list INPUT"),
+            ("GET /list?wait=true", "list all"),
+            ("PUT /drop/input/any/1.2.3.4", "Put(7) /drop/input/any/1.2.3.4"),
+            ("PUT /drop/input/any/1.2.3.4/", "Put(7) /drop/input/any/1.2.3.4"),
+            ("PUT /DROP/Input/any/1.2.3.4?", "Put(7) /drop/input/any/1.2.3.4"),
+            ("PUT /drop/input/any/1.2.3.4?expire=0", "Put(0) /drop/input/any/1.2.3.4"),
+            (
+                "PUT /drop/input/any/1.2.3.4?wait=true&expire=1%6d",
+                "Put(60) /drop/input/any/1.2.3.4",
+            ),
+            ("PUT /dro%70/input/%65th0/1.2.3.4", "Put(7) /drop/input/eth0/1.2.3.4"),
+            ("DELETE /drop/input/ppp/1::%3A5", "400 bad_address"),
+            ("DELETE /drop/input/ppp/1%3A:5/64", "Delete /drop/input/ppp+/1::/64"),
+            ("!GET /drop/input/any/1.2.3.4?modify=insert", "Put(7) /drop/input/any/1.2.3.4"),
+            ("!GET /drop/input/any/1.2.3.4?modify=delete", "Delete /drop/input/any/1.2.3.4"),
+            (
+                "!GET /drop/input/any/1.2.3.4?modify=insert&expire=5",
+                "Put(5) /drop/input/any/1.2.3.4",
+            ),
+        ];
+        for (line, command) in table {
+            assert_eq!(read(line), command, "{line}");
+        }
+    }
+
+    #[test]
+    fn requests_without_a_meaning() {
+        let table = [
+            ("PUT /", "405 method_not_allowed"),
+            ("HEAD /list", "405 method_not_allowed"),
+            ("GET /list/nat", "404 not_found"),
+            ("GET /list/input/x", "404 not_found"),
+            ("GET /list?expire=1", "400 bad_query"),
+            ("GET /?modify=insert", "400 bad_query"),
+            ("GET /nothing", "404 not_found"),
+            ("POST /nothing", "404 not_found"),
+            ("GET //", "404 not_found"),
+            ("PUT /drop", "400 bad_path"),
+            ("PUT /drop/nat/any/1.2.3.4", "404 not_found"),
+            ("PUT /drop/input/any", "400 bad_path"),
+            ("PUT /drop/input/any/1.2.3.4%2F24", "400 bad_address"),
+            ("PUT /drop/input/any/1.2.3.4%ff", "400 bad_path"),
+            ("PUT /drop/input/any/1.2.3.4%2524", "400 bad_address"),
+            ("PUT /drop/input/any%00/1.2.3.4", "400 bad_interface"),
+            ("POST /drop/input/any/1.2.3.4", "405 method_not_allowed"),
+            ("GET /drop/input/any/1.2.3.4", "405 method_not_allowed"),
+            ("GET /drop/input/any/1.2.3.4?modify=insert", "405 method_not_allowed"),
+            ("!GET /drop/input/any/1.2.3.4", "400 bad_query"),
+            ("!GET /drop/input/any/1.2.3.4?modify=x", "400 bad_query"),
+            ("!GET /drop/input/any/1.2.3.4?modify=delete&expire=5", "400 bad_query"),
+            ("!PUT /drop/input/any/1.2.3.4?modify=insert", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?expire", "400 bad_expire"),
+            ("PUT /drop/input/any/1.2.3.4?expire=1w", "400 bad_expire"),
+            ("PUT /drop/input/any/1.2.3.4?expire=1&expire=1", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?wait=false", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?wait=true&", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?Expire=1", "400 bad_query"),
+            ("DELETE /drop/input/any/1.2.3.4?expire=1", "400 bad_query"),
+        ];
+        for (line, refusal) in table {
+            assert_eq!(read(line), refusal, "{line}");
+        }
+    }
+}

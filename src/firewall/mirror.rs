@@ -47,7 +47,9 @@ pub struct Repair {
     pub restored: Vec<Rule>,
     /// How many rules with rfw's tag it did not know, and keeps from now on.
     pub adopted: usize,
-    /// Rules with rfw's tag that do not stay, and why.
+    /// Rules whose time was over when rfw saw them.
+    pub expired: Vec<Rule>,
+    /// Other rules with rfw's tag that do not stay, and why.
     pub removed: Vec<(Rule, &'static str)>,
     /// What will stand in the kernel, front first.
     layout: Vec<Owned>,
@@ -227,7 +229,10 @@ impl Mirror {
         }
         let reason = match tag {
             _ if batch.before.contains_key(rule) => return false,
-            Tag::Until(second) if *second <= now => "expired",
+            Tag::Until(second) if *second <= now => {
+                repair.expired.push(*rule);
+                return false;
+            }
             Tag::Guard(_) => "of no use as a guard any more",
             _ if whitelist.conflict(rule).is_some() => "whitelisted",
             _ => {
@@ -346,5 +351,224 @@ impl Comparison<'_> {
     /// Whether the whole listing showed what the mirror holds.
     pub fn is_same(&self) -> bool {
         self.same && self.left == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernel::parse_row;
+    use super::*;
+
+    type Lines = &'static [&'static str];
+
+    fn rule(path: &str) -> Rule {
+        path.parse().expect(path)
+    }
+
+    /// `+PATH` is a PUT for ever, `+PATH 60` for 60 seconds, `-PATH` a DELETE.
+    fn change(text: &str) -> Change {
+        let (verb, rest) = text.split_at(1);
+        let (path, seconds) = rest.split_once(' ').unwrap_or((rest, "0"));
+        let put = Action::Put(seconds.parse().unwrap());
+        Change { rule: rule(path), action: if verb == "+" { put } else { Action::Delete } }
+    }
+
+    fn changes(texts: &[&str]) -> Vec<Change> {
+        texts.iter().map(|text| change(text)).collect()
+    }
+
+    fn mirror(texts: &[&str]) -> Mirror {
+        let mut mirror = Mirror::default();
+        mirror.apply(&changes(texts), 1_000);
+        mirror
+    }
+
+    const A: &str = "+/drop/input/any/1.1.1.1";
+    const B: &str = "+/drop/input/any/2.2.2.2";
+    const C: &str = "+/drop/input/any/3.3.3.3";
+
+    #[test]
+    fn batches() {
+        let accept = "+/accept/input/any/1.1.1.0/24";
+        let table: &[(Lines, Lines, &str, Lines)] = &[
+            (&[], &[A], "Inserted", &["-I 1.1.1.1 rfw DROP"]),
+            (&[A], &[A], "Exists", &[]),
+            (&[A], &["-/drop/input/any/1.1.1.1"], "Deleted", &["-D 1.1.1.1 rfw DROP"]),
+            (&[], &["-/drop/input/any/1.1.1.1"], "Absent", &[]),
+            (&[], &[A, "-/drop/input/any/1.1.1.1"], "Inserted Deleted", &[]),
+            (
+                &[A],
+                &["+/drop/input/any/1.1.1.1 60"],
+                "Refreshed",
+                &["-D 1.1.1.1 rfw DROP", "-I 1.1.1.1 rfw:1060 DROP"],
+            ),
+            (&["+/drop/input/any/1.1.1.1 60"], &["+/drop/input/any/1.1.1.1 60"], "Exists", &[]),
+            (
+                &[A],
+                &["-/drop/input/any/1.1.1.1", A],
+                "Deleted Inserted",
+                &["-D 1.1.1.1 rfw DROP", "-I 1.1.1.1 rfw DROP"],
+            ),
+            // Deletions in chain order, insertions the newest last
+            (
+                &[A, B],
+                &[
+                    "-/drop/input/any/1.1.1.1",
+                    C,
+                    "-/drop/input/any/2.2.2.2",
+                    "+/drop/input/any/4.4.4.4",
+                ],
+                "Deleted Inserted Deleted Inserted",
+                &[
+                    "-D 2.2.2.2 rfw DROP",
+                    "-D 1.1.1.1 rfw DROP",
+                    "-I 3.3.3.3 rfw DROP",
+                    "-I 4.4.4.4 rfw DROP",
+                ],
+            ),
+            // A newer rule decides otherwise, or about something else
+            (&[A, accept], &[A], "Refreshed", &["-D 1.1.1.1 rfw DROP", "-I 1.1.1.1 rfw DROP"]),
+            (&[accept, A], &[A], "Exists", &[]),
+            (&[B, accept], &[B], "Exists", &[]),
+        ];
+        for (before, batch, verdicts, expected) in table {
+            let mut mirror = mirror(before);
+            let batch = mirror.apply(&changes(batch), 1_000);
+            let said: Vec<_> = batch.outcomes.iter().map(|o| format!("{:?}", o.verdict)).collect();
+            assert_eq!(
+                (said.join(" ").as_str(), short(&mirror.lines(&batch).unwrap())),
+                (*verdicts, expected.iter().map(|s| s.to_string()).collect()),
+                "{before:?}"
+            );
+        }
+    }
+
+    /// The parts of `-I INPUT …` lines that vary in these tests.
+    fn short(lines: &[String]) -> Vec<String> {
+        let noise = ["INPUT", "-s", "-m", "comment", "--comment", "-j"];
+        let words = |line: &String| {
+            line.split(' ').filter(|w| !noise.contains(w)).collect::<Vec<_>>().join(" ")
+        };
+        lines.iter().map(words).collect()
+    }
+
+    #[test]
+    fn what_fails_is_undone() {
+        let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60"]);
+        let before = (mirror.rules.clone(), mirror.due(Family::V4, 9_999));
+        let batch = mirror
+            .apply(&changes(&["+/drop/input/any/1.1.1.1 5", "-/drop/input/any/2.2.2.2", C]), 1_000);
+        assert_ne!(mirror.rules, before.0);
+        mirror.undo(batch);
+        assert_eq!((mirror.rules.clone(), mirror.due(Family::V4, 9_999)), before);
+    }
+
+    #[test]
+    fn a_set_clock_moves_every_expiry() {
+        let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60", "+/drop/input/any/5::5 60"]);
+        mirror.shift(-500);
+        assert_eq!(mirror.due(Family::V4, 559), []);
+        assert_eq!(mirror.due(Family::V4, 560), [rule("/drop/input/any/2.2.2.2")]);
+        assert_eq!(mirror.due(Family::V6, 560), [rule("/drop/input/any/5::5")]);
+    }
+
+    fn listing(lines: &[&str]) -> Listing {
+        let mut listing = Listing::new();
+        for line in lines {
+            let spec = match line.split(' ').collect::<Vec<_>>()[..] {
+                ["foreign"] => "-j LOG".into(),
+                [address, tag] => format!("-s {address}/32 -m comment --comment {tag} -j DROP"),
+                _ => panic!("{line}"),
+            };
+            let (chain, row) = parse_row(&format!("-A INPUT {spec}"), Family::V4).unwrap();
+            listing.entry(chain).or_default().push(row);
+        }
+        listing
+    }
+
+    #[test]
+    fn repairs() {
+        let whitelist = Whitelist::parse("9.9.9.9").unwrap();
+        let (a, b, c) = ("1.1.1.1 rfw", "2.2.2.2 rfw", "3.3.3.3 rfw");
+        // What the mirror knows, what the kernel holds, the lines, what is told
+        let table: &[(Lines, Lines, Lines, &str)] = &[
+            (&[A, B, C], &[c, b, a], &[], ""),
+            (&[A, B, C], &["foreign", c, "foreign", b, a], &[], ""),
+            (
+                &[A, B, C],
+                &[],
+                &["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP", "-I 3.3.3.3 rfw DROP"],
+                "restored 3",
+            ),
+            (
+                &[A, B, C],
+                &["foreign"],
+                &["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP", "-I 3.3.3.3 rfw DROP"],
+                "restored 3",
+            ),
+            (&[A, B, C], &[c, "foreign", a], &["-I 3 2.2.2.2 rfw DROP"], "restored 1"),
+            (&[A, B, C], &["foreign", b, a], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
+            (&[A, B, C], &[c, b, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
+            (&[A, B], &[b, a, a], &["-D 1.1.1.1 rfw DROP"], ""),
+            (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
+            (&[A, B], &[b, c, a], &[], "adopted 1"),
+            (&[], &["foreign", "1.1.1.1 rfw:7000", b], &[], "adopted 2"),
+            (&[], &["1.1.1.1 rfw:1000", b], &["-D 1.1.1.1 rfw:1000 DROP"], "adopted 1 expired 1"),
+            (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "whitelisted"),
+        ];
+        for (before, kernel, lines, told) in table {
+            let mut mirror = mirror(before);
+            let repair =
+                mirror.repair(Family::V4, listing(kernel), &Batch::default(), (1_000, &whitelist));
+            let counts = [
+                ("restored", repair.restored.len()),
+                ("adopted", repair.adopted),
+                ("expired", repair.expired.len()),
+            ];
+            let counts =
+                counts.iter().filter(|(_, n)| *n > 0).map(|(word, n)| format!("{word} {n}"));
+            let said: Vec<String> =
+                counts.chain(repair.removed.iter().map(|(_, why)| why.to_string())).collect();
+            assert_eq!(
+                (short(&repair.lines), said.join(" ")),
+                (lines.iter().map(|s| s.to_string()).collect(), told.to_string()),
+                "{before:?} {kernel:?}"
+            );
+            // Once learned and done, nothing is left to do.
+            mirror.learn(&repair);
+            assert_eq!(mirror.rules.len(), repair.layout.len());
+            let mut again = mirror.compare(Family::V4);
+            assert!(
+                repair.layout.iter().all(|owned| again.row(owned.rule.chain(), Some(*owned)))
+                    && again.is_same()
+            );
+        }
+    }
+
+    #[test]
+    fn many_deletions_rewrite_the_chain_with_its_counters() {
+        let paths: Vec<String> = (0..200).map(|n| format!("+/drop/input/any/10.0.0.{n}")).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let mut mirror = mirror(&paths);
+        let mut kernel: Vec<String> = (0..200).rev().map(|n| format!("10.0.0.{n} rfw")).collect();
+        kernel.insert(50, "foreign".into());
+        let gone: Vec<String> = paths.iter().take(150).map(|p| p.replace('+', "-")).collect();
+        let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+        let batch = mirror.apply(&changes(&gone), 1_000);
+        assert_eq!(mirror.lines(&batch), None, "worth a look at the kernel");
+        let kernel: Vec<&str> = kernel.iter().map(String::as_str).collect();
+        let mut rows = listing(&kernel);
+        if let Some(Some(first)) = rows.get_mut(&Chain::Input).unwrap().first_mut() {
+            first.counters = (5, 7);
+        }
+        let whitelist = Whitelist::parse("9.9.9.9").unwrap();
+        let repair = mirror.repair(Family::V4, rows, &batch, (1_000, &whitelist));
+        assert_eq!((repair.restored.len(), repair.adopted), (0, 0));
+        let lines = short(&repair.lines);
+        assert_eq!(lines.len(), 200 + 50);
+        assert_eq!(lines[0], "-D 10.0.0.199 rfw DROP");
+        assert_eq!(lines[199], "-D 10.0.0.0 rfw DROP");
+        assert_eq!(lines[200], "-I 10.0.0.150 rfw DROP");
+        assert_eq!(lines[249], "-I 10.0.0.199 rfw DROP -c 5 7");
     }
 }

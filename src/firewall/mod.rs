@@ -324,6 +324,9 @@ impl Kernel {
         if repair.adopted > 0 {
             self.log.info(format_args!("found {} rules of rfw's in the kernel", repair.adopted));
         }
+        for rule in &repair.expired {
+            self.log.info(format_args!("expired {rule}"));
+        }
         for (rule, reason) in &repair.removed {
             self.log.warning(format_args!("removed {rule}: {reason}"));
         }
@@ -343,17 +346,17 @@ impl Kernel {
         let due = self.mirror.due(tools.family, self.clock.now().as_secs());
         let delete = |rule| Change { rule, action: Action::Delete };
         let changes: Vec<_> = due.into_iter().map(delete).collect();
-        let mut end = Ok(());
-        for (result, change) in self.commit(tools, &changes).into_iter().zip(&changes) {
-            match result {
-                Ok(_) => self.log.info(format_args!("expired {}", change.rule)),
-                Err(failure) => {
-                    self.log.error(format_args!("not yet expired {}: {failure}", change.rule));
-                    end = Err(failure);
-                }
+        let results = self.commit(tools, &changes);
+        for (result, change) in results.iter().zip(&changes) {
+            if result.is_ok() {
+                self.log.info(format_args!("expired {}", change.rule));
             }
         }
-        end
+        let mut failures = results.into_iter().filter_map(Result::err);
+        let Some(failure) = failures.next() else { return Ok(()) };
+        let left = failures.count().saturating_add(1);
+        self.log.error(format_args!("{left} rules have not expired yet: {failure}"));
+        Err(failure)
     }
 
     /// Looks whether the kernel holds what the mirror says, and mends it.
