@@ -389,7 +389,7 @@ mod tests {
 
     #[test]
     fn batches() {
-        let accept = "+/accept/input/any/1.1.1.0/24";
+        const ACCEPT: &str = "+/accept/input/any/1.1.1.0/24";
         let table: &[(Lines, Lines, &str, Lines)] = &[
             (&[], &[A], "Inserted", &["-I 1.1.1.1 rfw DROP"]),
             (&[A], &[A], "Exists", &[]),
@@ -427,9 +427,9 @@ mod tests {
                 ],
             ),
             // A newer rule decides otherwise, or about something else
-            (&[A, accept], &[A], "Refreshed", &["-D 1.1.1.1 rfw DROP", "-I 1.1.1.1 rfw DROP"]),
-            (&[accept, A], &[A], "Exists", &[]),
-            (&[B, accept], &[B], "Exists", &[]),
+            (&[A, ACCEPT], &[A], "Refreshed", &["-D 1.1.1.1 rfw DROP", "-I 1.1.1.1 rfw DROP"]),
+            (&[ACCEPT, A], &[A], "Exists", &[]),
+            (&[B, ACCEPT], &[B], "Exists", &[]),
         ];
         for (before, batch, verdicts, expected) in table {
             let mut mirror = mirror(before);
@@ -489,11 +489,13 @@ mod tests {
     #[test]
     fn repairs() {
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
-        let (a, b, c) = ("1.1.1.1 rfw", "2.2.2.2 rfw", "3.3.3.3 rfw");
+        const A1: &str = "1.1.1.1 rfw";
+        const B1: &str = "2.2.2.2 rfw";
+        const C1: &str = "3.3.3.3 rfw";
         // What the mirror knows, what the kernel holds, the lines, what is told
         let table: &[(Lines, Lines, Lines, &str)] = &[
-            (&[A, B, C], &[c, b, a], &[], ""),
-            (&[A, B, C], &["foreign", c, "foreign", b, a], &[], ""),
+            (&[A, B, C], &[C1, B1, A1], &[], ""),
+            (&[A, B, C], &["foreign", C1, "foreign", B1, A1], &[], ""),
             (
                 &[A, B, C],
                 &[],
@@ -506,14 +508,14 @@ mod tests {
                 &["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP", "-I 3.3.3.3 rfw DROP"],
                 "restored 3",
             ),
-            (&[A, B, C], &[c, "foreign", a], &["-I 3 2.2.2.2 rfw DROP"], "restored 1"),
-            (&[A, B, C], &["foreign", b, a], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
-            (&[A, B, C], &[c, b, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
-            (&[A, B], &[b, a, a], &["-D 1.1.1.1 rfw DROP"], ""),
+            (&[A, B, C], &[C1, "foreign", A1], &["-I 3 2.2.2.2 rfw DROP"], "restored 1"),
+            (&[A, B, C], &["foreign", B1, A1], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
+            (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
+            (&[A, B], &[B1, A1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
-            (&[A, B], &[b, c, a], &[], "adopted 1"),
-            (&[], &["foreign", "1.1.1.1 rfw:7000", b], &[], "adopted 2"),
-            (&[], &["1.1.1.1 rfw:1000", b], &["-D 1.1.1.1 rfw:1000 DROP"], "adopted 1 expired 1"),
+            (&[A, B], &[B1, C1, A1], &[], "adopted 1"),
+            (&[], &["foreign", "1.1.1.1 rfw:7000", B1], &[], "adopted 2"),
+            (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "adopted 1 expired 1"),
             (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "whitelisted"),
         ];
         for (before, kernel, lines, told) in table {
