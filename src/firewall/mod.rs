@@ -1,9 +1,9 @@
 //! The command function: one Mutex, one batch at a time, one answer for each
 //! request.
 //!
-//! A thread that wants a change queues it and waits for the Mutex. Whoever
-//! gets it commits everything that is queued by then as one batch, for the
-//! others too; they find their answers when their turn comes.
+//! A thread that wants a change queues it. The first one leads: it takes the
+//! Mutex, commits everything that is queued by then as one batch, for the
+//! others too, gives out the answers, and passes the lead to the next in line.
 
 pub mod exec;
 pub mod expiry;
@@ -66,15 +66,28 @@ pub struct Outcome {
     pub expires: Option<u64>,
 }
 
-/// A change that waits, and where its answer goes.
+/// A change that waits, and the way to who waits for it.
 struct Job {
     change: Change,
-    answer: Sender<Result<Outcome, Failure>>,
+    waiter: Sender<Turn>,
+}
+
+/// What a waiting thread is told.
+enum Turn {
+    Lead,
+    Answer(Result<Outcome, Failure>),
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: Vec<Job>,
+    /// Whether some thread leads, and will tell all others.
+    led: bool,
 }
 
 /// The kernel's tables as far as they are rfw's.
 pub struct Firewall {
-    queue: Mutex<Vec<Job>>,
+    queue: Mutex<Queue>,
     kernel: Mutex<Kernel>,
     tools: Vec<Tools>,
 }
@@ -119,40 +132,48 @@ impl Firewall {
         if !self.tools.iter().any(|tools| tools.family == change.rule.family()) {
             return Err(Refusal::NoIpv6);
         }
-        let (sender, answer) = mpsc::channel();
-        lock(&self.queue).push(Job { change, answer: sender });
-        let mut kernel = lock(&self.kernel);
-        // Whoever led the batch before has perhaps taken this change along.
-        let answered = answer.try_recv().or_else(|_| {
-            self.lead(&mut kernel);
-            answer.try_recv()
-        });
-        answered
-            .unwrap_or(Err(Failure::Start("The change was not carried out".into())))
-            .map_err(refusal)
-    }
-
-    /// Commits everything that waits.
-    fn lead(&self, kernel: &mut Kernel) {
-        let jobs = mem::take(&mut *lock(&self.queue));
-        for tools in &self.tools {
-            let jobs = jobs.iter().filter(|job| job.change.rule.family() == tools.family);
-            let (changes, answers): (Vec<_>, Vec<_>) =
-                jobs.map(|job| (job.change, &job.answer)).unzip();
-            let results = kernel.commit(tools, &changes);
-            self.give_up_waiting(results.iter().find_map(|result| result.as_ref().err()));
-            for (answer, result) in answers.into_iter().zip(results) {
-                let _ = answer.send(result);
+        let (waiter, turns) = mpsc::channel();
+        let mut queue = lock(&self.queue);
+        queue.jobs.push(Job { change, waiter });
+        let leads = !mem::replace(&mut queue.led, true);
+        drop(queue);
+        if leads {
+            self.lead();
+        }
+        loop {
+            match turns.recv() {
+                Ok(Turn::Lead) => self.lead(),
+                Ok(Turn::Answer(result)) => return result.map_err(refusal),
+                Err(_) => return Err(Refusal::Busy("The change was not carried out.".into())),
             }
         }
+    }
+
+    /// Commits everything that waits, and passes the lead on.
+    fn lead(&self) {
+        let mut kernel = lock(&self.kernel);
+        let jobs = mem::take(&mut lock(&self.queue).jobs);
+        for tools in &self.tools {
+            let jobs = jobs.iter().filter(|job| job.change.rule.family() == tools.family);
+            let (changes, waiters): (Vec<_>, Vec<_>) =
+                jobs.map(|job| (job.change, &job.waiter)).unzip();
+            let results = kernel.commit(tools, &changes);
+            self.give_up_waiting(results.iter().find_map(|result| result.as_ref().err()));
+            for (waiter, result) in waiters.into_iter().zip(results) {
+                let _ = waiter.send(Turn::Answer(result));
+            }
+        }
+        drop(kernel);
+        let mut queue = lock(&self.queue);
+        queue.led = queue.jobs.first().is_some_and(|next| next.waiter.send(Turn::Lead).is_ok());
     }
 
     /// Where a program hung, those who queued meanwhile get the same answer:
     /// nobody waits for the time limit twice.
     fn give_up_waiting(&self, failure: Option<&Failure>) {
         if let Some(failure) = failure.filter(|failure| failure.is_passing()) {
-            for job in mem::take(&mut *lock(&self.queue)) {
-                let _ = job.answer.send(Err(failure.clone()));
+            for job in mem::take(&mut lock(&self.queue).jobs) {
+                let _ = job.waiter.send(Turn::Answer(Err(failure.clone())));
             }
         }
     }
