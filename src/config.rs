@@ -72,23 +72,24 @@ impl Config {
             };
             entries.get(key, default, "a TCP port, 1 to 65535", port)
         };
+        let what = "an address to listen on, such as 0.0.0.0 or ::";
+        let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+        let ip = entries.get("outward.server.ip", any, what, |value| value.parse().ok())?;
+        let outward_port = port("outward.server.port", 7393)?;
+        let local_port = port("local.server.port", 7390)?;
         let outward = |line| {
-            let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-            let what = "an address to listen on, such as 0.0.0.0 or ::";
             Ok(Outward {
-                ip: entries.get("outward.server.ip", any, what, |value| value.parse().ok())?,
-                port: port("outward.server.port", 7393)?,
+                ip,
+                port: outward_port,
                 certfile: path(entries.needed("outward.server.certfile", line)?),
                 keyfile: path(entries.needed("outward.server.keyfile", line)?),
                 tls12: entries.flag("outward.server.tls12").is_some(),
             })
         };
-        let local = |_| {
-            let authentication = entries.flag("local.server.authentication").is_some();
-            Ok(Local { port: port("local.server.port", 7390)?, authentication })
-        };
+        let authentication = entries.flag("local.server.authentication").is_some();
+        let local = |_| Local { port: local_port, authentication };
         let outward = entries.flag("outward.server").map(outward).transpose()?;
-        let local = entries.flag("local.server").map(local).transpose()?;
+        let local = entries.flag("local.server").map(local);
         if outward.is_none() && local.is_none() {
             return error(0, "no server is on; write a line outward.server or local.server");
         }
@@ -281,6 +282,8 @@ mod tests {
             ("local.server.port = 0", 4, "65535"),
             ("local.server.port = 65536", 4, "65535"),
             ("local.server.port = +80", 4, "65535"),
+            ("outward.server.ip = example.com", 4, "listen"),
+            ("outward.server.port = 0", 4, "65535"),
             ("iptables.path = iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
             ("outward.server", 4, "outward.server.certfile is needed"),

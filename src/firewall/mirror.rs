@@ -55,6 +55,17 @@ pub struct Repair {
     layout: Vec<Owned>,
 }
 
+/// What decides about a listed rule that the mirror does not know.
+pub struct Law<'a> {
+    /// Unix seconds.
+    pub now: u64,
+    pub whitelist: &'a Whitelist,
+    /// At start the kernel knows what was answered, and such rules stay; later
+    /// the mirror does, and they come from an old save or from a command that
+    /// outlived the rfw which was killed: none has been answered with 200.
+    pub starting: bool,
+}
+
 /// A place in a chain, and what is to become of it.
 struct Slot {
     fate: Fate,
@@ -171,15 +182,14 @@ impl Mirror {
         Comparison { mirror: self, left, above: HashMap::new(), same: true }
     }
 
-    /// Works out how the kernel comes to hold what the mirror says. Rules with
-    /// rfw's tag that it does not know are adopted, as at start, when it knows
-    /// none; those that the batch deletes are not.
+    /// Works out how the kernel comes to hold what the mirror says, to which
+    /// the batch is already done.
     pub fn repair(
         &self,
         family: Family,
         mut listing: Listing,
         batch: &Batch,
-        (now, whitelist): (u64, &Whitelist),
+        law: &Law<'_>,
     ) -> Repair {
         let mut repair = Repair::default();
         for chain in Chain::ALL {
@@ -188,8 +198,7 @@ impl Mirror {
             // From the back: of rules that stand twice a deletion takes the first.
             let judge = |row: Row| {
                 let stays = row.is_none_or(|owned| {
-                    self.keeps(&owned, batch, now, whitelist, &mut repair)
-                        && kept.insert(owned.rule)
+                    self.keeps(&owned, batch, law, &mut repair) && kept.insert(owned.rule)
                 });
                 Slot { fate: if stays { Fate::Stays } else { Fate::Gone }, row }
             };
@@ -215,26 +224,20 @@ impl Mirror {
     }
 
     /// Whether a listed rule may stay.
-    fn keeps(
-        &self,
-        owned: &Owned,
-        batch: &Batch,
-        now: u64,
-        whitelist: &Whitelist,
-        repair: &mut Repair,
-    ) -> bool {
+    fn keeps(&self, owned: &Owned, batch: &Batch, law: &Law<'_>, repair: &mut Repair) -> bool {
         let Owned { rule, tag, .. } = owned;
         if let Some(entry) = self.rules.get(rule) {
             return entry.tag == *tag;
         }
         let reason = match tag {
             _ if batch.before.contains_key(rule) => return false,
-            Tag::Until(second) if *second <= now => {
+            Tag::Until(second) if *second <= law.now => {
                 repair.expired.push(*rule);
                 return false;
             }
             Tag::Guard(_) => "of no use as a guard any more",
-            _ if whitelist.conflict(rule).is_some() => "whitelisted",
+            _ if law.whitelist.conflict(rule).is_some() => "whitelisted",
+            _ if !law.starting => "no request has made it",
             _ => {
                 repair.adopted = repair.adopted.saturating_add(1);
                 return true;
@@ -513,15 +516,15 @@ mod tests {
             (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
             (&[A, B], &[B1, A1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
-            (&[A, B], &[B1, C1, A1], &[], "adopted 1"),
+            (&[A, B], &[B1, C1, A1], &["-D 3.3.3.3 rfw DROP"], "no request has made it"),
             (&[], &["foreign", "1.1.1.1 rfw:7000", B1], &[], "adopted 2"),
             (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "adopted 1 expired 1"),
             (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "whitelisted"),
         ];
         for (before, kernel, lines, told) in table {
             let mut mirror = mirror(before);
-            let repair =
-                mirror.repair(Family::V4, listing(kernel), &Batch::default(), (1_000, &whitelist));
+            let law = Law { now: 1_000, whitelist: &whitelist, starting: before.is_empty() };
+            let repair = mirror.repair(Family::V4, listing(kernel), &Batch::default(), &law);
             let counts = [
                 ("restored", repair.restored.len()),
                 ("adopted", repair.adopted),
@@ -564,7 +567,8 @@ mod tests {
             first.counters = (5, 7);
         }
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
-        let repair = mirror.repair(Family::V4, rows, &batch, (1_000, &whitelist));
+        let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
+        let repair = mirror.repair(Family::V4, rows, &batch, &law);
         assert_eq!((repair.restored.len(), repair.adopted), (0, 0));
         let lines = short(&repair.lines);
         assert_eq!(lines.len(), 200 + 50);

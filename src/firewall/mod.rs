@@ -19,7 +19,7 @@ use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
 use exec::Failure;
 use kernel::{LIMIT, LIST_LIMIT, Listing, Owned, Tag, Tools};
-use mirror::{Batch, Mirror, Repair};
+use mirror::{Batch, Law, Mirror, Repair};
 use std::collections::{BTreeSet, HashMap};
 use std::mem;
 use std::sync::mpsc::{self, Sender};
@@ -246,7 +246,8 @@ impl Kernel {
         for guard in guards.into_iter().rev() {
             self.mirror.add(guard.rule, guard.tag);
         }
-        let begun = probed.and_then(|()| self.repair_listed(tools, listing, &Batch::default()));
+        let begun =
+            probed.and_then(|()| self.repair_listed(tools, listing, &Batch::default(), true));
         begun.map(|()| true).map_err(|failure| {
             let what_to_do = "the kernel must have the comment match (xt_comment), \
                               and rfw must be root or have CAP_NET_ADMIN";
@@ -323,7 +324,7 @@ impl Kernel {
     /// Reads the kernel and makes it hold what the mirror says.
     fn repair(&mut self, tools: &Tools, batch: &Batch) -> Result<(), Failure> {
         let listing = tools.listing()?;
-        self.repair_listed(tools, listing, batch)
+        self.repair_listed(tools, listing, batch, false)
     }
 
     fn repair_listed(
@@ -331,9 +332,10 @@ impl Kernel {
         tools: &Tools,
         listing: Listing,
         batch: &Batch,
+        starting: bool,
     ) -> Result<(), Failure> {
-        let law = (self.clock.now().as_secs(), &*self.whitelist);
-        let repair = self.mirror.repair(tools.family, listing, batch, law);
+        let law = Law { now: self.clock.now().as_secs(), whitelist: &self.whitelist, starting };
+        let repair = self.mirror.repair(tools.family, listing, batch, &law);
         self.run(tools, &repair.lines)?;
         self.mirror.learn(&repair);
         self.stale.remove(&tools.family);
