@@ -38,17 +38,13 @@ pub enum Body {
 /// A request whose head is well formed.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Request {
-    /// The method, any token.
     pub method: String,
     /// The path of the target, percent-escapes untouched; `*` for `OPTIONS *`.
     pub path: String,
-    /// What stands behind the `?`.
     pub query: Option<String>,
     /// The authority that the client means, from the target or from Host.
     pub host: Option<String>,
-    /// The value of the Authorization field.
     pub authorization: Option<String>,
-    /// The body that follows.
     pub body: Body,
     /// Whether the client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
@@ -99,9 +95,10 @@ impl Request {
         let fields = Fields::parse(lines)?;
         let (authority, path, query) = target_parts(method, target)?;
         let host = host(&fields, minor)?;
-        let connection = tokens(&fields, "connection");
-        let wants =
-            |option: &str| connection.iter().any(|token| token.eq_ignore_ascii_case(option));
+        let wants = |option: &str| {
+            let mut options = fields.all("connection").flat_map(|value| value.split(','));
+            options.any(|token| token.trim_matches([' ', '\t']).eq_ignore_ascii_case(option))
+        };
         Ok(Request {
             method: method.into(),
             path: path.into(),
@@ -114,9 +111,7 @@ impl Request {
             keep_alive: !wants("close") && (minor > 0 || wants("keep-alive")),
         })
     }
-}
 
-impl Request {
     /// Method and target as they came, for the log.
     pub fn line(&self) -> String {
         let query = self.query.as_ref().map(|query| format!("?{query}"));
@@ -255,36 +250,22 @@ fn is_authority(text: &str) -> bool {
         Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
         None => !host.is_empty() && !host.contains(['[', ']', ':', '@']) && is_pchars(host, ""),
     };
-    let port_ok = match port.strip_prefix(':') {
-        Some(digits) => digits.bytes().all(|b| b.is_ascii_digit()),
-        None => port.is_empty(),
-    };
-    host_ok && port_ok
+    host_ok && (matches!(port, "" | ":") || port.strip_prefix(':').is_some_and(is_digits))
 }
 
 /// RFC 9112, 6.1 to 6.3: one way to tell the length, or none.
 fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     let length = fields.single("content-length")?;
-    let mut codings = fields.all("transfer-encoding").peekable();
-    if codings.peek().is_some() {
-        if length.is_some() || minor == 0 {
-            return Err(bad(
-                "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0.",
-            ));
-        }
-        let codings: Vec<_> = codings.collect();
-        return match *codings {
-            [coding] if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
-            _ => Err(Refusal::Http(501, "The only Transfer-Encoding here is chunked.")),
-        };
-    }
-    match length {
-        None => Ok(Body::Length(0)),
-        Some(digits) if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
-            // More digits than a u64 holds are more bytes than anybody takes.
-            Ok(Body::Length(digits.parse().unwrap_or(u64::MAX)))
-        }
-        Some(_) => Err(bad("Content-Length must be digits.")),
+    let codings: Vec<&str> = fields.all("transfer-encoding").collect();
+    match (&*codings, length) {
+        ([], None) => Ok(Body::Length(0)),
+        // More digits than a u64 holds are more bytes than anybody takes.
+        ([], Some(text)) if is_digits(text) => Ok(Body::Length(text.parse().unwrap_or(u64::MAX))),
+        ([], Some(_)) => Err(bad("Content-Length must be digits.")),
+        (_, Some(_)) => Err(bad("Content-Length and Transfer-Encoding exclude each other.")),
+        _ if minor == 0 => Err(bad("HTTP/1.0 knows no Transfer-Encoding.")),
+        ([coding], _) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
+        _ => Err(Refusal::Http(501, "The only Transfer-Encoding here is chunked.")),
     }
 }
 
@@ -297,12 +278,8 @@ fn expects_continue(fields: &Fields<'_>, minor: u8) -> Result<bool, Refusal> {
     }
 }
 
-fn tokens<'a>(fields: &Fields<'a>, name: &str) -> Vec<&'a str> {
-    fields
-        .all(name)
-        .flat_map(|value| value.split(','))
-        .map(|t| t.trim_matches([' ', '\t']))
-        .collect()
+fn is_digits(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// RFC 9110, 5.6.2.
