@@ -31,16 +31,18 @@ impl Clock {
 
     /// Follows the wall clock where it was set, and says by how many seconds:
     /// every time that was read off this clock before is to be moved by them.
+    /// Parts of a second count for the later time.
     pub fn follow(&mut self, wall: Duration) -> Option<i64> {
         let now = self.now();
-        let distance = wall.abs_diff(now);
-        if distance < Clock::STEP {
+        if wall.abs_diff(now) < Clock::STEP {
             return None;
         }
         *self = Clock { started: Instant::now(), base: wall };
-        let rounded = distance.saturating_add(Duration::from_millis(500)).as_secs();
-        let seconds = i64::try_from(rounded).unwrap_or(i64::MAX);
-        Some(if wall > now { seconds } else { seconds.saturating_neg() })
+        let seconds = |time: Duration| i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+        Some(match wall.checked_sub(now) {
+            Some(ahead) => seconds(ahead).saturating_add(1),
+            None => seconds(now.saturating_sub(wall)).saturating_neg(),
+        })
     }
 }
 
