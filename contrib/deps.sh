@@ -51,7 +51,8 @@ demo | test | bench)
 	want unshare util-linux
 	want curl curl
 	want openssl openssl
-	[ "$1" != bench ] || want python3 python3 ;;
+	[ "$1" != bench ] || want python3 python3
+	[ "$1" != test ] || want faketime faketime ;;
 *) echo "usage: contrib/deps.sh build|demo|test|bench" >&2; exit 2 ;;
 esac
 

@@ -23,8 +23,8 @@ const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.cer
 pub struct Outward {
     pub ip: IpAddr,
     pub port: u16,
-    pub certfile: PathBuf,
-    pub keyfile: PathBuf,
+    pub certfile: Named,
+    pub keyfile: Named,
     pub tls12: bool,
 }
 
@@ -42,9 +42,15 @@ pub struct Config {
     pub non_restful: bool,
     /// Seconds; 0 is for ever.
     pub default_expire: u64,
-    pub whitelist: PathBuf,
-    pub iptables: PathBuf,
+    pub whitelist: Named,
+    pub iptables: Named,
     pub ip6tables: PathBuf,
+}
+
+/// A path, and the line that names it; 0 is none.
+pub struct Named {
+    pub path: PathBuf,
+    pub line: usize,
 }
 
 /// A line of a file that is wrong, or the file as a whole.
@@ -64,7 +70,10 @@ impl Config {
     /// Reads the text of a file in `folder`.
     pub fn parse(text: &str, folder: &Path) -> Result<Config, LineError> {
         let entries = Entries::parse(text)?;
-        let path = |value: &str| folder.join(value);
+        let named = |key: &str, because: usize| {
+            let value = entries.needed(key, because)?;
+            Ok(Named { path: folder.join(value), line: entries.flag(key).unwrap_or(0) })
+        };
         let port = |key: &str, default: u16| {
             let port = |value: &str| {
                 let digits = value.bytes().all(|b| b.is_ascii_digit());
@@ -81,8 +90,8 @@ impl Config {
             Ok(Outward {
                 ip,
                 port: outward_port,
-                certfile: path(entries.needed("outward.server.certfile", line)?),
-                keyfile: path(entries.needed("outward.server.keyfile", line)?),
+                certfile: named("outward.server.certfile", line)?,
+                keyfile: named("outward.server.keyfile", line)?,
                 tls12: entries.flag("outward.server.tls12").is_some(),
             })
         };
@@ -103,9 +112,9 @@ impl Config {
             local,
             non_restful: entries.flag("non.restful").is_some(),
             default_expire: entries.get("default.expire", 0, interval, interval::parse)?,
-            whitelist: path(entries.needed("whitelist.file", 0)?),
+            whitelist: named("whitelist.file", 0)?,
             ip6tables: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,
-            iptables,
+            iptables: Named { path: iptables, line: entries.flag("iptables.path").unwrap_or(0) },
         })
     }
 }
@@ -151,7 +160,7 @@ impl<'a> Entries<'a> {
         Ok(Entries(entries))
     }
 
-    /// The line of a flag that is there.
+    /// The line of a key that is there.
     fn flag(&self, key: &str) -> Option<usize> {
         self.0.get(key).map(|(line, _)| *line)
     }
@@ -236,14 +245,14 @@ mod tests {
         assert_eq!((local.port, local.authentication), (7390, false));
         assert!(config.outward.is_none() && config.credentials.is_none() && !config.non_restful);
         assert_eq!(config.default_expire, 0);
-        assert_eq!(config.whitelist, Path::new("/etc/rfw/white.list"));
-        assert_eq!(config.iptables, Path::new("/sbin/iptables"));
+        assert_eq!(config.whitelist.path, Path::new("/etc/rfw/white.list"));
+        assert_eq!(config.iptables.path, Path::new("/sbin/iptables"));
         assert_eq!(config.ip6tables, Path::new("/sbin/ip6tables"));
 
         let outward = parse(&format!("{LEAST}{OUTWARD}")).unwrap().outward.unwrap();
         assert_eq!((outward.ip.to_string().as_str(), outward.port), ("0.0.0.0", 7393));
-        assert_eq!(outward.certfile, Path::new("/etc/rfw/c"));
-        assert_eq!(outward.keyfile, Path::new("/k"));
+        assert_eq!(outward.certfile.path, Path::new("/etc/rfw/c"));
+        assert_eq!(outward.keyfile.path, Path::new("/k"));
         assert!(!outward.tls12);
     }
 

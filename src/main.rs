@@ -1,7 +1,7 @@
 //! Start-up, in order, top to bottom; then the threads.
 
 use rfw::api::Grammar;
-use rfw::config::{Config, LineError, Outward};
+use rfw::config::{Config, LineError, Named, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::kernel::Tools;
 use rfw::http::tls::Acceptor;
@@ -116,14 +116,26 @@ struct Loaded {
 fn load(file: &Path) -> Result<Loaded, String> {
     let folder = file.parent().unwrap_or(Path::new("."));
     let config = Config::parse(&read_text(file)?, folder).map_err(|error| at(file, &error))?;
+    let blame = |named: &Named| {
+        let line = named.line;
+        move |message| at(file, &LineError { line, message })
+    };
     let list = &config.whitelist;
-    let whitelist = Whitelist::parse(&read_text(list)?).map_err(|error| at(list, &error))?;
-    let acceptor = config.outward.as_ref().map(load_keys).transpose()?;
+    let text = read_text(&list.path).map_err(blame(list))?;
+    let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
+    let acceptor = match &config.outward {
+        None => None,
+        Some(Outward { certfile, keyfile, tls12, .. }) => {
+            let chain = read_trusted(&certfile.path).map_err(blame(certfile))?;
+            let key = read_trusted(&keyfile.path).map_err(blame(keyfile))?;
+            Some(Acceptor::new(&chain, &key, *tls12).map_err(blame(keyfile))?)
+        }
+    };
     let tools = [
-        Tools::new(Family::V4, config.iptables.clone()),
+        Tools::new(Family::V4, config.iptables.path.clone()),
         Tools::new(Family::V6, config.ip6tables.clone()),
     ];
-    check_programs(&tools[0])?;
+    check_programs(&tools[0]).map_err(blame(&config.iptables))?;
     Ok(Loaded { config, whitelist, acceptor, tools })
 }
 
@@ -168,14 +180,6 @@ fn read_trusted(file: &Path) -> Result<Vec<u8>, String> {
 
 fn read_text(file: &Path) -> Result<String, String> {
     String::from_utf8(read_trusted(file)?).map_err(|_| format!("{}: not UTF-8", file.display()))
-}
-
-fn load_keys(outward: &Outward) -> Result<Acceptor, String> {
-    let chain = read_trusted(&outward.certfile)?;
-    let key = read_trusted(&outward.keyfile)?;
-    Acceptor::new(&chain, &key, outward.tls12).map_err(|message| {
-        format!("{}, {}: {message}", outward.certfile.display(), outward.keyfile.display())
-    })
 }
 
 /// Looks whether the files are programs; the start shows whether they work.

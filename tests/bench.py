@@ -52,6 +52,13 @@ iptables.path = {self.iptables}
             self.pid = None
             time.sleep(0.05)  # a program that it was just starting may hold its sockets until then
 
+    def ended(self):
+        """How rfw ended, where nobody stopped it."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
+        if pid:
+            self.pid = None
+        return f" (rfw had ended: {os.waitstatus_to_exitcode(status)})" if pid else ""
+
     def fresh(self, rules=0, comment="rfw", start=True):
         """Nothing in the kernel but `rules` rules of rfw's, and rfw started and answering."""
         self.stop()
@@ -289,7 +296,7 @@ def inside(outer, rfw, keys, variant, *words):
         try:
             figures = "{:>10} {:>10} {:>9}".format(*row.measure(box))
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            failed, figures = 1, f"NOT MEASURED: {error}"
+            failed, figures = 1, f"NOT MEASURED: {error}{box.ended()}"
         finally:
             box.stop()
         print(f"{variant:7}{row.what:58}{figures}   {row.goal}", flush=True)

@@ -393,23 +393,3 @@ fn whitelist() {
         ]);
     });
 }
-
-#[test]
-fn curl_types_what_the_readme_says() {
-    both(|lab| {
-        let _rfw = lab.start("local.server");
-        let rows = [
-            ("PUT /drop/input/any/1.2.3.4?expire=0", "\"inserted\""),
-            ("PUT /drop/input/any/1.2.3.4", "\"exists\""),
-            ("GET /list", "\"source\":\"1.2.3.4\""),
-            ("DELETE /drop/input/any/1.2.3.4", "\"deleted\""),
-            ("DELETE /drop/input/any/1.2.3.4", "\"absent\""),
-        ];
-        for (request, word) in rows {
-            let said = curl("", request, "http://localhost:7390");
-            assert!(said.contains(word) && said.ends_with("200"), "{request} {said}");
-        }
-        let said = curl("", "GET /list", "http://[::1]:7390");
-        assert_eq!(said, "[]\n200");
-    });
-}

@@ -148,41 +148,74 @@ fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
 }
 
 #[test]
-fn a_rule_that_others_brought_back_is_adopted() {
+fn a_tagged_rule_that_no_request_has_made_is_removed() {
     both(|lab| {
         let _rfw = lab.start("local.server");
-        let soon = now() + 5;
-        lab.iptables(&format!("-A INPUT -s 1.1.1.1 -m comment --comment rfw:{soon} -j DROP"));
-        lab.iptables("-A INPUT -s 2.2.2.2 -m comment --comment rfw -j DROP");
-        await_true("an adopted rule expires", 8 + SLACK, || lab.rules().len() == 1);
-        assert!(now() >= soon);
-        transcript(&[
-            ("PUT /drop/input/any/2.2.2.2", "200 exists"),
-            ("DELETE /drop/input/any/2.2.2.2", "200 deleted"),
-        ]);
-        assert_eq!(lab.rules(), [""; 0]);
+        assert_eq!(ask("PUT /drop/input/any/3.3.3.3").status, 200);
+        lab.iptables("-A INPUT -s 1.1.1.1 -m comment --comment rfw:4102444800 -j DROP");
+        lab.iptables("-I INPUT -s 2.2.2.2 -m comment --comment rfw -j DROP");
+        await_true("they are removed", 3 + SLACK, || lab.rules().len() == 1);
+        assert_eq!(lab.rules(), ["INPUT -s 3.3.3.3/32 -j DROP [rfw]"]);
+        transcript(&[("PUT /drop/input/any/2.2.2.2", "200 inserted")]);
+    });
+}
+
+/// Sets the wall clock of rfw alone, by faketime: an hour forward, then back to last year.
+#[test]
+fn a_wall_clock_that_is_set_makes_no_rule_expire_early_or_late() {
+    both(|lab| {
+        let library = sh("ls /usr/lib/*/faketime/libfaketime.so.1");
+        let preload = format!("LD_PRELOAD={}", library.trim());
+        let file = "FAKETIME_TIMESTAMP_FILE=/run/lab/time";
+        let set_clock = |seconds: &str| lab.write("time", seconds);
+        set_clock("+0");
+        lab.configure("local.server");
+        let steady = "FAKETIME_DONT_FAKE_MONOTONIC=1";
+        let mut rfw = lab.launch(&["env", &preload, file, "FAKETIME_NO_CACHE=1", steady]);
+        rfw.await_ready();
+        let began = now();
+        assert_eq!(ask("PUT /drop/input/any/1.1.1.1?expire=10").status, 200);
+        assert_eq!(ask("PUT /drop/input/any/2.2.2.2").status, 200);
+        for offset in [3600, -31_536_000] {
+            set_clock(&format!("{offset:+}"));
+            let stamped = |rule: &String| {
+                let second =
+                    rule.split_once("[rfw:").map_or("0", |(_, tag)| tag.trim_end_matches(']'));
+                let due = i64::try_from(began).unwrap() + 10 + offset;
+                rule.contains("1.1.1.1") && (due..due + 5).contains(&second.parse().unwrap())
+            };
+            await_true("the comment is stamped anew", 4, || lab.rules().iter().any(stamped));
+        }
+        await_true("it expires", 12 + SLACK, || lab.rules().len() == 1);
+        assert!(now() >= began + 10 && now() <= began + 14 + SLACK);
+        assert_eq!(lab.rules(), ["INPUT -s 2.2.2.2/32 -j DROP [rfw]"]);
     });
 }
 
 #[test]
-fn at_start_what_expired_or_is_whitelisted_now_is_deleted() {
+fn at_start_the_kernel_tells_what_stays() {
     both(|lab| {
-        let comment =
-            |ip, tag| lab.iptables(&format!("-A INPUT -s {ip} -m comment --comment {tag} -j DROP"));
-        comment("1.1.1.1", format!("rfw:{}", now() - 5));
-        comment("2.2.2.2", format!("rfw:{}", now() + DAY));
-        comment("192.0.2.0/24", "rfw".into());
-        comment("3.3.3.3", "rfw".into());
+        let day = now() + DAY;
+        let rows = [
+            ("1.1.1.1", format!("rfw:{}", now() - 5), "expired"),
+            ("2.2.2.2", format!("rfw:{day}"), ""),
+            ("3.3.3.3", format!("rfw:{}", day + 9), ""),
+            ("192.0.2.0/24", "rfw".into(), "whitelisted now"),
+            ("3.3.3.3", format!("rfw:{day}"), "older than the one that stands before it"),
+            ("4.4.4.4", "rfw".into(), ""),
+        ];
+        for (ip, tag, _) in &rows {
+            lab.iptables(&format!("-A INPUT -s {ip} -m comment --comment {tag} -j DROP"));
+        }
         let _rfw = lab.start("local.server");
-        assert_eq!(ask("GET /list").body.matches("source").count(), 2);
-        let left: Vec<_> =
-            lab.rules().iter().map(|r| r.split(' ').nth(2).unwrap().to_string()).collect();
-        assert_eq!(left, ["2.2.2.2/32", "3.3.3.3/32"]);
+        assert_eq!(ask("GET /list").body.matches("source").count(), 3);
+        let stays = rows.iter().filter(|(_, _, why_not)| why_not.is_empty());
+        let rule =
+            |(ip, tag, _): &(&str, String, &str)| format!("INPUT -s {ip}/32 -j DROP [{tag}]");
+        assert_eq!(lab.rules(), stays.map(rule).collect::<Vec<_>>());
         let log = lab.read("rfw.log");
-        assert!(
-            log.lines().any(|l| l.contains(" WARNING ") && l.contains("192.0.2.0/24")),
-            "{log}"
-        );
+        let warned = |line: &str| line.contains(" WARNING ") && line.contains("192.0.2.0/24");
+        assert!(log.lines().any(warned), "{log}");
     });
 }
 
@@ -260,10 +293,8 @@ fn chains(guards: &[String]) -> Vec<Vec<String>> {
 fn guard_rules() {
     both(|lab| {
         tls::keys(lab);
-        lab.write(
-            "white.list",
-            "192.0.2.1\n10.0.0.0/8\n198.51.100.4-198.51.100.7\n2001:db8::/48\n",
-        );
+        let list = "192.0.2.1\n10.0.0.0/8\n198.51.100.4-198.51.100.7\n2001:db8::/48\n";
+        lab.write("white.list", list);
         let mut rfw = lab.start(&format!("local.server\n{}", tls::CONF));
         let four = guards_of(&["10.0.0.0/8", "127.0.0.0/8", "192.0.2.1/32", "198.51.100.4/30"]);
         let six = guards_of(&["2001:db8::/48", "::1/128"]);
@@ -325,7 +356,8 @@ fn the_very_commands() {
 
 /// While `$lab/gate` is there, changes wait; restores write down what they were given.
 const GATE: &str = r#"
-while [ -e $lab/gate ]; do /bin/sleep 0.02; done
+n=0
+while [ -e $lab/gate ] && [ $((n += 1)) -lt 1500 ]; do /bin/sleep 0.02; done
 case $me in
     *-restore) echo "$me $*" >> $lab/calls; /usr/bin/tee -a $lab/calls | INPUT "$@"; exit $?;;
 esac"#;

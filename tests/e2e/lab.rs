@@ -192,7 +192,7 @@ impl Lab {
     /// A run of rfw to its end: the words of both outputs, and the exit status.
     pub fn rfw(&self, arguments: &str) -> (i32, String) {
         let mut command = Command::new("timeout");
-        command.arg("20").arg(env!("CARGO_BIN_EXE_rfw")).args(arguments.split(' '));
+        command.arg("10").arg(env!("CARGO_BIN_EXE_rfw")).args(arguments.split(' '));
         let out = command.current_dir(&self.dir).output().unwrap();
         (out.status.code().expect("an exit status"), text(&out))
     }
@@ -316,14 +316,18 @@ impl Rfw<'_> {
 
 impl Drop for Rfw<'_> {
     fn drop(&mut self) {
-        self.kill();
         if thread::panicking() {
-            let [log, stderr] = ["rfw.log", "stderr"].map(|name| self.lab.read(name));
+            let ended = self.child.try_wait();
+            let pid = self.pid();
+            let processes = sh(&format!("ps -Lo stat,wchan:20,args -p {pid} --ppid {pid} || true"));
+            let log = self.lab.read("rfw.log");
             let tail = log.lines().count().saturating_sub(40);
             let log: Vec<&str> = log.lines().skip(tail).collect();
-            eprintln!("--- log\n{}\n--- stderr\n{stderr}", log.join("\n"));
+            eprintln!("--- rfw ended: {ended:?}\n{processes}--- its log\n{}", log.join("\n"));
+            eprintln!("--- its standard error\n{}", self.lab.read("stderr"));
             eprintln!("--- iptables -S\n{}", self.lab.dump().join("\n"));
         }
+        self.kill();
     }
 }
 
@@ -455,7 +459,7 @@ pub fn ask(request: &str) -> Answer {
 /// One request over HTTP by curl, with further options; the body and, below it, the status.
 pub fn curl(options: &str, request: &str, server: &str) -> String {
     let (method, path) = request.split_once(' ').expect("METHOD /path");
-    let words = format!("{options} -sS -m 30 -g -w %{{http_code}} -X {method} {server}{path}");
+    let words = format!("-sS -m 30 -g -w %{{http_code}} {options} -X {method} {server}{path}");
     text(&Command::new("curl").args(words.split_whitespace()).output().expect("curl is needed"))
 }
 

@@ -58,7 +58,7 @@ const BAD_CONF: [(&str, &str, &[&str]); 31] = [
     ("whitelist.file = white.list", "", &["whitelist.file"]),
     ("iptables.path = ", "iptables.path = usr/", &["rfw.conf:3", "absolute"]),
     ("iptables.path = ", "iptables.path = /nope", &["rfw.conf:3", "/nope"]),
-    ("iptables.path = ", "iptables.path = /run/lab/white.list #", &["rfw.conf:3"]),
+    ("iptables.path = ", "iptables.path = /run/lab/white.list|#", &["rfw.conf:3"]),
     ("local.server", "local.server|ip6tables.path = x", &["rfw.conf:5", "absolute"]),
     ("local.server", "local.server|auth.password = a:b|auth.username = a:b", &["rfw.conf:6"]),
 ];
@@ -66,6 +66,7 @@ const BAD_CONF: [(&str, &str, &[&str]); 31] = [
 #[test]
 fn a_wrong_configuration_never_starts() {
     once(|lab| {
+        let mut wrong = String::new();
         for (line, instead, words) in BAD_CONF {
             lab.configure("local.server");
             let good = lab.read("rfw.conf");
@@ -73,9 +74,12 @@ fn a_wrong_configuration_never_starts() {
             for options in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
                 let (status, said) = lab.rfw(options);
                 let all = words.iter().all(|word| said.contains(word));
-                assert!(status == 1 && all, "{instead}: {status} {said}");
+                if status != 1 || !all {
+                    wrong += &format!("{instead}: {status} {said}");
+                }
             }
         }
+        assert!(wrong.is_empty(), "\n{wrong}");
     });
 }
 
@@ -99,10 +103,8 @@ fn a_wrong_whitelist_never_starts() {
             let (status, said) = lab.rfw("-t -f rfw.conf");
             assert!(status == 1 && said.contains(word), "{list}: {status} {said}");
         }
-        lab.write(
-            "white.list",
-            "# all\n10.0.0.1 # mine\n10.0.0.0/8\n1.1.1.1-1.1.1.3\n::1\n2001:db8::/48\r\n",
-        );
+        let good = "# all\n10.0.0.1 # mine\n10.0.0.0/8\n1.1.1.1-1.1.1.3\n::1\n2001:db8::/48\r\n";
+        lab.write("white.list", good);
         assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
     });
 }
@@ -161,7 +163,7 @@ fn sigterm_ends_it_and_unblocks_nobody() {
 #[test]
 fn the_log_has_a_line_for_every_change_made_or_refused() {
     once(|lab| {
-        let rfw = lab.start("local.server");
+        let _rfw = lab.start("local.server");
         let rows = [
             ("PUT /drop/input/any/1.2.3.4", "inserted"),
             ("DELETE /drop/input/any/1.2.3.4", "deleted"),
@@ -169,17 +171,13 @@ fn the_log_has_a_line_for_every_change_made_or_refused() {
             ("PUT /drop/input/any/1.2.3.4/99", "bad_mask"),
         ];
         for (request, result) in rows {
-            let (_, path) = request.split_once(' ').unwrap();
             ask(request);
-            let line = || {
-                let log = lab.read("rfw.log");
-                log.lines().rfind(|line| line.contains(path)).unwrap_or_default().to_string()
-            };
+            let last = |log: String| log.lines().rfind(|l| l.contains(request)).map(String::from);
+            let line = || last(lab.read("rfw.log")).unwrap_or_default();
             await_true(request, SLACK, || line().contains(result));
             let line = line();
             assert!(line.contains(" INFO ") && line.contains("127.0.0.1"), "{line}");
-            let stamp: String =
-                line.chars().map(|c| if c.is_ascii_digit() { '9' } else { c }).collect();
+            let stamp = line.replace(|c: char| c.is_ascii_digit(), "9");
             assert!(stamp.starts_with("9999-99-99T99:99:99.999Z INFO "), "{line}");
         }
         // What a client sends is escaped: it cannot write a line of its own or colour a terminal.
@@ -188,11 +186,7 @@ fn the_log_has_a_line_for_every_change_made_or_refused() {
         conn.rest();
         ask("PUT /drop/input/any/%0a2026-01-01T00:00:00.000Z%20INFO%20x");
         let log = lab.read("rfw.log");
-        assert!(
-            !log.contains('\u{1b}') && !log.lines().any(|l| l.starts_with("2026-01-01T")),
-            "{log}"
-        );
-        drop(rfw);
+        assert!(!log.contains('\u{1b}') && !log.contains("\n2026-01-01T"), "{log}");
     });
 }
 

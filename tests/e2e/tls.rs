@@ -182,6 +182,7 @@ fn a_silent_handshake_is_closed_and_holds_up_nobody() {
         silent.set_read_timeout(Some(Duration::from_secs(11 + SLACK))).unwrap();
         let mut said = Vec::new();
         assert!(silent.read_to_end(&mut said).is_ok(), "still open");
+        assert_eq!(https(USER, "GET /list"), "200 ");
     });
 }
 
