@@ -51,8 +51,7 @@ demo | test | bench)
 	want unshare util-linux
 	want curl curl
 	want openssl openssl
-	[ "$1" != bench ] || want python3 python3
-	[ "$1" != test ] || want faketime faketime ;;
+	[ "$1" != bench ] || want python3 python3 ;;
 *) echo "usage: contrib/deps.sh build|demo|test|bench" >&2; exit 2 ;;
 esac
 

@@ -57,8 +57,8 @@ impl Log {
         }
         let mut line = String::new();
         let _ = writeln!(line, "{} {} {event}", Utc(clock::wall()), level.name());
-        if let Some((file, _)) = file {
-            let _ = (&*file).write_all(line.as_bytes());
+        if let Some((mut file, _)) = file.map(|(file, least)| (file, least)) {
+            let _ = file.write_all(line.as_bytes());
         }
         if stderr.is_some() {
             let _ = std::io::stderr().write_all(line.as_bytes());

@@ -3,7 +3,8 @@
 use rfw::api::Grammar;
 use rfw::config::{Config, LineError, Named, Outward};
 use rfw::firewall::Firewall;
-use rfw::firewall::kernel::Tools;
+use rfw::firewall::exec::Presence;
+use rfw::firewall::kernel::{Tools, restore_beside};
 use rfw::http::tls::Acceptor;
 use rfw::log::{Level, Log};
 use rfw::rule::net::Family;
@@ -104,16 +105,8 @@ impl Options {
     }
 }
 
-/// What the configuration comes to: all that can be read before anything is done.
-struct Loaded {
-    config: Config,
-    whitelist: Whitelist,
-    acceptor: Option<Acceptor>,
-    tools: [Tools; 2],
-}
-
 /// Reads rfw.conf and what it names, or says in one sentence what is wrong.
-fn load(file: &Path) -> Result<Loaded, String> {
+fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
     let folder = file.parent().unwrap_or(Path::new("."));
     let config = Config::parse(&read_text(file)?, folder).map_err(|error| at(file, &error))?;
     let blame = |named: &Named| {
@@ -131,19 +124,20 @@ fn load(file: &Path) -> Result<Loaded, String> {
             Some(Acceptor::new(&chain, &key, *tls12).map_err(blame(keyfile))?)
         }
     };
-    let tools = [
-        Tools::new(Family::V4, config.iptables.path.clone()),
-        Tools::new(Family::V6, config.ip6tables.clone()),
-    ];
-    check_programs(&tools[0]).map_err(blame(&config.iptables))?;
-    Ok(Loaded { config, whitelist, acceptor, tools })
+    check_programs(&config.iptables.path).map_err(blame(&config.iptables))?;
+    Ok((config, whitelist, acceptor))
 }
 
 /// Starts, and stays; or says in one sentence why not.
 fn run(options: &Options) -> Result<Infallible, String> {
-    let Loaded { config, whitelist, acceptor, tools } = load(&options.file)?;
+    let (config, whitelist, acceptor) = load(&options.file)?;
     let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
+    let presence = Arc::new(Presence::take(Duration::from_secs(15))?);
+    let tools = [
+        Tools::new(Family::V4, config.iptables.path.clone(), presence.clone()),
+        Tools::new(Family::V6, config.ip6tables.clone(), presence),
+    ];
     let doors = Door::open(&config, acceptor)?;
     let firewall = Firewall::start(tools, guarded, whitelist.clone(), log.clone())?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
@@ -183,8 +177,8 @@ fn read_text(file: &Path) -> Result<String, String> {
 }
 
 /// Looks whether the files are programs; the start shows whether they work.
-fn check_programs(tools: &Tools) -> Result<(), String> {
-    for program in [&tools.iptables, &tools.restore] {
+fn check_programs(iptables: &Path) -> Result<(), String> {
+    for program in [iptables, &restore_beside(iptables)] {
         let name = program.display();
         let data = fs::metadata(program)
             .map_err(|error| format!("{name}: {error}; install iptables or set iptables.path"))?;

@@ -7,7 +7,8 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -67,10 +68,41 @@ impl fmt::Display for Failure {
     }
 }
 
+/// Held by rfw and, as their standard output, by the programs that change
+/// rules: while one of them lives, no other rfw starts in this network
+/// namespace. So a program that outlives a killed rfw is waited for, and what
+/// it does is read back at start. An abstract socket goes with its last holder.
+pub struct Presence(UnixDatagram);
+
+impl Presence {
+    /// Waits for what a former rfw has left. The error is a sentence.
+    pub fn take(limit: Duration) -> Result<Presence, String> {
+        let wrong = |error: io::Error| format!("cannot make a socket: {error}");
+        let name = SocketAddr::from_abstract_name("rfw").map_err(wrong)?;
+        let started = Instant::now();
+        loop {
+            match UnixDatagram::bind_addr(&name) {
+                Ok(socket) => return Ok(Presence(socket)),
+                Err(error) if error.kind() != ErrorKind::AddrInUse => return Err(wrong(error)),
+                Err(_) if started.elapsed() < limit => thread::sleep(Duration::from_millis(1)),
+                Err(_) => return Err("another rfw runs here; stop it first".into()),
+            }
+        }
+    }
+}
+
 /// Runs a program on an input, to its end.
-pub fn run(program: &Path, args: &[&str], input: &str, limit: Duration) -> Result<(), Failure> {
+pub fn run(
+    presence: &Presence,
+    program: &Path,
+    args: &[&str],
+    input: &str,
+    limit: Duration,
+) -> Result<(), Failure> {
+    let held = presence.0.try_clone().map_err(|error| cannot_start(program, &error))?;
     let (mut ours, theirs) = pair(program)?;
-    let running = Running::start(program, args, Stdio::from(theirs), Stdio::null(), limit)?;
+    let (stdin, stdout) = (Stdio::from(theirs), Stdio::from(OwnedFd::from(held)));
+    let running = Running::start(program, args, stdin, stdout, limit)?;
     // A program that does not read to the end says why on its standard error.
     let _ = ours.set_write_timeout(Some(limit)).and_then(|()| ours.write_all(input.as_bytes()));
     drop(ours);
@@ -231,8 +263,14 @@ impl Read for Watched<'_> {
 mod tests {
     use super::*;
 
+    /// One that excludes nobody.
+    fn presence() -> Presence {
+        Presence(UnixDatagram::unbound().unwrap())
+    }
+
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), Failure> {
-        run(Path::new("/bin/sh"), &["-c", script], input, Duration::from_millis(limit))
+        let limit = Duration::from_millis(limit);
+        run(&presence(), Path::new("/bin/sh"), &["-c", script], input, limit)
     }
 
     #[test]
@@ -270,7 +308,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_started() {
-        let failure = run(Path::new("/no/such"), &[], "", LOOK).unwrap_err();
+        let failure = run(&presence(), Path::new("/no/such"), &[], "", LOOK).unwrap_err();
         assert!(matches!(&failure, Failure::Start(text) if text.contains("/no/such")), "{failure}");
         assert!(failure.is_passing());
     }

@@ -3,11 +3,12 @@
 //! Every rule of rfw's carries a comment, its [`Tag`]; a rule without one, or
 //! of a shape that rfw does not make, is somebody else's and stays untouched.
 
-use super::exec::{self, Failure};
+use super::exec::{self, Failure, Presence};
 use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Iface, Rule, Scope, Target};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long one command may take, how much more a batch gets for each line,
@@ -175,16 +176,22 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
 /// The programs of one family: `iptables`, and `iptables-restore` beside it.
 pub struct Tools {
     pub family: Family,
-    pub iptables: PathBuf,
-    pub restore: PathBuf,
+    iptables: PathBuf,
+    restore: PathBuf,
+    presence: Arc<Presence>,
+}
+
+/// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` beside it.
+pub fn restore_beside(iptables: &Path) -> PathBuf {
+    let mut restore = iptables.as_os_str().to_owned();
+    restore.push("-restore");
+    restore.into()
 }
 
 impl Tools {
     /// `iptables` is an absolute path.
-    pub fn new(family: Family, iptables: PathBuf) -> Tools {
-        let mut restore = iptables.clone().into_os_string();
-        restore.push("-restore");
-        Tools { family, iptables, restore: restore.into() }
+    pub fn new(family: Family, iptables: PathBuf, presence: Arc<Presence>) -> Tools {
+        Tools { family, restore: restore_beside(&iptables), iptables, presence }
     }
 
     /// Commits lines such as `-I INPUT …` in order, all or none: one alone as
@@ -192,7 +199,7 @@ impl Tools {
     pub fn commit(&self, lines: &[String]) -> Result<(), Failure> {
         if let [line] = lines {
             let args: Vec<&str> = ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-            return exec::run(&self.iptables, &args, "", LIMIT);
+            return exec::run(&self.presence, &self.iptables, &args, "", LIMIT);
         }
         if lines.is_empty() {
             return Ok(());
@@ -200,7 +207,8 @@ impl Tools {
         let input = format!("*filter\n{}\nCOMMIT\n", lines.join("\n"));
         let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
         let limit = LIMIT.saturating_add(PER_LINE.saturating_mul(count));
-        exec::run(&self.restore, &["--noflush", "-w", LOCK_WAIT], &input, limit)
+        let args = ["--noflush", "-w", LOCK_WAIT];
+        exec::run(&self.presence, &self.restore, &args, &input, limit)
     }
 
     /// Reads every rule of the built-in chains, or of one, with its counters,
@@ -218,20 +226,7 @@ impl Tools {
             None => true,
         })
     }
-
-    /// Reads every rule into memory.
-    pub fn listing(&self) -> Result<Listing, Failure> {
-        let mut listing = Listing::new();
-        self.list(None, LIMIT, |chain, row| {
-            listing.entry(chain).or_default().push(row);
-            true
-        })?;
-        Ok(listing)
-    }
 }
-
-/// A listing of one family, a chain each, front first.
-pub type Listing = std::collections::HashMap<Chain, Vec<Row>>;
 
 #[cfg(test)]
 mod tests {

@@ -2,7 +2,7 @@
 //! kernel from one state to another. Pure: no process, no clock.
 
 use super::expiry::Expiries;
-use super::kernel::{Listing, Owned, Row, Tag};
+use super::kernel::{Owned, Row, Tag};
 use super::{Outcome, Verdict};
 use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
@@ -45,15 +45,16 @@ pub struct Repair {
     pub lines: Vec<String>,
     /// Rules that were gone and are put back.
     pub restored: Vec<Rule>,
-    /// How many rules with rfw's tag it did not know, and keeps from now on.
-    pub adopted: usize,
     /// Rules whose time was over when rfw saw them.
     pub expired: Vec<Rule>,
     /// Other rules with rfw's tag that do not stay, and why.
     pub removed: Vec<(Rule, &'static str)>,
-    /// What will stand in the kernel, front first.
-    layout: Vec<Owned>,
+    /// The chains, front first, with what is to become of each place.
+    chains: Vec<Vec<Slot>>,
 }
+
+/// A listing of one family, a chain each, front first.
+pub type Listing = HashMap<Chain, Vec<Slot>>;
 
 /// What decides about a listed rule that the mirror does not know.
 pub struct Law<'a> {
@@ -67,19 +68,24 @@ pub struct Law<'a> {
 }
 
 /// A place in a chain, and what is to become of it.
-struct Slot {
-    fate: Fate,
-    row: Row,
+pub struct Slot {
+    pub fate: Fate,
+    pub row: Row,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Fate {
+pub enum Fate {
     Stays,
     Gone,
     New,
 }
 
 impl Mirror {
+    /// How many rules of a family it holds.
+    pub fn count(&self, family: Family) -> usize {
+        self.rules.keys().filter(|rule| rule.family() == family).count()
+    }
+
     /// Takes a rule as its newest.
     pub fn add(&mut self, rule: Rule, tag: Tag) {
         self.youngest = self.youngest.saturating_add(1);
@@ -178,8 +184,7 @@ impl Mirror {
     /// Starts to hold a listing of one family against the mirror, row by row,
     /// which is cheap: it keeps nothing.
     pub fn compare(&self, family: Family) -> Comparison<'_> {
-        let left = self.rules.keys().filter(|rule| rule.family() == family).count();
-        Comparison { mirror: self, left, above: HashMap::new(), same: true }
+        Comparison { mirror: self, left: self.count(family), above: HashMap::new(), same: true }
     }
 
     /// Works out how the kernel comes to hold what the mirror says, to which
@@ -193,17 +198,14 @@ impl Mirror {
     ) -> Repair {
         let mut repair = Repair::default();
         for chain in Chain::ALL {
-            let rows = listing.remove(&chain).unwrap_or_default();
-            let mut kept = HashSet::with_capacity(rows.len());
-            // From the back: of rules that stand twice a deletion takes the first.
-            let judge = |row: Row| {
-                let stays = row.is_none_or(|owned| {
-                    self.keeps(&owned, batch, law, &mut repair) && kept.insert(owned.rule)
+            let mut slots = listing.remove(&chain).unwrap_or_default();
+            let mut kept = HashSet::with_capacity(slots.len());
+            for slot in &mut slots {
+                let stays = slot.row.as_ref().is_none_or(|owned| {
+                    self.keeps(owned, batch, law, &mut repair) && kept.insert(owned.rule)
                 });
-                Slot { fate: if stays { Fate::Stays } else { Fate::Gone }, row }
-            };
-            let mut slots: Vec<Slot> = rows.into_iter().rev().map(judge).collect();
-            slots.reverse();
+                slot.fate = if stays { Fate::Stays } else { Fate::Gone };
+            }
 
             let here = |rule: &Rule| rule.family() == family && rule.chain() == chain;
             let missing = self.rules.iter().filter(|(rule, _)| here(rule) && !kept.contains(rule));
@@ -238,10 +240,7 @@ impl Mirror {
             Tag::Guard(_) => "of no use as a guard any more",
             _ if law.whitelist.conflict(rule).is_some() => "whitelisted",
             _ if !law.starting => "no request has made it",
-            _ => {
-                repair.adopted = repair.adopted.saturating_add(1);
-                return true;
-            }
+            _ => return true,
         };
         repair.removed.push((*rule, reason));
         false
@@ -275,11 +274,10 @@ impl Mirror {
     /// Takes over what a repair has found and done. The kernel's order becomes
     /// the mirror's.
     pub fn learn(&mut self, repair: &Repair) {
-        if !repair.lines.is_empty() || repair.adopted > 0 {
-            self.rules.reserve(repair.adopted);
-            for owned in repair.layout.iter().rev() {
-                self.add(owned.rule, owned.tag);
-            }
+        self.rules.reserve(repair.chains.iter().map(Vec::len).sum());
+        let slots = repair.chains.iter().flat_map(|slots| slots.iter().rev());
+        for owned in slots.filter(|slot| slot.fate != Fate::Gone).filter_map(|slot| slot.row) {
+            self.add(owned.rule, owned.tag);
         }
     }
 }
@@ -291,15 +289,15 @@ impl Repair {
     fn arrange(&mut self, slots: Vec<Slot>) {
         let mut insertions = Vec::new();
         let mut place = 1_usize;
-        for Slot { fate, row } in slots {
-            match (fate, row) {
+        for slot in &slots {
+            match (slot.fate, &slot.row) {
                 (Fate::Gone, Some(owned)) => self.lines.push(owned.delete_line()),
                 (Fate::New, Some(owned)) => insertions.push(owned.insert_line(place)),
                 _ => place = place.saturating_add(1),
             }
-            self.layout.extend(row.filter(|_| fate != Fate::Gone));
         }
         self.lines.extend(insertions.into_iter().rev());
+        self.chains.push(slots);
     }
 }
 
@@ -484,7 +482,7 @@ mod tests {
                 _ => panic!("{line}"),
             };
             let (chain, row) = parse_row(&format!("-A INPUT {spec}"), Family::V4).unwrap();
-            listing.entry(chain).or_default().push(row);
+            listing.entry(chain).or_default().push(Slot { fate: Fate::Stays, row });
         }
         listing
     }
@@ -515,21 +513,18 @@ mod tests {
             (&[A, B, C], &["foreign", B1, A1], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
             (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
             (&[A, B], &[B1, A1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
+            (&[], &["1.1.1.1 rfw:7000", B1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
             (&[A, B], &[B1, C1, A1], &["-D 3.3.3.3 rfw DROP"], "no request has made it"),
-            (&[], &["foreign", "1.1.1.1 rfw:7000", B1], &[], "adopted 2"),
-            (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "adopted 1 expired 1"),
+            (&[], &["foreign", "1.1.1.1 rfw:7000", B1], &[], ""),
+            (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "expired 1"),
             (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "whitelisted"),
         ];
         for (before, kernel, lines, told) in table {
             let mut mirror = mirror(before);
             let law = Law { now: 1_000, whitelist: &whitelist, starting: before.is_empty() };
             let repair = mirror.repair(Family::V4, listing(kernel), &Batch::default(), &law);
-            let counts = [
-                ("restored", repair.restored.len()),
-                ("adopted", repair.adopted),
-                ("expired", repair.expired.len()),
-            ];
+            let counts = [("restored", repair.restored.len()), ("expired", repair.expired.len())];
             let counts =
                 counts.iter().filter(|(_, n)| *n > 0).map(|(word, n)| format!("{word} {n}"));
             let said: Vec<String> =
@@ -541,10 +536,12 @@ mod tests {
             );
             // Once learned and done, nothing is left to do.
             mirror.learn(&repair);
-            assert_eq!(mirror.rules.len(), repair.layout.len());
+            let stays = repair.chains.iter().flatten().filter(|slot| slot.fate != Fate::Gone);
+            let layout: Vec<Owned> = stays.filter_map(|slot| slot.row).collect();
+            assert_eq!(mirror.rules.len(), layout.len());
             let mut again = mirror.compare(Family::V4);
             assert!(
-                repair.layout.iter().all(|owned| again.row(owned.rule.chain(), Some(*owned)))
+                layout.iter().all(|owned| again.row(owned.rule.chain(), Some(*owned)))
                     && again.is_same()
             );
         }
@@ -563,13 +560,11 @@ mod tests {
         assert_eq!(mirror.lines(&batch), None, "worth a look at the kernel");
         let kernel: Vec<&str> = kernel.iter().map(String::as_str).collect();
         let mut rows = listing(&kernel);
-        if let Some(Some(first)) = rows.get_mut(&Chain::Input).unwrap().first_mut() {
-            first.counters = (5, 7);
-        }
+        rows.get_mut(&Chain::Input).unwrap()[0].row.as_mut().unwrap().counters = (5, 7);
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
         let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
         let repair = mirror.repair(Family::V4, rows, &batch, &law);
-        assert_eq!((repair.restored.len(), repair.adopted), (0, 0));
+        assert_eq!(repair.restored, []);
         let lines = short(&repair.lines);
         assert_eq!(lines.len(), 200 + 50);
         assert_eq!(lines[0], "-D 10.0.0.199 rfw DROP");

@@ -18,12 +18,13 @@ use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
 use exec::Failure;
-use kernel::{LIMIT, LIST_LIMIT, Listing, Owned, Tag, Tools};
-use mirror::{Batch, Law, Mirror, Repair};
+use kernel::{LIMIT, LIST_LIMIT, Owned, Tag, Tools};
+use mirror::{Batch, Fate, Law, Listing, Mirror, Repair, Slot};
 use std::collections::{BTreeSet, HashMap};
 use std::mem;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 /// The least time between two looks at the kernel, and how many times as long
@@ -116,9 +117,14 @@ impl Firewall {
         let (mirror, clock, next_look) = (Mirror::default(), Clock::start(), Instant::now());
         let mut kernel =
             Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look };
+        // Both at once: with many rules this is what a start waits for.
+        let listings = thread::scope(|scope| {
+            let threads = families.each_ref().map(|tools| scope.spawn(|| listing(tools)));
+            threads.map(ScopedJoinHandle::join)
+        });
         let mut usable = Vec::new();
-        for tools in families {
-            if kernel.begin(&tools, guarded)? {
+        for (tools, listing) in families.into_iter().zip(listings.into_iter().flatten()) {
+            if kernel.begin(&tools, listing, guarded)? {
                 usable.push(tools);
             }
         }
@@ -228,8 +234,13 @@ impl Firewall {
 
 impl Kernel {
     /// Starts one family; `false` if this host has no IPv6 to filter.
-    fn begin(&mut self, tools: &Tools, guarded: Option<u16>) -> Result<bool, String> {
-        let listing = match tools.listing() {
+    fn begin(
+        &mut self,
+        tools: &Tools,
+        listing: Result<Listing, Failure>,
+        guarded: Option<u16>,
+    ) -> Result<bool, String> {
+        let listing = match listing {
             Ok(listing) => listing,
             Err(Failure::Refused(why) | Failure::Start(why)) if tools.family == Family::V6 => {
                 self.log.warning(format_args!("IPv6 rules are not taken: {why}"));
@@ -241,13 +252,16 @@ impl Kernel {
             }
         };
         let guards = guarded.map_or(Vec::new(), |port| guards(&self.whitelist, tools.family, port));
-        let untried = guards.is_empty() && listing.values().flatten().flatten().next().is_none();
+        let untried =
+            guards.is_empty() && listing.values().flatten().all(|slot| slot.row.is_none());
         let probed = if untried { probe(tools) } else { Ok(()) };
         for guard in guards.into_iter().rev() {
             self.mirror.add(guard.rule, guard.tag);
         }
         let begun =
             probed.and_then(|()| self.repair_listed(tools, listing, &Batch::default(), true));
+        let count = self.mirror.count(tools.family);
+        self.log.info(format_args!("{:?}: {count} rules of rfw's", tools.family));
         begun.map(|()| true).map_err(|failure| {
             let what_to_do = "the kernel must have the comment match (xt_comment), \
                               and rfw must be root or have CAP_NET_ADMIN";
@@ -323,7 +337,7 @@ impl Kernel {
 
     /// Reads the kernel and makes it hold what the mirror says.
     fn repair(&mut self, tools: &Tools, batch: &Batch) -> Result<(), Failure> {
-        let listing = tools.listing()?;
+        let listing = listing(tools)?;
         self.repair_listed(tools, listing, batch, false)
     }
 
@@ -339,14 +353,11 @@ impl Kernel {
         self.run(tools, &repair.lines)?;
         self.mirror.learn(&repair);
         self.stale.remove(&tools.family);
-        self.report(&repair);
+        self.report(&repair, starting);
         Ok(())
     }
 
-    fn report(&self, repair: &Repair) {
-        if repair.adopted > 0 {
-            self.log.info(format_args!("found {} rules of rfw's in the kernel", repair.adopted));
-        }
+    fn report(&self, repair: &Repair, starting: bool) {
         for rule in &repair.expired {
             self.log.info(format_args!("expired {rule}"));
         }
@@ -354,11 +365,11 @@ impl Kernel {
             self.log.warning(format_args!("removed {rule}: {reason}"));
         }
         let restored = repair.restored.len();
-        if restored > 0 {
-            let how = "to remove a rule for good, DELETE it";
-            self.log
-                .warning(format_args!("{restored} rules that others removed are put back; {how}"));
+        if restored == 0 || starting {
+            return;
         }
+        let how = "to remove a rule for good, DELETE it";
+        self.log.warning(format_args!("{restored} rules that others removed are put back; {how}"));
         for rule in &repair.restored {
             self.log.info(format_args!("restored {rule}"));
         }
@@ -398,6 +409,16 @@ impl Kernel {
             self.next_look = Instant::now();
         }
     }
+}
+
+/// Reads every rule of one family into memory.
+fn listing(tools: &Tools) -> Result<Listing, Failure> {
+    let mut listing = Listing::new();
+    tools.list(None, LIMIT, |chain, row| {
+        listing.entry(chain).or_default().push(Slot { fate: Fate::Stays, row });
+        true
+    })?;
+    Ok(listing)
 }
 
 /// The rules for rfw's own port, front first: the whitelist may come in and go

@@ -78,9 +78,9 @@ fn base64(bytes: &[u8]) -> String {
     let mut out = String::new();
     for group in bytes.chunks(3) {
         let byte = |at: usize| u32::from(group.get(at).copied().unwrap_or_default());
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        let bits = (byte(0) << 16) | (byte(1) << 8) | byte(2);
         for (at, shift) in [18, 12, 6, 0].into_iter().enumerate() {
-            let sextet = usize::try_from(bits >> shift & 63).unwrap_or_default();
+            let sextet = usize::try_from((bits >> shift) & 63).unwrap_or_default();
             let letter = ALPHABET.get(sextet).copied().filter(|_| at <= group.len());
             out.push(char::from(letter.unwrap_or(b'=')));
         }

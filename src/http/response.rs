@@ -217,8 +217,11 @@ impl<'a> Reply<'a> {
         self.stream.give(ANSWER_TIME);
         let body = std::mem::take(&mut self.pending);
         let fields = format!("{fields}Content-Length: {}\r\n", body.len());
-        let head = self.head(status, content_type, &fields);
-        self.send(&if self.head_only { head } else { head + &body })
+        let mut text = self.head(status, content_type, &fields);
+        if !self.head_only {
+            text.push_str(&body);
+        }
+        self.send(&text)
     }
 
     fn send_pending(&mut self, last_chunk: &str) -> bool {

@@ -160,38 +160,6 @@ fn a_tagged_rule_that_no_request_has_made_is_removed() {
     });
 }
 
-/// Sets the wall clock of rfw alone, by faketime: an hour forward, then back to last year.
-#[test]
-fn a_wall_clock_that_is_set_makes_no_rule_expire_early_or_late() {
-    both(|lab| {
-        let library = sh("ls /usr/lib/*/faketime/libfaketime.so.1");
-        let preload = format!("LD_PRELOAD={}", library.trim());
-        let file = "FAKETIME_TIMESTAMP_FILE=/run/lab/time";
-        let set_clock = |seconds: &str| lab.write("time", seconds);
-        set_clock("+0");
-        lab.configure("local.server");
-        let steady = "FAKETIME_DONT_FAKE_MONOTONIC=1";
-        let mut rfw = lab.launch(&["env", &preload, file, "FAKETIME_NO_CACHE=1", steady]);
-        rfw.await_ready();
-        let began = now();
-        assert_eq!(ask("PUT /drop/input/any/1.1.1.1?expire=10").status, 200);
-        assert_eq!(ask("PUT /drop/input/any/2.2.2.2").status, 200);
-        for offset in [3600, -31_536_000] {
-            set_clock(&format!("{offset:+}"));
-            let stamped = |rule: &String| {
-                let second =
-                    rule.split_once("[rfw:").map_or("0", |(_, tag)| tag.trim_end_matches(']'));
-                let due = i64::try_from(began).unwrap() + 10 + offset;
-                rule.contains("1.1.1.1") && (due..due + 5).contains(&second.parse().unwrap())
-            };
-            await_true("the comment is stamped anew", 4, || lab.rules().iter().any(stamped));
-        }
-        await_true("it expires", 12 + SLACK, || lab.rules().len() == 1);
-        assert!(now() >= began + 10 && now() <= began + 14 + SLACK);
-        assert_eq!(lab.rules(), ["INPUT -s 2.2.2.2/32 -j DROP [rfw]"]);
-    });
-}
-
 #[test]
 fn at_start_the_kernel_tells_what_stays() {
     both(|lab| {
