@@ -121,7 +121,9 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
         Some(Outward { certfile, keyfile, tls12, .. }) => {
             let chain = read_trusted(&certfile.path).map_err(blame(certfile))?;
             let key = read_trusted(&keyfile.path).map_err(blame(keyfile))?;
-            Some(Acceptor::new(&chain, &key, *tls12).map_err(blame(keyfile))?)
+            let files = format!("{} and {}", certfile.path.display(), keyfile.path.display());
+            let acceptor = Acceptor::new(&chain, &key, *tls12);
+            Some(acceptor.map_err(|why| format!("{files}: {why}")).map_err(blame(keyfile))?)
         }
     };
     check_programs(&config.iptables.path).map_err(blame(&config.iptables))?;
