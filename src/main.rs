@@ -12,6 +12,7 @@ use rfw::rule::whitelist::Whitelist;
 use rfw::server::{Door, Server};
 use std::convert::Infallible;
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -146,7 +147,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
     let grammar = Grammar { default_expire, non_restful };
-    let server = Arc::new(Server { firewall, whitelist, log, grammar, credentials, addresses });
+    let lists = Arc::new(());
+    let server = Server { firewall, whitelist, log, grammar, credentials, lists, addresses };
+    let server = Arc::new(server);
     for door in doors {
         let server = server.clone();
         thread::spawn(move || server.listen(door));
@@ -167,11 +170,14 @@ fn at(file: &Path, LineError { line, message }: &LineError) -> String {
 /// may be able to write it.
 fn read_trusted(file: &Path) -> Result<Vec<u8>, String> {
     let wrong = |error: std::io::Error| format!("{}: cannot read it: {error}", file.display());
-    if fs::metadata(file).map_err(wrong)?.mode() & 0o022 != 0 {
+    let mut open = File::open(file).map_err(wrong)?;
+    if open.metadata().map_err(wrong)?.mode() & 0o022 != 0 {
         let what = "others than its owner may write it; run chmod go-w on it";
         return Err(format!("{}: {what}", file.display()));
     }
-    fs::read(file).map_err(wrong)
+    let mut content = Vec::new();
+    open.read_to_end(&mut content).map_err(wrong)?;
+    Ok(content)
 }
 
 fn read_text(file: &Path) -> Result<String, String> {

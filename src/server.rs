@@ -18,12 +18,15 @@ use std::time::{Duration, Instant};
 /// How long a whole head may take, TLS handshake included; a connection that
 /// is kept may be silent for as long.
 const HEAD_TIME: Duration = Duration::from_secs(10);
-/// How long one may take to receive that no place is free.
-const TURN_AWAY_TIME: Duration = Duration::from_millis(100);
 /// Connections that one listener serves at a time, a thread each.
 const MAX_CONNECTIONS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.
 const STACK: usize = 256 * 1024;
+
+/// Lists that are read and sent at a time: each sits in memory until it is sent.
+const MAX_LISTS: usize = 4;
+/// How much of a request line goes into the log.
+const MAX_LOGGED: usize = 300;
 
 const NO_BODY: Refusal = Refusal::Http(413, "This request takes no body; send none.");
 
@@ -34,6 +37,8 @@ pub struct Server {
     pub log: Arc<Log>,
     pub grammar: Grammar,
     pub credentials: Option<Credentials>,
+    /// Held once more for each list that is being sent.
+    pub lists: Arc<()>,
     /// Where the servers listen, for the help text.
     pub addresses: String,
 }
@@ -117,7 +122,6 @@ impl Server {
         // Every connection's thread holds the door.
         if Arc::strong_count(door) > MAX_CONNECTIONS {
             if door.tls.is_none() {
-                stream.give(TURN_AWAY_TIME);
                 Reply::new(&mut stream, None)
                     .refuse(&Refusal::Busy("All places are taken.".into()));
             }
@@ -175,13 +179,18 @@ fn carry_out(
             Ok("helped")
         }
         Command::List(chain) => {
-            let mut before = "[";
-            server.firewall.list(&client, chain, |place, owned| {
-                let sent = reply.push(before) && reply.push(&api::listed_json(place, owned));
-                before = ",\n";
-                sent
-            })?;
-            reply.push(if before == "[" { "[]\n" } else { "]\n" });
+            let place = server.lists.clone();
+            if Arc::strong_count(&place) > MAX_LISTS.saturating_add(1) {
+                return Err(Refusal::Busy("Too many lists are being sent.".into()));
+            }
+            let list = server.firewall.list(&client, chain)?;
+            for (n, (place, owned)) in list.iter().enumerate() {
+                let before = if n == 0 { "[" } else { ",\n" };
+                if !(reply.push(before) && reply.push(&api::listed_json(*place, owned))) {
+                    break;
+                }
+            }
+            reply.push(if list.is_empty() { "[]\n" } else { "]\n" });
             reply.end("application/json");
             Ok("listed")
         }
@@ -200,6 +209,7 @@ fn record(server: &Server, request: Option<Request>, who: &str, result: &str, to
     let change = request.as_ref().is_some_and(|r| r.method != "GET" || api::modifies(r));
     let level = if change { Level::Info } else { Level::Debug };
     let line = request.map_or("-".into(), |request| request.line());
-    let (line, took) = (printable(line.as_bytes()), took.as_secs_f64() * 1e3);
+    let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
+    let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
     server.log.write(level, format_args!("{who} \"{line}\" {result} {took:.1} ms"));
 }

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long one command may take, how much more a batch gets for each line,
-/// and how long a listing may take that a client reads along.
+/// and how long the listing at start may take, when nobody waits yet.
 pub const LIMIT: Duration = Duration::from_secs(10);
 const PER_LINE: Duration = Duration::from_millis(10);
-pub const LIST_LIMIT: Duration = Duration::from_secs(30);
+pub const START_LIMIT: Duration = Duration::from_secs(60);
 /// Seconds that the tools wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
 
@@ -133,13 +133,13 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Row)> {
 /// `None` where an option is left over that no rule of rfw's has.
 fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
     let mut words = spec.split(' ');
-    let mut options = Vec::new();
+    let (mut options, mut matches) = (Vec::new(), Vec::new());
     let mut counters = (0, 0);
     while let Some(option) = words.next() {
         let value = words.next()?;
         match (option, value) {
             ("-c", packets) => counters = (packets.parse().ok()?, words.next()?.parse().ok()?),
-            ("-m", "comment" | "tcp") => {}
+            ("-m", name) => matches.push(name),
             ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
             _ => options.push((option, value)),
         }
@@ -154,10 +154,17 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
         (Some("tcp"), Chain::Output) => Some(take("--sport")?.parse().ok()?),
         _ => return None,
     };
+    // In another order our own line would not find the rule again.
+    let expected: &[&str] = if port.is_some() { &["tcp", "comment"] } else { &["comment"] };
+    if matches != expected {
+        return None;
+    }
     let tag = Tag::parse(take("--comment")?.trim_matches('"'), port)?;
     let target = take("-j")?;
     let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
-    let same = |name: &str| Iface::parse(name).filter(|iface| iface.to_string() == name);
+    let same = |name: &str| {
+        Iface::parse(name).filter(|iface| *iface != Iface::ANY && iface.to_string() == name)
+    };
     let mut iface = |option| take(option).map_or(Some(Iface::ANY), same);
     let (inp, out) = (iface("-i")?, iface("-o")?);
     let mut net = |option| take(option).map_or(Some(Net::any(family)), Net::parse);
@@ -263,7 +270,7 @@ mod tests {
                 "/accept/forward/a+/1.1.1.1/b1/2.2.2.2 rfw (0, 0)",
             ),
             (
-                r#"-A INPUT -s 9.9.9.9/32 -p tcp -m comment --comment "rfw:guard" -m tcp --dport 7393 -j ACCEPT"#,
+                r#"-A INPUT -s 9.9.9.9/32 -p tcp -m tcp --dport 7393 -m comment --comment "rfw:guard" -j ACCEPT"#,
                 "/accept/input/any/9.9.9.9 rfw:guard (0, 0)",
             ),
             (
@@ -301,6 +308,9 @@ mod tests {
             "-A INPUT -s 1.0.0.0/8 -m comment --comment rfw -j DROP",
             "-A INPUT -s 0.0.0.0/32 -m comment --comment rfw -j DROP",
             "-A INPUT -m comment --comment rfw -j DROP",
+            r#"-A INPUT -p tcp -m comment --comment "rfw:guard" -m tcp --dport 99 -j ACCEPT"#,
+            "-A INPUT -s 1.1.1.1/32 -m tcp -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -i any -m comment --comment rfw -j DROP",
             "-A INPUT -s 1.1.1.1/32 -i lo -m comment --comment rfw -j DROP",
             "-A INPUT -s 1.1.1.1/32 -p tcp -m tcp --dport 22 -m comment --comment rfw -j DROP",
             "-A INPUT -s 1.1.1.1/32 -p udp --dport 22 -m comment --comment rfw:guard -j DROP",

@@ -15,6 +15,9 @@ use std::collections::{HashMap, HashSet};
 /// delete all of rfw's, which costs no walk, and to insert the others again.
 const WALKS: usize = 64;
 
+/// Unix seconds of 2026-01-01: no clock that is right shows less.
+const REAL_TIME: u64 = 1_767_225_600;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Entry {
     /// Greater in rules that stand further in front.
@@ -106,10 +109,13 @@ impl Mirror {
         self.expiries.due(now).filter(|rule| rule.family() == family).collect()
     }
 
-    /// Moves every expiry by the seconds that the wall clock was set.
-    pub fn shift(&mut self, seconds: i64) {
+    /// Moves every expiry by the seconds that the wall clock, which had shown
+    /// `before`, was set. Where that was no real time, as on a router that has
+    /// just booted, an expiry in real time is of an earlier run, and right.
+    pub fn shift(&mut self, before: u64, seconds: i64) {
         for (rule, Entry { age, tag }) in self.rules.clone() {
-            if let Tag::Until(second) = tag {
+            let Tag::Until(second) = tag else { continue };
+            if before >= REAL_TIME || second < REAL_TIME {
                 let tag = Tag::Until(second.saturating_add_signed(seconds));
                 self.set(rule, Some(Entry { age, tag }));
             }
@@ -200,9 +206,11 @@ impl Mirror {
         for chain in Chain::ALL {
             let mut slots = listing.remove(&chain).unwrap_or_default();
             let mut kept = HashSet::with_capacity(slots.len());
+            let mut above = u64::MAX;
             for slot in &mut slots {
                 let stays = slot.row.as_ref().is_none_or(|owned| {
-                    self.keeps(owned, batch, law, &mut repair) && kept.insert(owned.rule)
+                    self.keeps(owned, &mut above, batch, law, &mut repair)
+                        && kept.insert(owned.rule)
                 });
                 slot.fate = if stays { Fate::Stays } else { Fate::Gone };
             }
@@ -225,14 +233,27 @@ impl Mirror {
         repair
     }
 
-    /// Whether a listed rule may stay.
-    fn keeps(&self, owned: &Owned, batch: &Batch, law: &Law<'_>, repair: &mut Repair) -> bool {
+    /// Whether a listed rule may stay where it is; `above` is the age of the
+    /// last one of the mirror's that does.
+    fn keeps(
+        &self,
+        owned: &Owned,
+        above: &mut u64,
+        batch: &Batch,
+        law: &Law<'_>,
+        repair: &mut Repair,
+    ) -> bool {
         let Owned { rule, tag, .. } = owned;
+        if batch.before.contains_key(rule) {
+            return false;
+        }
         if let Some(entry) = self.rules.get(rule) {
-            return entry.tag == *tag;
+            let in_order = *above > entry.age;
+            let stays = entry.tag == *tag && in_order;
+            *above = if stays { entry.age } else { *above };
+            return stays;
         }
         let reason = match tag {
-            _ if batch.before.contains_key(rule) => return false,
             Tag::Until(second) if *second <= law.now => {
                 repair.expired.push(*rule);
                 return false;
@@ -271,8 +292,7 @@ impl Mirror {
         merged
     }
 
-    /// Takes over what a repair has found and done. The kernel's order becomes
-    /// the mirror's.
+    /// Takes over, at start, what stands in the kernel, and its order.
     pub fn learn(&mut self, repair: &Repair) {
         self.rules.reserve(repair.chains.iter().map(Vec::len).sum());
         let slots = repair.chains.iter().flat_map(|slots| slots.iter().rev());
@@ -467,10 +487,15 @@ mod tests {
     #[test]
     fn a_set_clock_moves_every_expiry() {
         let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60", "+/drop/input/any/5::5 60"]);
-        mirror.shift(-500);
+        mirror.shift(REAL_TIME, -500);
         assert_eq!(mirror.due(Family::V4, 559), []);
         assert_eq!(mirror.due(Family::V4, 560), [rule("/drop/input/any/2.2.2.2")]);
         assert_eq!(mirror.due(Family::V6, 560), [rule("/drop/input/any/5::5")]);
+        // Booted in 1970, with a rule of an earlier run beside one of this run.
+        mirror.add(rule("/drop/input/any/3.3.3.3"), Tag::Until(REAL_TIME + 60));
+        mirror.shift(100, REAL_TIME as i64);
+        assert_eq!(mirror.due(Family::V4, REAL_TIME + 60), [rule("/drop/input/any/3.3.3.3")]);
+        assert_eq!(mirror.due(Family::V4, REAL_TIME + 560).len(), 2);
     }
 
     fn listing(lines: &[&str]) -> Listing {
@@ -513,6 +538,14 @@ mod tests {
             (&[A, B, C], &["foreign", B1, A1], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
             (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
             (&[A, B], &[B1, A1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
+            // Others have changed the order
+            (&[A, B], &[A1, B1], &["-D 2.2.2.2 rfw DROP", "-I 2.2.2.2 rfw DROP"], ""),
+            (
+                &[A, B, C],
+                &[B1, "foreign", C1, A1],
+                &["-D 3.3.3.3 rfw DROP", "-I 3.3.3.3 rfw DROP"],
+                "",
+            ),
             (&[], &["1.1.1.1 rfw:7000", B1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
             (&[A, B], &[B1, C1, A1], &["-D 3.3.3.3 rfw DROP"], "no request has made it"),
@@ -571,5 +604,27 @@ mod tests {
         assert_eq!(lines[199], "-D 10.0.0.0 rfw DROP");
         assert_eq!(lines[200], "-I 10.0.0.150 rfw DROP");
         assert_eq!(lines[249], "-I 10.0.0.199 rfw DROP -c 5 7");
+    }
+
+    #[test]
+    fn a_large_batch_moves_what_it_refreshes() {
+        let paths: Vec<String> = (0..99).map(|n| format!("+/drop/input/any/1.1.1.{n}")).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let mut mirror = mirror(&paths);
+        mirror.apply(&changes(&["+/accept/input/any/1.1.1.0/24"]), 1_000);
+        let kernel: Vec<String> = (0..99).rev().map(|n| format!("1.1.1.{n} rfw")).collect();
+        let mut rows = listing(&kernel.iter().map(String::as_str).collect::<Vec<_>>());
+        let accept = Owned::new(rule("/accept/input/any/1.1.1.0/24"), Tag::Permanent);
+        let first = Slot { fate: Fate::Stays, row: Some(accept) };
+        rows.get_mut(&Chain::Input).unwrap().insert(0, first);
+        let batch = mirror.apply(&changes(&paths), 1_000);
+        assert_eq!(mirror.lines(&batch), None);
+        let whitelist = Whitelist::parse("9.9.9.9").unwrap();
+        let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
+        let lines = short(&mirror.repair(Family::V4, rows, &batch, &law).lines);
+        assert_eq!(lines.len(), 2 * 99, "{lines:?}");
+        assert_eq!(lines[0], "-D 1.1.1.98 rfw DROP");
+        assert_eq!(lines[99], "-I 1.1.1.0 rfw DROP");
+        assert_eq!(lines[197], "-I 1.1.1.98 rfw DROP");
     }
 }

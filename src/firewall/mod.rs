@@ -18,7 +18,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
 use exec::Failure;
-use kernel::{LIMIT, LIST_LIMIT, Owned, Tag, Tools};
+use kernel::{LIMIT, Owned, START_LIMIT, Tag, Tools};
 use mirror::{Batch, Fate, Law, Listing, Mirror, Repair, Slot};
 use std::collections::{BTreeSet, HashMap};
 use std::mem;
@@ -119,7 +119,8 @@ impl Firewall {
             Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look };
         // Both at once: with many rules this is what a start waits for.
         let listings = thread::scope(|scope| {
-            let threads = families.each_ref().map(|tools| scope.spawn(|| listing(tools)));
+            let threads =
+                families.each_ref().map(|tools| scope.spawn(|| listing(tools, START_LIMIT)));
             threads.map(ScopedJoinHandle::join)
         });
         let mut usable = Vec::new();
@@ -184,51 +185,37 @@ impl Firewall {
         }
     }
 
-    /// Hands every rule of rfw's but the guard rules to `each`, read from the
-    /// kernel, with its place among all rules of its chain, counted from 1.
-    /// Stops where `each` says `false`.
+    /// Reads every rule of rfw's but the guard rules from the kernel, each with
+    /// its place among all rules of its chain, counted from 1. It is read whole
+    /// before a byte of it is sent: iptables-legacy holds the xtables lock
+    /// until its output is read, and no client may hold that.
     pub fn list(
         &self,
         _client: &Client,
         chain: Option<Chain>,
-        mut each: impl FnMut(usize, &Owned) -> bool,
-    ) -> Result<(), Refusal> {
-        let mut wanted = true;
+    ) -> Result<Vec<(usize, Owned)>, Refusal> {
+        let mut list = Vec::new();
         for tools in &self.tools {
             let mut places = HashMap::new();
             let row = |chain, row: Option<Owned>| {
                 let place: &mut usize = places.entry(chain).or_default();
                 *place = place.saturating_add(1);
                 let listed = row.filter(|owned| !matches!(owned.tag, Tag::Guard(_)));
-                wanted = wanted && listed.is_none_or(|owned| each(*place, &owned));
-                wanted
+                list.extend(listed.map(|owned| (*place, owned)));
+                true
             };
-            tools.list(chain, LIST_LIMIT, row).map_err(refusal)?;
+            tools.list(chain, LIMIT, row).map_err(refusal)?;
         }
-        Ok(())
+        Ok(list)
     }
 
     /// What is to be done every second: follow the wall clock, delete what has
     /// expired, look whether the kernel still holds what it should.
     pub fn tick(&self) {
         let mut kernel = lock(&self.kernel);
-        kernel.follow_clock();
-        for tools in &self.tools {
-            let expired = kernel.expire(tools);
-            self.give_up_waiting(expired.err().as_ref());
-        }
-        if Instant::now() < kernel.next_look {
-            return;
-        }
-        let started = Instant::now();
-        for tools in &self.tools {
-            if let Err(failure) = kernel.look(tools) {
-                kernel.log.error(format_args!("cannot check the kernel's rules: {failure}"));
-                self.give_up_waiting(Some(&failure));
-            }
-        }
-        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
-        kernel.next_look = Instant::now().checked_add(pause).unwrap_or(started);
+        // Behind a program that hung no other is tried: who waits, waits once.
+        let ticked = kernel.tick(&self.tools);
+        self.give_up_waiting(ticked.err().as_ref());
     }
 }
 
@@ -270,26 +257,23 @@ impl Kernel {
     }
 
     /// Commits changes of one family, and answers each. Where the kernel
-    /// refuses the batch they go one by one, so that only bad rules fail.
+    /// refuses a batch, each half of it is tried: only bad rules fail.
     fn commit(&mut self, tools: &Tools, changes: &[Change]) -> Vec<Result<Outcome, Failure>> {
-        let mut failure = match self.commit_all(tools, changes) {
-            Ok(outcomes) => return outcomes.into_iter().map(Ok).collect(),
-            Err(failure) => failure,
-        };
-        let mut results = Vec::new();
-        for change in changes {
-            if changes.len() > 1 && !failure.is_passing() {
-                match self.commit_all(tools, std::slice::from_ref(change)) {
-                    Ok(outcomes) => {
-                        results.extend(outcomes.into_iter().map(Ok));
-                        continue;
+        match self.commit_all(tools, changes) {
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Err(Failure::Refused(_)) if changes.len() > 1 => {
+                let (first, second) = changes.split_at(changes.len() / 2);
+                let mut results = self.commit(tools, first);
+                results.extend(match results.last() {
+                    Some(Err(failure)) if failure.is_passing() => {
+                        vec![Err(failure.clone()); second.len()]
                     }
-                    Err(next) => failure = next,
-                }
+                    _ => self.commit(tools, second),
+                });
+                results
             }
-            results.push(Err(failure.clone()));
+            Err(failure) => vec![Err(failure); changes.len()],
         }
-        results
     }
 
     /// All or nothing. What fails is tried again on a mirror made true, because
@@ -337,7 +321,7 @@ impl Kernel {
 
     /// Reads the kernel and makes it hold what the mirror says.
     fn repair(&mut self, tools: &Tools, batch: &Batch) -> Result<(), Failure> {
-        let listing = listing(tools)?;
+        let listing = listing(tools, LIMIT)?;
         self.repair_listed(tools, listing, batch, false)
     }
 
@@ -351,7 +335,9 @@ impl Kernel {
         let law = Law { now: self.clock.now().as_secs(), whitelist: &self.whitelist, starting };
         let repair = self.mirror.repair(tools.family, listing, batch, &law);
         self.run(tools, &repair.lines)?;
-        self.mirror.learn(&repair);
+        if starting {
+            self.mirror.learn(&repair);
+        }
         self.stale.remove(&tools.family);
         self.report(&repair, starting);
         Ok(())
@@ -373,6 +359,22 @@ impl Kernel {
         for rule in &repair.restored {
             self.log.info(format_args!("restored {rule}"));
         }
+    }
+
+    fn tick(&mut self, families: &[Tools]) -> Result<(), Failure> {
+        self.follow_clock();
+        families.iter().try_for_each(|tools| self.expire(tools))?;
+        if Instant::now() < self.next_look {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let looked = families.iter().try_for_each(|tools| self.look(tools));
+        if let Err(failure) = &looked {
+            self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+        }
+        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
+        self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
+        looked
     }
 
     /// Deletes what has expired.
@@ -403,18 +405,19 @@ impl Kernel {
     /// Where the wall clock was set, moves the expiries with it: the kernel's
     /// comments are found different at the next look, and stamped anew.
     fn follow_clock(&mut self) {
+        let before = self.clock.now().as_secs();
         if let Some(seconds) = self.clock.follow(clock::wall()) {
             self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
-            self.mirror.shift(seconds);
+            self.mirror.shift(before, seconds);
             self.next_look = Instant::now();
         }
     }
 }
 
 /// Reads every rule of one family into memory.
-fn listing(tools: &Tools) -> Result<Listing, Failure> {
+fn listing(tools: &Tools, limit: Duration) -> Result<Listing, Failure> {
     let mut listing = Listing::new();
-    tools.list(None, LIMIT, |chain, row| {
+    tools.list(None, limit, |chain, row| {
         listing.entry(chain).or_default().push(Slot { fate: Fate::Stays, row });
         true
     })?;

@@ -4,6 +4,7 @@ use super::json;
 use super::request::{Body, Request};
 use super::stream::Stream;
 use crate::clock::{self, Utc};
+use crate::log::printable;
 use crate::rule::net::Net;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use std::time::Duration;
 const CHUNK: usize = 16 * 1024;
 /// How long a client may take to receive an answer, and a long one.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
-const LIST_TIME: Duration = Duration::from_secs(30);
+const LIST_TIME: Duration = Duration::from_secs(60);
 
 /// Why a request is not carried out. This is the one place where reasons
 /// become status codes.
@@ -188,19 +189,15 @@ impl<'a> Reply<'a> {
         };
     }
 
-    /// Answers `{"error":CODE,"message":SENTENCE}`. Once a part of another
-    /// answer is out, all that can be told is that it is not whole. Returns
-    /// the result for the log.
+    /// Answers `{"error":CODE,"message":SENTENCE}`, before anything else is
+    /// sent. Returns the result for the log, with what the kernel's tools said.
     pub fn refuse(&mut self, refusal: &Refusal) -> String {
         let (status, code, message) = refusal.parts();
-        if self.begun {
-            self.keep = false;
-        } else {
-            let message = json::string(&message);
-            self.pending = format!("{{\"error\":\"{code}\",\"message\":{message}}}\n");
-            self.send_whole(status, "application/json", &refusal.field());
-        }
-        format!("{status} {code}")
+        let text = json::string(&message);
+        self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}}}\n");
+        self.send_whole(status, "application/json", &refusal.field());
+        let words = if status < 500 { String::new() } else { format!(" '{message}'") };
+        format!("{status} {code}{}", printable(words.as_bytes()))
     }
 
     fn head(&self, status: u16, content_type: &str, fields: &str) -> String {

@@ -538,3 +538,54 @@ fn children_have_an_empty_environment() {
         assert_eq!(lab.read("environ"), "");
     });
 }
+
+/// Over 64 deletions in a batch take another way, with the rules that stay moved as well.
+#[test]
+fn a_large_batch_of_refreshed_rules_moves_them_all_to_the_front() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let put = || {
+            thread::scope(|scope| {
+                for n in 0..100 {
+                    scope.spawn(move || ask(&format!("PUT /drop/input/any/10.5.0.{n}")));
+                }
+            });
+        };
+        put();
+        assert_eq!(ask("PUT /accept/input/any/10.5.0.0/24").status, 200);
+        put();
+        let rules = lab.rules();
+        assert_eq!(rules.len(), 101);
+        assert!(rules[100].contains("ACCEPT"), "{rules:?}");
+    });
+}
+
+#[test]
+fn an_order_that_others_have_changed_is_put_right() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/7.7.7.7");
+        ask("PUT /accept/input/any/7.7.7.0/24");
+        let right = lab.rules();
+        lab.iptables("-D INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
+        lab.iptables("-I INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
+        await_true("the accept stands first again", 3 + SLACK, || lab.rules() == right);
+    });
+}
+
+/// What rfw takes for its own it must be able to delete: these it could not.
+#[test]
+fn rules_that_look_like_its_own_hinder_nothing() {
+    both(|lab| {
+        let guard = "-m comment --comment rfw:guard -m tcp --dport 99 -j ACCEPT";
+        lab.iptables(&format!("-A INPUT -p tcp {guard}"));
+        lab.iptables("-A INPUT -s 1.1.1.1 -i any -m comment --comment rfw -j DROP");
+        lab.iptables("-A INPUT -s 1.1.1.1 -i lo -m comment --comment rfw -j DROP");
+        let _rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/2.2.2.2");
+        lab.iptables("-D INPUT 1");
+        let back = "-A INPUT -s 2.2.2.2/32 -m comment --comment rfw -j DROP";
+        await_true("it comes back", 3 + SLACK, || lab.iptables("-S").contains(back));
+        assert_eq!(lab.iptables("-S INPUT").lines().count(), 5);
+    });
+}
