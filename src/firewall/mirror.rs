@@ -1,14 +1,13 @@
 //! What the kernel holds of rfw's, in memory, and the lines that take the
 //! kernel from one state to another. Pure: no process, no clock.
 
-use super::expiry::Expiries;
 use super::kernel::{Owned, Row, Tag};
 use super::{Outcome, Verdict};
 use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
 use crate::rule::{Action, Chain, Change, Rule};
 use std::cmp::Reverse;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// Deleting a rule costs iptables a walk to it. Where the walks of a batch add
 /// up to more than this many times all rules of the chain, it is cheaper to
@@ -29,7 +28,9 @@ struct Entry {
 #[derive(Default)]
 pub struct Mirror {
     rules: HashMap<Rule, Entry>,
-    expiries: Expiries,
+    /// A heap would do to find the next one; a sorted set also gives back the
+    /// one that is set anew, so that no stale entry ever removes a rule.
+    expiries: BTreeSet<(u64, Rule)>,
     youngest: u64,
 }
 
@@ -46,18 +47,25 @@ pub struct Batch {
 pub struct Repair {
     /// To be committed in one transaction.
     pub lines: Vec<String>,
-    /// Rules that were gone and are put back.
-    pub restored: Vec<Rule>,
-    /// Rules whose time was over when rfw saw them.
-    pub expired: Vec<Rule>,
-    /// Other rules with rfw's tag that do not stay, and why.
-    pub removed: Vec<(Rule, &'static str)>,
+    /// What is put back or does not stay, for the log.
+    pub notes: Vec<(Note, Rule)>,
     /// The chains, front first, with what is to become of each place.
     chains: Vec<Vec<Slot>>,
 }
 
 /// A listing of one family, a chain each, front first.
 pub type Listing = HashMap<Chain, Vec<Slot>>;
+
+/// What is to be told of a rule.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Note {
+    /// It was gone and is put back.
+    Restored,
+    /// Its time was over when rfw saw it.
+    Expired,
+    /// It has rfw's tag and does not stay, for this reason.
+    Removed(&'static str),
+}
 
 /// What decides about a listed rule that the mirror does not know.
 pub struct Law<'a> {
@@ -100,13 +108,17 @@ impl Mirror {
             Some(entry) => self.rules.insert(rule, entry),
             None => self.rules.remove(&rule),
         };
-        self.expiries.remove(old.and_then(|old| old.tag.expires()), rule);
-        self.expiries.add(entry.and_then(|entry| entry.tag.expires()), rule);
+        let expiry = |entry: Option<Entry>| Some((entry?.tag.expires()?, rule));
+        if let Some(old) = expiry(old) {
+            self.expiries.remove(&old);
+        }
+        self.expiries.extend(expiry(entry));
     }
 
     /// The rules of a family that have expired by `now`.
     pub fn due(&self, family: Family, now: u64) -> Vec<Rule> {
-        self.expiries.due(now).filter(|rule| rule.family() == family).collect()
+        let due = self.expiries.iter().take_while(|(second, _)| *second <= now);
+        due.map(|(_, rule)| *rule).filter(|rule| rule.family() == family).collect()
     }
 
     /// Moves every expiry by the seconds that the wall clock, which had shown
@@ -222,10 +234,9 @@ impl Mirror {
             if !missing.is_empty() {
                 let rows = slots.iter().filter_map(|slot| slot.row);
                 let listed: HashSet<Rule> = rows.map(|owned| owned.rule).collect();
-                let lost = missing.iter().map(|(rule, _)| *rule);
-                repair.restored.extend(
-                    lost.filter(|rule| !listed.contains(rule) && !batch.before.contains_key(rule)),
-                );
+                let known = |r: &Rule| listed.contains(r) || batch.before.contains_key(r);
+                let lost = missing.iter().map(|(rule, _)| *rule).filter(|rule| !known(rule));
+                repair.notes.extend(lost.map(|rule| (Note::Restored, rule)));
                 slots = self.merged(slots, missing);
             }
             repair.arrange(rewritten_if_cheaper(slots));
@@ -253,17 +264,14 @@ impl Mirror {
             *above = if stays { entry.age } else { *above };
             return stays;
         }
-        let reason = match tag {
-            Tag::Until(second) if *second <= law.now => {
-                repair.expired.push(*rule);
-                return false;
-            }
-            Tag::Guard(_) => "of no use as a guard any more",
-            _ if law.whitelist.conflict(rule).is_some() => "whitelisted",
-            _ if !law.starting => "no request has made it",
+        let note = match tag {
+            Tag::Until(second) if *second <= law.now => Note::Expired,
+            Tag::Guard(_) => Note::Removed("of no use as a guard any more"),
+            _ if law.whitelist.conflict(rule).is_some() => Note::Removed("whitelisted"),
+            _ if !law.starting => Note::Removed("no request has made it"),
             _ => return true,
         };
-        repair.removed.push((*rule, reason));
+        repair.notes.push((note, *rule));
         false
     }
 
@@ -526,17 +534,17 @@ mod tests {
                 &[A, B, C],
                 &[],
                 &["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP", "-I 3.3.3.3 rfw DROP"],
-                "restored 3",
+                "Restored Restored Restored",
             ),
             (
                 &[A, B, C],
                 &["foreign"],
                 &["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP", "-I 3.3.3.3 rfw DROP"],
-                "restored 3",
+                "Restored Restored Restored",
             ),
-            (&[A, B, C], &[C1, "foreign", A1], &["-I 3 2.2.2.2 rfw DROP"], "restored 1"),
-            (&[A, B, C], &["foreign", B1, A1], &["-I 2 3.3.3.3 rfw DROP"], "restored 1"),
-            (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "restored 1"),
+            (&[A, B, C], &[C1, "foreign", A1], &["-I 3 2.2.2.2 rfw DROP"], "Restored"),
+            (&[A, B, C], &["foreign", B1, A1], &["-I 2 3.3.3.3 rfw DROP"], "Restored"),
+            (&[A, B, C], &[C1, B1, "foreign"], &["-I 3 1.1.1.1 rfw DROP"], "Restored"),
             (&[A, B], &[B1, A1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             // Others have changed the order
             (&[A, B], &[A1, B1], &["-D 2.2.2.2 rfw DROP", "-I 2.2.2.2 rfw DROP"], ""),
@@ -548,20 +556,22 @@ mod tests {
             ),
             (&[], &["1.1.1.1 rfw:7000", B1, A1], &["-D 1.1.1.1 rfw DROP"], ""),
             (&[A], &["1.1.1.1 rfw:7000"], &["-D 1.1.1.1 rfw:7000 DROP", "-I 1.1.1.1 rfw DROP"], ""),
-            (&[A, B], &[B1, C1, A1], &["-D 3.3.3.3 rfw DROP"], "no request has made it"),
+            (
+                &[A, B],
+                &[B1, C1, A1],
+                &["-D 3.3.3.3 rfw DROP"],
+                "Removed(\"no request has made it\")",
+            ),
             (&[], &["foreign", "1.1.1.1 rfw:7000", B1], &[], ""),
-            (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "expired 1"),
-            (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "whitelisted"),
+            (&[], &["1.1.1.1 rfw:1000", B1], &["-D 1.1.1.1 rfw:1000 DROP"], "Expired"),
+            (&[], &["9.9.9.9 rfw"], &["-D 9.9.9.9 rfw DROP"], "Removed(\"whitelisted\")"),
         ];
         for (before, kernel, lines, told) in table {
             let mut mirror = mirror(before);
             let law = Law { now: 1_000, whitelist: &whitelist, starting: before.is_empty() };
             let repair = mirror.repair(Family::V4, listing(kernel), &Batch::default(), &law);
-            let counts = [("restored", repair.restored.len()), ("expired", repair.expired.len())];
-            let counts =
-                counts.iter().filter(|(_, n)| *n > 0).map(|(word, n)| format!("{word} {n}"));
-            let said: Vec<String> =
-                counts.chain(repair.removed.iter().map(|(_, why)| why.to_string())).collect();
+            let said = repair.notes.iter().map(|(note, _)| format!("{note:?}"));
+            let said: Vec<String> = said.collect();
             assert_eq!(
                 (short(&repair.lines), said.join(" ")),
                 (lines.iter().map(|s| s.to_string()).collect(), told.to_string()),
@@ -597,7 +607,7 @@ mod tests {
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
         let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
         let repair = mirror.repair(Family::V4, rows, &batch, &law);
-        assert_eq!(repair.restored, []);
+        assert_eq!(repair.notes, []);
         let lines = short(&repair.lines);
         assert_eq!(lines.len(), 200 + 50);
         assert_eq!(lines[0], "-D 10.0.0.199 rfw DROP");

@@ -6,7 +6,6 @@
 //! others too, gives out the answers, and passes the lead to the next in line.
 
 pub mod exec;
-pub mod expiry;
 pub mod kernel;
 pub mod mirror;
 
@@ -19,7 +18,7 @@ use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
 use exec::Failure;
 use kernel::{LIMIT, Owned, START_LIMIT, Tag, Tools};
-use mirror::{Batch, Fate, Law, Listing, Mirror, Repair, Slot};
+use mirror::{Batch, Fate, Law, Listing, Mirror, Note, Slot};
 use std::collections::{BTreeSet, HashMap};
 use std::mem;
 use std::sync::mpsc::{self, Sender};
@@ -339,25 +338,23 @@ impl Kernel {
             self.mirror.learn(&repair);
         }
         self.stale.remove(&tools.family);
-        self.report(&repair, starting);
+        self.report(&repair.notes, starting);
         Ok(())
     }
 
-    fn report(&self, repair: &Repair, starting: bool) {
-        for rule in &repair.expired {
-            self.log.info(format_args!("expired {rule}"));
+    fn report(&self, notes: &[(Note, Rule)], starting: bool) {
+        let restored = notes.iter().filter(|(note, _)| *note == Note::Restored).count();
+        if restored > 0 && !starting {
+            let how = "to remove a rule for good, DELETE it";
+            self.log
+                .warning(format_args!("{restored} rules that others removed are put back; {how}"));
         }
-        for (rule, reason) in &repair.removed {
-            self.log.warning(format_args!("removed {rule}: {reason}"));
-        }
-        let restored = repair.restored.len();
-        if restored == 0 || starting {
-            return;
-        }
-        let how = "to remove a rule for good, DELETE it";
-        self.log.warning(format_args!("{restored} rules that others removed are put back; {how}"));
-        for rule in &repair.restored {
-            self.log.info(format_args!("restored {rule}"));
+        for (note, rule) in notes {
+            match note {
+                Note::Restored => self.log.info(format_args!("restored {rule}")),
+                Note::Expired => self.log.info(format_args!("expired {rule}")),
+                Note::Removed(why) => self.log.warning(format_args!("removed {rule}: {why}")),
+            }
         }
     }
 

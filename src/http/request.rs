@@ -46,8 +46,6 @@ pub struct Request {
     pub host: Option<String>,
     pub authorization: Option<String>,
     pub body: Body,
-    /// Whether the client waits for `100 Continue` before it sends the body.
-    pub expects_continue: bool,
     /// Whether the client speaks HTTP/1.1, and so understands chunks.
     pub http11: bool,
     /// Whether the connection may serve another request (9.3).
@@ -95,6 +93,11 @@ impl Request {
         let fields = Fields::parse(lines)?;
         let (authority, path, query) = target_parts(method, target)?;
         let host = host(&fields, minor)?;
+        // RFC 9110, 10.1.1: HTTP/1.0 does not know it.
+        let expect = fields.single("expect")?.filter(|_| minor > 0);
+        if expect.is_some_and(|value| !value.eq_ignore_ascii_case("100-continue")) {
+            return Err(EXPECTATION);
+        }
         let wants = |option: &str| {
             let mut options = fields.all("connection").flat_map(|value| value.split(','));
             options.any(|token| token.trim_matches([' ', '\t']).eq_ignore_ascii_case(option))
@@ -106,7 +109,6 @@ impl Request {
             host: authority.or(host).map(Into::into),
             authorization: fields.single("authorization")?.map(Into::into),
             body: body(&fields, minor)?,
-            expects_continue: expects_continue(&fields, minor)?,
             http11: minor > 0,
             keep_alive: !wants("close") && (minor > 0 || wants("keep-alive")),
         })
@@ -269,15 +271,6 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     }
 }
 
-/// RFC 9110, 10.1.1; in HTTP/1.0 the field counts for nothing.
-fn expects_continue(fields: &Fields<'_>, minor: u8) -> Result<bool, Refusal> {
-    match fields.single("expect")? {
-        Some(value) if value.eq_ignore_ascii_case("100-continue") => Ok(minor > 0),
-        Some(_) if minor > 0 => Err(EXPECTATION),
-        _ => Ok(false),
-    }
-}
-
 fn is_digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
@@ -304,7 +297,7 @@ mod tests {
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());
-                let flags = [(r.keep_alive, " keep"), (r.expects_continue, " expects")];
+                let flags = [(r.keep_alive, " keep")];
                 let flags: String = flags.iter().filter(|(on, _)| *on).map(|(_, f)| *f).collect();
                 format!("{} {}{query} {host} {:?}{flags}", r.method, r.path, r.body)
             }
@@ -344,7 +337,7 @@ mod tests {
             ("Content-Length: 007\r\n", "Length(7) keep"),
             ("Content-Length: 99999999999999999999\r\n", "Length(18446744073709551615) keep"),
             ("Transfer-Encoding: Chunked\r\n", "Chunked keep"),
-            ("Expect: 100-Continue\r\n", "Length(0) keep expects"),
+            ("Expect: 100-Continue\r\n", "Length(0) keep"),
             ("Connection: x, Close\r\n", "Length(0)"),
             ("Connection: keep-alive\r\nConnection: close\r\n", "Length(0)"),
             ("Empty:\r\nTab: a\tb\r\n", "Length(0) keep"),
