@@ -52,8 +52,9 @@ impl Whitelist {
         }
         nets.extend(Net::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8));
         nets.push(Net::host(IpAddr::V6(Ipv6Addr::LOCALHOST)));
+        // A block sorts before those that it contains, and stands for them.
         nets.sort();
-        nets.dedup();
+        nets.dedup_by(|net, before| before.contains(net));
         Ok(Whitelist { nets })
     }
 
@@ -104,6 +105,8 @@ mod tests {
             ("10.0.0.1 - 10.0.0.1", "10.0.0.1 127.0.0.0/8 ::1"),
             ("2001:db8::5/64", "127.0.0.0/8 ::1 2001:db8::/64"),
             ("127.0.0.0/8", always),
+            ("127.0.0.1\n::1", always),
+            ("10.9.9.9\n10.0.0.0/8\n10.1.0.0/16", "10.0.0.0/8 127.0.0.0/8 ::1"),
         ];
         for (text, expected) in table {
             let nets = Whitelist::parse(text).unwrap().nets;
