@@ -159,16 +159,22 @@ impl Firewall {
     fn lead(&self) {
         let mut kernel = lock(&self.kernel);
         let jobs = mem::take(&mut lock(&self.queue).jobs);
+        let mut ill = None;
         for tools in &self.tools {
             let jobs = jobs.iter().filter(|job| job.change.rule.family() == tools.family);
             let (changes, waiters): (Vec<_>, Vec<_>) =
                 jobs.map(|job| (job.change, &job.waiter)).unzip();
-            let results = kernel.commit(tools, &changes);
-            self.give_up_waiting(results.iter().find_map(|result| result.as_ref().err()));
+            let results = match &ill {
+                None => kernel.commit(tools, &changes),
+                Some(failure) => vec![Err(Failure::clone(failure)); changes.len()],
+            };
+            let mut failures = results.iter().filter_map(|result| result.as_ref().err());
+            ill = ill.or(failures.find(|failure| failure.is_passing()).cloned());
             for (waiter, result) in waiters.into_iter().zip(results) {
                 let _ = waiter.send(Turn::Answer(result));
             }
         }
+        self.give_up_waiting(ill);
         drop(kernel);
         let mut queue = lock(&self.queue);
         queue.led = queue.jobs.first().is_some_and(|next| next.waiter.send(Turn::Lead).is_ok());
@@ -176,11 +182,10 @@ impl Firewall {
 
     /// Where a program hung, those who queued meanwhile get the same answer:
     /// nobody waits for the time limit twice.
-    fn give_up_waiting(&self, failure: Option<&Failure>) {
-        if let Some(failure) = failure.filter(|failure| failure.is_passing()) {
-            for job in mem::take(&mut lock(&self.queue).jobs) {
-                let _ = job.waiter.send(Turn::Answer(Err(failure.clone())));
-            }
+    fn give_up_waiting(&self, ill: Option<Failure>) {
+        let Some(failure) = ill else { return };
+        for job in mem::take(&mut lock(&self.queue).jobs) {
+            let _ = job.waiter.send(Turn::Answer(Err(failure.clone())));
         }
     }
 
@@ -212,9 +217,8 @@ impl Firewall {
     /// expired, look whether the kernel still holds what it should.
     pub fn tick(&self) {
         let mut kernel = lock(&self.kernel);
-        // Behind a program that hung no other is tried: who waits, waits once.
         let ticked = kernel.tick(&self.tools);
-        self.give_up_waiting(ticked.err().as_ref());
+        self.give_up_waiting(ticked.err());
     }
 }
 
@@ -246,21 +250,25 @@ impl Kernel {
         }
         let begun =
             probed.and_then(|()| self.repair_listed(tools, listing, &Batch::default(), true));
-        let count = self.mirror.count(tools.family);
-        self.log.info(format_args!("{:?}: {count} rules of rfw's", tools.family));
-        begun.map(|()| true).map_err(|failure| {
+        begun.map_err(|failure| {
             let what_to_do = "the kernel must have the comment match (xt_comment), \
                               and rfw must be root or have CAP_NET_ADMIN";
             format!("the kernel did not take rfw's rules: {failure} {what_to_do}")
-        })
+        })?;
+        let count = self.mirror.count(tools.family);
+        self.log.info(format_args!("IP{:?}: {count} rules of rfw's", tools.family));
+        Ok(true)
     }
 
-    /// Commits changes of one family, and answers each. Where the kernel
-    /// refuses a batch, each half of it is tried: only bad rules fail.
+    /// Commits changes of one family, and answers each. Where the kernel, as
+    /// long as it can be read, refuses a batch, each half of it is tried: only
+    /// bad rules fail.
     fn commit(&mut self, tools: &Tools, changes: &[Change]) -> Vec<Result<Outcome, Failure>> {
         match self.commit_all(tools, changes) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
-            Err(Failure::Refused(_)) if changes.len() > 1 => {
+            Err(Failure::Refused(_))
+                if changes.len() > 1 && self.repair(tools, &Batch::default()).is_ok() =>
+            {
                 let (first, second) = changes.split_at(changes.len() / 2);
                 let mut results = self.commit(tools, first);
                 results.extend(match results.last() {
@@ -358,17 +366,23 @@ impl Kernel {
         }
     }
 
+    /// The error is a passing one. No other program is tried behind it: who
+    /// waits for the Mutex waits for one time limit.
     fn tick(&mut self, families: &[Tools]) -> Result<(), Failure> {
         self.follow_clock();
-        families.iter().try_for_each(|tools| self.expire(tools))?;
+        for tools in families {
+            self.expire(tools).or_else(only_passing)?;
+        }
         if Instant::now() < self.next_look {
             return Ok(());
         }
         let started = Instant::now();
-        let looked = families.iter().try_for_each(|tools| self.look(tools));
-        if let Err(failure) = &looked {
-            self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
-        }
+        let looked = families.iter().try_for_each(|tools| {
+            self.look(tools).or_else(|failure| {
+                self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+                only_passing(failure)
+            })
+        });
         let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
         self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
         looked
@@ -442,6 +456,10 @@ fn probe(tools: &Tools) -> Result<(), Failure> {
     let probe = Owned::new(Rule { target: Target::Accept, scope }, Tag::Guard(0));
     tools.commit(&[probe.insert_line(1)])?;
     tools.commit(&[probe.delete_line()])
+}
+
+fn only_passing(failure: Failure) -> Result<(), Failure> {
+    if failure.is_passing() { Err(failure) } else { Ok(()) }
 }
 
 fn refusal(failure: Failure) -> Refusal {
