@@ -3,8 +3,8 @@
 use crate::firewall::Outcome;
 use crate::firewall::kernel::Owned;
 use crate::http::json;
+use crate::http::refusal::Refusal;
 use crate::http::request::Request;
-use crate::http::response::Refusal;
 use crate::rule::{Action, Chain, Change, Iface, Rule, RuleError, interval};
 
 /// What a client may ask for.

@@ -9,6 +9,7 @@
 
 use crate::http::auth::Credentials;
 use crate::rule::interval;
+use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -51,15 +52,6 @@ pub struct Config {
 pub struct Named {
     pub path: PathBuf,
     pub line: usize,
-}
-
-/// A line of a file that is wrong, or the file as a whole.
-#[derive(PartialEq, Eq, Debug)]
-pub struct LineError {
-    /// Counted from 1; 0 where no single line is to blame.
-    pub line: usize,
-    /// What is wrong and what to do.
-    pub message: String,
 }
 
 fn error<T>(line: usize, message: impl Into<String>) -> Result<T, LineError> {

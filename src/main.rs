@@ -1,14 +1,14 @@
 //! Start-up, in order, top to bottom; then the threads.
 
 use rfw::api::Grammar;
-use rfw::config::{Config, LineError, Named, Outward};
+use rfw::config::{Config, Named, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::exec::Presence;
 use rfw::firewall::kernel::{Tools, restore_beside};
 use rfw::http::tls::Acceptor;
 use rfw::log::{Level, Log};
 use rfw::rule::net::Family;
-use rfw::rule::whitelist::Whitelist;
+use rfw::rule::whitelist::{LineError, Whitelist};
 use rfw::server::{Door, Server};
 use std::convert::Infallible;
 use std::fs::{self, File};

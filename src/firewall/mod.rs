@@ -11,7 +11,7 @@ pub mod mirror;
 
 use crate::clock::{self, Clock};
 use crate::http::auth::Client;
-use crate::http::response::Refusal;
+use crate::http::refusal::Refusal;
 use crate::log::Log;
 use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};

@@ -1,6 +1,6 @@
 //! Who is asking: Basic authentication, RFC 7617.
 
-use super::response::Refusal;
+use super::refusal::Refusal;
 use std::fmt;
 use std::net::IpAddr;
 

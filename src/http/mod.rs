@@ -3,7 +3,9 @@
 
 pub mod auth;
 pub mod json;
+pub mod refusal;
 pub mod request;
 pub mod response;
 pub mod stream;
+pub mod timed;
 pub mod tls;

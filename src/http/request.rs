@@ -7,7 +7,7 @@
 //! field-line   = field-name ":" OWS field-value OWS                      (5)
 //! ```
 
-use super::response::Refusal;
+use super::refusal::Refusal;
 
 /// The longest request line in bytes, without its CRLF.
 pub const MAX_LINE: usize = 8 * 1024;

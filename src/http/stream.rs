@@ -1,7 +1,8 @@
 //! A connection, plain or TLS, of which every wait has one common deadline.
 
+use super::refusal::Refusal;
 use super::request::{Request, head_length};
-use super::response::Refusal;
+use super::timed::Timed;
 use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -13,41 +14,6 @@ const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 256 * 1024;
 
 const TIMEOUT: Refusal = Refusal::Http(408, "The request did not come in time.");
-
-/// A socket whose reads and writes all end at a deadline. Each wait is armed
-/// with what is left of it, so a peer gains nothing by sending byte by byte.
-#[derive(Debug)]
-pub struct Timed {
-    socket: TcpStream,
-    deadline: Instant,
-}
-
-impl Timed {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.deadline.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(ErrorKind::TimedOut.into()),
-            left => Ok(Some(left)),
-        }
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(self.left()?)?;
-        self.socket.read(buffer)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(self.left()?)?;
-        self.socket.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
-    }
-}
 
 enum Io {
     Plain(Timed),

@@ -1,6 +1,6 @@
 //! TLS: the only file that names rustls.
 
-use super::stream::Timed;
+use super::timed::Timed;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned, version};
 use std::io;

@@ -3,7 +3,6 @@
 
 use super::net::Net;
 use super::{Change, Rule};
-use crate::config::LineError;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -21,6 +20,15 @@ impl Permitted {
     pub fn into_change(self) -> Change {
         self.0
     }
+}
+
+/// A line of a file that is wrong, or the file as a whole.
+#[derive(PartialEq, Eq, Debug)]
+pub struct LineError {
+    /// Counted from 1; 0 where no single line is to blame.
+    pub line: usize,
+    /// What is wrong and what to do.
+    pub message: String,
 }
 
 impl Whitelist {

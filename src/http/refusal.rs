@@ -1,0 +1,125 @@
+//! Every refusal with its status, code and sentence.
+
+use crate::rule::net::Net;
+use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
+
+/// Why a request is not carried out. This is the one place where reasons
+/// become status codes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// A status of HTTP's own, and what to do.
+    Http(u16, &'static str),
+    Unauthorized,
+    NotFound,
+    /// The path has a meaning for these methods only.
+    Method(&'static str),
+    Rule(RuleError),
+    /// A parameter that is unknown, given twice, or has a wrong value.
+    Query(String),
+    /// Not an interval.
+    Expire(String),
+    /// The change overlaps this block of the whitelist.
+    Whitelisted(Net),
+    /// An IPv6 rule on a host without IPv6.
+    NoIpv6,
+    /// The kernel did not take the rule; iptables' own words.
+    Iptables(String),
+    /// Try again in a moment.
+    Busy(String),
+}
+
+impl Refusal {
+    /// Status code, error code and sentence.
+    pub fn parts(&self) -> (u16, &'static str, String) {
+        match self {
+            Refusal::Http(status, message) => (*status, code(*status), message.to_string()),
+            Refusal::Unauthorized => {
+                (401, code(401), "Send the user name and password of rfw.conf.".into())
+            }
+            Refusal::NotFound | Refusal::Rule(RuleError::Unknown) => {
+                (404, code(404), "No such action or chain; GET / shows what there is.".into())
+            }
+            Refusal::Method(allow) => {
+                (405, code(405), format!("The methods for this path are {allow}."))
+            }
+            Refusal::Rule(error) => rule_parts(error),
+            Refusal::Query(message) => (400, "bad_query", message.clone()),
+            Refusal::Expire(text) => {
+                let write = "write up to 9 digits and s, m, h or d, as in 10m";
+                (400, "bad_expire", format!("'{text}' is no interval; {write}."))
+            }
+            Refusal::Whitelisted(net) => {
+                (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
+            }
+            Refusal::NoIpv6 => {
+                (400, "bad_address", "This host filters no IPv6; send IPv4 addresses.".into())
+            }
+            Refusal::Iptables(words) => (500, "iptables_failed", words.clone()),
+            Refusal::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
+        }
+    }
+
+    /// The field that belongs to the status.
+    pub fn field(&self) -> String {
+        match self {
+            Refusal::Unauthorized => "WWW-Authenticate: Basic realm=\"rfw\"\r\n".into(),
+            Refusal::Method(allow) => format!("Allow: {allow}\r\n"),
+            Refusal::Busy(_) => "Retry-After: 1\r\n".into(),
+            _ => String::new(),
+        }
+    }
+}
+
+fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
+    let (code, message) = match error {
+        RuleError::Unknown | RuleError::Shape => (
+            "bad_path",
+            "The path must be /TARGET/CHAIN/IFACE/IP[/MASK]; GET / shows all forms.".into(),
+        ),
+        RuleError::Iface(name) => (
+            "bad_interface",
+            format!(
+                "'{name}' is no interface; write any, or up to 15 of A-Z a-z 0-9 . _ @ - \
+                 such as eth0, or ppp for all that start so."
+            ),
+        ),
+        RuleError::Address(text) => (
+            "bad_address",
+            format!("'{text}' is no host; write an address like 192.0.2.1 or 2001:db8::1."),
+        ),
+        RuleError::AnyAddress => {
+            ("bad_address", "0.0.0.0 and :: are any address, which only FORWARD takes.".into())
+        }
+        RuleError::Families => ("bad_address", "Both addresses must be IPv4, or both IPv6.".into()),
+        RuleError::Mask(text) => {
+            let write = format!("{WIDEST_V4} to 32 for IPv4, {WIDEST_V6} to 128 for IPv6");
+            ("bad_mask", format!("'{text}' is no mask; write {write}."))
+        }
+    };
+    (400, code, message)
+}
+
+/// Reason phrase (RFC 9110, 15) and the error code that goes with it.
+pub fn names(status: u16) -> (&'static str, &'static str) {
+    match status {
+        200 => ("OK", ""),
+        400 => ("Bad Request", "bad_request"),
+        401 => ("Unauthorized", "unauthorized"),
+        404 => ("Not Found", "not_found"),
+        405 => ("Method Not Allowed", "method_not_allowed"),
+        408 => ("Request Timeout", "request_timeout"),
+        409 => ("Conflict", "conflict"),
+        413 => ("Content Too Large", "content_too_large"),
+        414 => ("URI Too Long", "uri_too_long"),
+        417 => ("Expectation Failed", "expectation_failed"),
+        431 => ("Request Header Fields Too Large", "header_too_large"),
+        501 => ("Not Implemented", "not_implemented"),
+        503 => ("Service Unavailable", "busy"),
+        505 => ("HTTP Version Not Supported", "version_not_supported"),
+        _ => ("Internal Server Error", "internal"),
+    }
+}
+
+fn code(status: u16) -> &'static str {
+    names(status).1
+}
