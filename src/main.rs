@@ -137,10 +137,11 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let presence = Arc::new(Presence::take(Duration::from_secs(15))?);
-    let tools = [
-        Tools::new(Family::V4, config.iptables.path.clone(), presence.clone()),
-        Tools::new(Family::V6, config.ip6tables.clone(), presence),
-    ];
+    let mut tools = vec![Tools::new(Family::V4, config.iptables.path.clone(), presence.clone())];
+    match check_programs(&config.ip6tables) {
+        Ok(()) => tools.push(Tools::new(Family::V6, config.ip6tables.clone(), presence)),
+        Err(why) => log.warning(format_args!("IPv6 rules are not taken: {why}")),
+    }
     let doors = Door::open(&config, acceptor)?;
     let firewall = Firewall::start(tools, guarded, whitelist.clone(), log.clone())?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
@@ -189,9 +190,9 @@ fn check_programs(iptables: &Path) -> Result<(), String> {
     for program in [iptables, &restore_beside(iptables)] {
         let name = program.display();
         let data = fs::metadata(program)
-            .map_err(|error| format!("{name}: {error}; install iptables or set iptables.path"))?;
+            .map_err(|error| format!("{name}: {error}; install iptables, or set its path"))?;
         if !data.is_file() || data.mode() & 0o111 == 0 {
-            return Err(format!("{name} is no program; set iptables.path"));
+            return Err(format!("{name} is no program; set its path"));
         }
     }
     Ok(())

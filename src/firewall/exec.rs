@@ -9,7 +9,6 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -26,44 +25,26 @@ const LOOK: Duration = Duration::from_millis(50);
 /// By how much longer each pause is in which a child ends.
 const STEP: Duration = Duration::from_micros(20);
 
-/// What went wrong with a program.
+/// What went wrong with a program, as a sentence.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Failure {
-    /// It could not be started, for this reason.
-    Start(String),
-    /// It was still running at its time limit, and was killed.
-    Hung(String),
-    /// This signal ended it.
-    Killed(String, i32),
-    /// It waited for the xtables lock in vain.
-    Locked(String),
+    /// The same may work in a moment: it could not be started, was ended, or
+    /// did not get the xtables lock. Nobody knows what the kernel has taken.
+    Passing(String),
     /// It said no, in these words.
     Refused(String),
 }
 
 impl Failure {
-    /// Whether the same may work in a moment. Then nobody knows either what
-    /// the kernel has taken of it.
     pub fn is_passing(&self) -> bool {
-        !matches!(self, Failure::Refused(_))
+        matches!(self, Failure::Passing(_))
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Start(reason) => write!(f, "{reason}."),
-            Failure::Hung(program) => write!(f, "{program} hung and was killed."),
-            Failure::Killed(program, signal) => {
-                write!(f, "{program} was ended by signal {signal}.")
-            }
-            Failure::Locked(program) => {
-                write!(
-                    f,
-                    "{program} waited in vain for the xtables lock that another program holds."
-                )
-            }
-            Failure::Refused(words) => f.write_str(words),
+            Failure::Passing(sentence) | Failure::Refused(sentence) => f.write_str(sentence),
         }
     }
 }
@@ -145,7 +126,7 @@ fn pair(program: &Path) -> Result<(UnixStream, OwnedFd), Failure> {
 }
 
 fn cannot_start(program: &Path, error: &io::Error) -> Failure {
-    Failure::Start(format!("{} could not be started: {error}", program.display()))
+    Failure::Passing(format!("{} could not be started: {error}.", program.display()))
 }
 
 /// A child, to be ended by its deadline.
@@ -191,7 +172,7 @@ impl Running {
         };
         let words =
             String::from_utf8_lossy(&words).split_whitespace().collect::<Vec<_>>().join(" ");
-        judge(self.name, status, words)
+        judge(&self.name, status, words)
     }
 
     /// Waits for a child that has closed its end, so it will not be long.
@@ -214,23 +195,24 @@ impl Running {
 
     fn hung(mut self) -> Failure {
         self.end();
-        Failure::Hung(self.name)
+        Failure::Passing(format!("{} hung and was killed.", self.name))
     }
 }
 
-fn judge(name: String, status: ExitStatus, words: String) -> Result<(), Failure> {
-    match (status.code(), status.signal()) {
-        (Some(0), _) => Ok(()),
-        (None, signal) => Err(Failure::Killed(name, signal.unwrap_or_default())),
+fn judge(name: &str, status: ExitStatus, words: String) -> Result<(), Failure> {
+    match status.code() {
+        Some(0) => Ok(()),
+        None => Err(Failure::Passing(format!("{name} was ended by a signal ({status})."))),
         // iptables(8): 4 is a resource problem; iptables-nft also exits so
         // where the kernel refuses a rule, and then says so.
-        (Some(4), _) if words.is_empty() || words.contains("xtables lock") => {
-            Err(Failure::Locked(name))
+        Some(4) if words.is_empty() || words.contains("xtables lock") => {
+            let who = "that another program holds";
+            Err(Failure::Passing(format!("{name} waited in vain for the xtables lock {who}.")))
         }
-        (Some(code), _) if words.is_empty() => {
-            Err(Failure::Refused(format!("{name} exited with status {code} and said nothing.")))
+        Some(_) if words.is_empty() => {
+            Err(Failure::Refused(format!("{name} ended with {status} and said nothing.")))
         }
-        _ => Err(Failure::Refused(words)),
+        Some(_) => Err(Failure::Refused(words)),
     }
 }
 
@@ -276,7 +258,8 @@ mod tests {
     #[test]
     fn how_programs_end() {
         let refused = |words: &str| Err(Failure::Refused(words.into()));
-        let name = || "/bin/sh".to_string();
+        let passing = |words: &str| Err(Failure::Passing(format!("/bin/sh {words}.")));
+        let locked = || passing("waited in vain for the xtables lock that another program holds");
         let table = [
             ("exit 0", Ok(())),
             ("read a; test \"$a\" = hello", Ok(())),
@@ -285,11 +268,11 @@ mod tests {
             ("exec >&- 2>&-; sleep 0.1; exit 0", Ok(())),
             ("sleep 3 & exit 0", Ok(())),
             ("echo 'No  such' >&2; echo rule >&2; exit 1", refused("No such rule")),
-            ("exit 2", refused("/bin/sh exited with status 2 and said nothing.")),
-            ("exit 4", Err(Failure::Locked(name()))),
+            ("exit 2", refused("/bin/sh ended with exit status: 2 and said nothing.")),
+            ("exit 4", locked()),
             ("echo RULE_INSERT failed >&2; exit 4", refused("RULE_INSERT failed")),
-            ("echo held: xtables lock >&2; exit 4", Err(Failure::Locked(name()))),
-            ("kill -9 $$", Err(Failure::Killed(name(), 9))),
+            ("echo held: xtables lock >&2; exit 4", locked()),
+            ("kill -9 $$", passing("was ended by a signal (signal: 9 (SIGKILL))")),
         ];
         for (script, end) in table {
             assert_eq!(sh(script, "hello\n", 2_000), end, "{script}");
@@ -301,7 +284,8 @@ mod tests {
         let big = "x".repeat(4 << 20);
         for script in ["exec sleep 9", "exec yes >&2", "exec 2>&-; exec sleep 9"] {
             let started = Instant::now();
-            assert_eq!(sh(script, &big, 200), Err(Failure::Hung("/bin/sh".into())), "{script}");
+            let hung = Failure::Passing("/bin/sh hung and was killed.".into());
+            assert_eq!(sh(script, &big, 200), Err(hung), "{script}");
             assert!(started.elapsed() < Duration::from_secs(4), "{script}");
         }
     }
@@ -309,8 +293,7 @@ mod tests {
     #[test]
     fn what_cannot_be_started() {
         let failure = run(&presence(), Path::new("/no/such"), &[], "", LOOK).unwrap_err();
-        assert!(matches!(&failure, Failure::Start(text) if text.contains("/no/such")), "{failure}");
-        assert!(failure.is_passing());
+        assert!(failure.is_passing() && failure.to_string().contains("/no/such"), "{failure}");
     }
 
     #[test]

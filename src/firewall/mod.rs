@@ -108,7 +108,7 @@ impl Firewall {
     /// Reads what the kernel holds of rfw's, and puts the guard rules of the
     /// outward server's port there. The error is a sentence.
     pub fn start(
-        families: [Tools; 2],
+        families: Vec<Tools>,
         guarded: Option<u16>,
         whitelist: Arc<Whitelist>,
         log: Arc<Log>,
@@ -118,12 +118,12 @@ impl Firewall {
             Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look };
         // Both at once: with many rules this is what a start waits for.
         let listings = thread::scope(|scope| {
-            let threads =
-                families.each_ref().map(|tools| scope.spawn(|| listing(tools, START_LIMIT)));
-            threads.map(ScopedJoinHandle::join)
+            let read = |tools| scope.spawn(move || listing(tools, START_LIMIT));
+            let threads: Vec<_> = families.iter().map(read).collect();
+            threads.into_iter().flat_map(ScopedJoinHandle::join).collect::<Vec<_>>()
         });
         let mut usable = Vec::new();
-        for (tools, listing) in families.into_iter().zip(listings.into_iter().flatten()) {
+        for (tools, listing) in families.into_iter().zip(listings) {
             if kernel.begin(&tools, listing, guarded)? {
                 usable.push(tools);
             }
@@ -232,7 +232,7 @@ impl Kernel {
     ) -> Result<bool, String> {
         let listing = match listing {
             Ok(listing) => listing,
-            Err(Failure::Refused(why) | Failure::Start(why)) if tools.family == Family::V6 => {
+            Err(Failure::Refused(why)) if tools.family == Family::V6 => {
                 self.log.warning(format_args!("IPv6 rules are not taken: {why}"));
                 return Ok(false);
             }
@@ -465,7 +465,7 @@ fn only_passing(failure: Failure) -> Result<(), Failure> {
 fn refusal(failure: Failure) -> Refusal {
     match failure {
         Failure::Refused(words) => Refusal::Iptables(words),
-        passing => Refusal::Busy(passing.to_string()),
+        Failure::Passing(sentence) => Refusal::Busy(sentence),
     }
 }
 
