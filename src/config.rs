@@ -45,7 +45,7 @@ pub struct Config {
     pub default_expire: u64,
     pub whitelist: Named,
     pub iptables: Named,
-    pub ip6tables: PathBuf,
+    pub ip6tables: Named,
 }
 
 /// A path, and the line that names it; 0 is none.
@@ -94,6 +94,11 @@ impl Config {
         if outward.is_none() && local.is_none() {
             return error(0, "no server is on; write a line outward.server or local.server");
         }
+        let loopback = outward.is_some() && (ip.is_unspecified() || ip.is_loopback());
+        if local.is_some() && loopback && outward_port == local_port {
+            let line = entries.flag("local.server").unwrap_or(0);
+            return error(line, format!("both servers are on port {local_port}"));
+        }
         let interval = "an interval: up to 9 digits and s, m, h or d, as in 10m; 0 is for ever";
         let default_iptables = PathBuf::from("/sbin/iptables");
         let iptables = entries.get("iptables.path", default_iptables, ABSOLUTE, absolute)?;
@@ -105,7 +110,10 @@ impl Config {
             non_restful: entries.flag("non.restful").is_some(),
             default_expire: entries.get("default.expire", 0, interval, interval::parse)?,
             whitelist: named("whitelist.file", 0)?,
-            ip6tables: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,
+            ip6tables: Named {
+                path: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,
+                line: entries.flag("ip6tables.path").unwrap_or(0),
+            },
             iptables: Named { path: iptables, line: entries.flag("iptables.path").unwrap_or(0) },
         })
     }
@@ -239,7 +247,7 @@ mod tests {
         assert_eq!(config.default_expire, 0);
         assert_eq!(config.whitelist.path, Path::new("/etc/rfw/white.list"));
         assert_eq!(config.iptables.path, Path::new("/sbin/iptables"));
-        assert_eq!(config.ip6tables, Path::new("/sbin/ip6tables"));
+        assert_eq!(config.ip6tables.path, Path::new("/sbin/ip6tables"));
 
         let outward = parse(&format!("{LEAST}{OUTWARD}")).unwrap().outward.unwrap();
         assert_eq!((outward.ip.to_string().as_str(), outward.port), ("0.0.0.0", 7393));
@@ -260,11 +268,11 @@ mod tests {
         assert_eq!((outward.ip.to_string().as_str(), outward.port, outward.tls12), ("::", 1, true));
         assert_eq!((local.port, local.authentication), (65535, true));
         assert_eq!((config.non_restful, config.default_expire), (true, 600));
-        assert_eq!(config.ip6tables, Path::new("/usr/sbin/ip6tables-nft"));
+        assert_eq!(config.ip6tables.path, Path::new("/usr/sbin/ip6tables-nft"));
         let text = format!("{LEAST}iptables.path = /x/fake\n");
-        assert_eq!(parse(&text).unwrap().ip6tables, Path::new("/x/ip6tables"));
+        assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/x/ip6tables"));
         let text = format!("{LEAST}ip6tables.path = /y/ip6tables\n");
-        assert_eq!(parse(&text).unwrap().ip6tables, Path::new("/y/ip6tables"));
+        assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/y/ip6tables"));
     }
 
     #[test]
@@ -285,6 +293,12 @@ mod tests {
             ("local.server.port = +80", 4, "65535"),
             ("outward.server.ip = example.com", 4, "listen"),
             ("outward.server.port = 0", 4, "65535"),
+            (
+                "outward.server\noutward.server.port = 7390\noutward.server.certfile = c\n\
+              outward.server.keyfile = k",
+                2,
+                "both servers",
+            ),
             ("iptables.path = iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
             ("outward.server", 4, "outward.server.certfile is needed"),

@@ -5,7 +5,7 @@ use rfw::config::{Config, Named, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::exec::Presence;
 use rfw::firewall::kernel::{Tools, restore_beside};
-use rfw::http::tls::Acceptor;
+use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
@@ -123,11 +123,17 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
             let chain = read_trusted(&certfile.path).map_err(blame(certfile))?;
             let key = read_trusted(&keyfile.path).map_err(blame(keyfile))?;
             let files = format!("{} and {}", certfile.path.display(), keyfile.path.display());
-            let acceptor = Acceptor::new(&chain, &key, *tls12);
-            Some(acceptor.map_err(|why| format!("{files}: {why}")).map_err(blame(keyfile))?)
+            let acceptor = Acceptor::new(&chain, &key, *tls12).map_err(|(part, why)| {
+                let named = if part == Part::Chain { certfile } else { keyfile };
+                blame(named)(format!("{files}: {why}"))
+            });
+            Some(acceptor?)
         }
     };
     check_programs(&config.iptables.path).map_err(blame(&config.iptables))?;
+    if config.ip6tables.line > 0 {
+        check_programs(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
+    }
     Ok((config, whitelist, acceptor))
 }
 
@@ -136,10 +142,14 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, acceptor) = load(&options.file)?;
     let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
-    let presence = Arc::new(Presence::take(Duration::from_secs(15))?);
+    let presence = Presence::take(Duration::ZERO).or_else(|_| {
+        log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
+        Presence::take(Duration::from_secs(15))
+    });
+    let presence = Arc::new(presence?);
     let mut tools = vec![Tools::new(Family::V4, config.iptables.path.clone(), presence.clone())];
-    match check_programs(&config.ip6tables) {
-        Ok(()) => tools.push(Tools::new(Family::V6, config.ip6tables.clone(), presence)),
+    match check_programs(&config.ip6tables.path) {
+        Ok(()) => tools.push(Tools::new(Family::V6, config.ip6tables.path.clone(), presence)),
         Err(why) => log.warning(format_args!("IPv6 rules are not taken: {why}")),
     }
     let doors = Door::open(&config, acceptor)?;

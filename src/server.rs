@@ -11,6 +11,7 @@ use crate::http::stream::Stream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
 use crate::rule::whitelist::Whitelist;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
@@ -95,7 +96,11 @@ impl Door {
 
 fn bind(ip: IpAddr, port: u16, key: &str) -> Result<TcpListener, String> {
     TcpListener::bind((ip, port)).map_err(|error| {
-        format!("cannot listen on {ip} port {port}: {error}; set {key}.port, or stop who uses it")
+        let what_to_do = match error.kind() {
+            ErrorKind::AddrNotAvailable => "set it to an address of this host",
+            _ => "choose another port, or stop who uses this one",
+        };
+        format!("cannot listen on {ip} port {port} ({key}): {error}; {what_to_do}")
     })
 }
 
@@ -205,10 +210,12 @@ fn carry_out(
     }
 }
 
-/// One line for every change, made or refused; other requests at DEBUG.
+/// One line for every change, made or refused, and for wrong credentials; other
+/// requests at DEBUG.
 fn record(server: &Server, request: Option<Request>, who: &str, result: &str, took: Duration) {
     let change = request.as_ref().is_some_and(|r| r.method != "GET" || api::modifies(r));
-    let level = if change { Level::Info } else { Level::Debug };
+    let told = change || result.starts_with("401");
+    let level = if told { Level::Info } else { Level::Debug };
     let line = request.map_or("-".into(), |request| request.line());
     let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
     let (line, took) = (printable(line), took.as_secs_f64() * 1e3);

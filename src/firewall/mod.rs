@@ -102,6 +102,8 @@ struct Kernel {
     /// was ended in the middle.
     stale: BTreeSet<Family>,
     next_look: Instant,
+    /// Why the last look failed: the log is told when that changes.
+    told: Option<Failure>,
 }
 
 impl Firewall {
@@ -115,7 +117,7 @@ impl Firewall {
     ) -> Result<Firewall, String> {
         let (mirror, clock, next_look) = (Mirror::default(), Clock::start(), Instant::now());
         let mut kernel =
-            Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look };
+            Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look, told: None };
         // Both at once: with many rules this is what a start waits for.
         let listings = thread::scope(|scope| {
             let read = |tools| scope.spawn(move || listing(tools, START_LIMIT));
@@ -238,7 +240,7 @@ impl Kernel {
             }
             Err(failure) => {
                 let what_to_do = "run rfw as root or with CAP_NET_ADMIN, and check iptables.path";
-                return Err(format!("cannot read the kernel's rules: {failure} {what_to_do}"));
+                return Err(format!("cannot read the kernel's rules ({failure}); {what_to_do}"));
             }
         };
         let guards = guarded.map_or(Vec::new(), |port| guards(&self.whitelist, tools.family, port));
@@ -253,7 +255,7 @@ impl Kernel {
         begun.map_err(|failure| {
             let what_to_do = "the kernel must have the comment match (xt_comment), \
                               and rfw must be root or have CAP_NET_ADMIN";
-            format!("the kernel did not take rfw's rules: {failure} {what_to_do}")
+            format!("the kernel did not take rfw's rules ({failure}); {what_to_do}")
         })?;
         let count = self.mirror.count(tools.family);
         self.log.info(format_args!("IP{:?}: {count} rules of rfw's", tools.family));
@@ -354,11 +356,12 @@ impl Kernel {
         let restored = notes.iter().filter(|(note, _)| *note == Note::Restored).count();
         if restored > 0 && !starting {
             let how = "to remove a rule for good, DELETE it";
-            self.log
-                .warning(format_args!("{restored} rules that others removed are put back; {how}"));
+            self.log.warning(format_args!("rules put back that others removed: {restored}; {how}"));
         }
         for (note, rule) in notes {
             match note {
+                // At start these are the guard rules, which are new.
+                Note::Restored if starting => {}
                 Note::Restored => self.log.info(format_args!("restored {rule}")),
                 Note::Expired => self.log.info(format_args!("expired {rule}")),
                 Note::Removed(why) => self.log.warning(format_args!("removed {rule}: {why}")),
@@ -379,7 +382,9 @@ impl Kernel {
         let started = Instant::now();
         let looked = families.iter().try_for_each(|tools| {
             self.look(tools).or_else(|failure| {
-                self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+                if self.told.replace(failure.clone()) != Some(failure.clone()) {
+                    self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+                }
                 only_passing(failure)
             })
         });
@@ -402,7 +407,7 @@ impl Kernel {
         let mut failures = results.into_iter().filter_map(Result::err);
         let Some(failure) = failures.next() else { return Ok(()) };
         let left = failures.count().saturating_add(1);
-        self.log.error(format_args!("{left} rules have not expired yet: {failure}"));
+        self.log.error(format_args!("rules that should have expired: {left}; {failure}"));
         Err(failure)
     }
 

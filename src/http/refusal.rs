@@ -80,7 +80,7 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
             "bad_interface",
             format!(
                 "'{name}' is no interface; write any, or up to 15 of A-Z a-z 0-9 . _ @ - \
-                 such as eth0, or ppp for all that start so."
+                 such as eth0, or up to 14 such as ppp for all that start so."
             ),
         ),
         RuleError::Address(text) => (

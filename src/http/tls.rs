@@ -13,19 +13,26 @@ pub type Session = StreamOwned<ServerConnection, Timed>;
 #[derive(Clone, Debug)]
 pub struct Acceptor(Arc<ServerConfig>);
 
+/// One of the two files.
+#[derive(PartialEq, Eq, Debug)]
+pub enum Part {
+    Chain,
+    Key,
+}
+
 impl Acceptor {
     /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1). The
-    /// error is a sentence that says which of them is wrong, and how.
-    pub fn new(chain: &[u8], key: &[u8], tls12: bool) -> Result<Acceptor, String> {
+    /// error is a sentence, and which of them is wrong.
+    pub fn new(chain: &[u8], key: &[u8], tls12: bool) -> Result<Acceptor, (Part, String)> {
         let chain: Vec<CertificateDer<'static>> = rustls_pemfile::certs(&mut &chain[..])
             .collect::<Result<_, _>>()
-            .map_err(|error| format!("the certificate file is not PEM: {error}"))?;
+            .map_err(|error| (Part::Chain, format!("the certificate file is not PEM: {error}")))?;
         if chain.is_empty() {
-            return Err("the certificate file holds no CERTIFICATE block".into());
+            return Err((Part::Chain, "the certificate file holds no CERTIFICATE block".into()));
         }
         let key: PrivateKeyDer<'static> = rustls_pemfile::private_key(&mut &key[..])
-            .map_err(|error| format!("the key file is not PEM: {error}"))?
-            .ok_or("the key file holds no private key block (an encrypted one does not count)")?;
+            .map_err(|error| (Part::Key, format!("the key file is not PEM: {error}")))?
+            .ok_or_else(|| (Part::Key, "the key file holds no unencrypted private key".into()))?;
         let versions: &[_] = match tls12 {
             true => &[&version::TLS13, &version::TLS12],
             false => &[&version::TLS13],
@@ -33,10 +40,10 @@ impl Acceptor {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
-            .map_err(|error| error.to_string())?
+            .map_err(|error| (Part::Key, error.to_string()))?
             .with_no_client_auth()
             .with_single_cert(chain, key)
-            .map_err(|error| format!("certificate and key do not fit: {error}"))?;
+            .map_err(|error| (Part::Key, format!("this pair cannot be used: {error}")))?;
         config.ignore_client_order = true;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Acceptor(Arc::new(config)))

@@ -91,6 +91,8 @@ impl Iface {
     pub fn parse(text: &str) -> Option<Iface> {
         match text {
             "any" => Some(Iface::ANY),
+            // Who writes it so means the word, and no interface is called so.
+            _ if text.eq_ignore_ascii_case("any") => None,
             _ if text.ends_with('+') || text.ends_with(|c: char| c.is_ascii_digit()) => {
                 Iface::named(text)
             }
@@ -373,6 +375,7 @@ mod tests {
             ("//input/any/1.2.3.4", Unknown),
             ("/drop/prerouting/any/1.2.3.4", Unknown),
             ("/drop/input/+/1.2.3.4", Iface(text("+"))),
+            ("/drop/input/ANY/1.2.3.4", Iface(text("ANY"))),
             ("/drop/input//1.2.3.4", Iface(text(""))),
             ("/drop/input/-i/1.2.3.4", Iface(text("-i"))),
             ("/drop/input/.x/1.2.3.4", Iface(text(".x"))),
