@@ -181,6 +181,7 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` beside it.
+#[derive(Clone)]
 pub struct Tools {
     pub family: Family,
     iptables: PathBuf,

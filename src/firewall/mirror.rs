@@ -3,7 +3,6 @@
 
 use super::kernel::{Owned, Row, Tag};
 use super::{Outcome, Verdict};
-use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
 use crate::rule::{Action, Chain, Change, Rule};
 use std::cmp::Reverse;
@@ -20,18 +19,19 @@ const REAL_TIME: u64 = 1_767_225_600;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Entry {
     /// Greater in rules that stand further in front.
-    age: u64,
+    age: i64,
     tag: Tag,
 }
 
-/// Every rule of rfw's, both families.
+/// Every rule of rfw's in one family.
 #[derive(Default)]
 pub struct Mirror {
     rules: HashMap<Rule, Entry>,
     /// A heap would do to find the next one; a sorted set also gives back the
     /// one that is set anew, so that no stale entry ever removes a rule.
     expiries: BTreeSet<(u64, Rule)>,
-    youngest: u64,
+    youngest: i64,
+    oldest: i64,
 }
 
 /// What changes have done to the mirror, so that it can be undone.
@@ -49,12 +49,10 @@ pub struct Repair {
     pub lines: Vec<String>,
     /// What is put back or does not stay, for the log.
     pub notes: Vec<(Note, Rule)>,
-    /// The chains, front first, with what is to become of each place.
-    chains: Vec<Vec<Slot>>,
 }
 
 /// A listing of one family, a chain each, front first.
-pub type Listing = HashMap<Chain, Vec<Slot>>;
+pub type Listing = HashMap<Chain, Vec<Row>>;
 
 /// What is to be told of a rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -72,29 +70,62 @@ pub struct Law<'a> {
     /// Unix seconds.
     pub now: u64,
     pub whitelist: &'a Whitelist,
-    /// At start the kernel knows what was answered, and such rules stay; later
-    /// the mirror does, and they come from an old save or from a command that
-    /// outlived the rfw which was killed: none has been answered with 200.
-    pub starting: bool,
+}
+
+impl Law<'_> {
+    /// Why it may not stay.
+    fn objection(&self, Owned { rule, tag, .. }: &Owned) -> Option<Note> {
+        match tag {
+            Tag::Until(second) if *second <= self.now => Some(Note::Expired),
+            Tag::Guard(_) => Some(Note::Removed("of no use as a guard any more")),
+            _ if self.whitelist.conflict(rule).is_some() => Some(Note::Removed("whitelisted")),
+            _ => None,
+        }
+    }
 }
 
 /// A place in a chain, and what is to become of it.
-pub struct Slot {
-    pub fate: Fate,
-    pub row: Row,
+struct Slot {
+    fate: Fate,
+    row: Row,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub enum Fate {
+enum Fate {
     Stays,
     Gone,
     New,
 }
 
 impl Mirror {
-    /// How many rules of a family it holds.
-    pub fn count(&self, family: Family) -> usize {
-        self.rules.keys().filter(|rule| rule.family() == family).count()
+    pub fn len(&self) -> usize {
+        self.rules.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// Takes, at start, a rule that the kernel lists behind those before it:
+    /// the kernel is the one that knows what was answered. `false` if the rule
+    /// may not stay, or stands in front already.
+    pub fn adopt(&mut self, owned: &Owned, law: &Law<'_>) -> bool {
+        let wrong = !matches!(owned.tag, Tag::Guard(_)) && law.objection(owned).is_some();
+        if wrong || self.rules.contains_key(&owned.rule) {
+            return false;
+        }
+        self.oldest = self.oldest.saturating_sub(1);
+        self.set(owned.rule, Some(Entry { age: self.oldest, tag: owned.tag }));
+        true
+    }
+
+    /// Has these guard rules, front first, in front of all rules, and no others.
+    pub fn guard(&mut self, guards: &[Owned]) {
+        let is_guard = |entry: &Entry| matches!(entry.tag, Tag::Guard(_));
+        let old: Vec<Rule> =
+            self.rules.iter().filter(|(_, e)| is_guard(e)).map(|(rule, _)| *rule).collect();
+        old.into_iter().for_each(|rule| self.set(rule, None));
+        guards.iter().rev().for_each(|guard| self.add(guard.rule, guard.tag));
     }
 
     /// Takes a rule as its newest.
@@ -115,10 +146,10 @@ impl Mirror {
         self.expiries.extend(expiry(entry));
     }
 
-    /// The rules of a family that have expired by `now`.
-    pub fn due(&self, family: Family, now: u64) -> Vec<Rule> {
+    /// The rules that have expired by `now`.
+    pub fn due(&self, now: u64) -> Vec<Rule> {
         let due = self.expiries.iter().take_while(|(second, _)| *second <= now);
-        due.map(|(_, rule)| *rule).filter(|rule| rule.family() == family).collect()
+        due.map(|(_, rule)| *rule).collect()
     }
 
     /// Moves every expiry by the seconds that the wall clock, which had shown
@@ -166,7 +197,7 @@ impl Mirror {
     }
 
     /// Whether a newer rule decides otherwise about what this one is about.
-    fn is_shadowed(&self, rule: &Rule, age: u64) -> bool {
+    fn is_shadowed(&self, rule: &Rule, age: i64) -> bool {
         let otherwise = |other: &Rule| other.target != rule.target && other.overlaps(rule);
         let guard = |entry: &Entry| matches!(entry.tag, Tag::Guard(_));
         self.rules.iter().any(|(other, e)| e.age > age && otherwise(other) && !guard(e))
@@ -199,36 +230,34 @@ impl Mirror {
         Some(gone.chain(new.iter().map(|(_, owned)| owned.insert_line(1))).collect())
     }
 
-    /// Starts to hold a listing of one family against the mirror, row by row,
+    /// Starts to hold a listing against the mirror, row by row,
     /// which is cheap: it keeps nothing.
-    pub fn compare(&self, family: Family) -> Comparison<'_> {
-        Comparison { mirror: self, left: self.count(family), above: HashMap::new(), same: true }
+    pub fn compare(&self) -> Comparison<'_> {
+        Comparison { mirror: self, left: self.rules.len(), above: HashMap::new(), same: true }
     }
 
     /// Works out how the kernel comes to hold what the mirror says, to which
     /// the batch is already done.
-    pub fn repair(
-        &self,
-        family: Family,
-        mut listing: Listing,
-        batch: &Batch,
-        law: &Law<'_>,
-    ) -> Repair {
+    pub fn repair(&self, mut listing: Listing, batch: &Batch, law: &Law<'_>) -> Repair {
         let mut repair = Repair::default();
         for chain in Chain::ALL {
-            let mut slots = listing.remove(&chain).unwrap_or_default();
-            let mut kept = HashSet::with_capacity(slots.len());
-            let mut above = u64::MAX;
-            for slot in &mut slots {
-                let stays = slot.row.as_ref().is_none_or(|owned| {
-                    self.keeps(owned, &mut above, batch, law, &mut repair)
-                        && kept.insert(owned.rule)
+            let mut above = i64::MAX;
+            let mut kept = HashSet::new();
+            let judge = |row: Row| {
+                let stays = row.is_none_or(|owned| {
+                    let age = self.place_of(&owned, batch, law, &mut repair);
+                    let in_order = age.filter(|age| *age < above);
+                    above = in_order.unwrap_or(above);
+                    kept.extend(in_order.map(|_| owned.rule));
+                    in_order.is_some()
                 });
-                slot.fate = if stays { Fate::Stays } else { Fate::Gone };
-            }
+                Slot { fate: if stays { Fate::Stays } else { Fate::Gone }, row }
+            };
+            let rows = listing.remove(&chain).unwrap_or_default();
+            let mut slots: Vec<Slot> = rows.into_iter().map(judge).collect();
 
-            let here = |rule: &Rule| rule.family() == family && rule.chain() == chain;
-            let missing = self.rules.iter().filter(|(rule, _)| here(rule) && !kept.contains(rule));
+            let missing =
+                self.rules.iter().filter(|(rule, _)| rule.chain() == chain && !kept.contains(rule));
             let mut missing: Vec<_> = missing.map(|(rule, entry)| (*rule, *entry)).collect();
             missing.sort_unstable_by_key(|(_, entry)| Reverse(entry.age));
             if !missing.is_empty() {
@@ -239,40 +268,30 @@ impl Mirror {
                 repair.notes.extend(lost.map(|rule| (Note::Restored, rule)));
                 slots = self.merged(slots, missing);
             }
-            repair.arrange(rewritten_if_cheaper(slots));
+            repair.arrange(&rewritten_if_cheaper(slots));
         }
         repair
     }
 
-    /// Whether a listed rule may stay where it is; `above` is the age of the
-    /// last one of the mirror's that does.
-    fn keeps(
+    /// The age of a listed rule that may stay, if its place is right. One that
+    /// the mirror does not know, not at start, comes from an old save, or from
+    /// a command that outlived an rfw: no request was answered for it.
+    fn place_of(
         &self,
         owned: &Owned,
-        above: &mut u64,
         batch: &Batch,
         law: &Law<'_>,
         repair: &mut Repair,
-    ) -> bool {
-        let Owned { rule, tag, .. } = owned;
-        if batch.before.contains_key(rule) {
-            return false;
+    ) -> Option<i64> {
+        if batch.before.contains_key(&owned.rule) {
+            return None;
         }
-        if let Some(entry) = self.rules.get(rule) {
-            let in_order = *above > entry.age;
-            let stays = entry.tag == *tag && in_order;
-            *above = if stays { entry.age } else { *above };
-            return stays;
+        if let Some(entry) = self.rules.get(&owned.rule) {
+            return Some(entry.age).filter(|_| entry.tag == owned.tag);
         }
-        let note = match tag {
-            Tag::Until(second) if *second <= law.now => Note::Expired,
-            Tag::Guard(_) => Note::Removed("of no use as a guard any more"),
-            _ if law.whitelist.conflict(rule).is_some() => Note::Removed("whitelisted"),
-            _ if !law.starting => Note::Removed("no request has made it"),
-            _ => return true,
-        };
-        repair.notes.push((note, *rule));
-        false
+        let note = law.objection(owned).unwrap_or(Note::Removed("no request has made it"));
+        repair.notes.push((note, owned.rule));
+        None
     }
 
     /// The chain as it shall be: each missing rule before the first older one;
@@ -299,25 +318,16 @@ impl Mirror {
         merged.extend(rest.map(|row| Slot { fate: Fate::New, row }));
         merged
     }
-
-    /// Takes over, at start, what stands in the kernel, and its order.
-    pub fn learn(&mut self, repair: &Repair) {
-        self.rules.reserve(repair.chains.iter().map(Vec::len).sum());
-        let slots = repair.chains.iter().flat_map(|slots| slots.iter().rev());
-        for owned in slots.filter(|slot| slot.fate != Fate::Gone).filter_map(|slot| slot.row) {
-            self.add(owned.rule, owned.tag);
-        }
-    }
 }
 
 impl Repair {
     /// Writes the lines for one chain: deletions in chain order, then
     /// insertions from the back to the front, each at its place among what is
     /// there by then.
-    fn arrange(&mut self, slots: Vec<Slot>) {
+    fn arrange(&mut self, slots: &[Slot]) {
         let mut insertions = Vec::new();
         let mut place = 1_usize;
-        for slot in &slots {
+        for slot in slots {
             match (slot.fate, &slot.row) {
                 (Fate::Gone, Some(owned)) => self.lines.push(owned.delete_line()),
                 (Fate::New, Some(owned)) => insertions.push(owned.insert_line(place)),
@@ -325,7 +335,6 @@ impl Repair {
             }
         }
         self.lines.extend(insertions.into_iter().rev());
-        self.chains.push(slots);
     }
 }
 
@@ -359,7 +368,7 @@ pub struct Comparison<'a> {
     /// How many rules are yet to come.
     left: usize,
     /// The age of the last rule in each chain.
-    above: HashMap<Chain, u64>,
+    above: HashMap<Chain, i64>,
     same: bool,
 }
 
@@ -387,6 +396,7 @@ impl Comparison<'_> {
 mod tests {
     use super::super::kernel::parse_row;
     use super::*;
+    use crate::rule::net::Family;
 
     type Lines = &'static [&'static str];
 
@@ -484,26 +494,25 @@ mod tests {
     #[test]
     fn what_fails_is_undone() {
         let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60"]);
-        let before = (mirror.rules.clone(), mirror.due(Family::V4, 9_999));
+        let before = (mirror.rules.clone(), mirror.due(9_999));
         let batch = mirror
             .apply(&changes(&["+/drop/input/any/1.1.1.1 5", "-/drop/input/any/2.2.2.2", C]), 1_000);
         assert_ne!(mirror.rules, before.0);
         mirror.undo(batch);
-        assert_eq!((mirror.rules.clone(), mirror.due(Family::V4, 9_999)), before);
+        assert_eq!((mirror.rules.clone(), mirror.due(9_999)), before);
     }
 
     #[test]
     fn a_set_clock_moves_every_expiry() {
-        let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60", "+/drop/input/any/5::5 60"]);
+        let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60"]);
         mirror.shift(REAL_TIME, -500);
-        assert_eq!(mirror.due(Family::V4, 559), []);
-        assert_eq!(mirror.due(Family::V4, 560), [rule("/drop/input/any/2.2.2.2")]);
-        assert_eq!(mirror.due(Family::V6, 560), [rule("/drop/input/any/5::5")]);
+        assert_eq!(mirror.due(559), []);
+        assert_eq!(mirror.due(560), [rule("/drop/input/any/2.2.2.2")]);
         // Booted in 1970, with a rule of an earlier run beside one of this run.
         mirror.add(rule("/drop/input/any/3.3.3.3"), Tag::Until(REAL_TIME + 60));
         mirror.shift(100, REAL_TIME as i64);
-        assert_eq!(mirror.due(Family::V4, REAL_TIME + 60), [rule("/drop/input/any/3.3.3.3")]);
-        assert_eq!(mirror.due(Family::V4, REAL_TIME + 560).len(), 2);
+        assert_eq!(mirror.due(REAL_TIME + 60), [rule("/drop/input/any/3.3.3.3")]);
+        assert_eq!(mirror.due(REAL_TIME + 560).len(), 2);
     }
 
     fn listing(lines: &[&str]) -> Listing {
@@ -515,7 +524,7 @@ mod tests {
                 _ => panic!("{line}"),
             };
             let (chain, row) = parse_row(&format!("-A INPUT {spec}"), Family::V4).unwrap();
-            listing.entry(chain).or_default().push(Slot { fate: Fate::Stays, row });
+            listing.entry(chain).or_default().push(row);
         }
         listing
     }
@@ -568,8 +577,15 @@ mod tests {
         ];
         for (before, kernel, lines, told) in table {
             let mut mirror = mirror(before);
-            let law = Law { now: 1_000, whitelist: &whitelist, starting: before.is_empty() };
-            let repair = mirror.repair(Family::V4, listing(kernel), &Batch::default(), &law);
+            let law = Law { now: 1_000, whitelist: &whitelist };
+            if before.is_empty() {
+                // As at start.
+                let rows = listing(kernel).remove(&Chain::Input).unwrap_or_default();
+                for owned in rows.iter().flatten() {
+                    mirror.adopt(owned, &law);
+                }
+            }
+            let repair = mirror.repair(listing(kernel), &Batch::default(), &law);
             let said = repair.notes.iter().map(|(note, _)| format!("{note:?}"));
             let said: Vec<String> = said.collect();
             assert_eq!(
@@ -577,17 +593,27 @@ mod tests {
                 (lines.iter().map(|s| s.to_string()).collect(), told.to_string()),
                 "{before:?} {kernel:?}"
             );
-            // Once learned and done, nothing is left to do.
-            mirror.learn(&repair);
-            let stays = repair.chains.iter().flatten().filter(|slot| slot.fate != Fate::Gone);
-            let layout: Vec<Owned> = stays.filter_map(|slot| slot.row).collect();
-            assert_eq!(mirror.rules.len(), layout.len());
-            let mut again = mirror.compare(Family::V4);
-            assert!(
-                layout.iter().all(|owned| again.row(owned.rule.chain(), Some(*owned)))
-                    && again.is_same()
-            );
+            // What the kernel shows then is what the mirror holds.
+            let mut rows = listing(kernel).remove(&Chain::Input).unwrap_or_default();
+            for line in &repair.lines {
+                perform(line, &mut rows);
+            }
+            let mut again = mirror.compare();
+            assert!(rows.iter().all(|row| again.row(Chain::Input, *row)) && again.is_same());
         }
+    }
+
+    /// What iptables does with a line.
+    fn perform(line: &str, rows: &mut Vec<Row>) {
+        let words: Vec<&str> = line.split(' ').collect();
+        let place = words[2].parse::<usize>();
+        let spec = &words[if place.is_ok() { 3 } else { 2 }..].join(" ");
+        let (_, row) = parse_row(&format!("-A INPUT {spec}"), Family::V4).unwrap();
+        if words[0] == "-I" {
+            return rows.insert(place.unwrap_or(1) - 1, row);
+        }
+        let same = |other: &Row| other.map(|o| (o.rule, o.tag)) == row.map(|o| (o.rule, o.tag));
+        rows.remove(rows.iter().position(same).expect(line));
     }
 
     #[test]
@@ -603,10 +629,10 @@ mod tests {
         assert_eq!(mirror.lines(&batch), None, "worth a look at the kernel");
         let kernel: Vec<&str> = kernel.iter().map(String::as_str).collect();
         let mut rows = listing(&kernel);
-        rows.get_mut(&Chain::Input).unwrap()[0].row.as_mut().unwrap().counters = (5, 7);
+        rows.get_mut(&Chain::Input).unwrap()[0].as_mut().unwrap().counters = (5, 7);
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
-        let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
-        let repair = mirror.repair(Family::V4, rows, &batch, &law);
+        let law = Law { now: 1_000, whitelist: &whitelist };
+        let repair = mirror.repair(rows, &batch, &law);
         assert_eq!(repair.notes, []);
         let lines = short(&repair.lines);
         assert_eq!(lines.len(), 200 + 50);
@@ -625,13 +651,12 @@ mod tests {
         let kernel: Vec<String> = (0..99).rev().map(|n| format!("1.1.1.{n} rfw")).collect();
         let mut rows = listing(&kernel.iter().map(String::as_str).collect::<Vec<_>>());
         let accept = Owned::new(rule("/accept/input/any/1.1.1.0/24"), Tag::Permanent);
-        let first = Slot { fate: Fate::Stays, row: Some(accept) };
-        rows.get_mut(&Chain::Input).unwrap().insert(0, first);
+        rows.get_mut(&Chain::Input).unwrap().insert(0, Some(accept));
         let batch = mirror.apply(&changes(&paths), 1_000);
         assert_eq!(mirror.lines(&batch), None);
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
-        let law = Law { now: 1_000, whitelist: &whitelist, starting: false };
-        let lines = short(&mirror.repair(Family::V4, rows, &batch, &law).lines);
+        let law = Law { now: 1_000, whitelist: &whitelist };
+        let lines = short(&mirror.repair(rows, &batch, &law).lines);
         assert_eq!(lines.len(), 2 * 100);
         assert_eq!(lines[100], "-I 1.1.1.0/24 rfw ACCEPT");
         assert_eq!(lines[199], "-I 1.1.1.98 rfw DROP");

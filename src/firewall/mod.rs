@@ -18,8 +18,8 @@ use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
 use exec::Failure;
 use kernel::{LIMIT, Owned, START_LIMIT, Tag, Tools};
-use mirror::{Batch, Fate, Law, Listing, Mirror, Note, Slot};
-use std::collections::{BTreeSet, HashMap};
+use mirror::{Batch, Law, Listing, Mirror, Note};
+use std::collections::HashMap;
 use std::mem;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -94,43 +94,50 @@ pub struct Firewall {
 
 /// What the Mutex guards.
 struct Kernel {
-    mirror: Mirror,
+    tables: Vec<Table>,
     clock: Clock,
-    whitelist: Arc<Whitelist>,
     log: Arc<Log>,
-    /// Families of which nobody knows what the kernel holds, since a program
-    /// was ended in the middle.
-    stale: BTreeSet<Family>,
     next_look: Instant,
     /// Why the last look failed: the log is told when that changes.
     told: Option<Failure>,
+}
+
+/// The rules of one family.
+struct Table {
+    tools: Tools,
+    mirror: Mirror,
+    whitelist: Arc<Whitelist>,
+    log: Arc<Log>,
+    /// Whether nobody knows what the kernel holds, since a program was ended
+    /// in the middle.
+    stale: bool,
 }
 
 impl Firewall {
     /// Reads what the kernel holds of rfw's, and puts the guard rules of the
     /// outward server's port there. The error is a sentence.
     pub fn start(
-        families: Vec<Tools>,
+        tools: Vec<Tools>,
         guarded: Option<u16>,
         whitelist: Arc<Whitelist>,
         log: Arc<Log>,
     ) -> Result<Firewall, String> {
-        let (mirror, clock, next_look) = (Mirror::default(), Clock::start(), Instant::now());
-        let mut kernel =
-            Kernel { mirror, clock, whitelist, log, stale: BTreeSet::new(), next_look, told: None };
+        let (clock, next_look) = (Clock::start(), Instant::now());
         // Both at once: with many rules this is what a start waits for.
-        let listings = thread::scope(|scope| {
-            let read = |tools| scope.spawn(move || listing(tools, START_LIMIT));
-            let threads: Vec<_> = families.iter().map(read).collect();
-            threads.into_iter().flat_map(ScopedJoinHandle::join).collect::<Vec<_>>()
-        });
-        let mut usable = Vec::new();
-        for (tools, listing) in families.into_iter().zip(listings) {
-            if kernel.begin(&tools, listing, guarded)? {
-                usable.push(tools);
-            }
-        }
-        Ok(Firewall { queue: Mutex::default(), kernel: Mutex::new(kernel), tools: usable })
+        let tables = thread::scope(|scope| {
+            let begin = |tools| {
+                let (mirror, whitelist, log) = (Mirror::default(), whitelist.clone(), log.clone());
+                let table = Table { tools, mirror, whitelist, log, stale: false };
+                let now = clock.now().as_secs();
+                scope.spawn(move || table.begin(guarded, now))
+            };
+            let threads: Vec<_> = tools.into_iter().map(begin).collect();
+            let begun = threads.into_iter().flat_map(ScopedJoinHandle::join);
+            begun.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()
+        })?;
+        let tools = tables.iter().map(|table| table.tools.clone()).collect();
+        let kernel = Mutex::new(Kernel { tables, clock, log, next_look, told: None });
+        Ok(Firewall { queue: Mutex::default(), kernel, tools })
     }
 
     /// Carries out a change. When it returns, the kernel has taken it, or
@@ -162,12 +169,14 @@ impl Firewall {
         let mut kernel = lock(&self.kernel);
         let jobs = mem::take(&mut lock(&self.queue).jobs);
         let mut ill = None;
-        for tools in &self.tools {
-            let jobs = jobs.iter().filter(|job| job.change.rule.family() == tools.family);
+        let now = kernel.clock.now();
+        for table in &mut kernel.tables {
+            let family = table.tools.family;
+            let jobs = jobs.iter().filter(|job| job.change.rule.family() == family);
             let (changes, waiters): (Vec<_>, Vec<_>) =
                 jobs.map(|job| (job.change, &job.waiter)).unzip();
             let results = match &ill {
-                None => kernel.commit(tools, &changes),
+                None => table.commit(&changes, now),
                 Some(failure) => vec![Err(Failure::clone(failure)); changes.len()],
             };
             let mut failures = results.iter().filter_map(|result| result.as_ref().err());
@@ -219,65 +228,107 @@ impl Firewall {
     /// expired, look whether the kernel still holds what it should.
     pub fn tick(&self) {
         let mut kernel = lock(&self.kernel);
-        let ticked = kernel.tick(&self.tools);
+        let ticked = kernel.tick();
         self.give_up_waiting(ticked.err());
     }
 }
 
 impl Kernel {
-    /// Starts one family; `false` if this host has no IPv6 to filter.
-    fn begin(
-        &mut self,
-        tools: &Tools,
-        listing: Result<Listing, Failure>,
-        guarded: Option<u16>,
-    ) -> Result<bool, String> {
-        let listing = match listing {
-            Ok(listing) => listing,
-            Err(Failure::Refused(why)) if tools.family == Family::V6 => {
+    /// The error is a passing one. No other program is tried behind it: who
+    /// waits for the Mutex waits for one time limit.
+    fn tick(&mut self) -> Result<(), Failure> {
+        self.follow_clock();
+        let now = self.clock.now();
+        for table in &mut self.tables {
+            table.expire(now).or_else(only_passing)?;
+        }
+        let started = Instant::now();
+        if started < self.next_look {
+            return Ok(());
+        }
+        let looked = self.tables.iter_mut().try_for_each(|table| {
+            table.look(now).or_else(|failure| {
+                if self.told.replace(failure.clone()) != Some(failure.clone()) {
+                    self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+                }
+                only_passing(failure)
+            })
+        });
+        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
+        self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
+        looked
+    }
+
+    /// Where the wall clock was set, moves the expiries with it: the kernel's
+    /// comments are found different at the next look, and stamped anew.
+    fn follow_clock(&mut self) {
+        let before = self.clock.now().as_secs();
+        if let Some(seconds) = self.clock.follow(clock::wall()) {
+            self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
+            self.tables.iter_mut().for_each(|table| table.mirror.shift(before, seconds));
+            self.next_look = Instant::now();
+        }
+    }
+}
+
+impl Table {
+    /// Starts it; `None` if this host has no IPv6 to filter.
+    fn begin(mut self, guarded: Option<u16>, now: u64) -> Result<Option<Table>, String> {
+        let guards =
+            guarded.map_or(Vec::new(), |port| guards(&self.whitelist, self.tools.family, port));
+        let law = Law { now, whitelist: &self.whitelist };
+        let (mut clean, mut found) = (true, Vec::new());
+        let listed = self.tools.list(None, START_LIMIT, |_, row| {
+            if let Some(owned) = row {
+                clean = self.mirror.adopt(&owned, &law) && clean;
+                let guard = matches!(owned.tag, Tag::Guard(_));
+                found.extend(guard.then_some(Owned::new(owned.rule, owned.tag)));
+            }
+            true
+        });
+        match listed {
+            Ok(()) => {}
+            Err(Failure::Refused(why)) if self.tools.family == Family::V6 => {
                 self.log.warning(format_args!("IPv6 rules are not taken: {why}"));
-                return Ok(false);
+                return Ok(None);
             }
             Err(failure) => {
                 let what_to_do = "run rfw as root or with CAP_NET_ADMIN, and check iptables.path";
                 return Err(format!("cannot read the kernel's rules ({failure}); {what_to_do}"));
             }
-        };
-        let guards = guarded.map_or(Vec::new(), |port| guards(&self.whitelist, tools.family, port));
-        let untried =
-            guards.is_empty() && listing.values().flatten().all(|slot| slot.row.is_none());
-        let probed = if untried { probe(tools) } else { Ok(()) };
-        for guard in guards.into_iter().rev() {
-            self.mirror.add(guard.rule, guard.tag);
         }
-        let begun =
-            probed.and_then(|()| self.repair_listed(tools, listing, &Batch::default(), true));
+        let untried = self.mirror.is_empty() && guards.is_empty();
+        let mut begun = if untried { probe(&self.tools) } else { Ok(()) };
+        if found != guards || !clean {
+            self.mirror.guard(&guards);
+            begun = begun.and_then(|()| self.repair(&Batch::default(), now, true));
+        }
         begun.map_err(|failure| {
             let what_to_do = "the kernel must have the comment match (xt_comment), \
                               and rfw must be root or have CAP_NET_ADMIN";
             format!("the kernel did not take rfw's rules ({failure}); {what_to_do}")
         })?;
-        let count = self.mirror.count(tools.family);
-        self.log.info(format_args!("IP{:?}: {count} rules of rfw's", tools.family));
-        Ok(true)
+        let count = self.mirror.len();
+        self.log.info(format_args!("IP{:?}: {count} rules of rfw's", self.tools.family));
+        Ok(Some(self))
     }
 
-    /// Commits changes of one family, and answers each. Where the kernel, as
-    /// long as it can be read, refuses a batch, each half of it is tried: only
-    /// bad rules fail.
-    fn commit(&mut self, tools: &Tools, changes: &[Change]) -> Vec<Result<Outcome, Failure>> {
-        match self.commit_all(tools, changes) {
+    /// Commits changes, and answers each. Where the kernel, as long as it can
+    /// be read, refuses a batch, each half of it is tried: only bad rules fail.
+    fn commit(&mut self, changes: &[Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
+        match self.commit_all(changes, now) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(Failure::Refused(_))
-                if changes.len() > 1 && self.repair(tools, &Batch::default()).is_ok() =>
+                if changes.len() > 1
+                    && self.repair(&Batch::default(), now.as_secs(), false).is_ok() =>
             {
                 let (first, second) = changes.split_at(changes.len() / 2);
-                let mut results = self.commit(tools, first);
+                let mut results = self.commit(first, now);
                 results.extend(match results.last() {
                     Some(Err(failure)) if failure.is_passing() => {
                         vec![Err(failure.clone()); second.len()]
                     }
-                    _ => self.commit(tools, second),
+                    _ => self.commit(second, now),
                 });
                 results
             }
@@ -287,29 +338,29 @@ impl Kernel {
 
     /// All or nothing. What fails is tried again on a mirror made true, because
     /// somebody else may have removed a rule that was to be deleted.
-    fn commit_all(&mut self, tools: &Tools, changes: &[Change]) -> Result<Vec<Outcome>, Failure> {
+    fn commit_all(&mut self, changes: &[Change], now: Duration) -> Result<Vec<Outcome>, Failure> {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
-        if self.stale.contains(&tools.family) {
-            self.repair(tools, &Batch::default())?;
+        if self.stale {
+            self.repair(&Batch::default(), now.as_secs(), false)?;
         }
-        match self.attempt(tools, changes) {
+        match self.attempt(changes, now) {
             Err(Failure::Refused(_)) => {
-                self.repair(tools, &Batch::default())?;
-                self.attempt(tools, changes)
+                self.repair(&Batch::default(), now.as_secs(), false)?;
+                self.attempt(changes, now)
             }
             result => result,
         }
     }
 
-    fn attempt(&mut self, tools: &Tools, changes: &[Change]) -> Result<Vec<Outcome>, Failure> {
+    fn attempt(&mut self, changes: &[Change], now: Duration) -> Result<Vec<Outcome>, Failure> {
         // Rounded up: no rule lives shorter than it was told to.
-        let now = self.clock.now().saturating_add(Duration::from_nanos(999_999_999)).as_secs();
-        let batch = self.mirror.apply(changes, now);
+        let ceiling = now.saturating_add(Duration::from_nanos(999_999_999)).as_secs();
+        let batch = self.mirror.apply(changes, ceiling);
         let committed = match self.mirror.lines(&batch) {
-            Some(lines) => self.run(tools, &lines),
-            None => self.repair(tools, &batch),
+            Some(lines) => self.run(&lines),
+            None => self.repair(&batch, now.as_secs(), false),
         };
         match committed {
             Ok(()) => Ok(batch.outcomes),
@@ -320,34 +371,23 @@ impl Kernel {
         }
     }
 
-    fn run(&mut self, tools: &Tools, lines: &[String]) -> Result<(), Failure> {
-        let result = tools.commit(lines);
-        if result.as_ref().is_err_and(Failure::is_passing) {
-            self.stale.insert(tools.family);
-        }
+    fn run(&mut self, lines: &[String]) -> Result<(), Failure> {
+        let result = self.tools.commit(lines);
+        self.stale |= result.as_ref().is_err_and(Failure::is_passing);
         result
     }
 
     /// Reads the kernel and makes it hold what the mirror says.
-    fn repair(&mut self, tools: &Tools, batch: &Batch) -> Result<(), Failure> {
-        let listing = listing(tools, LIMIT)?;
-        self.repair_listed(tools, listing, batch, false)
-    }
-
-    fn repair_listed(
-        &mut self,
-        tools: &Tools,
-        listing: Listing,
-        batch: &Batch,
-        starting: bool,
-    ) -> Result<(), Failure> {
-        let law = Law { now: self.clock.now().as_secs(), whitelist: &self.whitelist, starting };
-        let repair = self.mirror.repair(tools.family, listing, batch, &law);
-        self.run(tools, &repair.lines)?;
-        if starting {
-            self.mirror.learn(&repair);
-        }
-        self.stale.remove(&tools.family);
+    fn repair(&mut self, batch: &Batch, now: u64, starting: bool) -> Result<(), Failure> {
+        let mut listing = Listing::new();
+        self.tools.list(None, LIMIT, |chain, row| {
+            listing.entry(chain).or_default().push(row);
+            true
+        })?;
+        let law = Law { now, whitelist: &self.whitelist };
+        let repair = self.mirror.repair(listing, batch, &law);
+        self.run(&repair.lines)?;
+        self.stale = false;
         self.report(&repair.notes, starting);
         Ok(())
     }
@@ -369,36 +409,11 @@ impl Kernel {
         }
     }
 
-    /// The error is a passing one. No other program is tried behind it: who
-    /// waits for the Mutex waits for one time limit.
-    fn tick(&mut self, families: &[Tools]) -> Result<(), Failure> {
-        self.follow_clock();
-        for tools in families {
-            self.expire(tools).or_else(only_passing)?;
-        }
-        if Instant::now() < self.next_look {
-            return Ok(());
-        }
-        let started = Instant::now();
-        let looked = families.iter().try_for_each(|tools| {
-            self.look(tools).or_else(|failure| {
-                if self.told.replace(failure.clone()) != Some(failure.clone()) {
-                    self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
-                }
-                only_passing(failure)
-            })
-        });
-        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
-        self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
-        looked
-    }
-
     /// Deletes what has expired.
-    fn expire(&mut self, tools: &Tools) -> Result<(), Failure> {
-        let due = self.mirror.due(tools.family, self.clock.now().as_secs());
+    fn expire(&mut self, now: Duration) -> Result<(), Failure> {
         let delete = |rule| Change { rule, action: Action::Delete };
-        let changes: Vec<_> = due.into_iter().map(delete).collect();
-        let results = self.commit(tools, &changes);
+        let changes: Vec<_> = self.mirror.due(now.as_secs()).into_iter().map(delete).collect();
+        let results = self.commit(&changes, now);
         for (result, change) in results.iter().zip(&changes) {
             if result.is_ok() {
                 self.log.info(format_args!("expired {}", change.rule));
@@ -412,46 +427,30 @@ impl Kernel {
     }
 
     /// Looks whether the kernel holds what the mirror says, and mends it.
-    fn look(&mut self, tools: &Tools) -> Result<(), Failure> {
-        let mut comparison = self.mirror.compare(tools.family);
-        tools.list(None, LIMIT, |chain, row| comparison.row(chain, row))?;
-        if comparison.is_same() { Ok(()) } else { self.repair(tools, &Batch::default()) }
-    }
-
-    /// Where the wall clock was set, moves the expiries with it: the kernel's
-    /// comments are found different at the next look, and stamped anew.
-    fn follow_clock(&mut self) {
-        let before = self.clock.now().as_secs();
-        if let Some(seconds) = self.clock.follow(clock::wall()) {
-            self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
-            self.mirror.shift(before, seconds);
-            self.next_look = Instant::now();
+    fn look(&mut self, now: Duration) -> Result<(), Failure> {
+        let mut comparison = self.mirror.compare();
+        self.tools.list(None, LIMIT, |chain, row| comparison.row(chain, row))?;
+        if comparison.is_same() {
+            return Ok(());
         }
+        self.repair(&Batch::default(), now.as_secs(), false)
     }
 }
 
-/// Reads every rule of one family into memory.
-fn listing(tools: &Tools, limit: Duration) -> Result<Listing, Failure> {
-    let mut listing = Listing::new();
-    tools.list(None, limit, |chain, row| {
-        listing.entry(chain).or_default().push(Slot { fate: Fate::Stays, row });
-        true
-    })?;
-    Ok(listing)
-}
-
-/// The rules for rfw's own port, front first: the whitelist may come in and go
-/// out, nobody else.
+/// The rules for rfw's own port as they are listed: the whitelist may come in
+/// and go out, nobody else.
 fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<Owned> {
     let nets = whitelist.nets().iter().filter(|net| net.family() == family);
     let accepted = nets.map(|net| (Target::Accept, *net));
     let all = accepted.chain([(Target::Drop, Net::any(family))]);
-    let both = all.flat_map(|(target, net)| {
-        let input = Scope::Input { iface: Iface::ANY, source: net };
-        let output = Scope::Output { iface: Iface::ANY, destination: net };
-        [input, output].map(|scope| Owned::new(Rule { target, scope }, Tag::Guard(port)))
+    let guard = |target, scope| Owned::new(Rule { target, scope }, Tag::Guard(port));
+    let inputs = all
+        .clone()
+        .map(|(target, source)| guard(target, Scope::Input { iface: Iface::ANY, source }));
+    let outputs = all.map(|(target, destination)| {
+        guard(target, Scope::Output { iface: Iface::ANY, destination })
     });
-    both.collect()
+    inputs.chain(outputs).collect()
 }
 
 /// Sees whether the kernel takes rfw's rules, with one that no packet meets.
