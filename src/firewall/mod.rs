@@ -219,7 +219,7 @@ impl Firewall {
                 list.extend(listed.map(|owned| (*place, owned)));
                 true
             };
-            tools.list(chain, LIMIT, row).map_err(refusal)?;
+            tools.list(chain, true, LIMIT, row).map_err(refusal)?;
         }
         Ok(list)
     }
@@ -278,7 +278,7 @@ impl Table {
             guarded.map_or(Vec::new(), |port| guards(&self.whitelist, self.tools.family, port));
         let law = Law { now, whitelist: &self.whitelist };
         let (mut clean, mut found) = (true, Vec::new());
-        let listed = self.tools.list(None, START_LIMIT, |_, row| {
+        let listed = self.tools.list(None, false, START_LIMIT, |_, row| {
             if let Some(owned) = row {
                 clean = self.mirror.adopt(&owned, &law) && clean;
                 let guard = matches!(owned.tag, Tag::Guard(_));
@@ -380,7 +380,7 @@ impl Table {
     /// Reads the kernel and makes it hold what the mirror says.
     fn repair(&mut self, batch: &Batch, now: u64, starting: bool) -> Result<(), Failure> {
         let mut listing = Listing::new();
-        self.tools.list(None, LIMIT, |chain, row| {
+        self.tools.list(None, true, LIMIT, |chain, row| {
             listing.entry(chain).or_default().push(row);
             true
         })?;
@@ -429,7 +429,7 @@ impl Table {
     /// Looks whether the kernel holds what the mirror says, and mends it.
     fn look(&mut self, now: Duration) -> Result<(), Failure> {
         let mut comparison = self.mirror.compare();
-        self.tools.list(None, LIMIT, |chain, row| comparison.row(chain, row))?;
+        self.tools.list(None, false, LIMIT, |chain, row| comparison.row(chain, row))?;
         if comparison.is_same() {
             return Ok(());
         }
