@@ -306,7 +306,7 @@ impl Mirror {
         let mut missing = missing.into_iter().peekable();
         let mut merged = Vec::new();
         for (at, slot) in slots.into_iter().enumerate() {
-            let older = if at == end { Some(0) } else { age(&slot) };
+            let older = if at == end { Some(i64::MIN) } else { age(&slot) };
             while let Some((rule, entry)) =
                 missing.next_if(|(_, m)| older.is_some_and(|a| m.age > a))
             {
@@ -601,6 +601,19 @@ mod tests {
             let mut again = mirror.compare();
             assert!(rows.iter().all(|row| again.row(Chain::Input, *row)) && again.is_same());
         }
+    }
+
+    /// Rules of an earlier run are older than any of this one.
+    #[test]
+    fn adopted_rules_come_back_in_front_of_what_others_have() {
+        let whitelist = Whitelist::parse("9.9.9.9").unwrap();
+        let law = Law { now: 1_000, whitelist: &whitelist };
+        let mut mirror = Mirror::default();
+        for row in listing(&["2.2.2.2 rfw", "1.1.1.1 rfw"]).remove(&Chain::Input).unwrap() {
+            assert!(mirror.adopt(&row.unwrap(), &law));
+        }
+        let repair = mirror.repair(listing(&["foreign", "foreign"]), &Batch::default(), &law);
+        assert_eq!(short(&repair.lines), ["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP"]);
     }
 
     /// What iptables does with a line.

@@ -98,8 +98,6 @@ struct Kernel {
     clock: Clock,
     log: Arc<Log>,
     next_look: Instant,
-    /// Why the last look failed: the log is told when that changes.
-    told: Option<Failure>,
 }
 
 /// The rules of one family.
@@ -111,6 +109,8 @@ struct Table {
     /// Whether nobody knows what the kernel holds, since a program was ended
     /// in the middle.
     stale: bool,
+    /// Why the last look failed: the log is told when that changes.
+    told: Option<Failure>,
 }
 
 impl Firewall {
@@ -127,7 +127,7 @@ impl Firewall {
         let tables = thread::scope(|scope| {
             let begin = |tools| {
                 let (mirror, whitelist, log) = (Mirror::default(), whitelist.clone(), log.clone());
-                let table = Table { tools, mirror, whitelist, log, stale: false };
+                let table = Table { tools, mirror, whitelist, log, stale: false, told: None };
                 let now = clock.now().as_secs();
                 scope.spawn(move || table.begin(guarded, now))
             };
@@ -136,7 +136,7 @@ impl Firewall {
             begun.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()
         })?;
         let tools = tables.iter().map(|table| table.tools.clone()).collect();
-        let kernel = Mutex::new(Kernel { tables, clock, log, next_look, told: None });
+        let kernel = Mutex::new(Kernel { tables, clock, log, next_look });
         Ok(Firewall { queue: Mutex::default(), kernel, tools })
     }
 
@@ -247,12 +247,12 @@ impl Kernel {
             return Ok(());
         }
         let looked = self.tables.iter_mut().try_for_each(|table| {
-            table.look(now).or_else(|failure| {
-                if self.told.replace(failure.clone()) != Some(failure.clone()) {
-                    self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
-                }
-                only_passing(failure)
-            })
+            let failure = table.look(now).err();
+            if let Some(failure) = failure.as_ref().filter(|_| failure != table.told) {
+                self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+            }
+            table.told = failure.clone();
+            failure.map_or(Ok(()), only_passing)
         });
         let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
         self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
