@@ -8,8 +8,8 @@
 //! ```
 
 use crate::http::auth::Credentials;
-use crate::rule::interval;
 use crate::rule::whitelist::LineError;
+use crate::rule::{interval, is_number};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -67,10 +67,8 @@ impl Config {
             Ok(Named { path: folder.join(value), line: entries.flag(key).unwrap_or(0) })
         };
         let port = |key: &str, default: u16| {
-            let port = |value: &str| {
-                let digits = value.bytes().all(|b| b.is_ascii_digit());
-                value.parse().ok().filter(|port| digits && *port > 0)
-            };
+            let port =
+                |value: &str| value.parse().ok().filter(|port| is_number(value) && *port > 0);
             entries.get(key, default, "a TCP port, 1 to 65535", port)
         };
         let what = "an address to listen on, such as 0.0.0.0 or ::";

@@ -36,6 +36,10 @@ impl Tag {
         if let Tag::Until(second) = self { Some(second) } else { None }
     }
 
+    pub fn is_guard(self) -> bool {
+        matches!(self, Tag::Guard(_))
+    }
+
     /// Reads a comment; `port` is the one that the rule names.
     fn parse(comment: &str, port: Option<u16>) -> Option<Tag> {
         match (comment.strip_prefix("rfw")?, port) {

@@ -110,7 +110,7 @@ impl Mirror {
     /// the kernel is the one that knows what was answered. `false` if the rule
     /// may not stay, or stands in front already.
     pub fn adopt(&mut self, owned: &Owned, law: &Law<'_>) -> bool {
-        let wrong = !matches!(owned.tag, Tag::Guard(_)) && law.objection(owned).is_some();
+        let wrong = !owned.tag.is_guard() && law.objection(owned).is_some();
         if wrong || self.rules.contains_key(&owned.rule) {
             return false;
         }
@@ -121,9 +121,8 @@ impl Mirror {
 
     /// Has these guard rules, front first, in front of all rules, and no others.
     pub fn guard(&mut self, guards: &[Owned]) {
-        let is_guard = |entry: &Entry| matches!(entry.tag, Tag::Guard(_));
-        let old: Vec<Rule> =
-            self.rules.iter().filter(|(_, e)| is_guard(e)).map(|(rule, _)| *rule).collect();
+        let old = self.rules.iter().filter(|(_, entry)| entry.tag.is_guard());
+        let old: Vec<Rule> = old.map(|(rule, _)| *rule).collect();
         old.into_iter().for_each(|rule| self.set(rule, None));
         guards.iter().rev().for_each(|guard| self.add(guard.rule, guard.tag));
     }
@@ -199,8 +198,7 @@ impl Mirror {
     /// Whether a newer rule decides otherwise about what this one is about.
     fn is_shadowed(&self, rule: &Rule, age: i64) -> bool {
         let otherwise = |other: &Rule| other.target != rule.target && other.overlaps(rule);
-        let guard = |entry: &Entry| matches!(entry.tag, Tag::Guard(_));
-        self.rules.iter().any(|(other, e)| e.age > age && otherwise(other) && !guard(e))
+        self.rules.iter().any(|(other, e)| e.age > age && otherwise(other) && !e.tag.is_guard())
     }
 
     pub fn undo(&mut self, batch: Batch) {

@@ -215,7 +215,7 @@ impl Firewall {
             let row = |chain, row: Option<Owned>| {
                 let place: &mut usize = places.entry(chain).or_default();
                 *place = place.saturating_add(1);
-                let listed = row.filter(|owned| !matches!(owned.tag, Tag::Guard(_)));
+                let listed = row.filter(|owned| !owned.tag.is_guard());
                 list.extend(listed.map(|owned| (*place, owned)));
                 true
             };
@@ -281,7 +281,7 @@ impl Table {
         let listed = self.tools.list(None, false, START_LIMIT, |_, row| {
             if let Some(owned) = row {
                 clean = self.mirror.adopt(&owned, &law) && clean;
-                let guard = matches!(owned.tag, Tag::Guard(_));
+                let guard = owned.tag.is_guard();
                 found.extend(guard.then_some(Owned::new(owned.rule, owned.tag)));
             }
             true

@@ -8,6 +8,7 @@
 //! ```
 
 use super::refusal::Refusal;
+use crate::rule::is_number;
 
 /// The longest request line in bytes, without its CRLF.
 pub const MAX_LINE: usize = 8 * 1024;
@@ -252,7 +253,7 @@ fn is_authority(text: &str) -> bool {
         Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
         None => !host.is_empty() && !host.contains(['[', ']', ':', '@']) && is_pchars(host, ""),
     };
-    host_ok && (matches!(port, "" | ":") || port.strip_prefix(':').is_some_and(is_digits))
+    host_ok && (matches!(port, "" | ":") || port.strip_prefix(':').is_some_and(is_number))
 }
 
 /// RFC 9112, 6.1 to 6.3: one way to tell the length, or none.
@@ -262,17 +263,13 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     match (&*codings, length) {
         ([], None) => Ok(Body::Length(0)),
         // More digits than a u64 holds are more bytes than anybody takes.
-        ([], Some(text)) if is_digits(text) => Ok(Body::Length(text.parse().unwrap_or(u64::MAX))),
+        ([], Some(text)) if is_number(text) => Ok(Body::Length(text.parse().unwrap_or(u64::MAX))),
         ([], Some(_)) => Err(bad("Content-Length must be digits.")),
         (_, Some(_)) => Err(bad("Content-Length and Transfer-Encoding exclude each other.")),
         _ if minor == 0 => Err(bad("HTTP/1.0 knows no Transfer-Encoding.")),
         ([coding], _) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
         _ => Err(Refusal::Http(501, "The only Transfer-Encoding here is chunked.")),
     }
-}
-
-fn is_digits(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// RFC 9110, 5.6.2.

@@ -10,7 +10,7 @@ pub fn parse(text: &str) -> Option<u64> {
         b'd' => (text.strip_suffix('d')?, 86_400),
         _ => (text, 1),
     };
-    let plain = (1..=9).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+    let plain = digits.len() <= 9 && super::is_number(digits);
     digits.parse::<u64>().ok().filter(|_| plain)?.checked_mul(unit)
 }
 

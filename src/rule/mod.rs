@@ -278,8 +278,9 @@ fn take_block(chain: Chain, rest: &mut Iter<'_, &str>) -> Result<Net, RuleError>
     if net.is_unspecified() { Err(wrong()) } else { Ok(net) }
 }
 
-fn is_number(segment: &str) -> bool {
-    !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit())
+/// Decimal digits, at least one, and nothing else.
+pub fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
 impl FromStr for Rule {
