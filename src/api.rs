@@ -1,11 +1,13 @@
 //! The REST API: a request to a command, and what became of it to JSON.
 
-use crate::firewall::Outcome;
-use crate::firewall::kernel::Owned;
+use crate::firewall::kernel::{Line, Owned};
+use crate::firewall::{Outcome, Tally, Verdict};
 use crate::http::json;
 use crate::http::refusal::Refusal;
-use crate::http::request::Request;
-use crate::rule::{Action, Chain, Change, Iface, Rule, RuleError, interval};
+use crate::http::request::{Body, Request};
+use crate::rule::interval::{self, LONGEST_IN_SET};
+use crate::rule::list::LeftOut;
+use crate::rule::{Action, Chain, Iface, Place, Rule, RuleError};
 
 /// What a client may ask for.
 #[derive(PartialEq, Eq, Debug)]
@@ -15,7 +17,9 @@ pub enum Command {
     /// The rules of one chain or of all.
     List(Option<Chain>),
     /// A rule more or less.
-    Change(Change),
+    Change(Rule, Action),
+    /// The rules of a place for each line of the body, more or less.
+    ChangeAll(Place, Action),
 }
 
 /// The parts of the grammar that rfw.conf sets.
@@ -25,6 +29,8 @@ pub struct Grammar {
     pub default_expire: u64,
     /// Whether GET may change rules.
     pub non_restful: bool,
+    /// Whether addresses go to sets, and so expire sooner.
+    pub sets: bool,
 }
 
 /// The query parameters that have a meaning.
@@ -50,7 +56,31 @@ impl Command {
                 let chain = Chain::parse(chain).ok_or(Refusal::NotFound)?;
                 query.only_get(request, Command::List(Some(chain)))
             }
-            _ => query.change(request, Rule::parse(&segments), grammar),
+            [_, _, _] if request.body != Body::Length(0) => {
+                let place = Place::parse(&segments);
+                let action = query.action(request, place.as_ref().err(), grammar)?;
+                let place = place.map_err(Refusal::Rule)?;
+                grammar.check(action, true).map(|()| Command::ChangeAll(place, action))
+            }
+            _ => {
+                let rule = Rule::parse(&segments);
+                let action = query.action(request, rule.as_ref().err(), grammar)?;
+                let rule = rule.map_err(Refusal::Rule)?;
+                let action_fits = grammar.check(action, rule.place().is_some());
+                action_fits.map(|()| Command::Change(rule, action))
+            }
+        }
+    }
+}
+
+impl Grammar {
+    /// Whether the expiry is one that sets take, where the address goes to a set.
+    fn check(self, action: Action, to_set: bool) -> Result<(), Refusal> {
+        match action {
+            Action::Put(seconds) if self.sets && to_set && seconds > LONGEST_IN_SET.into() => {
+                Err(Refusal::LongExpire)
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -90,13 +120,14 @@ impl Query {
         }
     }
 
-    fn change(
+    /// What is to be done about the rules of a path, in which this is wrong.
+    fn action(
         self,
         request: &Request,
-        rule: Result<Rule, RuleError>,
+        wrong: Option<&RuleError>,
         grammar: Grammar,
-    ) -> Result<Command, Refusal> {
-        if rule == Err(RuleError::Unknown) {
+    ) -> Result<Action, Refusal> {
+        if wrong == Some(&RuleError::Unknown) {
             return Err(Refusal::NotFound);
         }
         let put = match (request.method.as_str(), self.modify.as_deref()) {
@@ -113,16 +144,17 @@ impl Query {
             _ if grammar.non_restful => return Err(Refusal::Method("GET, PUT, DELETE")),
             _ => return Err(Refusal::Method("PUT, DELETE")),
         };
-        let rule = rule.map_err(Refusal::Rule)?;
-        let action = match (put, self.expire) {
-            (true, None) => Action::Put(grammar.default_expire),
-            (true, Some(text)) => Action::Put(interval::parse(&text).ok_or(Refusal::Expire(text))?),
-            (false, None) => Action::Delete,
+        match (put, self.expire) {
+            (true, None) => Ok(Action::Put(grammar.default_expire)),
+            (true, Some(text)) => match interval::parse(&text) {
+                Some(seconds) => Ok(Action::Put(seconds)),
+                None => Err(Refusal::Expire(text)),
+            },
+            (false, None) => Ok(Action::Delete),
             (false, Some(_)) => {
-                return Err(Refusal::Query("The parameter 'expire' goes with PUT only.".into()));
+                Err(Refusal::Query("The parameter 'expire' goes with PUT only.".into()))
             }
-        };
-        Ok(Command::Change(Change { rule, action }))
+        }
     }
 }
 
@@ -160,11 +192,11 @@ pub fn modifies(request: &Request) -> bool {
     request.query.as_deref().is_some_and(|query| query.contains("modify="))
 }
 
-/// The answer to a change.
-pub fn outcome_json(Outcome { verdict, rule, expires }: &Outcome) -> String {
+/// The answer to a change of one rule.
+pub fn outcome_json(rule: &Rule, Outcome { tally, expires }: &Outcome) -> String {
     format!(
         "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{}}}\n",
-        verdict.name(),
+        tally.single().map_or("", Verdict::name),
         rule.chain().name(),
         rule.target.name(),
         ends_json(rule),
@@ -172,16 +204,36 @@ pub fn outcome_json(Outcome { verdict, rule, expires }: &Outcome) -> String {
     )
 }
 
+/// The answer to a change of many.
+pub fn tally_json(action: Action, tally: &Tally, left_out: &LeftOut) -> String {
+    let counts: String = tally_of(action, tally, |name, count| format!("\"{name}\":{count},"));
+    let lines: Vec<String> = left_out.lines.iter().map(|line| json::string(line)).collect();
+    format!(
+        "{{\"result\":\"applied\",{counts}\"whitelisted_count\":{},\"whitelisted\":[{}]}}\n",
+        left_out.count,
+        lines.join(",")
+    )
+}
+
+/// The verdicts that an action may meet, with their counts, each in some form.
+pub fn tally_of(action: Action, tally: &Tally, form: impl Fn(&str, usize) -> String) -> String {
+    let verdicts: &[Verdict] = match action {
+        Action::Put(_) => &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists],
+        Action::Delete => &[Verdict::Deleted, Verdict::Absent],
+    };
+    verdicts.iter().map(|verdict| form(verdict.name(), tally.of(*verdict))).collect()
+}
+
 /// One element of the list; `place` is the rule's number in its chain.
 pub fn listed_json(place: usize, owned: &Owned) -> String {
-    let Owned { rule, tag, counters: (packets, bytes) } = owned;
+    let Owned { line: Line { rule, .. }, expires, counters: (packets, bytes) } = owned;
     format!(
         "{{\"chain\":\"{}\",\"num\":\"{place}\",\"pkts\":\"{packets}\",\"bytes\":\"{bytes}\",\
          \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{}}}",
         rule.chain().name(),
         rule.target.name(),
         ends_json(rule),
-        json::number(tag.expires())
+        json::number(*expires)
     )
 }
 
@@ -203,17 +255,23 @@ fn ends_json(rule: &Rule) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::net::{Family, Net};
 
     /// What a request line comes to; `!` stands for non.restful.
     fn read(line: &str) -> String {
         let (non_restful, line) = (line.starts_with('!'), line.trim_start_matches('!'));
-        let head = format!("{line} HTTP/1.1\r\nHost: h\r\n\r\n");
+        // A body, where the line ends in +
+        let (line, length) = line.strip_suffix('+').map_or((line, 0), |line| (line, 9));
+        let head = format!("{line} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
         let request = Request::parse(head.as_bytes()).unwrap();
-        let grammar = Grammar { default_expire: 7, non_restful };
+        let grammar = Grammar { default_expire: 7, non_restful, sets: true };
         match Command::parse(&request, grammar) {
             Ok(Command::Help) => "help".into(),
             Ok(Command::List(chain)) => format!("list {}", chain.map_or("all", Chain::name)),
-            Ok(Command::Change(Change { rule, action })) => format!("{action:?} {rule}"),
+            Ok(Command::Change(rule, action)) => format!("{action:?} {rule}"),
+            Ok(Command::ChangeAll(place, action)) => {
+                format!("{action:?} {} …", place.rule(Net::any(Family::V4)))
+            }
             Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
         }
     }
@@ -237,6 +295,14 @@ mod tests {
             ("PUT /dro%70/input/%65th0/1.2.3.4", "Put(7) /drop/input/eth0/1.2.3.4"),
             ("DELETE /drop/input/ppp/1::%3A5", "400 bad_address"),
             ("DELETE /drop/input/ppp/1%3A:5/64", "Delete /drop/input/ppp+/1::/64"),
+            ("PUT /drop/input/eth0+", "Put(7) /drop/input/eth0/0.0.0.0 …"),
+            ("PUT /drop/output/ppp/?expire=100+", "Put(100) /drop/output/ppp+/0.0.0.0 …"),
+            ("DELETE /accept/forward/any+", "Delete /accept/forward/any/0.0.0.0 …"),
+            ("PUT /drop/input/any/1.2.3.4?expire=100", "Put(100) /drop/input/any/1.2.3.4"),
+            (
+                "PUT /drop/forward/any/1.2.3.4/any/5.6.7.8?expire=25d",
+                "Put(2160000) /drop/forward/any/1.2.3.4/any/5.6.7.8",
+            ),
             ("!GET /drop/input/any/1.2.3.4?modify=insert", "Put(7) /drop/input/any/1.2.3.4"),
             ("!GET /drop/input/any/1.2.3.4?modify=delete", "Delete /drop/input/any/1.2.3.4"),
             (
@@ -264,6 +330,11 @@ mod tests {
             ("PUT /drop", "400 bad_path"),
             ("PUT /drop/nat/any/1.2.3.4", "404 not_found"),
             ("PUT /drop/input/any", "400 bad_path"),
+            ("PUT /drop/nat/any+", "404 not_found"),
+            ("PUT /drop/input/-+", "400 bad_interface"),
+            ("POST /drop/input/any+", "405 method_not_allowed"),
+            ("PUT /drop/input/any?expire=25d+", "400 bad_expire"),
+            ("PUT /drop/input/any/1.2.3.4?expire=25d", "400 bad_expire"),
             ("PUT /drop/input/any/1.2.3.4%2F24", "400 bad_address"),
             ("PUT /drop/input/any/1.2.3.4%ff", "400 bad_path"),
             ("PUT /drop/input/any/1.2.3.4%2524", "400 bad_address"),

@@ -8,8 +8,9 @@
 //! ```
 
 use crate::http::auth::Credentials;
+use crate::rule::interval::{self, LONGEST_IN_SET};
+use crate::rule::is_number;
 use crate::rule::whitelist::LineError;
-use crate::rule::{interval, is_number};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ const FLAGS: &str = "outward.server outward.server.tls12 local.server \
                      local.server.authentication non.restful";
 const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
                         outward.server.keyfile local.server.port auth.username auth.password \
-                        default.expire whitelist.file iptables.path ip6tables.path";
+                        default.expire whitelist.file iptables.path ip6tables.path \
+                        ipset.path ipset.maxelem";
 
 /// The HTTPS server for remote clients.
 pub struct Outward {
@@ -46,6 +48,9 @@ pub struct Config {
     pub whitelist: Named,
     pub iptables: Named,
     pub ip6tables: Named,
+    /// Whether sets are used, and how many entries one may have.
+    pub ipset: Option<Named>,
+    pub maxelem: usize,
 }
 
 /// A path, and the line that names it; 0 is none.
@@ -97,16 +102,34 @@ impl Config {
             let line = entries.flag("local.server").unwrap_or(0);
             return error(line, format!("both servers are on port {local_port}"));
         }
+        let count =
+            |value: &str| value.parse().ok().filter(|count: &u32| is_number(value) && *count > 0);
+        let maxelem =
+            entries.get("ipset.maxelem", 1_048_576, "how many, 1 to 4294967295", count)?;
+        let ipset = entries.flag("ipset.path").map(|line| {
+            let path = entries.get("ipset.path", PathBuf::new(), ABSOLUTE, absolute)?;
+            Ok(Named { path, line })
+        });
         let interval = "an interval: up to 9 digits and s, m, h or d, as in 10m; 0 is for ever";
         let default_iptables = PathBuf::from("/sbin/iptables");
         let iptables = entries.get("iptables.path", default_iptables, ABSOLUTE, absolute)?;
         let ip6tables = beside(&iptables);
+        let default_expire = entries.get("default.expire", 0, interval, interval::parse)?;
+        if ipset.is_some() && default_expire > u64::from(LONGEST_IN_SET) {
+            let line = entries.flag("default.expire").unwrap_or(0);
+            return error(
+                line,
+                format!("with ipset.path, default.expire is {LONGEST_IN_SET} s at most"),
+            );
+        }
         Ok(Config {
             credentials: entries.credentials(&local)?,
             outward,
             local,
             non_restful: entries.flag("non.restful").is_some(),
-            default_expire: entries.get("default.expire", 0, interval, interval::parse)?,
+            default_expire,
+            ipset: ipset.transpose()?,
+            maxelem: usize::try_from(maxelem).unwrap_or(usize::MAX),
             whitelist: named("whitelist.file", 0)?,
             ip6tables: Named {
                 path: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,

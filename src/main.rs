@@ -4,6 +4,7 @@ use rfw::api::Grammar;
 use rfw::config::{Config, Named, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::exec::Presence;
+use rfw::firewall::ipset::Ipset;
 use rfw::firewall::kernel::{Tools, restore_beside};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
@@ -130,9 +131,12 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
             Some(acceptor?)
         }
     };
-    check_programs(&config.iptables.path).map_err(blame(&config.iptables))?;
+    check_tables(&config.iptables.path).map_err(blame(&config.iptables))?;
     if config.ip6tables.line > 0 {
-        check_programs(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
+        check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
+    }
+    if let Some(ipset) = &config.ipset {
+        check_program(&ipset.path).map_err(blame(ipset))?;
     }
     Ok((config, whitelist, acceptor))
 }
@@ -148,16 +152,21 @@ fn run(options: &Options) -> Result<Infallible, String> {
     });
     let presence = Arc::new(presence?);
     let mut tools = vec![Tools::new(Family::V4, config.iptables.path.clone(), presence.clone())];
-    match check_programs(&config.ip6tables.path) {
+    let ipset = config
+        .ipset
+        .as_ref()
+        .map(|Named { path, .. }| Ipset::new(path.clone(), config.maxelem, presence.clone()));
+    match check_tables(&config.ip6tables.path) {
         Ok(()) => tools.push(Tools::new(Family::V6, config.ip6tables.path.clone(), presence)),
         Err(why) => log.warning(format_args!("IPv6 rules are not taken: {why}")),
     }
     let doors = Door::open(&config, acceptor)?;
-    let firewall = Firewall::start(tools, guarded, whitelist.clone(), log.clone())?;
+    let sets = ipset.is_some();
+    let firewall = Firewall::start(tools, ipset, guarded, whitelist.clone(), log.clone())?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
-    let grammar = Grammar { default_expire, non_restful };
+    let grammar = Grammar { default_expire, non_restful, sets };
     let lists = Arc::new(());
     let server = Server { firewall, whitelist, log, grammar, credentials, lists, addresses };
     let server = Arc::new(server);
@@ -195,17 +204,19 @@ fn read_text(file: &Path) -> Result<String, String> {
     String::from_utf8(read_trusted(file)?).map_err(|_| format!("{}: not UTF-8", file.display()))
 }
 
-/// Looks whether the files are programs; the start shows whether they work.
-fn check_programs(iptables: &Path) -> Result<(), String> {
-    for program in [iptables, &restore_beside(iptables)] {
-        let name = program.display();
-        let data = fs::metadata(program)
-            .map_err(|error| format!("{name}: {error}; install iptables, or set its path"))?;
-        if !data.is_file() || data.mode() & 0o111 == 0 {
-            return Err(format!("{name} is no program; set its path"));
-        }
+fn check_tables(iptables: &Path) -> Result<(), String> {
+    check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
+}
+
+/// Looks whether a file is a program; the start shows whether it works.
+fn check_program(program: &Path) -> Result<(), String> {
+    let name = program.display();
+    let data = fs::metadata(program)
+        .map_err(|error| format!("{name}: {error}; install it, or set its path"))?;
+    match data.is_file() && data.mode() & 0o111 != 0 {
+        true => Ok(()),
+        false => Err(format!("{name} is no program; set its path")),
     }
-    Ok(())
 }
 
 /// A log file that cannot be opened does not stop the firewall.

@@ -2,14 +2,17 @@
 
 use crate::api::{self, Command, Grammar};
 use crate::config::{Config, Local};
-use crate::firewall::Firewall;
-use crate::http::auth::{self, Credentials};
+use crate::firewall::kernel::Owned;
+use crate::firewall::{Firewall, Verdict};
+use crate::http::auth::{self, Client, Credentials};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::http::response::Reply;
 use crate::http::stream::Stream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
+use crate::rule::Chain;
+use crate::rule::list::{List, TooMany};
 use crate::rule::whitelist::Whitelist;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
@@ -25,7 +28,7 @@ const MAX_CONNECTIONS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.
 const STACK: usize = 256 * 1024;
 
-/// Lists that are read and sent at a time: each sits in memory until it is sent.
+/// Lists that are received or sent at a time: they sit in memory meanwhile.
 const MAX_LISTS: usize = 4;
 /// How much of a request line goes into the log.
 const MAX_LOGGED: usize = 300;
@@ -153,7 +156,7 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr) {
             Ok(request) => carry_out(server, door, peer, request, &mut reply, &mut who),
             Err(refusal) => Err(refusal.clone()),
         };
-        let result = result.map_or_else(|refusal| reply.refuse(&refusal), String::from);
+        let result = result.unwrap_or_else(|refusal| reply.refuse(&refusal));
         let keep = reply.keep;
         record(server, request.ok(), &who, &result, started.elapsed());
         if !keep {
@@ -170,44 +173,70 @@ fn carry_out(
     request: &Request,
     reply: &mut Reply<'_>,
     who: &mut String,
-) -> Result<&'static str, Refusal> {
+) -> Result<String, Refusal> {
     door.check_host(request)?;
     let credentials = server.credentials.as_ref().filter(|_| door.authentication);
     let client = auth::admit(peer, request.authorization.as_deref(), credentials)?;
     *who = client.to_string();
-    if request.body != Body::Length(0) {
+    let command = Command::parse(request, server.grammar)?;
+    if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
         return Err(NO_BODY);
     }
-    match Command::parse(request, server.grammar)? {
+    let place = server.lists.clone();
+    let crowded = Arc::strong_count(&place) > MAX_LISTS.saturating_add(1);
+    if crowded && matches!(command, Command::ChangeAll(..) | Command::List(_)) {
+        return Err(Refusal::Busy("Too many lists are on their way.".into()));
+    }
+    match command {
         Command::Help => {
             reply.push(&api::help(&server.addresses, server.grammar));
             reply.end("text/plain; charset=utf-8");
-            Ok("helped")
+            Ok("helped".into())
         }
-        Command::List(chain) => {
-            let place = server.lists.clone();
-            if Arc::strong_count(&place) > MAX_LISTS.saturating_add(1) {
-                return Err(Refusal::Busy("Too many lists are being sent.".into()));
-            }
-            let list = server.firewall.list(&client, chain)?;
-            for (n, (place, owned)) in list.iter().enumerate() {
-                let before = if n == 0 { "[" } else { ",\n" };
-                if !(reply.push(before) && reply.push(&api::listed_json(*place, owned))) {
-                    break;
-                }
-            }
-            reply.push(if list.is_empty() { "[]\n" } else { "]\n" });
-            reply.end("application/json");
-            Ok("listed")
-        }
-        Command::Change(change) => {
-            let change = server.whitelist.permit(change).map_err(Refusal::Whitelisted)?;
+        Command::List(chain) => send_list(server, &client, chain, reply),
+        Command::Change(rule, action) => {
+            let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
             let outcome = server.firewall.apply(&client, change)?;
-            reply.push(&api::outcome_json(&outcome));
+            reply.push(&api::outcome_json(&rule, &outcome));
             reply.end("application/json");
-            Ok(outcome.verdict.name())
+            Ok(outcome.tally.single().map_or("", Verdict::name).into())
+        }
+        Command::ChangeAll(place, action) => {
+            let mut list = List::new(&server.whitelist);
+            reply.receive(request, |bytes| list.push(bytes).map_err(|TooMany| Refusal::TooMany))?;
+            let sifted = list.finish(place, action).map_err(|TooMany| Refusal::TooMany)?;
+            let (change, left_out) = sifted.map_err(Refusal::List)?;
+            let tally = server.firewall.apply(&client, change)?.tally;
+            reply.push(&api::tally_json(action, &tally, &left_out));
+            reply.end("application/json");
+            let counts = api::tally_of(action, &tally, |name, count| format!("{count} {name}, "));
+            Ok(format!("applied: {counts}{} whitelisted", left_out.count))
         }
     }
+}
+
+fn send_list(
+    server: &Server,
+    client: &Client,
+    chain: Option<Chain>,
+    reply: &mut Reply<'_>,
+) -> Result<String, Refusal> {
+    let mut before = "[";
+    let mut push = |place: usize, owned: &Owned| {
+        let go_on = reply.push(before) && reply.push(&api::listed_json(place, owned));
+        before = ",\n";
+        go_on
+    };
+    for (place, owned) in server.firewall.list(client, chain)? {
+        match owned.line.place() {
+            None if push(place, &owned) => {}
+            None => break,
+            Some(_) => server.firewall.entries(&owned.line, |entry| push(place, entry))?,
+        }
+    }
+    reply.push(if before == "[" { "[]\n" } else { "]\n" });
+    reply.end("application/json");
+    Ok("listed".into())
 }
 
 /// One line for every change, made or refused, and for wrong credentials; other

@@ -4,8 +4,9 @@
 //! goes in and out passes through socket pairs, because those, unlike pipes,
 //! can be waited for with a time limit.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
@@ -18,6 +19,8 @@ use std::time::{Duration, Instant};
 const MAX_WORDS: u64 = 4 * 1024;
 /// The longest line of a listing; a longer one is no line of ours.
 const MAX_LINE: u64 = 64 * 1024;
+/// How much of a program's input is sent at a time.
+const PIECE: usize = 16 * 1024;
 /// How often a silent child is looked after: it may be gone and have left its
 /// end of a socket to a child of its own.
 const LOOK: Duration = Duration::from_millis(50);
@@ -33,11 +36,22 @@ pub enum Failure {
     Passing(String),
     /// It said no, in these words.
     Refused(String),
+    /// A set has no room for so many addresses more.
+    Full,
 }
 
 impl Failure {
     pub fn is_passing(&self) -> bool {
         matches!(self, Failure::Passing(_))
+    }
+
+    /// With more words.
+    pub fn and(self, words: &str) -> Failure {
+        match self {
+            Failure::Passing(sentence) => Failure::Passing(sentence + words),
+            Failure::Refused(sentence) => Failure::Refused(sentence + words),
+            Failure::Full => Failure::Full,
+        }
     }
 }
 
@@ -45,6 +59,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Passing(sentence) | Failure::Refused(sentence) => f.write_str(sentence),
+            Failure::Full => f.write_str("the set is full"),
         }
     }
 }
@@ -72,22 +87,45 @@ impl Presence {
     }
 }
 
-/// Runs a program on an input, to its end.
+/// Runs a program, to its end, on what `input` writes.
 pub fn run(
     presence: &Presence,
     program: &Path,
     args: &[&str],
-    input: &str,
     limit: Duration,
+    input: impl FnOnce(&mut Feed<'_>) -> io::Result<()>,
 ) -> Result<(), Failure> {
     let held = presence.0.try_clone().map_err(|error| cannot_start(program, &error))?;
-    let (mut ours, theirs) = pair(program)?;
+    let (ours, theirs) = pair(program)?;
     let (stdin, stdout) = (Stdio::from(theirs), Stdio::from(OwnedFd::from(held)));
     let running = Running::start(program, args, stdin, stdout, limit)?;
     // A program that does not read to the end says why on its standard error.
-    let _ = ours.set_write_timeout(Some(limit)).and_then(|()| ours.write_all(input.as_bytes()));
+    let _ = ours.set_write_timeout(Some(limit)).and_then(|()| {
+        let mut feed = Feed { socket: &ours, pending: String::new() };
+        input(&mut feed).and_then(|()| feed.flush())
+    });
     drop(ours);
     running.finish()
+}
+
+/// The input of a program, line by line. It is sent in pieces that end with a
+/// line, each so small that a socket takes it whole or not at all: where rfw is
+/// killed, a program never gets half a line.
+pub struct Feed<'a> {
+    socket: &'a UnixStream,
+    pending: String,
+}
+
+impl Feed<'_> {
+    pub fn line(&mut self, line: impl fmt::Display) -> io::Result<()> {
+        // A String takes everything.
+        let _ = writeln!(self.pending, "{line}");
+        if self.pending.len() > PIECE { self.flush() } else { Ok(()) }
+    }
+
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.socket.write_all(mem::take(&mut self.pending).as_bytes())
+    }
 }
 
 /// Runs a program and hands on each line of its output, until one is answered
@@ -252,7 +290,7 @@ mod tests {
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), Failure> {
         let limit = Duration::from_millis(limit);
-        run(&presence(), Path::new("/bin/sh"), &["-c", script], input, limit)
+        run(&presence(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| stdin.line(input))
     }
 
     #[test]
@@ -275,7 +313,7 @@ mod tests {
             ("kill -9 $$", passing("was ended by a signal (signal: 9 (SIGKILL))")),
         ];
         for (script, end) in table {
-            assert_eq!(sh(script, "hello\n", 2_000), end, "{script}");
+            assert_eq!(sh(script, "hello", 2_000), end, "{script}");
         }
     }
 
@@ -292,7 +330,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_started() {
-        let failure = run(&presence(), Path::new("/no/such"), &[], "", LOOK).unwrap_err();
+        let failure = run(&presence(), Path::new("/no/such"), &[], LOOK, |_| Ok(())).unwrap_err();
         assert!(failure.is_passing() && failure.to_string().contains("/no/such"), "{failure}");
     }
 

@@ -1,12 +1,14 @@
 //! What rfw owns, as the kernel's tools write and read it, and those tools.
 //!
-//! Every rule of rfw's carries a comment, its [`Tag`]; a rule without one, or
-//! of a shape that rfw does not make, is somebody else's and stays untouched.
+//! Every rule of rfw's carries a comment: `rfw`, `rfw:UNIXSECONDS` where it
+//! expires, `rfw:guard` for rfw's own port. A rule without one, or of a shape that
+//! rfw does not make, is somebody else's and stays untouched.
 
 use super::exec::{self, Failure, Presence};
+use super::ipset::set_name;
 use crate::rule::net::{Family, Net};
-use crate::rule::{Chain, Iface, Rule, Scope, Target};
-use std::fmt;
+use crate::rule::{Chain, End, Iface, Place, Rule, Scope, Target, is_number};
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,47 +21,51 @@ pub const START_LIMIT: Duration = Duration::from_secs(60);
 /// Seconds that the tools wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
 
-/// Whose a rule is and until when, kept in its comment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Tag {
-    /// `rfw`
-    Permanent,
-    /// `rfw:UNIXSECONDS`
-    Until(u64),
-    /// `rfw:guard`, for this TCP port of rfw's own.
+/// What else is in one of rfw's rules.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    Plain,
+    /// Only this TCP port, rfw's own.
     Guard(u16),
+    /// Only the addresses of its place's set. The rule is for any address.
+    Set(End),
 }
 
-impl Tag {
-    /// When the rule expires.
-    pub fn expires(self) -> Option<u64> {
-        if let Tag::Until(second) = self { Some(second) } else { None }
+/// A rule as the kernel knows it, whenever it expires.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Line {
+    pub rule: Rule,
+    pub kind: Kind,
+}
+
+impl Line {
+    pub fn plain(rule: Rule) -> Line {
+        Line { rule, kind: Kind::Plain }
     }
 
-    pub fn is_guard(self) -> bool {
-        matches!(self, Tag::Guard(_))
+    /// The rule for the set of a place.
+    pub fn set(place: Place, family: Family) -> Line {
+        Line { rule: place.rule(Net::any(family)), kind: Kind::Set(place.end) }
     }
 
-    /// Reads a comment; `port` is the one that the rule names.
-    fn parse(comment: &str, port: Option<u16>) -> Option<Tag> {
-        match (comment.strip_prefix("rfw")?, port) {
-            ("", None) => Some(Tag::Permanent),
-            (":guard", Some(port)) => Some(Tag::Guard(port)),
-            (second, None) => {
-                let tag = Tag::Until(second.strip_prefix(':')?.parse().ok()?);
-                Some(tag).filter(|tag| tag.to_string() == comment)
-            }
-            _ => None,
-        }
+    /// The place of a set's rule.
+    pub fn place(&self) -> Option<Place> {
+        let Kind::Set(end) = self.kind else { return None };
+        let (inp, out) = self.rule.ifaces();
+        Some(Place { target: self.rule.target, chain: self.rule.chain(), inp, out, end })
+    }
+
+    pub fn is_guard(&self) -> bool {
+        matches!(self.kind, Kind::Guard(_))
     }
 }
 
-impl fmt::Display for Tag {
+/// For the log: a path, or the name of a set.
+impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Tag::Permanent => f.write_str("rfw"),
-            Tag::Until(second) => write!(f, "rfw:{second}"),
-            Tag::Guard(_) => f.write_str("rfw:guard"),
+        match self.place() {
+            Some(place) => f.write_str(&set_name(&place, self.rule.family())),
+            None => self.rule.fmt(f),
         }
     }
 }
@@ -67,58 +73,73 @@ impl fmt::Display for Tag {
 /// A rule as it stands in the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Owned {
-    pub rule: Rule,
-    pub tag: Tag,
+    pub line: Line,
+    /// Unix seconds, kept in the comment; only plain rules expire.
+    pub expires: Option<u64>,
     /// Packets and bytes that it has met.
     pub counters: (u64, u64),
 }
 
 impl Owned {
     /// A rule that has met no packet yet.
-    pub fn new(rule: Rule, tag: Tag) -> Owned {
-        Owned { rule, tag, counters: (0, 0) }
+    pub fn new(line: Line, expires: Option<u64>) -> Owned {
+        Owned { line, expires, counters: (0, 0) }
     }
 
     pub fn delete_line(&self) -> String {
-        format!("-D {} {}", self.rule.chain().name(), self.spec())
+        let mut line = String::from("-D ");
+        self.write(&mut line, 1);
+        line
     }
 
     /// Inserts it as the chain's rule number `place`; 1 is the front.
     pub fn insert_line(&self, place: usize) -> String {
-        let place = if place == 1 { String::new() } else { format!(" {place}") };
-        let counters = match self.counters {
-            (0, 0) => String::new(),
-            (packets, bytes) => format!(" -c {packets} {bytes}"),
-        };
-        format!("-I {}{place} {}{counters}", self.rule.chain().name(), self.spec())
+        let mut line = String::from("-I ");
+        self.write(&mut line, place);
+        if self.counters != (0, 0) {
+            let _ = write!(line, " -c {} {}", self.counters.0, self.counters.1);
+        }
+        line
     }
 
-    /// What follows the chain. No word of it holds a space or a quote: names,
+    /// What follows `-D` or `-I`. No word of it holds a space or a quote: names,
     /// numbers and addresses alone can get here.
-    fn spec(&self) -> String {
-        let ((inp, out), (source, destination)) = (self.rule.ifaces(), self.rule.ends());
-        let iface = |option, iface| match iface {
-            Iface::ANY => String::new(),
-            _ => format!("{option} {iface} "),
+    fn write(&self, to: &mut String, place: usize) {
+        let Line { rule, kind } = self.line;
+        to.push_str(rule.chain().name());
+        if place > 1 {
+            let _ = write!(to, " {place}");
+        }
+        let ((inp, out), (source, destination)) = (rule.ifaces(), rule.ends());
+        for (option, iface) in [("-i", inp), ("-o", out)] {
+            if iface != Iface::ANY {
+                let _ = write!(to, " {option} {iface}");
+            }
+        }
+        for (option, net) in [("-s", source), ("-d", destination)] {
+            if !net.is_any() {
+                let _ = write!(to, " {option} {net}");
+            }
+        }
+        let _ = match (kind, self.line.place()) {
+            (Kind::Guard(port), _) => {
+                let option = if rule.chain() == Chain::Output { "--sport" } else { "--dport" };
+                write!(to, " -p tcp -m tcp {option} {port}")
+            }
+            (Kind::Set(end), Some(place)) => {
+                let end = if end == End::Source { "src" } else { "dst" };
+                write!(to, " -m set --match-set {} {end}", set_name(&place, rule.family()))
+            }
+            _ => Ok(()),
         };
-        let net = |option, net: Net| match net.is_any() {
-            true => String::new(),
-            false => format!("{option} {net} "),
+        to.push_str(" -m comment --comment rfw");
+        let _ = match (kind, self.expires) {
+            (Kind::Guard(_), _) => write!(to, ":guard"),
+            (_, Some(second)) => write!(to, ":{second}"),
+            _ => Ok(()),
         };
-        let port = match (self.tag, self.rule.chain()) {
-            (Tag::Guard(port), Chain::Output) => format!("-p tcp -m tcp --sport {port} "),
-            (Tag::Guard(port), _) => format!("-p tcp -m tcp --dport {port} "),
-            _ => String::new(),
-        };
-        format!(
-            "{}{}{}{}{port}-m comment --comment {} -j {}",
-            iface("-i", inp),
-            iface("-o", out),
-            net("-s", source),
-            net("-d", destination),
-            self.tag,
-            self.rule.target.name()
-        )
+        to.push_str(" -j ");
+        to.push_str(rule.target.name());
     }
 }
 
@@ -138,12 +159,13 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Row)> {
 fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
     let mut words = spec.split(' ');
     let (mut options, mut matches) = (Vec::new(), Vec::new());
-    let mut counters = (0, 0);
+    let (mut counters, mut set) = ((0, 0), None);
     while let Some(option) = words.next() {
         let value = words.next()?;
         match (option, value) {
             ("-c", packets) => counters = (packets.parse().ok()?, words.next()?.parse().ok()?),
             ("-m", name) => matches.push(name),
+            ("--match-set", name) => set = Some((name, words.next()?)),
             ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
             _ => options.push((option, value)),
         }
@@ -152,18 +174,32 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
         let at = options.iter().position(|(option, _)| *option == name)?;
         Some(options.swap_remove(at).1)
     };
-    let port = match (take("-p"), chain) {
-        (None, _) => None,
-        (Some("tcp"), Chain::Input) => Some(take("--dport")?.parse().ok()?),
-        (Some("tcp"), Chain::Output) => Some(take("--sport")?.parse().ok()?),
+    let port = match chain {
+        Chain::Output => take("--sport"),
+        _ => take("--dport"),
+    };
+    let comment = take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
+    let (kind, expires) = match (comment, take("-p"), port, set) {
+        ("", None, None, None) => (Kind::Plain, None),
+        ("", None, None, Some((_, "src"))) => (Kind::Set(End::Source), None),
+        ("", None, None, Some((_, "dst"))) => (Kind::Set(End::Destination), None),
+        (":guard", Some("tcp"), Some(port), None) => (Kind::Guard(port.parse().ok()?), None),
+        (second, None, None, None) => {
+            let second = second.strip_prefix(':').filter(|second| is_number(second))?;
+            let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
+            (Kind::Plain, Some(expires))
+        }
         _ => return None,
     };
     // In another order our own line would not find the rule again.
-    let expected: &[&str] = if port.is_some() { &["tcp", "comment"] } else { &["comment"] };
+    let expected: &[&str] = match kind {
+        Kind::Plain => &["comment"],
+        Kind::Guard(_) => &["tcp", "comment"],
+        Kind::Set(_) => &["set", "comment"],
+    };
     if matches != expected {
         return None;
     }
-    let tag = Tag::parse(take("--comment")?.trim_matches('"'), port)?;
     let target = take("-j")?;
     let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
     let same = |name: &str| {
@@ -179,9 +215,23 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
         (Chain::Output, (Iface::ANY, true), _) => Scope::Output { iface: out, destination },
         _ => return None,
     };
-    let rule = Rule { target, scope };
-    let ours = options.is_empty() && (port.is_some() || rule.is_wellformed());
-    ours.then_some(Owned { rule, tag, counters })
+    let line = Line { rule: Rule { target, scope }, kind };
+    let ours = match (kind, set) {
+        (Kind::Plain, _) => line.rule.is_wellformed(),
+        (Kind::Guard(_), _) => true,
+        // The name says all that the rule says.
+        (Kind::Set(end), set) => {
+            let ends = [(Chain::Input, End::Destination), (Chain::Output, End::Source)];
+            let named = set.is_some_and(|(name, _)| name == line.to_string());
+            named && !ends.contains(&(chain, end)) && line.rule.addresses().next().is_none()
+        }
+    };
+    (ours && options.is_empty()).then_some(Owned { line, expires, counters })
+}
+
+/// How long a batch of so many lines may take.
+pub fn limit_of(lines: usize) -> Duration {
+    LIMIT.saturating_add(PER_LINE.saturating_mul(u32::try_from(lines).unwrap_or(u32::MAX)))
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` beside it.
@@ -190,7 +240,7 @@ pub struct Tools {
     pub family: Family,
     iptables: PathBuf,
     restore: PathBuf,
-    presence: Arc<Presence>,
+    pub presence: Arc<Presence>,
 }
 
 /// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` beside it.
@@ -211,16 +261,17 @@ impl Tools {
     pub fn commit(&self, lines: &[String]) -> Result<(), Failure> {
         if let [line] = lines {
             let args: Vec<&str> = ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-            return exec::run(&self.presence, &self.iptables, &args, "", LIMIT);
+            return exec::run(&self.presence, &self.iptables, &args, LIMIT, |_| Ok(()));
         }
         if lines.is_empty() {
             return Ok(());
         }
-        let input = format!("*filter\n{}\nCOMMIT\n", lines.join("\n"));
-        let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
-        let limit = LIMIT.saturating_add(PER_LINE.saturating_mul(count));
         let args = ["--noflush", "-w", LOCK_WAIT];
-        exec::run(&self.presence, &self.restore, &args, &input, limit)
+        exec::run(&self.presence, &self.restore, &args, limit_of(lines.len()), |input| {
+            input.line("*filter")?;
+            lines.iter().try_for_each(|line| input.line(line))?;
+            input.line("COMMIT")
+        })
     }
 
     /// Reads every rule of the built-in chains, or of one, until `each` says
@@ -252,7 +303,13 @@ mod tests {
         match parse_row(line, family) {
             None => "none".into(),
             Some((_, None)) => "foreign".into(),
-            Some((_, Some(o))) => format!("{} {} {:?}", o.rule, o.tag, o.counters),
+            Some((_, Some(o))) => {
+                let tag = match o.line.kind {
+                    Kind::Guard(port) => format!("guard {port}"),
+                    _ => o.expires.map_or("rfw".into(), |second| format!("rfw:{second}")),
+                };
+                format!("{} {tag} {:?}", o.line, o.counters)
+            }
         }
     }
 
@@ -279,11 +336,19 @@ mod tests {
             ),
             (
                 r#"-A INPUT -s 9.9.9.9/32 -p tcp -m tcp --dport 7393 -m comment --comment "rfw:guard" -j ACCEPT"#,
-                "/accept/input/any/9.9.9.9 rfw:guard (0, 0)",
+                "/accept/input/any/9.9.9.9 guard 7393 (0, 0)",
             ),
             (
                 r#"-A OUTPUT -p tcp -m tcp --sport 7393 -m comment --comment "rfw:guard" -j DROP"#,
-                "/drop/output/any/0.0.0.0 rfw:guard (0, 0)",
+                "/drop/output/any/0.0.0.0 guard 7393 (0, 0)",
+            ),
+            (
+                "-A INPUT -i a+ -m set --match-set rfw4:drop:in:a+ src -m comment --comment rfw -j DROP",
+                "rfw4:drop:in:a+ rfw (0, 0)",
+            ),
+            (
+                "-A FORWARD -o b1 -m set --match-set rfw6:accept:fwd:any:b1:dst dst -m comment --comment rfw -c 5 7 -j ACCEPT::",
+                "foreign",
             ),
             // Other orders, as versions before 1.4 and after 1.8.10 have them
             (
@@ -330,6 +395,14 @@ mod tests {
             r#"-A INPUT -s 1.1.1.1/32 -m comment --comment "\"rfw\"" -j DROP"#,
             "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -j REJECT --reject-with tcp-reset",
             r#"-A INPUT -j LOG --log-prefix "rfw -j DROP ""#,
+            "-A INPUT -m set --match-set rfw4:drop:in:any src -m comment --comment rfw:17 -j DROP",
+            "-A INPUT -m set --match-set rfw4:drop:in:any dst -m comment --comment rfw -j DROP",
+            "-A INPUT -m set --match-set rfw4:drop:in:any src -m comment --comment rfw -j ACCEPT",
+            "-A INPUT -m set --match-set rfw6:drop:in:any src -m comment --comment rfw -j DROP",
+            "-A INPUT -m set ! --match-set rfw4:drop:in:any src -m comment --comment rfw -j DROP",
+            "-A INPUT -s 1.1.1.1/32 -m set --match-set rfw4:drop:in:any src -m comment --comment rfw -j DROP",
+            "-A INPUT -i b1 -m set --match-set rfw4:drop:in:any src -m comment --comment rfw -j DROP",
+            "-A INPUT -m set --match-set hers src -m comment --comment rfw -j DROP",
         ];
         for line in foreign {
             assert_eq!(read(line), "foreign", "{line}");
@@ -356,15 +429,34 @@ mod tests {
             ),
         ];
         for (path, line) in rules {
-            let owned = Owned::new(path.parse().unwrap(), Tag::Permanent);
+            let owned = Owned::new(Line::plain(path.parse().unwrap()), None);
             assert_eq!(owned.delete_line(), line);
-            let family = owned.rule.family();
-            let listed = owned.insert_line(1).replace("-I ", "-A ");
-            assert_eq!(parse_row(&listed, family), Some((owned.rule.chain(), Some(owned))));
+            read_back(owned);
         }
-        let mut owned = Owned::new("/drop/input/any/1.2.3.4".parse().unwrap(), Tag::Until(9));
+        for path in ["drop/input/any", "reject/output/a", "accept/forward/br-lan"] {
+            let segments: Vec<&str> = path.split('/').collect();
+            let place = Place::parse(&segments).unwrap();
+            for place in [place, Place { end: End::Destination, ..place }] {
+                if place.chain != Chain::Input || place.end == End::Source {
+                    read_back(Owned::new(Line::set(place, Family::V4), None));
+                    read_back(Owned::new(Line::set(place, Family::V6), None));
+                }
+            }
+        }
+        let mut owned =
+            Owned::new(Line::plain("/drop/input/any/1.2.3.4".parse().unwrap()), Some(9));
         owned.counters = (5, 7);
         let line = "-I INPUT 3 -s 1.2.3.4 -m comment --comment rfw:9 -j DROP -c 5 7";
         assert_eq!(owned.insert_line(3), line);
+    }
+
+    fn read_back(owned: Owned) {
+        let rule = owned.line.rule;
+        let listed = owned.insert_line(1).replace("-I ", "-A ");
+        assert_eq!(
+            parse_row(&listed, rule.family()),
+            Some((rule.chain(), Some(owned))),
+            "{listed}"
+        );
     }
 }

@@ -1,10 +1,11 @@
 //! What the kernel holds of rfw's, in memory, and the lines that take the
 //! kernel from one state to another. Pure: no process, no clock.
 
-use super::kernel::{Owned, Row, Tag};
-use super::{Outcome, Verdict};
+use super::kernel::{Kind, Line, Owned, Row};
+use super::{Outcome, Tally, Verdict};
+use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
-use crate::rule::{Action, Chain, Change, Rule};
+use crate::rule::{Action, Chain, Change, Rule, Target};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -20,26 +21,49 @@ const REAL_TIME: u64 = 1_767_225_600;
 struct Entry {
     /// Greater in rules that stand further in front.
     age: i64,
-    tag: Tag,
+    /// Unix seconds; plain rules only.
+    expires: Option<u64>,
+}
+
+/// How far in front of other rules those for sets stand.
+fn lead(line: &Line) -> i64 {
+    match (line.kind, line.rule.target) {
+        (Kind::Plain | Kind::Guard(_), _) => 0,
+        (_, Target::Drop) => 1 << 60,
+        (_, Target::Reject) => 2 << 60,
+        (_, Target::Accept) => 3 << 60,
+    }
 }
 
 /// Every rule of rfw's in one family.
 #[derive(Default)]
 pub struct Mirror {
-    rules: HashMap<Rule, Entry>,
+    rules: HashMap<Line, Entry>,
     /// A heap would do to find the next one; a sorted set also gives back the
     /// one that is set anew, so that no stale entry ever removes a rule.
     expiries: BTreeSet<(u64, Rule)>,
     youngest: i64,
     oldest: i64,
+    /// How many of the rules are for sets.
+    sets: usize,
 }
 
 /// What changes have done to the mirror, so that it can be undone.
 #[derive(Default)]
 pub struct Batch {
-    before: HashMap<Rule, Option<Entry>>,
+    before: HashMap<Line, Option<Entry>>,
     /// One for each change, in order.
     pub outcomes: Vec<Outcome>,
+}
+
+impl Batch {
+    /// Takes what was done after it.
+    pub fn join(&mut self, later: Batch) {
+        for (line, before) in later.before {
+            self.before.entry(line).or_insert(before);
+        }
+        self.outcomes.extend(later.outcomes);
+    }
 }
 
 /// How to make the kernel hold what the mirror says.
@@ -48,7 +72,7 @@ pub struct Repair {
     /// To be committed in one transaction.
     pub lines: Vec<String>,
     /// What is put back or does not stay, for the log.
-    pub notes: Vec<(Note, Rule)>,
+    pub notes: Vec<(Note, Line)>,
 }
 
 /// A listing of one family, a chain each, front first.
@@ -74,13 +98,14 @@ pub struct Law<'a> {
 
 impl Law<'_> {
     /// Why it may not stay.
-    fn objection(&self, Owned { rule, tag, .. }: &Owned) -> Option<Note> {
-        match tag {
-            Tag::Until(second) if *second <= self.now => Some(Note::Expired),
-            Tag::Guard(_) => Some(Note::Removed("of no use as a guard any more")),
-            _ if self.whitelist.conflict(rule).is_some() => Some(Note::Removed("whitelisted")),
-            _ => None,
+    fn objection(&self, Owned { line, expires, .. }: &Owned) -> Option<Note> {
+        if expires.is_some_and(|second| second <= self.now) {
+            return Some(Note::Expired);
         }
+        if line.is_guard() {
+            return Some(Note::Removed("of no use as a guard any more"));
+        }
+        self.whitelist.conflict(&line.rule).map(|_| Note::Removed("whitelisted"))
     }
 }
 
@@ -97,6 +122,12 @@ enum Fate {
     New,
 }
 
+impl Slot {
+    fn new((line, entry): (Line, Entry)) -> Slot {
+        Slot { fate: Fate::New, row: Some(Owned::new(line, entry.expires)) }
+    }
+}
+
 impl Mirror {
     pub fn len(&self) -> usize {
         self.rules.len()
@@ -110,39 +141,48 @@ impl Mirror {
     /// the kernel is the one that knows what was answered. `false` if the rule
     /// may not stay, or stands in front already.
     pub fn adopt(&mut self, owned: &Owned, law: &Law<'_>) -> bool {
-        let wrong = !owned.tag.is_guard() && law.objection(owned).is_some();
-        if wrong || self.rules.contains_key(&owned.rule) {
+        let wrong = !owned.line.is_guard() && law.objection(owned).is_some();
+        if wrong || self.rules.contains_key(&owned.line) {
             return false;
         }
         self.oldest = self.oldest.saturating_sub(1);
-        self.set(owned.rule, Some(Entry { age: self.oldest, tag: owned.tag }));
+        self.place(owned.line, self.oldest, owned.expires);
         true
     }
 
-    /// Has these guard rules, front first, in front of all rules, and no others.
+    /// Has these guard rules, front first, in front of the plain ones, and no
+    /// others.
     pub fn guard(&mut self, guards: &[Owned]) {
-        let old = self.rules.iter().filter(|(_, entry)| entry.tag.is_guard());
-        let old: Vec<Rule> = old.map(|(rule, _)| *rule).collect();
-        old.into_iter().for_each(|rule| self.set(rule, None));
-        guards.iter().rev().for_each(|guard| self.add(guard.rule, guard.tag));
+        let old = self.rules.keys().filter(|line| line.is_guard());
+        let old: Vec<Line> = old.copied().collect();
+        old.into_iter().for_each(|line| self.set(line, None));
+        guards.iter().rev().for_each(|guard| self.add(guard.line, None));
     }
 
-    /// Takes a rule as its newest.
-    pub fn add(&mut self, rule: Rule, tag: Tag) {
+    /// Takes a rule as the newest of its kind.
+    pub fn add(&mut self, line: Line, expires: Option<u64>) {
         self.youngest = self.youngest.saturating_add(1);
-        self.set(rule, Some(Entry { age: self.youngest, tag }));
+        self.place(line, self.youngest, expires);
     }
 
-    fn set(&mut self, rule: Rule, entry: Option<Entry>) {
+    fn place(&mut self, line: Line, age: i64, expires: Option<u64>) {
+        self.set(line, Some(Entry { age: age.saturating_add(lead(&line)), expires }));
+    }
+
+    fn set(&mut self, line: Line, entry: Option<Entry>) {
         let old = match entry {
-            Some(entry) => self.rules.insert(rule, entry),
-            None => self.rules.remove(&rule),
+            Some(entry) => self.rules.insert(line, entry),
+            None => self.rules.remove(&line),
         };
-        let expiry = |entry: Option<Entry>| Some((entry?.tag.expires()?, rule));
+        let expiry = |entry: Option<Entry>| Some((entry?.expires?, line.rule));
         if let Some(old) = expiry(old) {
             self.expiries.remove(&old);
         }
         self.expiries.extend(expiry(entry));
+        if line.place().is_some() {
+            let count = |entry: Option<Entry>| usize::from(entry.is_some());
+            self.sets = self.sets.saturating_sub(count(old)).saturating_add(count(entry));
+        }
     }
 
     /// The rules that have expired by `now`.
@@ -155,71 +195,118 @@ impl Mirror {
     /// `before`, was set. Where that was no real time, as on a router that has
     /// just booted, an expiry in real time is of an earlier run, and right.
     pub fn shift(&mut self, before: u64, seconds: i64) {
-        for (rule, Entry { age, tag }) in self.rules.clone() {
-            let Tag::Until(second) = tag else { continue };
+        for (line, Entry { age, expires }) in self.rules.clone() {
+            let Some(second) = expires else { continue };
             if before >= REAL_TIME || second < REAL_TIME {
-                let tag = Tag::Until(second.saturating_add_signed(seconds));
-                self.set(rule, Some(Entry { age, tag }));
+                let expires = Some(second.saturating_add_signed(seconds));
+                self.set(line, Some(Entry { age, expires }));
             }
         }
     }
 
-    /// Carries out changes in the mirror, one after the other.
-    pub fn apply(&mut self, changes: &[Change], now: u64) -> Batch {
+    /// Carries out changes in the mirror, one after the other, as far as they
+    /// are of one family.
+    pub fn apply(&mut self, changes: &[&Change], family: Family, now: u64) -> Batch {
         let mut batch = Batch::default();
-        for Change { rule, action } in changes {
-            let old = self.rules.get(rule).copied();
-            let tag = match action {
+        for change in changes {
+            let put = match change.action {
                 Action::Delete => None,
-                Action::Put(0) => Some(Tag::Permanent),
-                Action::Put(seconds) => Some(Tag::Until(now.saturating_add(*seconds))),
+                Action::Put(0) => Some(None),
+                Action::Put(seconds) => Some(Some(now.saturating_add(seconds))),
             };
-            let verdict = match (old, tag) {
-                (None, None) => Verdict::Absent,
-                (Some(_), None) => Verdict::Deleted,
-                (None, Some(_)) => Verdict::Inserted,
-                (Some(old), Some(tag)) if old.tag == tag && !self.is_shadowed(rule, old.age) => {
-                    Verdict::Exists
+            let (mut tally, mut rivals) = (Tally::default(), None);
+            for rule in change.rules.of(family) {
+                let line = Line::plain(rule);
+                let old = self.rules.get(&line).copied();
+                let verdict = match (old, put) {
+                    (None, None) => Verdict::Absent,
+                    (Some(_), None) => Verdict::Deleted,
+                    (None, Some(_)) => Verdict::Inserted,
+                    (Some(old), Some(expires)) => {
+                        let mut shadowed = || {
+                            let rivals = rivals.get_or_insert_with(|| self.rivals(&rule));
+                            rivals.iter().any(|(r, age)| *age > old.age && r.overlaps(&rule))
+                        };
+                        match old.expires == expires && !shadowed() {
+                            true => Verdict::Exists,
+                            false => Verdict::Refreshed,
+                        }
+                    }
+                };
+                tally.count(verdict);
+                match (verdict, put) {
+                    (Verdict::Exists | Verdict::Absent, _) => continue,
+                    (_, Some(expires)) => self.add(line, expires),
+                    (_, None) => self.set(line, None),
                 }
-                (Some(_), Some(_)) => Verdict::Refreshed,
-            };
-            let expires = tag.and_then(Tag::expires);
-            batch.outcomes.push(Outcome { verdict, rule: *rule, expires });
-            match (verdict, tag) {
-                (Verdict::Exists | Verdict::Absent, _) => continue,
-                (_, Some(tag)) => self.add(*rule, tag),
-                (_, None) => self.set(*rule, None),
+                batch.before.entry(line).or_insert(old);
             }
-            batch.before.entry(*rule).or_insert(old);
+            batch.outcomes.push(Outcome { tally, expires: put.flatten() });
         }
         batch
     }
 
-    /// Whether a newer rule decides otherwise about what this one is about.
-    fn is_shadowed(&self, rule: &Rule, age: i64) -> bool {
-        let otherwise = |other: &Rule| other.target != rule.target && other.overlaps(rule);
-        self.rules.iter().any(|(other, e)| e.age > age && otherwise(other) && !e.tag.is_guard())
+    /// The rules of rfw's in a rule's chain that may decide otherwise about it,
+    /// where they are newer.
+    fn rivals(&self, rule: &Rule) -> Vec<(Rule, i64)> {
+        let rivals = self.rules.iter().filter(|(Line { rule: other, kind }, _)| {
+            let otherwise = other.target != rule.target && other.chain() == rule.chain();
+            *kind == Kind::Plain && otherwise
+        });
+        rivals.map(|(line, entry)| (line.rule, entry.age)).collect()
     }
 
-    pub fn undo(&mut self, batch: Batch) {
-        for (rule, entry) in batch.before {
-            self.set(rule, entry);
+    /// Has one rule, with this expiry, or has it not.
+    pub fn have(&mut self, line: Line, wanted: Option<Option<u64>>) -> Batch {
+        let before = self.rules.get(&line).copied();
+        match wanted {
+            Some(expires) => self.add(line, expires),
+            None => self.set(line, None),
+        }
+        Batch { before: [(line, before)].into(), outcomes: Vec::new() }
+    }
+
+    pub fn has(&self, line: &Line) -> bool {
+        self.rules.contains_key(line)
+    }
+
+    /// The rules for sets, the foremost last.
+    pub fn sets(&self) -> Vec<Line> {
+        let sets = self.rules.iter().filter(|(line, _)| self.sets > 0 && line.place().is_some());
+        let mut sets: Vec<_> = sets.map(|(line, entry)| (entry.age, *line)).collect();
+        sets.sort_unstable();
+        sets.into_iter().map(|(_, line)| line).collect()
+    }
+
+    /// The rules that a set may stand for, each with its expiry, the oldest first.
+    pub fn movable(&self) -> Vec<(Rule, Option<u64>)> {
+        let plain = self.rules.iter().filter(|(line, _)| line.kind == Kind::Plain);
+        let movable = plain.filter(|(line, _)| line.rule.place().is_some());
+        let mut rules: Vec<_> = movable.map(|(line, e)| (e.age, line.rule, e.expires)).collect();
+        rules.sort_unstable();
+        rules.into_iter().map(|(_, rule, expires)| (rule, expires)).collect()
+    }
+
+    pub fn undo(&mut self, batch: &Batch) {
+        for (line, entry) in &batch.before {
+            self.set(*line, *entry);
         }
     }
 
     /// The lines that do to the kernel what the batch did to the mirror: first
     /// the deletions in chain order, because then the walk to each is
     /// shortest, then the insertions, the newest last. `None` if that would
-    /// take longer than looking at the kernel for a better way.
+    /// take longer than looking at the kernel for a better way, or if there are
+    /// sets, whose rules stay in front.
     pub fn lines(&self, batch: &Batch) -> Option<Vec<String>> {
-        let changed = batch.before.iter().map(|(rule, old)| (rule, old, self.rules.get(rule)));
+        let changed = batch.before.iter().map(|(line, old)| (line, old, self.rules.get(line)));
         let changed = changed.filter(|(_, old, new)| old.as_ref() != *new);
         let (mut gone, mut new) = (Vec::new(), Vec::new());
-        for (rule, before, after) in changed {
-            gone.extend(before.map(|entry| (Reverse(entry.age), Owned::new(*rule, entry.tag))));
-            new.extend(after.map(|entry| (entry.age, Owned::new(*rule, entry.tag))));
+        for (line, before, after) in changed {
+            gone.extend(before.map(|entry| (Reverse(entry.age), Owned::new(*line, entry.expires))));
+            new.extend(after.map(|entry| (entry.age, Owned::new(*line, entry.expires))));
         }
-        if gone.len() > WALKS {
+        if gone.len() > WALKS || self.sets > 0 {
             return None;
         }
         gone.sort_unstable_by_key(|(order, _)| *order);
@@ -246,7 +333,7 @@ impl Mirror {
                     let age = self.place_of(&owned, batch, law, &mut repair);
                     let in_order = age.filter(|age| *age < above);
                     above = in_order.unwrap_or(above);
-                    kept.extend(in_order.map(|_| owned.rule));
+                    kept.extend(in_order.map(|_| owned.line));
                     in_order.is_some()
                 });
                 Slot { fate: if stays { Fate::Stays } else { Fate::Gone }, row }
@@ -255,15 +342,15 @@ impl Mirror {
             let mut slots: Vec<Slot> = rows.into_iter().map(judge).collect();
 
             let missing =
-                self.rules.iter().filter(|(rule, _)| rule.chain() == chain && !kept.contains(rule));
-            let mut missing: Vec<_> = missing.map(|(rule, entry)| (*rule, *entry)).collect();
+                self.rules.iter().filter(|(l, _)| l.rule.chain() == chain && !kept.contains(l));
+            let mut missing: Vec<_> = missing.map(|(line, entry)| (*line, *entry)).collect();
             missing.sort_unstable_by_key(|(_, entry)| Reverse(entry.age));
             if !missing.is_empty() {
                 let rows = slots.iter().filter_map(|slot| slot.row);
-                let listed: HashSet<Rule> = rows.map(|owned| owned.rule).collect();
-                let known = |r: &Rule| listed.contains(r) || batch.before.contains_key(r);
-                let lost = missing.iter().map(|(rule, _)| *rule).filter(|rule| !known(rule));
-                repair.notes.extend(lost.map(|rule| (Note::Restored, rule)));
+                let listed: HashSet<Line> = rows.map(|owned| owned.line).collect();
+                let known = |l: &Line| listed.contains(l) || batch.before.contains_key(l);
+                let lost = missing.iter().map(|(line, _)| *line).filter(|line| !known(line));
+                repair.notes.extend(lost.map(|line| (Note::Restored, line)));
                 slots = self.merged(slots, missing);
             }
             repair.arrange(&rewritten_if_cheaper(slots));
@@ -281,23 +368,23 @@ impl Mirror {
         law: &Law<'_>,
         repair: &mut Repair,
     ) -> Option<i64> {
-        if batch.before.contains_key(&owned.rule) {
+        if batch.before.contains_key(&owned.line) {
             return None;
         }
-        if let Some(entry) = self.rules.get(&owned.rule) {
-            return Some(entry.age).filter(|_| entry.tag == owned.tag);
+        if let Some(entry) = self.rules.get(&owned.line) {
+            return Some(entry.age).filter(|_| entry.expires == owned.expires);
         }
         let note = law.objection(owned).unwrap_or(Note::Removed("no request has made it"));
-        repair.notes.push((note, owned.rule));
+        repair.notes.push((note, owned.line));
         None
     }
 
     /// The chain as it shall be: each missing rule before the first older one;
     /// where none is left, behind the last newer one, or in front.
-    fn merged(&self, slots: Vec<Slot>, missing: Vec<(Rule, Entry)>) -> Vec<Slot> {
+    fn merged(&self, slots: Vec<Slot>, missing: Vec<(Line, Entry)>) -> Vec<Slot> {
         let age = |slot: &Slot| {
             let owned = slot.row.filter(|_| slot.fate == Fate::Stays)?;
-            self.rules.get(&owned.rule).map(|entry| entry.age)
+            self.rules.get(&owned.line).map(|entry| entry.age)
         };
         let end = slots.iter().rposition(|slot| age(slot).is_some());
         let end = end.map_or(0, |last| last.saturating_add(1));
@@ -305,15 +392,12 @@ impl Mirror {
         let mut merged = Vec::new();
         for (at, slot) in slots.into_iter().enumerate() {
             let older = if at == end { Some(i64::MIN) } else { age(&slot) };
-            while let Some((rule, entry)) =
-                missing.next_if(|(_, m)| older.is_some_and(|a| m.age > a))
-            {
-                merged.push(Slot { fate: Fate::New, row: Some(Owned::new(rule, entry.tag)) });
+            while let Some(new) = missing.next_if(|(_, m)| older.is_some_and(|a| m.age > a)) {
+                merged.push(Slot::new(new));
             }
             merged.push(slot);
         }
-        let rest = missing.map(|(rule, entry)| Some(Owned::new(rule, entry.tag)));
-        merged.extend(rest.map(|row| Slot { fate: Fate::New, row }));
+        merged.extend(missing.map(Slot::new));
         merged
     }
 }
@@ -374,7 +458,8 @@ impl Comparison<'_> {
     /// Takes the next row; `false` if the listing differs.
     pub fn row(&mut self, chain: Chain, row: Row) -> bool {
         if let Some(owned) = row {
-            let entry = self.mirror.rules.get(&owned.rule).filter(|entry| entry.tag == owned.tag);
+            let entry = self.mirror.rules.get(&owned.line);
+            let entry = entry.filter(|entry| entry.expires == owned.expires);
             // Ages that only fall are of rules in order, none of them twice.
             self.same &= entry.is_some_and(|entry| {
                 self.above.insert(chain, entry.age).is_none_or(|above| above > entry.age)
@@ -394,7 +479,7 @@ impl Comparison<'_> {
 mod tests {
     use super::super::kernel::parse_row;
     use super::*;
-    use crate::rule::net::Family;
+    use crate::rule::Rules;
 
     type Lines = &'static [&'static str];
 
@@ -407,16 +492,18 @@ mod tests {
         let (verb, rest) = text.split_at(1);
         let (path, seconds) = rest.split_once(' ').unwrap_or((rest, "0"));
         let put = Action::Put(seconds.parse().unwrap());
-        Change { rule: rule(path), action: if verb == "+" { put } else { Action::Delete } }
+        let action = if verb == "+" { put } else { Action::Delete };
+        Change { rules: Rules::One(rule(path)), action }
     }
 
-    fn changes(texts: &[&str]) -> Vec<Change> {
-        texts.iter().map(|text| change(text)).collect()
+    fn apply(mirror: &mut Mirror, texts: &[&str]) -> Batch {
+        let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
+        mirror.apply(&changes.iter().collect::<Vec<_>>(), Family::V4, 1_000)
     }
 
     fn mirror(texts: &[&str]) -> Mirror {
         let mut mirror = Mirror::default();
-        mirror.apply(&changes(texts), 1_000);
+        apply(&mut mirror, texts);
         mirror
     }
 
@@ -470,8 +557,9 @@ mod tests {
         ];
         for (before, batch, verdicts, expected) in table {
             let mut mirror = mirror(before);
-            let batch = mirror.apply(&changes(batch), 1_000);
-            let said: Vec<_> = batch.outcomes.iter().map(|o| format!("{:?}", o.verdict)).collect();
+            let batch = apply(&mut mirror, batch);
+            let said: Vec<_> =
+                batch.outcomes.iter().map(|o| format!("{:?}", o.tally.single().unwrap())).collect();
             assert_eq!(
                 (said.join(" ").as_str(), short(&mirror.lines(&batch).unwrap())),
                 (*verdicts, expected.iter().map(|s| s.to_string()).collect()),
@@ -493,10 +581,10 @@ mod tests {
     fn what_fails_is_undone() {
         let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60"]);
         let before = (mirror.rules.clone(), mirror.due(9_999));
-        let batch = mirror
-            .apply(&changes(&["+/drop/input/any/1.1.1.1 5", "-/drop/input/any/2.2.2.2", C]), 1_000);
+        let batch =
+            apply(&mut mirror, &["+/drop/input/any/1.1.1.1 5", "-/drop/input/any/2.2.2.2", C]);
         assert_ne!(mirror.rules, before.0);
-        mirror.undo(batch);
+        mirror.undo(&batch);
         assert_eq!((mirror.rules.clone(), mirror.due(9_999)), before);
     }
 
@@ -507,7 +595,7 @@ mod tests {
         assert_eq!(mirror.due(559), []);
         assert_eq!(mirror.due(560), [rule("/drop/input/any/2.2.2.2")]);
         // Booted in 1970, with a rule of an earlier run beside one of this run.
-        mirror.add(rule("/drop/input/any/3.3.3.3"), Tag::Until(REAL_TIME + 60));
+        mirror.add(Line::plain(rule("/drop/input/any/3.3.3.3")), Some(REAL_TIME + 60));
         mirror.shift(100, REAL_TIME as i64);
         assert_eq!(mirror.due(REAL_TIME + 60), [rule("/drop/input/any/3.3.3.3")]);
         assert_eq!(mirror.due(REAL_TIME + 560).len(), 2);
@@ -623,7 +711,8 @@ mod tests {
         if words[0] == "-I" {
             return rows.insert(place.unwrap_or(1) - 1, row);
         }
-        let same = |other: &Row| other.map(|o| (o.rule, o.tag)) == row.map(|o| (o.rule, o.tag));
+        let key = |row: &Row| row.map(|o| (o.line, o.expires));
+        let same = |other: &Row| key(other) == key(&row);
         rows.remove(rows.iter().position(same).expect(line));
     }
 
@@ -636,7 +725,7 @@ mod tests {
         kernel.insert(50, "foreign".into());
         let gone: Vec<String> = paths.iter().take(150).map(|p| p.replace('+', "-")).collect();
         let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
-        let batch = mirror.apply(&changes(&gone), 1_000);
+        let batch = apply(&mut mirror, &gone);
         assert_eq!(mirror.lines(&batch), None, "worth a look at the kernel");
         let kernel: Vec<&str> = kernel.iter().map(String::as_str).collect();
         let mut rows = listing(&kernel);
@@ -658,12 +747,12 @@ mod tests {
         let paths: Vec<String> = (0..99).map(|n| format!("+/drop/input/any/1.1.1.{n}")).collect();
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
         let mut mirror = mirror(&paths);
-        mirror.apply(&changes(&["+/accept/input/any/1.1.1.0/24"]), 1_000);
+        apply(&mut mirror, &["+/accept/input/any/1.1.1.0/24"]);
         let kernel: Vec<String> = (0..99).rev().map(|n| format!("1.1.1.{n} rfw")).collect();
         let mut rows = listing(&kernel.iter().map(String::as_str).collect::<Vec<_>>());
-        let accept = Owned::new(rule("/accept/input/any/1.1.1.0/24"), Tag::Permanent);
+        let accept = Owned::new(Line::plain(rule("/accept/input/any/1.1.1.0/24")), None);
         rows.get_mut(&Chain::Input).unwrap().insert(0, Some(accept));
-        let batch = mirror.apply(&changes(&paths), 1_000);
+        let batch = apply(&mut mirror, &paths);
         assert_eq!(mirror.lines(&batch), None);
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
         let law = Law { now: 1_000, whitelist: &whitelist };

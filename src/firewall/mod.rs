@@ -4,10 +4,13 @@
 //! A thread that wants a change queues it. The first one leads: it takes the
 //! Mutex, commits everything that is queued by then as one batch, for the
 //! others too, gives out the answers, and passes the lead to the next in line.
+//! A list is a batch of its own, because it is applied as a whole or not at all.
 
 pub mod exec;
+pub mod ipset;
 pub mod kernel;
 pub mod mirror;
+mod sets;
 
 use crate::clock::{self, Clock};
 use crate::http::auth::Client;
@@ -15,11 +18,12 @@ use crate::http::refusal::Refusal;
 use crate::log::Log;
 use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{Action, Chain, Change, Iface, Rule, Scope, Target};
+use crate::rule::{Action, Chain, Change, Iface, Rule, Rules, Scope, Target};
 use exec::Failure;
-use kernel::{LIMIT, Owned, START_LIMIT, Tag, Tools};
+use ipset::Ipset;
+use kernel::{Kind, LIMIT, Line, Owned, START_LIMIT, Tools};
 use mirror::{Batch, Law, Listing, Mirror, Note};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,8 +36,8 @@ use std::time::{Duration, Instant};
 const PAUSE: Duration = Duration::from_millis(900);
 const PAUSE_FACTOR: u32 = 20;
 
-/// What became of a change.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// What became of a rule.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Verdict {
     Inserted,
     /// The rule was there; it has a new expiry and stands in front.
@@ -56,12 +60,38 @@ impl Verdict {
     }
 }
 
+/// How many rules of a change have met which verdict.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Tally(BTreeMap<Verdict, usize>);
+
+impl Tally {
+    pub fn of(&self, verdict: Verdict) -> usize {
+        self.0.get(&verdict).copied().unwrap_or(0)
+    }
+
+    /// That of a single rule.
+    pub fn single(&self) -> Option<Verdict> {
+        self.0.keys().next().copied()
+    }
+
+    fn add(&mut self, verdict: Verdict, count: usize) {
+        let sum = self.of(verdict).saturating_add(count);
+        self.0.insert(verdict, sum);
+    }
+
+    fn count(&mut self, verdict: Verdict) {
+        self.add(verdict, 1);
+    }
+
+    fn join(&mut self, other: &Tally) {
+        other.0.iter().for_each(|(verdict, count)| self.add(*verdict, *count));
+    }
+}
+
 /// The answer to a change that the kernel has taken.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Outcome {
-    pub verdict: Verdict,
-    /// In canonical form.
-    pub rule: Rule,
+    pub tally: Tally,
     /// Unix seconds.
     pub expires: Option<u64>,
 }
@@ -90,14 +120,21 @@ pub struct Firewall {
     queue: Mutex<Queue>,
     kernel: Mutex<Kernel>,
     tools: Vec<Tools>,
+    ipset: Option<Ipset>,
 }
 
 /// What the Mutex guards.
 struct Kernel {
     tables: Vec<Table>,
+    /// Keeps addresses, where rfw.conf says so.
+    ipset: Option<Ipset>,
+    /// At most so many entries are in a set.
+    fill: HashMap<Line, usize>,
     clock: Clock,
     log: Arc<Log>,
     next_look: Instant,
+    /// Why the last look failed: the log is told when that changes.
+    told: Option<Failure>,
 }
 
 /// The rules of one family.
@@ -109,8 +146,6 @@ struct Table {
     /// Whether nobody knows what the kernel holds, since a program was ended
     /// in the middle.
     stale: bool,
-    /// Why the last look failed: the log is told when that changes.
-    told: Option<Failure>,
 }
 
 impl Firewall {
@@ -118,6 +153,7 @@ impl Firewall {
     /// outward server's port there. The error is a sentence.
     pub fn start(
         tools: Vec<Tools>,
+        ipset: Option<Ipset>,
         guarded: Option<u16>,
         whitelist: Arc<Whitelist>,
         log: Arc<Log>,
@@ -127,7 +163,7 @@ impl Firewall {
         let tables = thread::scope(|scope| {
             let begin = |tools| {
                 let (mirror, whitelist, log) = (Mirror::default(), whitelist.clone(), log.clone());
-                let table = Table { tools, mirror, whitelist, log, stale: false, told: None };
+                let table = Table { tools, mirror, whitelist, log, stale: false };
                 let now = clock.now().as_secs();
                 scope.spawn(move || table.begin(guarded, now))
             };
@@ -136,15 +172,19 @@ impl Firewall {
             begun.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()
         })?;
         let tools = tables.iter().map(|table| table.tools.clone()).collect();
-        let kernel = Mutex::new(Kernel { tables, clock, log, next_look });
-        Ok(Firewall { queue: Mutex::default(), kernel, tools })
+        let fill = HashMap::new();
+        let told = None;
+        let mut kernel = Kernel { tables, ipset: ipset.clone(), fill, clock, log, next_look, told };
+        kernel.begin_sets()?;
+        Ok(Firewall { queue: Mutex::default(), kernel: Mutex::new(kernel), tools, ipset })
     }
 
     /// Carries out a change. When it returns, the kernel has taken it, or
     /// nothing of it.
     pub fn apply(&self, _client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
         let change = change.into_change();
-        if !self.tools.iter().any(|tools| tools.family == change.rule.family()) {
+        let filtered = |family| self.tools.iter().any(|tools| tools.family == family);
+        if Family::ALL.iter().any(|f| !filtered(*f) && change.rules.of(*f).next().is_some()) {
             return Err(Refusal::NoIpv6);
         }
         let (waiter, turns) = mpsc::channel();
@@ -168,22 +208,13 @@ impl Firewall {
     fn lead(&self) {
         let mut kernel = lock(&self.kernel);
         let jobs = mem::take(&mut lock(&self.queue).jobs);
-        let mut ill = None;
-        let now = kernel.clock.now();
-        for table in &mut kernel.tables {
-            let family = table.tools.family;
-            let jobs = jobs.iter().filter(|job| job.change.rule.family() == family);
-            let (changes, waiters): (Vec<_>, Vec<_>) =
-                jobs.map(|job| (job.change, &job.waiter)).unzip();
-            let results = match &ill {
-                None => table.commit(&changes, now),
-                Some(failure) => vec![Err(Failure::clone(failure)); changes.len()],
-            };
-            let mut failures = results.iter().filter_map(|result| result.as_ref().err());
-            ill = ill.or(failures.find(|failure| failure.is_passing()).cloned());
-            for (waiter, result) in waiters.into_iter().zip(results) {
-                let _ = waiter.send(Turn::Answer(result));
-            }
+        let (changes, waiters): (Vec<_>, Vec<_>) =
+            jobs.into_iter().map(|job| (job.change, job.waiter)).unzip();
+        let results = kernel.commit(&changes);
+        let mut failures = results.iter().filter_map(|result| result.as_ref().err());
+        let ill = failures.find(|failure| failure.is_passing()).cloned();
+        for (waiter, result) in waiters.iter().zip(results) {
+            let _ = waiter.send(Turn::Answer(result));
         }
         self.give_up_waiting(ill);
         drop(kernel);
@@ -215,13 +246,22 @@ impl Firewall {
             let row = |chain, row: Option<Owned>| {
                 let place: &mut usize = places.entry(chain).or_default();
                 *place = place.saturating_add(1);
-                let listed = row.filter(|owned| !owned.tag.is_guard());
+                let listed = row.filter(|owned| !owned.line.is_guard());
                 list.extend(listed.map(|owned| (*place, owned)));
                 true
             };
             tools.list(chain, true, LIMIT, row).map_err(refusal)?;
         }
         Ok(list)
+    }
+
+    /// Reads the entries of a set, whose rule stands for them in the list, until
+    /// `each` says `false`; and when each of them expires. No Mutex is held.
+    pub fn entries(&self, set: &Line, mut each: impl FnMut(&Owned) -> bool) -> Result<(), Refusal> {
+        let (Some(ipset), Some(place)) = (&self.ipset, set.place()) else { return Ok(()) };
+        let now = clock::wall();
+        let entries = ipset.entries(&set.to_string(), |entry| each(&entry.owned(place, now)));
+        entries.map_err(refusal)
     }
 
     /// What is to be done every second: follow the wall clock, delete what has
@@ -234,6 +274,75 @@ impl Firewall {
 }
 
 impl Kernel {
+    /// Commits changes, in order, and answers each. Rules that come one after
+    /// another are one batch. Behind a program that hung no other is tried.
+    fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, Failure>> {
+        let (now, ipset) = (self.clock.now(), self.ipset.clone());
+        let is_list = |change: &Change| matches!(change.rules, Rules::List(..));
+        let mut results = Vec::new();
+        for batch in changes.chunk_by(|a, b| !is_list(a) && !is_list(b) && ipset.is_none()) {
+            match (results.last(), batch) {
+                (Some(Err(failure @ Failure::Passing(_))), _) => {
+                    results.extend(vec![Err(failure.clone()); batch.len()]);
+                }
+                (_, [change]) if ipset.is_some() || is_list(change) => results.push(match &ipset {
+                    Some(ipset) => self.commit_to_sets(ipset, change, now),
+                    None => self.commit_list(change, now),
+                }),
+                _ => results.extend(self.commit_rules(batch, now)),
+            }
+        }
+        results
+    }
+
+    fn commit_rules(&mut self, batch: &[Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
+        let mut results = vec![Ok(Outcome::default()); batch.len()];
+        let mut ill = None;
+        for table in &mut self.tables {
+            let family = table.tools.family;
+            let mine = results.iter_mut().zip(batch);
+            let (mine, changes): (Vec<_>, Vec<_>) =
+                mine.filter(|(_, change)| change.rules.of(family).next().is_some()).unzip();
+            let committed = match &ill {
+                None => table.commit(&changes, now),
+                Some(failure) => vec![Err(Failure::clone(failure)); changes.len()],
+            };
+            let mut failures = committed.iter().filter_map(|result| result.as_ref().err());
+            ill = ill.or(failures.find(|failure| failure.is_passing()).cloned());
+            mine.into_iter().zip(committed).for_each(|(slot, result)| *slot = result);
+        }
+        results
+    }
+
+    /// Applies a list, a transaction for each family. Where the second one
+    /// fails, the first one is taken back.
+    fn commit_list(&mut self, list: &Change, now: Duration) -> Result<Outcome, Failure> {
+        let (mut outcome, mut taken) = (Outcome::default(), Vec::new());
+        for table in &mut self.tables {
+            match table.commit_all(&[list], now) {
+                Ok(batch) => {
+                    for part in &batch.outcomes {
+                        outcome.tally.join(&part.tally);
+                        outcome.expires = part.expires;
+                    }
+                    taken.push((table, batch));
+                }
+                Err(failure) => {
+                    let mut words = " Nothing of the list is applied.";
+                    for (table, batch) in taken {
+                        table.mirror.undo(&batch);
+                        words = match table.repair(&batch, now.as_secs(), false) {
+                            Ok(()) => " Nothing of the list is applied: IPv4 is taken back.",
+                            Err(_) => " IPv4 is taken back as soon as iptables works again.",
+                        };
+                    }
+                    return Err(failure.and(words));
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
     /// The error is a passing one. No other program is tried behind it: who
     /// waits for the Mutex waits for one time limit.
     fn tick(&mut self) -> Result<(), Failure> {
@@ -246,17 +355,19 @@ impl Kernel {
         if started < self.next_look {
             return Ok(());
         }
-        let looked = self.tables.iter_mut().try_for_each(|table| {
-            let failure = table.look(now).err();
-            if let Some(failure) = failure.as_ref().filter(|_| failure != table.told) {
-                self.log.error(format_args!("cannot check the kernel's rules: {failure}"));
+        let mut failure = self.sweep(now).err();
+        for table in &mut self.tables {
+            if !failure.as_ref().is_some_and(Failure::is_passing) {
+                failure = failure.or(table.look(now).err());
             }
-            table.told = failure.clone();
-            failure.map_or(Ok(()), only_passing)
-        });
+        }
+        if let Some(new) = failure.as_ref().filter(|_| failure != self.told) {
+            self.log.error(format_args!("cannot check what the kernel holds: {new}"));
+        }
+        self.told = failure.clone();
         let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
         self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
-        looked
+        failure.map_or(Ok(()), only_passing)
     }
 
     /// Where the wall clock was set, moves the expiries with it: the kernel's
@@ -281,8 +392,8 @@ impl Table {
         let listed = self.tools.list(None, false, START_LIMIT, |_, row| {
             if let Some(owned) = row {
                 clean = self.mirror.adopt(&owned, &law) && clean;
-                let guard = owned.tag.is_guard();
-                found.extend(guard.then_some(Owned::new(owned.rule, owned.tag)));
+                let guard = owned.line.is_guard();
+                found.extend(guard.then_some(Owned::new(owned.line, None)));
             }
             true
         });
@@ -315,9 +426,9 @@ impl Table {
 
     /// Commits changes, and answers each. Where the kernel, as long as it can
     /// be read, refuses a batch, each half of it is tried: only bad rules fail.
-    fn commit(&mut self, changes: &[Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
+    fn commit(&mut self, changes: &[&Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
         match self.commit_all(changes, now) {
-            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Ok(batch) => batch.outcomes.into_iter().map(Ok).collect(),
             Err(Failure::Refused(_))
                 if changes.len() > 1
                     && self.repair(&Batch::default(), now.as_secs(), false).is_ok() =>
@@ -338,11 +449,8 @@ impl Table {
 
     /// All or nothing. What fails is tried again on a mirror made true, because
     /// somebody else may have removed a rule that was to be deleted.
-    fn commit_all(&mut self, changes: &[Change], now: Duration) -> Result<Vec<Outcome>, Failure> {
-        if changes.is_empty() {
-            return Ok(Vec::new());
-        }
-        if self.stale {
+    fn commit_all(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
+        if self.stale && !changes.is_empty() {
             self.repair(&Batch::default(), now.as_secs(), false)?;
         }
         match self.attempt(changes, now) {
@@ -354,18 +462,16 @@ impl Table {
         }
     }
 
-    fn attempt(&mut self, changes: &[Change], now: Duration) -> Result<Vec<Outcome>, Failure> {
-        // Rounded up: no rule lives shorter than it was told to.
-        let ceiling = now.saturating_add(Duration::from_nanos(999_999_999)).as_secs();
-        let batch = self.mirror.apply(changes, ceiling);
+    fn attempt(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
+        let batch = self.mirror.apply(changes, self.tools.family, ceiling(now));
         let committed = match self.mirror.lines(&batch) {
             Some(lines) => self.run(&lines),
             None => self.repair(&batch, now.as_secs(), false),
         };
         match committed {
-            Ok(()) => Ok(batch.outcomes),
+            Ok(()) => Ok(batch),
             Err(failure) => {
-                self.mirror.undo(batch);
+                self.mirror.undo(&batch);
                 Err(failure)
             }
         }
@@ -392,31 +498,32 @@ impl Table {
         Ok(())
     }
 
-    fn report(&self, notes: &[(Note, Rule)], starting: bool) {
+    fn report(&self, notes: &[(Note, Line)], starting: bool) {
         let restored = notes.iter().filter(|(note, _)| *note == Note::Restored).count();
         if restored > 0 && !starting {
             let how = "to remove a rule for good, DELETE it";
             self.log.warning(format_args!("rules put back that others removed: {restored}; {how}"));
         }
-        for (note, rule) in notes {
+        for (note, line) in notes {
             match note {
                 // At start these are the guard rules, which are new.
                 Note::Restored if starting => {}
-                Note::Restored => self.log.info(format_args!("restored {rule}")),
-                Note::Expired => self.log.info(format_args!("expired {rule}")),
-                Note::Removed(why) => self.log.warning(format_args!("removed {rule}: {why}")),
+                Note::Restored => self.log.info(format_args!("restored {line}")),
+                Note::Expired => self.log.info(format_args!("expired {line}")),
+                Note::Removed(why) => self.log.warning(format_args!("removed {line}: {why}")),
             }
         }
     }
 
     /// Deletes what has expired.
     fn expire(&mut self, now: Duration) -> Result<(), Failure> {
-        let delete = |rule| Change { rule, action: Action::Delete };
-        let changes: Vec<_> = self.mirror.due(now.as_secs()).into_iter().map(delete).collect();
-        let results = self.commit(&changes, now);
-        for (result, change) in results.iter().zip(&changes) {
+        let due = self.mirror.due(now.as_secs());
+        let delete = |rule: &Rule| Change { rules: Rules::One(*rule), action: Action::Delete };
+        let changes: Vec<_> = due.iter().map(delete).collect();
+        let results = self.commit(&changes.iter().collect::<Vec<_>>(), now);
+        for (result, rule) in results.iter().zip(&due) {
             if result.is_ok() {
-                self.log.info(format_args!("expired {}", change.rule));
+                self.log.info(format_args!("expired {rule}"));
             }
         }
         let mut failures = results.into_iter().filter_map(Result::err);
@@ -443,7 +550,8 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<Owned> {
     let nets = whitelist.nets().iter().filter(|net| net.family() == family);
     let accepted = nets.map(|net| (Target::Accept, *net));
     let all = accepted.chain([(Target::Drop, Net::any(family))]);
-    let guard = |target, scope| Owned::new(Rule { target, scope }, Tag::Guard(port));
+    let kind = Kind::Guard(port);
+    let guard = |target, scope| Owned::new(Line { rule: Rule { target, scope }, kind }, None);
     let inputs = all
         .clone()
         .map(|(target, source)| guard(target, Scope::Input { iface: Iface::ANY, source }));
@@ -457,7 +565,8 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<Owned> {
 /// Cut short, it leaves a guard rule of no use, which the next start removes.
 fn probe(tools: &Tools) -> Result<(), Failure> {
     let scope = Scope::Input { iface: Iface::ANY, source: Net::any(tools.family) };
-    let probe = Owned::new(Rule { target: Target::Accept, scope }, Tag::Guard(0));
+    let rule = Rule { target: Target::Accept, scope };
+    let probe = Owned::new(Line { rule, kind: Kind::Guard(0) }, None);
     tools.commit(&[probe.insert_line(1)])?;
     tools.commit(&[probe.delete_line()])
 }
@@ -470,7 +579,13 @@ fn refusal(failure: Failure) -> Refusal {
     match failure {
         Failure::Refused(words) => Refusal::Iptables(words),
         Failure::Passing(sentence) => Refusal::Busy(sentence),
+        Failure::Full => Refusal::SetFull,
     }
+}
+
+/// In whole seconds, rounded up: no rule lives shorter than it was told to.
+fn ceiling(now: Duration) -> u64 {
+    now.saturating_add(Duration::from_nanos(999_999_999)).as_secs()
 }
 
 /// A thread that panics takes the process with it, so no lock is ever poisoned.

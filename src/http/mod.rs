@@ -2,6 +2,7 @@
 //! them than rfw needs.
 
 pub mod auth;
+pub mod body;
 pub mod json;
 pub mod refusal;
 pub mod request;

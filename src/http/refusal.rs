@@ -1,5 +1,8 @@
 //! Every refusal with its status, code and sentence.
 
+use super::json;
+use crate::rule::interval::LONGEST_IN_SET;
+use crate::rule::list::{MAX_ENTRIES, MAX_LINE, Wrong};
 use crate::rule::net::Net;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
 
@@ -18,6 +21,13 @@ pub enum Refusal {
     Query(String),
     /// Not an interval.
     Expire(String),
+    /// Longer than an address is kept in a set.
+    LongExpire,
+    /// Lines of a list that name no rule.
+    List(Wrong),
+    TooMany,
+    /// A set has no room.
+    SetFull,
     /// The change overlaps this block of the whitelist.
     Whitelisted(Net),
     /// An IPv6 rule on a host without IPv6.
@@ -48,6 +58,24 @@ impl Refusal {
                 let write = "write up to 9 digits and s, m, h or d, as in 10m";
                 (400, "bad_expire", format!("'{text}' is no interval; {write}."))
             }
+            Refusal::LongExpire => {
+                let most = format!(
+                    "In a set an address expires after {LONGEST_IN_SET} s (24 days) at most"
+                );
+                (400, "bad_expire", format!("{most}; 0 is for ever."))
+            }
+            Refusal::List(Wrong { count, .. }) => {
+                let message =
+                    format!("Lines that are wrong: {count}. Nothing of the list is applied.");
+                (400, "bad_list", message)
+            }
+            Refusal::TooMany => {
+                (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
+            }
+            Refusal::SetFull => {
+                let what_to_do = "delete addresses, or raise ipset.maxelem in rfw.conf";
+                (507, code(507), format!("The set has no room for this; {what_to_do}."))
+            }
             Refusal::Whitelisted(net) => {
                 (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
             }
@@ -57,6 +85,15 @@ impl Refusal {
             Refusal::Iptables(words) => (500, "iptables_failed", words.clone()),
             Refusal::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
         }
+    }
+
+    /// What else the answer says, as members of a JSON object.
+    pub fn members(&self) -> String {
+        let Refusal::List(Wrong { lines, .. }) = self else { return String::new() };
+        let line = |(line, error): &(usize, RuleError)| {
+            format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_parts(error).2))
+        };
+        format!(",\"lines\":[{}]", lines.iter().map(line).collect::<Vec<_>>().join(","))
     }
 
     /// The field that belongs to the status.
@@ -74,7 +111,9 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
     let (code, message) = match error {
         RuleError::Unknown | RuleError::Shape => (
             "bad_path",
-            "The path must be /TARGET/CHAIN/IFACE/IP[/MASK]; GET / shows all forms.".into(),
+            "The path must be /TARGET/CHAIN/IFACE/IP[/MASK], or end at IFACE with a list in the \
+             body; GET / shows all forms."
+                .into(),
         ),
         RuleError::Iface(name) => (
             "bad_interface",
@@ -94,6 +133,16 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
         RuleError::Mask(text) => {
             let write = format!("{WIDEST_V4} to 32 for IPv4, {WIDEST_V6} to 128 for IPv6");
             ("bad_mask", format!("'{text}' is no mask; write {write}."))
+        }
+        RuleError::Range(text) => (
+            "bad_address",
+            format!(
+                "'{text}' is no range; write FIRST-LAST, both of one family, around no block \
+                 wider than /{WIDEST_V4} or, for IPv6, /{WIDEST_V6}."
+            ),
+        ),
+        RuleError::Long => {
+            ("bad_address", format!("A line may have {MAX_LINE} bytes before its comment."))
         }
     };
     (400, code, message)
@@ -115,6 +164,7 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
         431 => ("Request Header Fields Too Large", "header_too_large"),
         501 => ("Not Implemented", "not_implemented"),
         503 => ("Service Unavailable", "busy"),
+        507 => ("Insufficient Storage", "set_full"),
         505 => ("HTTP Version Not Supported", "version_not_supported"),
         _ => ("Internal Server Error", "internal"),
     }

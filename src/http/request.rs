@@ -47,6 +47,8 @@ pub struct Request {
     pub host: Option<String>,
     pub authorization: Option<String>,
     pub body: Body,
+    /// Whether the client waits for a 100 before it sends the body.
+    pub expects_continue: bool,
     /// Whether the client speaks HTTP/1.1, and so understands chunks.
     pub http11: bool,
     /// Whether the connection may serve another request (9.3).
@@ -110,6 +112,7 @@ impl Request {
             host: authority.or(host).map(Into::into),
             authorization: fields.single("authorization")?.map(Into::into),
             body: body(&fields, minor)?,
+            expects_continue: expect.is_some(),
             http11: minor > 0,
             keep_alive: !wants("close") && (minor > 0 || wants("keep-alive")),
         })
@@ -191,6 +194,11 @@ fn is_pchars(text: &str, also: &str) -> bool {
             let bytes = piece.as_bytes();
             hex(bytes.first()) && hex(bytes.get(1)) && plain(piece)
         })
+}
+
+/// Whether these are field lines, as they may also stand behind a body.
+pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), Refusal> {
+    Fields::parse(lines).map(|_| ())
 }
 
 /// The field lines of one head, names as sent.

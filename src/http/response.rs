@@ -1,5 +1,6 @@
 //! Answers to bytes.
 
+use super::body;
 use super::json;
 use super::refusal::{Refusal, names};
 use super::request::{Body, Request};
@@ -42,6 +43,17 @@ impl<'a> Reply<'a> {
         }
     }
 
+    /// Reads the request's body; the connection is of further use behind it.
+    pub fn receive(
+        &mut self,
+        request: &Request,
+        each: impl FnMut(&[u8]) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        body::receive(self.stream, request, each)?;
+        self.keep = request.keep_alive;
+        Ok(())
+    }
+
     /// Adds to the body of a JSON answer; `false` if the client is gone.
     pub fn push(&mut self, text: &str) -> bool {
         self.pending.push_str(text);
@@ -67,12 +79,18 @@ impl<'a> Reply<'a> {
         };
     }
 
-    /// Answers `{"error":CODE,"message":SENTENCE}`, before anything else is
-    /// sent. Returns the result for the log, with what the kernel's tools said.
+    /// Answers `{"error":CODE,"message":SENTENCE}`. Where a part of a long answer
+    /// is sent already, the connection ends, which a client sees by the missing
+    /// last chunk. Returns the result for the log, with what the kernel's tools said.
     pub fn refuse(&mut self, refusal: &Refusal) -> String {
         let (status, code, message) = refusal.parts();
+        if self.begun {
+            self.keep = false;
+            return format!("cut {status} {code}");
+        }
         let text = json::string(&message);
-        self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}}}\n");
+        let more = refusal.members();
+        self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{more}}}\n");
         self.send_whole(status, "application/json", &refusal.field());
         let words = if status < 500 { String::new() } else { format!(" '{message}'") };
         format!("{status} {code}{}", printable(words.as_bytes()))

@@ -5,6 +5,7 @@ use super::request::{Request, head_length};
 use super::timed::Timed;
 use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
+use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,9 @@ use std::time::{Duration, Instant};
 /// answer is not lost to a reset (RFC 9112, 9.6), and how much it may send.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 256 * 1024;
+
+/// How many bytes are received at a time.
+const PIECE: usize = 8 * 1024;
 
 const TIMEOUT: Refusal = Refusal::Http(408, "The request did not come in time.");
 
@@ -24,6 +28,8 @@ enum Io {
 pub struct Stream {
     io: Io,
     received: Vec<u8>,
+    /// How much of that is used already.
+    used: usize,
 }
 
 impl Stream {
@@ -35,7 +41,7 @@ impl Stream {
             None => Io::Plain(timed),
             Some(acceptor) => Io::Tls(Box::new(acceptor.session(timed)?)),
         };
-        Ok(Stream { io, received: Vec::new() })
+        Ok(Stream { io, received: Vec::new(), used: 0 })
     }
 
     /// Sets the deadline of everything that follows.
@@ -46,25 +52,45 @@ impl Stream {
 
     /// Reads the next request; `None` if the peer is gone, or was silent.
     pub fn request(&mut self) -> Option<Result<Request, Refusal>> {
+        self.received.drain(..mem::take(&mut self.used));
         loop {
             match head_length(&self.received) {
                 Ok(None) => {}
                 Ok(Some(length)) => {
-                    let head: Vec<u8> = self.received.drain(..length).collect();
-                    return Some(Request::parse(&head));
+                    self.used = length;
+                    return Some(Request::parse(self.received.get(..length)?));
                 }
                 Err(refusal) => return Some(Err(refusal)),
             }
-            let mut buffer = [0; 4096];
-            match self.read(&mut buffer) {
+            match self.receive() {
                 Ok(0) => return None,
-                Ok(count) => self.received.extend(buffer.iter().take(count)),
+                Ok(_) => {}
                 Err(error) if is_timeout(&error) && !self.received.is_empty() => {
                     return Some(Err(TIMEOUT));
                 }
                 Err(_) => return None,
             }
         }
+    }
+
+    /// Whether bytes behind the last request have come.
+    pub fn has_received(&self) -> bool {
+        self.used < self.received.len()
+    }
+
+    /// The bytes that come next, at least one unless the peer has ended.
+    pub fn fill(&mut self) -> io::Result<&[u8]> {
+        if !self.has_received() {
+            self.received.clear();
+            self.used = 0;
+            self.receive()?;
+        }
+        Ok(self.received.get(self.used..).unwrap_or_default())
+    }
+
+    /// So many of them are used.
+    pub fn consume(&mut self, count: usize) {
+        self.used = self.used.saturating_add(count);
     }
 
     pub fn send(&mut self, text: &str) -> io::Result<()> {
@@ -86,11 +112,14 @@ impl Stream {
         }
     }
 
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut self.io {
-            Io::Plain(timed) => timed.read(buffer),
-            Io::Tls(session) => session.read(buffer),
-        }
+    fn receive(&mut self) -> io::Result<usize> {
+        let mut buffer = [0; PIECE];
+        let count = match &mut self.io {
+            Io::Plain(timed) => timed.read(&mut buffer)?,
+            Io::Tls(session) => session.read(&mut buffer)?,
+        };
+        self.received.extend(buffer.iter().take(count));
+        Ok(count)
     }
 
     fn timed(&mut self) -> &mut Timed {
@@ -101,6 +130,6 @@ impl Stream {
     }
 }
 
-fn is_timeout(error: &io::Error) -> bool {
+pub fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock)
 }

@@ -1,5 +1,9 @@
 //! Intervals such as `90`, `10m`, `25h`.
 
+/// The longest time-out of an address in a set, in seconds: the kernel counts
+/// milliseconds in 31 bits (ip_set_timeout.h).
+pub const LONGEST_IN_SET: u32 = 2_147_483;
+
 /// Reads `1*9DIGIT [ "s" / "m" / "h" / "d" ]` as seconds; without a unit the
 /// digits are seconds. `None` for anything else.
 pub fn parse(text: &str) -> Option<u64> {

@@ -10,8 +10,11 @@
 //! block  = address [ "/" prefix ]
 //! iface  = "any" / name [ "+" ]
 //! ```
+//!
+//! A rule with one address is a [`Place`] and that address.
 
 pub mod interval;
+pub mod list;
 pub mod net;
 pub mod whitelist;
 
@@ -146,17 +149,84 @@ pub struct Rule {
     pub scope: Scope,
 }
 
-/// What is to be done about a rule.
+/// Which end of a packet an address is compared with.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum End {
+    Source,
+    Destination,
+}
+
+/// A rule less its one address: where that is looked for, and what happens then.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Place {
+    pub target: Target,
+    pub chain: Chain,
+    /// Incoming and outgoing interface, as far as the chain knows them.
+    pub inp: Iface,
+    pub out: Iface,
+    /// Always the source in INPUT, the destination in OUTPUT.
+    pub end: End,
+}
+
+impl Place {
+    /// Reads the segments of a path that ends at the interface.
+    pub fn parse(segments: &[&str]) -> Result<Place, RuleError> {
+        let mut rest = segments.iter();
+        let place = take_place(&mut rest)?;
+        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(place) }
+    }
+
+    /// The rule for one block; for any address it is as wide as the place.
+    pub fn rule(self, net: Net) -> Rule {
+        let Place { target, chain, inp, out, end } = self;
+        let any = Net::any(net.family());
+        let scope = match (chain, end) {
+            (Chain::Input, _) => Scope::Input { iface: inp, source: net },
+            (Chain::Output, _) => Scope::Output { iface: out, destination: net },
+            (_, End::Source) => Scope::Forward { inp, out, source: net, destination: any },
+            (_, End::Destination) => Scope::Forward { inp, out, source: any, destination: net },
+        };
+        Rule { target, scope }
+    }
+
+    /// The same place with another target.
+    pub fn others(self) -> impl Iterator<Item = Place> {
+        let others = Target::ALL.into_iter().filter(move |target| *target != self.target);
+        others.map(move |target| Place { target, ..self })
+    }
+}
+
+/// What is to be done about some rules.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
-    /// Have it, for so many seconds; 0 is for ever.
+    /// Have them, for so many seconds; 0 is for ever.
     Put(u64),
     Delete,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// One rule, or a list of blocks that one place has rules for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Rules {
+    One(Rule),
+    /// Sorted, none twice.
+    List(Place, Vec<Net>),
+}
+
+impl Rules {
+    /// The rules of one family.
+    pub fn of(&self, family: Family) -> impl Iterator<Item = Rule> {
+        let (one, (place, nets)) = match self {
+            Rules::One(rule) => (Some(*rule), (None, &[][..])),
+            Rules::List(place, nets) => (None, (Some(*place), nets.as_slice())),
+        };
+        let listed = nets.iter().filter_map(move |net| Some(place?.rule(*net)));
+        one.into_iter().chain(listed).filter(move |rule| rule.family() == family)
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Change {
-    pub rule: Rule,
+    pub rules: Rules,
     pub action: Action,
 }
 
@@ -175,42 +245,52 @@ pub enum RuleError {
     Families,
     /// Not a prefix length, or too short a one.
     Mask(String),
+    /// In a list: no range, or one that holds too wide a block.
+    Range(String),
+    /// In a list: too many bytes for a line.
+    Long,
 }
 
 impl Rule {
     /// Reads the segments of a path, slashes taken off.
     pub fn parse(segments: &[&str]) -> Result<Rule, RuleError> {
         let mut rest = segments.iter();
-        let target = rest.next().ok_or(RuleError::Shape)?;
-        let known = Target::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(target));
-        let target = known.ok_or(RuleError::Unknown)?;
-        let chain = rest.next().ok_or(RuleError::Shape)?;
-        let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
-        let iface = take_iface(&mut rest)?;
-        let block = take_block(chain, &mut rest)?;
-        let scope = match chain {
-            Chain::Forward => {
-                let more = |rest: &Iter<'_, &str>| rest.len() > 0;
-                let out = if more(&rest) { take_iface(&mut rest)? } else { Iface::ANY };
-                let any = Net::any(block.family());
-                let destination = if more(&rest) { take_block(chain, &mut rest)? } else { any };
+        let place = take_place(&mut rest)?;
+        let block = take_block(place.chain, &mut rest)?;
+        let mut rule = place.rule(block);
+        match &mut rule.scope {
+            Scope::Forward { out, destination, .. } => {
+                if rest.len() > 0 {
+                    *out = take_iface(&mut rest)?;
+                }
+                if rest.len() > 0 {
+                    *destination = take_block(place.chain, &mut rest)?;
+                }
                 if destination.family() != block.family() {
                     return Err(RuleError::Families);
                 }
-                Scope::Forward { inp: iface, out, source: block, destination }
             }
             _ if block.is_any() => return Err(RuleError::AnyAddress),
-            Chain::Input => Scope::Input { iface, source: block },
-            Chain::Output => Scope::Output { iface, destination: block },
+            _ => {}
+        }
+        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(rule) }
+    }
+
+    /// The place of a rule that names one address, and that address.
+    pub fn place(&self) -> Option<(Place, Net)> {
+        let ((inp, out), (source, destination)) = (self.ifaces(), self.ends());
+        let (end, net) = match (source.is_any(), destination.is_any()) {
+            (false, true) => (End::Source, source),
+            (true, false) => (End::Destination, destination),
+            _ => return None,
         };
-        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(Rule { target, scope }) }
+        Some((Place { target: self.target, chain: self.chain(), inp, out, end }, net))
     }
 
     /// Whether a path could name it: what the kernel lists need not.
     pub fn is_wellformed(&self) -> bool {
-        let narrow = |net: Net| net.prefix() >= widest(net.family()) && !net.is_unspecified();
         let named = self.chain() == Chain::Forward || self.addresses().next().is_some();
-        named && self.addresses().all(narrow)
+        named && self.addresses().all(|net| is_narrow(&net))
     }
 
     pub fn chain(&self) -> Chain {
@@ -253,6 +333,25 @@ impl Rule {
         let ((from, to), (other_from, other_to)) = (self.ends(), other.ends());
         self.chain() == other.chain() && from.overlaps(&other_from) && to.overlaps(&other_to)
     }
+}
+
+/// Whether it is a block that a rule may name.
+fn is_narrow(net: &Net) -> bool {
+    net.prefix() >= widest(net.family()) && !net.is_unspecified()
+}
+
+fn take_place(rest: &mut Iter<'_, &str>) -> Result<Place, RuleError> {
+    let target = rest.next().ok_or(RuleError::Shape)?;
+    let known = Target::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(target));
+    let target = known.ok_or(RuleError::Unknown)?;
+    let chain = rest.next().ok_or(RuleError::Shape)?;
+    let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
+    let iface = take_iface(rest)?;
+    let (inp, out, end) = match chain {
+        Chain::Output => (Iface::ANY, iface, End::Destination),
+        _ => (iface, Iface::ANY, End::Source),
+    };
+    Ok(Place { target, chain, inp, out, end })
 }
 
 fn take_iface(rest: &mut Iter<'_, &str>) -> Result<Iface, RuleError> {

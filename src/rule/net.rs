@@ -56,6 +56,12 @@ impl Net {
         }
     }
 
+    /// Reads `FIRST-LAST` as the blocks of [`Net::range`].
+    pub fn parse_range(text: &str) -> Option<Vec<Net>> {
+        let (first, last) = text.split_once('-')?;
+        Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?)
+    }
+
     /// The fewest blocks that together are `first` to `last`, both included;
     /// `None` if they are of two families or in the wrong order.
     pub fn range(first: IpAddr, last: IpAddr) -> Option<Vec<Net>> {

@@ -2,7 +2,7 @@
 //! outward server.
 
 use super::net::Net;
-use super::{Change, Rule};
+use super::{Action, Change, Rule, Rules};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -12,11 +12,16 @@ pub struct Whitelist {
 }
 
 /// A change that touches no whitelisted address. Only [`Whitelist::permit`]
-/// makes one, and the firewall takes nothing else.
+/// and a sifted list make one, and the firewall takes nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
 
 impl Permitted {
+    /// Of a list, each line of which was looked at.
+    pub(super) fn sifted(change: Change) -> Permitted {
+        Permitted(change)
+    }
+
     pub fn into_change(self) -> Change {
         self.0
     }
@@ -41,7 +46,11 @@ impl Whitelist {
             if entry.is_empty() {
                 continue;
             }
-            let blocks = blocks(entry).ok_or_else(|| LineError {
+            let blocks = match entry.contains('-') {
+                true => Net::parse_range(entry),
+                false => Net::parse(entry).map(|net| vec![net]),
+            };
+            let blocks = blocks.ok_or_else(|| LineError {
                 line: number,
                 message: format!(
                     "'{entry}' is no entry; write an address, a CIDR block such as 10.0.0.0/8, \
@@ -72,29 +81,29 @@ impl Whitelist {
 
     /// Whether a peer may talk to the outward server.
     pub fn admits(&self, peer: IpAddr) -> bool {
-        let peer = Net::host(peer);
-        self.nets.iter().any(|net| net.contains(&peer))
+        self.overlapping(&Net::host(peer)).is_some()
+    }
+
+    /// The first of the whitelisted blocks that share an address with this one.
+    /// They are sorted and apart from each other, so at most the last one before
+    /// it contains it, and the next one is the first that it contains.
+    pub fn overlapping(&self, net: &Net) -> Option<Net> {
+        let (before, behind) = self.nets.split_at(self.nets.partition_point(|w| w < net));
+        [before.last(), behind.first()].into_iter().flatten().find(|w| w.overlaps(net)).copied()
     }
 
     /// The whitelisted block that one of a rule's addresses overlaps.
     pub fn conflict(&self, rule: &Rule) -> Option<Net> {
-        let touches = |net: &&Net| rule.addresses().any(|address| address.overlaps(net));
-        self.nets.iter().find(touches).copied()
+        rule.addresses().find_map(|net| self.overlapping(&net))
     }
 
-    /// Lets a change pass, or names the whitelisted block that it overlaps.
-    pub fn permit(&self, change: Change) -> Result<Permitted, Net> {
-        match self.conflict(&change.rule) {
-            None => Ok(Permitted(change)),
+    /// Lets the change of a rule pass, or names the whitelisted block that it
+    /// overlaps. A list is sifted line by line instead.
+    pub fn permit(&self, rule: Rule, action: Action) -> Result<Permitted, Net> {
+        match self.conflict(&rule) {
+            None => Ok(Permitted(Change { rules: Rules::One(rule), action })),
             Some(net) => Err(net),
         }
-    }
-}
-
-fn blocks(entry: &str) -> Option<Vec<Net>> {
-    match entry.split_once('-') {
-        None => Some(vec![Net::parse(entry)?]),
-        Some((first, last)) => Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?),
     }
 }
 
@@ -152,8 +161,8 @@ mod tests {
             ("/drop/input/any/10.2.0.0/16", None),
         ];
         for (path, conflict) in table {
-            let change = Change { rule: path.parse().unwrap(), action: Action::Delete };
-            let net = list.permit(change).err().map(|net| net.to_string());
+            let net =
+                list.permit(path.parse().unwrap(), Action::Delete).err().map(|net| net.to_string());
             assert_eq!(net.as_deref(), conflict, "{path}");
         }
         assert!(list.admits("::ffff:10.1.9.9".parse().unwrap()));

@@ -1,0 +1,471 @@
+//! The sets that hold the addresses of many rules in the kernel, and `ipset`,
+//! which reads and writes them.
+//!
+//! ```text
+//! name  = "rfw" ( "4" / "6" ) state target ":" where        ; 31 bytes at most
+//! state = ":"         ; in use
+//!       / "?"         ; a list that is being written
+//!       / "+" / "-"   ; a whole list, on its way into or out of the set in use
+//! where = "in:" iface / "out:" iface / "fwd:" iface ":" iface ":" ( "src" / "dst" )
+//!       / "fwd:~" 14HEXDIG                 ; names too long: a hash of them
+//! ```
+
+use super::exec::{self, Failure, Feed, Presence};
+use super::kernel::{LIMIT, limit_of};
+use super::{Tally, Verdict};
+use crate::rule::net::{Family, Net};
+use crate::rule::{Chain, End, Iface, Place, Target};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where ipset is, if rfw.conf does not say so.
+pub const DEFAULT_PATH: &str = "/sbin/ipset";
+
+/// The longest name (ip_set.h: IPSET_MAXNAMELEN less the NUL).
+const MAX_NAME: usize = 31;
+/// How long sets may be read; they are also read for a slow client.
+const READ_LIMIT: Duration = Duration::from_secs(70);
+
+/// The name of the set for a place.
+pub fn set_name(place: &Place, family: Family) -> String {
+    let digit = if family == Family::V4 { 4 } else { 6 };
+    let target = place.target.name().to_ascii_lowercase();
+    let Place { inp, out, .. } = place;
+    let end = if place.end == End::Source { "src" } else { "dst" };
+    let (chain, ifaces) = match place.chain {
+        Chain::Input => ("in", inp.to_string()),
+        Chain::Output => ("out", out.to_string()),
+        Chain::Forward => ("fwd", format!("{inp}:{out}:{end}")),
+    };
+    let name = format!("rfw{digit}:{target}:{chain}:{ifaces}");
+    match name.len() > MAX_NAME {
+        true => format!("rfw{digit}:{target}:{chain}:~{:014x}", hash(&ifaces)),
+        false => name,
+    }
+}
+
+/// FNV-1a, 56 bits of it.
+fn hash(text: &str) -> u64 {
+    let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, step) >> 8
+}
+
+/// The place and family of a set in use, unless its name is a hash.
+pub fn parse_name(name: &str) -> Option<(Place, Family)> {
+    let mut parts = name.split(':');
+    let family = match parts.next()? {
+        "rfw4" => Family::V4,
+        "rfw6" => Family::V6,
+        _ => return None,
+    };
+    let target = parts.next()?;
+    let target = Target::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(target))?;
+    let chain = parts.next()?;
+    let iface = Iface::parse(parts.next()?)?;
+    let (chain, inp, out, end) = match chain {
+        "in" => (Chain::Input, iface, Iface::ANY, End::Source),
+        "out" => (Chain::Output, Iface::ANY, iface, End::Destination),
+        "fwd" => {
+            let out = Iface::parse(parts.next()?)?;
+            let end = if parts.next()? == "src" { End::Source } else { End::Destination };
+            (Chain::Forward, iface, out, end)
+        }
+        _ => return None,
+    };
+    let place = Place { target, chain, inp, out, end };
+    (set_name(&place, family) == name).then_some((place, family))
+}
+
+/// The name of a list on its way to a set in use.
+fn staged(name: &str, state: &str) -> String {
+    name.replacen(':', state, 1)
+}
+
+/// The set in use that a list is on its way to, and its state.
+fn destination(name: &str) -> Option<(String, &str)> {
+    let state = name.get(4..5).filter(|state| ["?", "+", "-"].contains(state))?;
+    let ours = name.starts_with("rfw4") || name.starts_with("rfw6");
+    ours.then(|| (name.replacen(state, ":", 1), state))
+}
+
+/// Whether two sets in use are the same place's, with another target.
+fn are_rivals(a: &str, b: &str) -> bool {
+    let split = |name: &str| {
+        let (family, rest) = name.split_once(':')?;
+        let (target, place) = rest.split_once(':')?;
+        Some(((family.to_string(), place.to_string()), target.to_string()))
+    };
+    let (a, b) = (split(a).unwrap_or_default(), split(b).unwrap_or_default());
+    a.0 == b.0 && a.1 != b.1
+}
+
+/// What is known of a set without reading it.
+pub struct Header {
+    pub name: String,
+    pub maxelem: usize,
+    pub entries: usize,
+}
+
+/// An address in a set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry {
+    pub net: Net,
+    /// Seconds that are left; 0 is for ever.
+    pub timeout: u32,
+    /// Packets and bytes that it has met.
+    pub counters: (u64, u64),
+}
+
+/// Blocks that are to be in one set, or not.
+pub struct Load<'a> {
+    pub name: String,
+    pub family: Family,
+    /// Sorted, none twice.
+    pub nets: &'a [Net],
+    /// For how many seconds, 0 is for ever; `None` takes them out.
+    pub put: Option<u32>,
+    /// Blocks that a rule of their own stands for so far.
+    pub ruled: Vec<Net>,
+}
+
+/// A load, and how it meets what is there.
+struct Plan<'a> {
+    load: &'a Load<'a>,
+    /// One for each block.
+    verdicts: Vec<Verdict>,
+    /// What is to leave the sets of other targets.
+    elsewhere: Vec<(String, Net)>,
+    /// How many entries there are before.
+    before: usize,
+}
+
+/// The program.
+#[derive(Clone)]
+pub struct Ipset {
+    program: PathBuf,
+    /// The most entries of a set.
+    pub maxelem: usize,
+    presence: Arc<Presence>,
+}
+
+impl Ipset {
+    /// `program` is an absolute path.
+    pub fn new(program: PathBuf, maxelem: usize, presence: Arc<Presence>) -> Ipset {
+        Ipset { program, maxelem, presence }
+    }
+
+    /// The sets of rfw's that are in use.
+    pub fn headers(&self) -> Result<Vec<Header>, Failure> {
+        let mut headers: Vec<Header> = Vec::new();
+        exec::lines(&self.program, &["list", "-terse"], READ_LIMIT, |line| {
+            let (key, value) = line.trim_end().split_once(": ").unwrap_or_default();
+            match (key, headers.last_mut()) {
+                // Where the kernel does not count, a set is never taken for empty.
+                ("Name", _) => {
+                    headers.push(Header { name: value.into(), maxelem: 0, entries: usize::MAX });
+                }
+                ("Header", Some(header)) => {
+                    let mut words = value.split(' ').skip_while(|word| *word != "maxelem").skip(1);
+                    header.maxelem = words.next().and_then(|n| n.parse().ok()).unwrap_or(0);
+                }
+                ("Number of entries", Some(header)) => {
+                    header.entries = value.parse().unwrap_or(usize::MAX);
+                }
+                _ => {}
+            }
+            true
+        })?;
+        let ours = |name: &str| name.starts_with("rfw4:") || name.starts_with("rfw6:");
+        headers.retain(|header| ours(&header.name));
+        Ok(headers)
+    }
+
+    /// Reads a set until `each` says `false`.
+    pub fn entries(&self, name: &str, mut each: impl FnMut(Entry) -> bool) -> Result<(), Failure> {
+        exec::lines(&self.program, &["save", name], READ_LIMIT, |line| {
+            parse_entry(line).is_none_or(&mut each)
+        })
+    }
+
+    pub fn create(&self, name: &str, family: Family) -> Result<(), Failure> {
+        self.restore(1, |input| self.write_create(input, name, family, 0))
+    }
+
+    pub fn destroy(&self, name: &str) -> Result<(), Failure> {
+        self.run(&["destroy", name])
+    }
+
+    /// Has an address in a set, and in none of its rivals.
+    pub fn put(&self, name: &str, net: Net, seconds: u32) -> Result<Verdict, Failure> {
+        let (net, seconds) = (net.to_string(), seconds.to_string());
+        let entry = [name, &net, "timeout", &seconds];
+        match self.run(&[&["add"], &entry[..]].concat()) {
+            Err(Failure::Refused(words)) if words.contains("already added") => {
+                self.run(&[&["-exist", "add"], &entry[..]].concat())?;
+                Ok(Verdict::Refreshed)
+            }
+            result => result.map(|()| Verdict::Inserted),
+        }
+    }
+
+    pub fn delete(&self, name: &str, net: Net) -> Result<Verdict, Failure> {
+        match self.run(&["del", name, &net.to_string()]) {
+            Err(Failure::Refused(words)) if words.contains("not added") => Ok(Verdict::Absent),
+            result => result.map(|()| Verdict::Deleted),
+        }
+    }
+
+    /// Carries out loads, all of them or none: ipset knows no transactions, so
+    /// each is first written to a set of its own. When all are there, they are
+    /// renamed, which says so; whoever finds them then, carries them out. Into
+    /// an empty set the whole list goes at once.
+    pub fn carry_out(&self, loads: &[Load<'_>]) -> Result<Vec<Tally>, Failure> {
+        let names = self.names()?;
+        let plan = |load| self.plan(load, &names);
+        let plans = loads.iter().map(plan).collect::<Result<Vec<_>, _>>()?;
+        let count = loads.iter().map(|load| load.nets.len()).sum::<usize>().saturating_mul(2);
+        let written = self.restore(count, |input| {
+            plans.iter().try_for_each(|plan| self.write_stage(input, plan))?;
+            // So that it gets what renames them in one piece.
+            input.flush()?;
+            plans.iter().try_for_each(|plan| plan.write_commit(input))?;
+            plans.iter().try_for_each(|plan| plan.write_changes(input))
+        });
+        // What was whole by then is carried out after all.
+        if let Err(failure) = written {
+            self.settle()?.then_some(()).ok_or(failure)?;
+        }
+        Ok(plans.iter().map(Plan::tally).collect())
+    }
+
+    /// Ends what was begun with lists: those that are whole are carried out,
+    /// others dropped. Says whether there was a whole one.
+    pub fn settle(&self) -> Result<bool, Failure> {
+        let names = self.names()?;
+        let mut found = false;
+        for list in &names {
+            let Some((name, state)) = destination(list) else { continue };
+            if state == "?" {
+                self.destroy(list)?;
+                continue;
+            }
+            found = true;
+            let rivals: Vec<_> = names.iter().filter(|n| are_rivals(n, &name)).collect();
+            let mut entries = Vec::new();
+            self.entries(list, |entry| {
+                entries.push((entry.net, entry.timeout));
+                true
+            })?;
+            self.restore(entries.len(), |input| {
+                for (net, timeout) in entries {
+                    match state {
+                        "-" => input.line(format_args!("del {name} {net}"))?,
+                        _ => input.line(format_args!("add {name} {net} timeout {timeout}"))?,
+                    }
+                    if state == "+" {
+                        rivals
+                            .iter()
+                            .try_for_each(|r| input.line(format_args!("del {r} {net}")))?;
+                    }
+                }
+                input.line(format_args!("destroy {list}"))
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Makes a set anew with room for as many entries as rfw.conf says.
+    pub fn resize(&self, name: &str, family: Family, entries: usize) -> Result<(), Failure> {
+        let stage = staged(name, "?");
+        let mut read = Ok(());
+        let written = self.restore(entries, |input| {
+            self.write_create(input, &stage, family, entries)?;
+            let mut written = Ok(());
+            read = self.entries(name, |Entry { net, timeout, counters: (packets, bytes) }| {
+                let counters = format!("packets {packets} bytes {bytes}");
+                written =
+                    input.line(format_args!("add {stage} {net} timeout {timeout} {counters}"));
+                written.is_ok()
+            });
+            if read.is_ok() {
+                input.line(format_args!("swap {stage} {name}\ndestroy {stage}"))?;
+            }
+            written
+        });
+        read.and(written)
+    }
+
+    /// How a load meets what is there.
+    fn plan<'a>(&self, load: &'a Load<'a>, names: &[String]) -> Result<Plan<'a>, Failure> {
+        let (absent, present) = match load.put {
+            Some(_) => (Verdict::Inserted, Verdict::Refreshed),
+            None => (Verdict::Absent, Verdict::Deleted),
+        };
+        let ruled = |net| if load.ruled.contains(net) { present } else { absent };
+        let mut verdicts: Vec<Verdict> = load.nets.iter().map(ruled).collect();
+        let mut before = 0_usize;
+        let there = names.contains(&load.name);
+        self.entries_if(there, &load.name, |entry| {
+            before = before.saturating_add(1);
+            let at = load.nets.binary_search(&entry.net).ok();
+            if let Some(verdict) = at.and_then(|at| verdicts.get_mut(at)) {
+                let same = load.put == Some(0) && entry.timeout == 0;
+                *verdict = if same { Verdict::Exists } else { present };
+            }
+        })?;
+        let inserted = verdicts.iter().filter(|verdict| **verdict == Verdict::Inserted).count();
+        if before.saturating_add(inserted) > self.maxelem {
+            return Err(Failure::Full);
+        }
+        let mut elsewhere = Vec::new();
+        let rivals = names.iter().filter(|name| are_rivals(name, &load.name));
+        for rival in rivals {
+            self.entries_if(load.put.is_some(), rival, |entry| {
+                let found = load.nets.binary_search(&entry.net).is_ok();
+                elsewhere.extend(found.then(|| (rival.clone(), entry.net)));
+            })?;
+        }
+        Ok(Plan { load, verdicts, elsewhere, before })
+    }
+
+    fn entries_if(
+        &self,
+        wanted: bool,
+        name: &str,
+        mut each: impl FnMut(Entry),
+    ) -> Result<(), Failure> {
+        let each = |entry| {
+            each(entry);
+            true
+        };
+        if wanted { self.entries(name, each) } else { Ok(()) }
+    }
+
+    fn write_stage(&self, input: &mut Feed<'_>, plan: &Plan<'_>) -> io::Result<()> {
+        let Load { name, family, nets, put, .. } = plan.load;
+        let stage = staged(name, "?");
+        self.write_create(input, &stage, *family, nets.len())?;
+        plan.changed().try_for_each(|net| match put {
+            Some(timeout) => input.line(format_args!("add {stage} {net} timeout {timeout}")),
+            None => input.line(format_args!("add {stage} {net}")),
+        })
+    }
+
+    fn write_create(
+        &self,
+        input: &mut Feed<'_>,
+        name: &str,
+        family: Family,
+        entries: usize,
+    ) -> io::Result<()> {
+        let family = if family == Family::V4 { "inet" } else { "inet6" };
+        let maxelem = self.maxelem.max(entries);
+        // As large as the kernel makes it by and by.
+        let hashsize = (entries / 4).next_power_of_two().max(1024);
+        let sizes = format!("hashsize {hashsize} maxelem {maxelem}");
+        input
+            .line(format_args!("create {name} hash:net family {family} {sizes} timeout 0 counters"))
+    }
+
+    fn names(&self) -> Result<Vec<String>, Failure> {
+        let mut names = Vec::new();
+        exec::lines(&self.program, &["list", "-name"], LIMIT, |line| {
+            names.push(line.trim_end().to_string());
+            true
+        })?;
+        Ok(names)
+    }
+
+    fn run(&self, args: &[&str]) -> Result<(), Failure> {
+        full(exec::run(&self.presence, &self.program, args, LIMIT, |_| Ok(())))
+    }
+
+    /// Commits lines in order. What is there or is not there already is no failure.
+    pub fn restore(
+        &self,
+        lines: usize,
+        write: impl FnOnce(&mut Feed<'_>) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        let args = ["-exist", "restore"];
+        full(exec::run(&self.presence, &self.program, &args, limit_of(lines), write))
+    }
+}
+
+impl Plan<'_> {
+    /// Whether the list becomes the set.
+    fn replaces(&self) -> bool {
+        self.before == 0 && self.load.put.is_some()
+    }
+
+    /// The blocks about which something is to be done.
+    fn changed(&self) -> impl Iterator<Item = &Net> {
+        let idle = [Verdict::Exists, Verdict::Absent];
+        let nets = self.load.nets.iter().zip(&self.verdicts);
+        nets.filter(move |(_, verdict)| !idle.contains(verdict)).map(|(net, _)| net)
+    }
+
+    fn tally(&self) -> Tally {
+        let mut tally = Tally::default();
+        self.verdicts.iter().for_each(|verdict| tally.count(*verdict));
+        tally
+    }
+
+    fn write_commit(&self, input: &mut Feed<'_>) -> io::Result<()> {
+        let name = &self.load.name;
+        let stage = staged(name, "?");
+        match self.load.put {
+            Some(_) if self.replaces() => {
+                input.line(format_args!("swap {stage} {name}\ndestroy {stage}"))
+            }
+            Some(_) => input.line(format_args!("rename {stage} {}", staged(name, "+"))),
+            None => input.line(format_args!("rename {stage} {}", staged(name, "-"))),
+        }
+    }
+
+    fn write_changes(&self, input: &mut Feed<'_>) -> io::Result<()> {
+        let name = &self.load.name;
+        match self.load.put {
+            Some(_) if self.replaces() => {}
+            Some(timeout) => {
+                self.changed().try_for_each(|net| {
+                    input.line(format_args!("add {name} {net} timeout {timeout}"))
+                })?;
+            }
+            None => {
+                self.changed().try_for_each(|net| input.line(format_args!("del {name} {net}")))?
+            }
+        }
+        self.elsewhere
+            .iter()
+            .try_for_each(|(rival, net)| input.line(format_args!("del {rival} {net}")))?;
+        match self.load.put {
+            Some(_) if self.replaces() => Ok(()),
+            Some(_) => input.line(format_args!("destroy {}", staged(name, "+"))),
+            None => input.line(format_args!("destroy {}", staged(name, "-"))),
+        }
+    }
+}
+
+fn full(result: Result<(), Failure>) -> Result<(), Failure> {
+    match result {
+        Err(Failure::Refused(words)) if words.contains("is full") => Err(Failure::Full),
+        result => result,
+    }
+}
+
+/// Reads a line of `ipset save`: `add NAME NET [timeout N] [packets N bytes N]`.
+fn parse_entry(line: &str) -> Option<Entry> {
+    let mut words = line.trim_end().strip_prefix("add ")?.split(' ').skip(1);
+    let mut entry = Entry { net: Net::parse(words.next()?)?, timeout: 0, counters: (0, 0) };
+    while let Some(word) = words.next() {
+        match word {
+            "timeout" => entry.timeout = words.next()?.parse().ok()?,
+            "packets" => entry.counters.0 = words.next()?.parse().ok()?,
+            "bytes" => entry.counters.1 = words.next()?.parse().ok()?,
+            _ => {}
+        }
+    }
+    Some(entry)
+}

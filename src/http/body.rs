@@ -1,0 +1,213 @@
+//! The body of a request, RFC 9112, 6 and 7.1, handed on as it comes.
+//!
+//! ```text
+//! chunked-body = *( chunk-size [ ext ] CRLF chunk-data CRLF )
+//!                1*"0" [ ext ] CRLF *( field-line CRLF ) CRLF
+//! ```
+
+use super::refusal::Refusal;
+use super::request::{Body, MAX_FIELDS, Request, check_fields};
+use super::stream::{Stream, is_timeout};
+use std::io::{self, BufRead, Read};
+use std::time::Duration;
+
+/// The longest body in bytes, without what chunks add.
+pub const MAX_BODY: u64 = 64 << 20;
+/// The longest line in bytes that begins a chunk or is a trailer, with its CRLF.
+const MAX_LINE: u64 = 1024;
+/// A body must come at this pace: so many bytes in each such time, or the rest.
+const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
+
+const LONG: Refusal = Refusal::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
+const SLOW: Refusal = Refusal::Http(408, "The body came slower than 1 KiB a second over 30 s.");
+const SHORT: Refusal = Refusal::Http(400, "The body ended too early; nothing of it was applied.");
+const CHUNK: Refusal =
+    Refusal::Http(400, "A chunk must be: hex digits, CRLF, so many bytes, CRLF.");
+
+/// Reads the body of a request from its connection.
+pub fn receive(
+    stream: &mut Stream,
+    request: &Request,
+    each: impl FnMut(&[u8]) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    if matches!(request.body, Body::Length(length) if length > MAX_BODY) {
+        return Err(LONG);
+    }
+    // RFC 9110, 10.1.1: not where the client is seen to have gone on by itself.
+    if request.expects_continue && !stream.has_received() {
+        stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
+    }
+    stream.give(PACE.1);
+    read(&mut Paced { stream, left: PACE.0 }, request.body, each)
+}
+
+fn read(
+    source: &mut impl BufRead,
+    body: Body,
+    mut each: impl FnMut(&[u8]) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    let mut size = match body {
+        Body::Length(length) => return pass_on(source, length, &mut each),
+        Body::Chunked => chunk_size(&line(source)?)?,
+    };
+    let mut room = MAX_BODY;
+    while size > 0 {
+        room = room.checked_sub(size).ok_or(LONG)?;
+        pass_on(source, size, &mut each)?;
+        if !line(source)?.is_empty() {
+            return Err(CHUNK);
+        }
+        size = chunk_size(&line(source)?)?;
+    }
+    let mut trailers = Vec::new();
+    loop {
+        match line(source)? {
+            end if end.is_empty() => break,
+            _ if trailers.len() >= MAX_FIELDS => return Err(CHUNK),
+            trailer => trailers.push(trailer),
+        }
+    }
+    check_fields(trailers.iter().map(String::as_str))
+}
+
+fn pass_on(
+    source: &mut impl BufRead,
+    mut left: u64,
+    each: &mut impl FnMut(&[u8]) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    while left > 0 {
+        let bytes = source.fill_buf().map_err(fault)?;
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+        let bytes = bytes.get(..most).filter(|bytes| !bytes.is_empty()).ok_or(SHORT)?;
+        each(bytes)?;
+        left = left.saturating_sub(most as u64);
+        source.consume(most);
+    }
+    Ok(())
+}
+
+/// A line without its CRLF, a character a byte.
+fn line(source: &mut impl BufRead) -> Result<String, Refusal> {
+    let mut bytes = Vec::new();
+    source.take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(fault)?;
+    let line = match bytes.strip_suffix(b"\r\n") {
+        Some(line) if !line.contains(&b'\r') => line,
+        _ if bytes.is_empty() => return Err(SHORT),
+        _ => return Err(CHUNK),
+    };
+    Ok(line.iter().map(|byte| char::from(*byte)).collect())
+}
+
+/// Extensions (7.1.1) are read over.
+fn chunk_size(line: &str) -> Result<u64, Refusal> {
+    let end = line.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(line.len());
+    let (digits, extensions) = line.split_at(end);
+    let extended = extensions.trim_start_matches([' ', '\t']).starts_with(';');
+    if digits.is_empty()
+        || !(extensions.is_empty() || extended)
+        || extensions.contains(|c: char| c.is_ascii_control() && c != '\t')
+    {
+        return Err(CHUNK);
+    }
+    u64::from_str_radix(digits, 16).map_err(|_| LONG)
+}
+
+fn fault(error: io::Error) -> Refusal {
+    if is_timeout(&error) { SLOW } else { SHORT }
+}
+
+/// A connection that has to keep the pace.
+struct Paced<'a> {
+    stream: &'a mut Stream,
+    /// Bytes that are still to come in time.
+    left: usize,
+}
+
+impl Read for Paced<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.fill_buf()?.read(buffer)?;
+        self.consume(count);
+        Ok(count)
+    }
+}
+
+impl BufRead for Paced<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.stream.fill()
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.stream.consume(count);
+        self.left = self.left.saturating_sub(count);
+        if self.left == 0 {
+            self.left = PACE.0;
+            self.stream.give(PACE.1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The body, or the status; and what is left behind it.
+    fn receive(mut bytes: &[u8], body: Body) -> (String, String) {
+        let mut text = String::new();
+        let each = |bytes: &[u8]| {
+            text.push_str(std::str::from_utf8(bytes).unwrap());
+            Ok(())
+        };
+        let result = read(&mut bytes, body, each);
+        let text = result.map_or_else(|refusal| refusal.parts().0.to_string(), |()| text);
+        (text, String::from_utf8_lossy(bytes).into())
+    }
+
+    #[test]
+    fn lengths() {
+        assert_eq!(receive(b"abcd", Body::Length(3)), ("abc".into(), "d".into()));
+        assert_eq!(receive(b"ab", Body::Length(3)).0, "400");
+    }
+
+    #[test]
+    fn chunks() {
+        let table = [
+            ("0\r\n\r\n", "", ""),
+            ("3\r\nabc\r\n0\r\n\r\nGET", "abc", "GET"),
+            ("1\r\na\r\n0002\r\nbc\r\n00\r\n\r\n", "abc", ""),
+            ("A;n=v;m\r\n0123456789\r\n0 ; x=\"y\"\r\nX: y\r\nZ:\r\n\r\n", "0123456789", ""),
+        ];
+        for (bytes, body, left) in table {
+            let got = receive(bytes.as_bytes(), Body::Chunked);
+            assert_eq!(got, (body.into(), left.into()), "{bytes:?}");
+        }
+        let wrong = [
+            ("", "400"),
+            ("\r\n", "400"),
+            ("3\nabc\r\n0\r\n\r\n", "400"),
+            ("3\r\nabc0\r\n\r\n", "400"),
+            ("3\r\nabcd\r\n0\r\n\r\n", "400"),
+            ("3\r\nab", "400"),
+            ("3\r\nabc\r\n", "400"),
+            ("3\r\nabc\r\n0\r\n", "400"),
+            ("+3\r\nabc\r\n0\r\n\r\n", "400"),
+            ("0x3\r\nabc\r\n0\r\n\r\n", "400"),
+            (" 3\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3 \r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a\0\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;\r;\r\nabc\r\n0\r\n\r\n", "400"),
+            ("0\r\nX : y\r\n\r\n", "400"),
+            ("0\r\n folded\r\n\r\n", "400"),
+            ("10000000000000000\r\n", "413"),
+            ("4000001\r\n", "413"),
+        ];
+        for (bytes, status) in wrong {
+            assert_eq!(receive(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
+        }
+        let line = |n: usize| format!("0;{}\r\n\r\n", "x".repeat(n - 4));
+        assert_eq!(receive(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");
+        assert_eq!(receive(line(MAX_LINE as usize + 1).as_bytes(), Body::Chunked).0, "400");
+        let trailers = |n: usize| format!("0\r\n{}\r\n", "X: y\r\n".repeat(n));
+        assert_eq!(receive(trailers(MAX_FIELDS).as_bytes(), Body::Chunked).0, "");
+        assert_eq!(receive(trailers(MAX_FIELDS + 1).as_bytes(), Body::Chunked).0, "400");
+    }
+}
