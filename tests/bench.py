@@ -7,12 +7,13 @@ One namespace for each iptables variant. What is compared is measured in turns, 
 counts. A slow figure is printed, never a failure; 1 MB is 1,000,000 bytes.
 """
 
-import os, re, select, socket, statistics, subprocess, sys, tempfile, time
+import json, os, re, select, socket, statistics, subprocess, sys, tempfile, time
 from collections import namedtuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VARIANTS = ["nft", "legacy"]
 LOCAL, OUTWARD = 7390, 7393
+SET = "rfw4:drop:in:any"
 Row = namedtuple("Row", "what goal measure")  # measure(Box) -> (rfw, bare, ratio), texts
 
 
@@ -23,8 +24,11 @@ class Box:
 
     def __init__(self, rfw, keys, variant):
         self.rfw, self.dir, self.pid = rfw, keys, None
-        self.iptables = "/usr/sbin/iptables-" + variant
+        self.iptables, self.ipset = "/usr/sbin/iptables-" + variant, "/usr/sbin/ipset"
         self.conf = os.path.join(keys, variant + ".conf")
+        self.configure()
+
+    def configure(self, more=""):
         with open(self.conf, "w") as f:
             f.write(f"""[config]
 outward.server
@@ -38,6 +42,7 @@ auth.username = bench
 auth.password = bench
 whitelist.file = white.list
 iptables.path = {self.iptables}
+{more}
 """)
 
     def start(self):
@@ -69,6 +74,14 @@ iptables.path = {self.iptables}
             self.start()
             return Client()
 
+    def with_sets(self):
+        """The same, with sets, all of them empty."""
+        self.configure(f"ipset.path = {self.ipset}")
+        self.fresh(start=False)
+        subprocess.run([self.ipset, "destroy"], check=True)
+        self.start()
+        return Client()
+
     def load(self, lines):
         for i in range(0, len(lines), 200):  # ordinary users' netlink takes no more at once
             subprocess.run([self.iptables + "-restore", "--noflush"], input=table(lines[i:i + 200]), check=True)
@@ -76,9 +89,16 @@ iptables.path = {self.iptables}
     def listing(self):
         return subprocess.run([self.iptables, "-S", "INPUT"], capture_output=True, check=True).stdout
 
-    def resident(self):
+    def resident(self, what="VmRSS"):
+        """Bytes in memory: now, or VmHWM, at most so far."""
         with open(f"/proc/{self.pid}/status") as f:
-            return int(re.search(r"VmRSS:\s+(\d+) kB", f.read()).group(1)) * 1024
+            return int(re.search(what + r":\s+(\d+) kB", f.read()).group(1)) * 1024
+
+    def write(self, name, lines):
+        path = os.path.join(self.dir, name)
+        with open(path, "wb") as f:
+            f.write("\n".join([*lines, ""]).encode())
+        return path
 
 
 def address(net, i):
@@ -137,12 +157,27 @@ class Client:
             data += self.socket.recv(65536)
 
     def ask(self, request):
+        begin = time.perf_counter()
         self.socket.sendall(request)
         self.answer()
+        return time.perf_counter() - begin
 
 
 def request(method, path):
     return f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+def feed(count):
+    """Addresses all over the world, one in a hundred a block, as in a real feed; each once."""
+    prefix = lambda i: f"/{16 + i // 100 % 14}" if i % 100 == 0 else ""
+    step = 2654435761  # odd, so that no address comes twice
+    return [address(1 + (i * step >> 24 & 255) % 223, i * step) + prefix(i) for i in range(count)]
+
+
+def put_list(lines):
+    body = "\n".join([*lines, ""]).encode()
+    head = f"PUT /drop/input/any HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def drop(method, net, i):
@@ -166,9 +201,7 @@ def one_put(rules):
                     f.write(table([rule("I", "30", i, "bare")]))
                 bare.append(seconds_of([box.iptables + "-restore", "--noflush"], insert))
                 put = drop("PUT", "40", i)
-                begin = time.perf_counter()
-                client.ask(put)
-                rfw.append(time.perf_counter() - begin)
+                rfw.append(client.ask(put))
         return times(rfw, bare)
     return measure
 
@@ -251,6 +284,104 @@ def start_up(box):
     return times(rfw, bare)
 
 
+def list_of_rules(box):
+    rfw, bare = [], []
+    lines = [rule("I", "40", i, "rfw") for i in range(10000)]
+    restore = box.write("restore", ["*filter", *lines, "COMMIT"])
+    put = put_list([address("40", i) for i in range(10000)])
+    for _ in range(5):
+        rfw.append(box.fresh().ask(put))
+        box.fresh(start=False)
+        bare.append(seconds_of([box.iptables + "-restore", "--noflush"], restore))
+    return times(rfw, bare)
+
+
+def list_in_set(again):
+    def measure(box):
+        rfw, bare = [], []
+        lines = feed(120000)
+        create = f"create {SET} hash:net maxelem 1048576 timeout 0 counters"
+        restore = box.write("restore", [create, *(f"add {SET} {line} timeout 90000" for line in lines)])
+        put = put_list(lines).replace(b"/any ", b"/any?expire=25h ", 1)
+        for _ in range(3):
+            client = box.with_sets()
+            if again:
+                client.ask(put)
+            rfw.append(client.ask(put))
+            box.with_sets()
+            if again:
+                seconds_of([box.ipset, "-exist", "restore"], restore)
+            bare.append(seconds_of([box.ipset, "-exist", "restore"], restore))
+        return times(rfw, bare)
+    return measure
+
+
+def huge_list(box):
+    client = box.with_sets()
+    took = client.ask(put_list(feed(550000)))
+    return f"{took:.2f} s", "", ""
+
+
+def huge_list_memory(what):
+    def measure(box):
+        box.with_sets().ask(put_list(feed(550000)))
+        return megabytes(box.resident(what))
+    return measure
+
+
+def one_among_many(method, net):
+    def measure(box):
+        client = box.with_sets()
+        client.ask(put_list(feed(550000) + [address("250", i) for i in range(100)]))
+        took = [client.ask(drop(method, net, i)) for i in range(100)]
+        return f"{statistics.median(took) * 1e3:.2f} ms", f"max {max(took) * 1e3:.1f}", ""
+    return measure
+
+
+def packets(box):
+    """UDP from a neighbour, as fast as it can, with the set and without it."""
+    ip = lambda words: subprocess.run(["ip", *words.split()], check=True)
+    neighbour = subprocess.Popen(["unshare", "-n", "sleep", "600"])
+    server = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(0.3)  # until it is in a namespace of its own
+        ip(f"link add us type veth peer name eth0 netns {neighbour.pid}")
+        ip("addr add 192.0.2.1/24 dev us")
+        ip("link set us up")
+        there = ["nsenter", "-t", str(neighbour.pid), "-n"]
+        for words in "addr add 192.0.2.2/24 dev eth0", "link set eth0 up":
+            subprocess.run([*there, "ip", *words.split()], check=True)
+        rates = {True: [], False: []}
+        for blocked in [True, False] * 3:
+            client = box.with_sets()
+            if blocked:
+                client.ask(put_list(feed(120000)))
+            flood = "iperf3 -J -c 192.0.2.1 -u -b 0 -l 64 -t 3"
+            out = subprocess.run([*there, *flood.split()], capture_output=True).stdout
+            sum_ = json.loads(out)["end"]["sum"]
+            rates[blocked].append((sum_["packets"] - sum_["lost_packets"]) / sum_["seconds"])
+        with_, without = statistics.median(rates[True]), statistics.median(rates[False])
+        return f"{with_:.0f} /s", f"{without:.0f} /s", f"{with_ / without:.2f} x"
+    finally:
+        for process in server, neighbour:
+            process.kill()
+            process.wait()
+        subprocess.run(["ip", "link", "del", "us"], stderr=subprocess.DEVNULL)
+
+
+def listing_of_set(box):
+    client, rfw, bare = box.with_sets(), [], []
+    client.ask(put_list(feed(120000)))
+    curl = ["/usr/bin/curl", "-s", f"http://127.0.0.1:{LOCAL}/list"]
+    before = box.resident("VmHWM")
+    for _ in range(5):
+        rfw.append(seconds_of(curl))
+        bare.append(seconds_of([box.ipset, "save", SET]))
+    if box.resident("VmHWM") > before + 1e6:
+        raise RuntimeError("memory was not flat")
+    return times(rfw, bare)
+
+
 def memory(rules):
     def measure(box):
         client = box.fresh(rules)
@@ -274,6 +405,16 @@ ROWS = [
     Row("start to first answer, 10,000 rules: one iptables -S", "at most 1.5 x", start_up),
     Row("memory, both servers on, idle", "at most 4 MB", memory(0)),
     Row("memory, both servers on, 10,000 rules", "at most 8 MB", memory(10000)),
+    Row("list of 10,000, rules: iptables-restore --noflush", "at most 1.3 x", list_of_rules),
+    Row("list of 120,000, sets: ipset restore", "at most 1.3 x", list_in_set(False)),
+    Row("the same list again, with new expiries: ipset restore", "", list_in_set(True)),
+    Row("list of 550,000, sets", "at most 5 s", huge_list),
+    Row("memory after a list of 550,000, sets", "at most 32 MB", huge_list_memory("VmRSS")),
+    Row("memory at most by then", "", huge_list_memory("VmHWM")),
+    Row("one PUT among 550,000, sets", "at most 10 ms", one_among_many("PUT", "251")),
+    Row("one DELETE among 550,000, sets", "at most 10 ms", one_among_many("DELETE", "250")),
+    Row("packets a second, 120,000 in sets: none", "at least 0.9 x", packets),
+    Row("GET /list of 120,000, sets: ipset save", "at most 2 x", listing_of_set),
     Row("size of the program", "at most 1.6 MB", lambda box: megabytes(os.stat(box.rfw).st_size)),
 ]
 
@@ -306,6 +447,7 @@ def inside(outer, rfw, keys, variant, *words):
             failed, figures = 1, f"NOT MEASURED: {error}{box.ended()}"
         finally:
             box.stop()
+            box.configure()
         print(f"{variant:7}{row.what:58}{figures}   {row.goal}", flush=True)
     return failed
 

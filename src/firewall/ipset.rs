@@ -408,7 +408,7 @@ impl Plan<'_> {
 
     fn tally(&self) -> Tally {
         let mut tally = Tally::default();
-        self.verdicts.iter().for_each(|verdict| tally.count(*verdict));
+        self.verdicts.iter().for_each(|verdict| tally.add(*verdict, 1));
         tally
     }
 

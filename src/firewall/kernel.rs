@@ -8,7 +8,7 @@ use super::exec::{self, Failure, Presence};
 use super::ipset::set_name;
 use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, End, Iface, Place, Rule, Scope, Target, is_number};
-use std::fmt::{self, Write};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,61 +85,69 @@ impl Owned {
     pub fn new(line: Line, expires: Option<u64>) -> Owned {
         Owned { line, expires, counters: (0, 0) }
     }
+}
 
-    pub fn delete_line(&self) -> String {
-        let mut line = String::from("-D ");
-        self.write(&mut line, 1);
-        line
-    }
+/// One change of a chain, shown as iptables takes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Edit {
+    Delete(Owned),
+    /// It becomes the chain's rule of this number; 1 is the front.
+    Insert(usize, Owned),
+}
 
-    /// Inserts it as the chain's rule number `place`; 1 is the front.
-    pub fn insert_line(&self, place: usize) -> String {
-        let mut line = String::from("-I ");
-        self.write(&mut line, place);
-        if self.counters != (0, 0) {
-            let _ = write!(line, " -c {} {}", self.counters.0, self.counters.1);
+impl fmt::Display for Edit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Edit::Delete(owned) => owned.write(f, "-D", 1),
+            Edit::Insert(place, owned) => {
+                owned.write(f, "-I", *place)?;
+                match owned.counters {
+                    (0, 0) => Ok(()),
+                    (packets, bytes) => write!(f, " -c {packets} {bytes}"),
+                }
+            }
         }
-        line
     }
+}
 
-    /// What follows `-D` or `-I`. No word of it holds a space or a quote: names,
-    /// numbers and addresses alone can get here.
-    fn write(&self, to: &mut String, place: usize) {
+impl Owned {
+    /// No word of it holds a space or a quote: names, numbers and addresses alone
+    /// can get here.
+    fn write(&self, f: &mut fmt::Formatter<'_>, verb: &str, place: usize) -> fmt::Result {
         let Line { rule, kind } = self.line;
-        to.push_str(rule.chain().name());
+        write!(f, "{verb} {}", rule.chain().name())?;
         if place > 1 {
-            let _ = write!(to, " {place}");
+            write!(f, " {place}")?;
         }
         let ((inp, out), (source, destination)) = (rule.ifaces(), rule.ends());
         for (option, iface) in [("-i", inp), ("-o", out)] {
             if iface != Iface::ANY {
-                let _ = write!(to, " {option} {iface}");
+                write!(f, " {option} {iface}")?;
             }
         }
         for (option, net) in [("-s", source), ("-d", destination)] {
             if !net.is_any() {
-                let _ = write!(to, " {option} {net}");
+                write!(f, " {option} {net}")?;
             }
         }
-        let _ = match (kind, self.line.place()) {
-            (Kind::Guard(port), _) => {
+        match kind {
+            Kind::Plain => {}
+            Kind::Guard(port) => {
                 let option = if rule.chain() == Chain::Output { "--sport" } else { "--dport" };
-                write!(to, " -p tcp -m tcp {option} {port}")
+                write!(f, " -p tcp -m tcp {option} {port}")?;
             }
-            (Kind::Set(end), Some(place)) => {
+            Kind::Set(end) => {
                 let end = if end == End::Source { "src" } else { "dst" };
-                write!(to, " -m set --match-set {} {end}", set_name(&place, rule.family()))
+                write!(f, " -m set --match-set {} {end}", self.line)?;
             }
-            _ => Ok(()),
-        };
-        to.push_str(" -m comment --comment rfw");
-        let _ = match (kind, self.expires) {
-            (Kind::Guard(_), _) => write!(to, ":guard"),
-            (_, Some(second)) => write!(to, ":{second}"),
-            _ => Ok(()),
-        };
-        to.push_str(" -j ");
-        to.push_str(rule.target.name());
+        }
+        f.write_str(" -m comment --comment rfw")?;
+        match (kind, self.expires) {
+            (Kind::Guard(_), _) => f.write_str(":guard")?,
+            (_, Some(second)) => write!(f, ":{second}")?,
+            _ => {}
+        }
+        write!(f, " -j {}", rule.target.name())
     }
 }
 
@@ -256,20 +264,21 @@ impl Tools {
         Tools { family, restore: restore_beside(&iptables), iptables, presence }
     }
 
-    /// Commits lines such as `-I INPUT …` in order, all or none: one alone as
-    /// that very command, several in one transaction.
-    pub fn commit(&self, lines: &[String]) -> Result<(), Failure> {
-        if let [line] = lines {
+    /// Commits edits in order, all or none: one alone as the command that it is
+    /// shown as, several in one transaction.
+    pub fn commit(&self, edits: &[Edit]) -> Result<(), Failure> {
+        if let [edit] = edits {
+            let line = edit.to_string();
             let args: Vec<&str> = ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
             return exec::run(&self.presence, &self.iptables, &args, LIMIT, |_| Ok(()));
         }
-        if lines.is_empty() {
+        if edits.is_empty() {
             return Ok(());
         }
         let args = ["--noflush", "-w", LOCK_WAIT];
-        exec::run(&self.presence, &self.restore, &args, limit_of(lines.len()), |input| {
+        exec::run(&self.presence, &self.restore, &args, limit_of(edits.len()), |input| {
             input.line("*filter")?;
-            lines.iter().try_for_each(|line| input.line(line))?;
+            edits.iter().try_for_each(|edit| input.line(edit))?;
             input.line("COMMIT")
         })
     }
@@ -430,7 +439,7 @@ mod tests {
         ];
         for (path, line) in rules {
             let owned = Owned::new(Line::plain(path.parse().unwrap()), None);
-            assert_eq!(owned.delete_line(), line);
+            assert_eq!(Edit::Delete(owned).to_string(), line);
             read_back(owned);
         }
         for path in ["drop/input/any", "reject/output/a", "accept/forward/br-lan"] {
@@ -447,12 +456,12 @@ mod tests {
             Owned::new(Line::plain("/drop/input/any/1.2.3.4".parse().unwrap()), Some(9));
         owned.counters = (5, 7);
         let line = "-I INPUT 3 -s 1.2.3.4 -m comment --comment rfw:9 -j DROP -c 5 7";
-        assert_eq!(owned.insert_line(3), line);
+        assert_eq!(Edit::Insert(3, owned).to_string(), line);
     }
 
     fn read_back(owned: Owned) {
         let rule = owned.line.rule;
-        let listed = owned.insert_line(1).replace("-I ", "-A ");
+        let listed = Edit::Insert(1, owned).to_string().replace("-I ", "-A ");
         assert_eq!(
             parse_row(&listed, rule.family()),
             Some((rule.chain(), Some(owned))),

@@ -1,7 +1,7 @@
 //! What the kernel holds of rfw's, in memory, and the lines that take the
 //! kernel from one state to another. Pure: no process, no clock.
 
-use super::kernel::{Kind, Line, Owned, Row};
+use super::kernel::{Edit, Kind, Line, Owned, Row};
 use super::{Outcome, Tally, Verdict};
 use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
@@ -48,29 +48,27 @@ pub struct Mirror {
     sets: usize,
 }
 
+/// What became of one line.
+struct Step {
+    line: Line,
+    before: Option<Entry>,
+    after: Option<Entry>,
+}
+
 /// What changes have done to the mirror, so that it can be undone.
 #[derive(Default)]
 pub struct Batch {
-    before: HashMap<Line, Option<Entry>>,
+    /// Each line once.
+    steps: Vec<Step>,
     /// One for each change, in order.
     pub outcomes: Vec<Outcome>,
-}
-
-impl Batch {
-    /// Takes what was done after it.
-    pub fn join(&mut self, later: Batch) {
-        for (line, before) in later.before {
-            self.before.entry(line).or_insert(before);
-        }
-        self.outcomes.extend(later.outcomes);
-    }
 }
 
 /// How to make the kernel hold what the mirror says.
 #[derive(Default)]
 pub struct Repair {
     /// To be committed in one transaction.
-    pub lines: Vec<String>,
+    pub edits: Vec<Edit>,
     /// What is put back or does not stay, for the log.
     pub notes: Vec<(Note, Line)>,
 }
@@ -146,7 +144,8 @@ impl Mirror {
             return false;
         }
         self.oldest = self.oldest.saturating_sub(1);
-        self.place(owned.line, self.oldest, owned.expires);
+        let age = self.oldest.saturating_add(lead(&owned.line));
+        self.set(owned.line, Some(Entry { age, expires: owned.expires }));
         true
     }
 
@@ -155,21 +154,25 @@ impl Mirror {
     pub fn guard(&mut self, guards: &[Owned]) {
         let old = self.rules.keys().filter(|line| line.is_guard());
         let old: Vec<Line> = old.copied().collect();
-        old.into_iter().for_each(|line| self.set(line, None));
+        for line in old {
+            self.set(line, None);
+        }
         guards.iter().rev().for_each(|guard| self.add(guard.line, None));
     }
 
     /// Takes a rule as the newest of its kind.
     pub fn add(&mut self, line: Line, expires: Option<u64>) {
+        let entry = self.newest(&line, expires);
+        self.set(line, Some(entry));
+    }
+
+    fn newest(&mut self, line: &Line, expires: Option<u64>) -> Entry {
         self.youngest = self.youngest.saturating_add(1);
-        self.place(line, self.youngest, expires);
+        Entry { age: self.youngest.saturating_add(lead(line)), expires }
     }
 
-    fn place(&mut self, line: Line, age: i64, expires: Option<u64>) {
-        self.set(line, Some(Entry { age: age.saturating_add(lead(&line)), expires }));
-    }
-
-    fn set(&mut self, line: Line, entry: Option<Entry>) {
+    /// Returns what was there.
+    fn set(&mut self, line: Line, entry: Option<Entry>) -> Option<Entry> {
         let old = match entry {
             Some(entry) => self.rules.insert(line, entry),
             None => self.rules.remove(&line),
@@ -183,6 +186,7 @@ impl Mirror {
             let count = |entry: Option<Entry>| usize::from(entry.is_some());
             self.sets = self.sets.saturating_sub(count(old)).saturating_add(count(entry));
         }
+        old
     }
 
     /// The rules that have expired by `now`.
@@ -217,31 +221,39 @@ impl Mirror {
             let (mut tally, mut rivals) = (Tally::default(), None);
             for rule in change.rules.of(family) {
                 let line = Line::plain(rule);
-                let old = self.rules.get(&line).copied();
-                let verdict = match (old, put) {
+                let after = put.map(|expires| self.newest(&line, expires));
+                let before = self.set(line, after);
+                let verdict = match (before, after) {
                     (None, None) => Verdict::Absent,
                     (Some(_), None) => Verdict::Deleted,
                     (None, Some(_)) => Verdict::Inserted,
-                    (Some(old), Some(expires)) => {
+                    (Some(old), Some(new)) => {
                         let mut shadowed = || {
                             let rivals = rivals.get_or_insert_with(|| self.rivals(&rule));
                             rivals.iter().any(|(r, age)| *age > old.age && r.overlaps(&rule))
                         };
-                        match old.expires == expires && !shadowed() {
+                        match old.expires == new.expires && !shadowed() {
                             true => Verdict::Exists,
                             false => Verdict::Refreshed,
                         }
                     }
                 };
-                tally.count(verdict);
-                match (verdict, put) {
-                    (Verdict::Exists | Verdict::Absent, _) => continue,
-                    (_, Some(expires)) => self.add(line, expires),
-                    (_, None) => self.set(line, None),
+                tally.add(verdict, 1);
+                if verdict == Verdict::Exists {
+                    self.set(line, before);
+                } else if verdict != Verdict::Absent {
+                    batch.steps.push(Step { line, before, after });
                 }
-                batch.before.entry(line).or_insert(old);
             }
             batch.outcomes.push(Outcome { tally, expires: put.flatten() });
+        }
+        // No line comes twice in one change, but in several it may.
+        if changes.len() > 1 {
+            let mut seen = HashSet::new();
+            batch.steps.retain(|step| seen.insert(step.line));
+            for step in &mut batch.steps {
+                step.after = self.rules.get(&step.line).copied();
+            }
         }
         batch
     }
@@ -256,14 +268,12 @@ impl Mirror {
         rivals.map(|(line, entry)| (line.rule, entry.age)).collect()
     }
 
-    /// Has one rule, with this expiry, or has it not.
-    pub fn have(&mut self, line: Line, wanted: Option<Option<u64>>) -> Batch {
-        let before = self.rules.get(&line).copied();
-        match wanted {
-            Some(expires) => self.add(line, expires),
-            None => self.set(line, None),
-        }
-        Batch { before: [(line, before)].into(), outcomes: Vec::new() }
+    /// Has one rule, with this expiry, or has it not; the batch has no part in
+    /// it yet.
+    pub fn have(&mut self, line: Line, wanted: Option<Option<u64>>, batch: &mut Batch) {
+        let after = wanted.map(|expires| self.newest(&line, expires));
+        let before = self.set(line, after);
+        batch.steps.push(Step { line, before, after });
     }
 
     pub fn has(&self, line: &Line) -> bool {
@@ -288,21 +298,19 @@ impl Mirror {
     }
 
     pub fn undo(&mut self, batch: &Batch) {
-        for (line, entry) in &batch.before {
-            self.set(*line, *entry);
+        for Step { line, before, .. } in &batch.steps {
+            self.set(*line, *before);
         }
     }
 
-    /// The lines that do to the kernel what the batch did to the mirror: first
+    /// The edits that do to the kernel what the batch did to the mirror: first
     /// the deletions in chain order, because then the walk to each is
     /// shortest, then the insertions, the newest last. `None` if that would
     /// take longer than looking at the kernel for a better way, or if there are
     /// sets, whose rules stay in front.
-    pub fn lines(&self, batch: &Batch) -> Option<Vec<String>> {
-        let changed = batch.before.iter().map(|(line, old)| (line, old, self.rules.get(line)));
-        let changed = changed.filter(|(_, old, new)| old.as_ref() != *new);
+    pub fn edits(&self, batch: &Batch) -> Option<Vec<Edit>> {
         let (mut gone, mut new) = (Vec::new(), Vec::new());
-        for (line, before, after) in changed {
+        for Step { line, before, after } in batch.steps.iter().filter(|s| s.before != s.after) {
             gone.extend(before.map(|entry| (Reverse(entry.age), Owned::new(*line, entry.expires))));
             new.extend(after.map(|entry| (entry.age, Owned::new(*line, entry.expires))));
         }
@@ -311,8 +319,8 @@ impl Mirror {
         }
         gone.sort_unstable_by_key(|(order, _)| *order);
         new.sort_unstable_by_key(|(order, _)| *order);
-        let gone = gone.iter().map(|(_, owned)| owned.delete_line());
-        Some(gone.chain(new.iter().map(|(_, owned)| owned.insert_line(1))).collect())
+        let gone = gone.into_iter().map(|(_, owned)| Edit::Delete(owned));
+        Some(gone.chain(new.into_iter().map(|(_, owned)| Edit::Insert(1, owned))).collect())
     }
 
     /// Starts to hold a listing against the mirror, row by row,
@@ -325,12 +333,13 @@ impl Mirror {
     /// the batch is already done.
     pub fn repair(&self, mut listing: Listing, batch: &Batch, law: &Law<'_>) -> Repair {
         let mut repair = Repair::default();
+        let touched: HashSet<Line> = batch.steps.iter().map(|step| step.line).collect();
         for chain in Chain::ALL {
             let mut above = i64::MAX;
             let mut kept = HashSet::new();
             let judge = |row: Row| {
                 let stays = row.is_none_or(|owned| {
-                    let age = self.place_of(&owned, batch, law, &mut repair);
+                    let age = self.place_of(&owned, &touched, law, &mut repair);
                     let in_order = age.filter(|age| *age < above);
                     above = in_order.unwrap_or(above);
                     kept.extend(in_order.map(|_| owned.line));
@@ -348,7 +357,7 @@ impl Mirror {
             if !missing.is_empty() {
                 let rows = slots.iter().filter_map(|slot| slot.row);
                 let listed: HashSet<Line> = rows.map(|owned| owned.line).collect();
-                let known = |l: &Line| listed.contains(l) || batch.before.contains_key(l);
+                let known = |l: &Line| listed.contains(l) || touched.contains(l);
                 let lost = missing.iter().map(|(line, _)| *line).filter(|line| !known(line));
                 repair.notes.extend(lost.map(|line| (Note::Restored, line)));
                 slots = self.merged(slots, missing);
@@ -364,11 +373,11 @@ impl Mirror {
     fn place_of(
         &self,
         owned: &Owned,
-        batch: &Batch,
+        touched: &HashSet<Line>,
         law: &Law<'_>,
         repair: &mut Repair,
     ) -> Option<i64> {
-        if batch.before.contains_key(&owned.line) {
+        if touched.contains(&owned.line) {
             return None;
         }
         if let Some(entry) = self.rules.get(&owned.line) {
@@ -403,7 +412,7 @@ impl Mirror {
 }
 
 impl Repair {
-    /// Writes the lines for one chain: deletions in chain order, then
+    /// Writes the edits of one chain: deletions in chain order, then
     /// insertions from the back to the front, each at its place among what is
     /// there by then.
     fn arrange(&mut self, slots: &[Slot]) {
@@ -411,12 +420,12 @@ impl Repair {
         let mut place = 1_usize;
         for slot in slots {
             match (slot.fate, &slot.row) {
-                (Fate::Gone, Some(owned)) => self.lines.push(owned.delete_line()),
-                (Fate::New, Some(owned)) => insertions.push(owned.insert_line(place)),
+                (Fate::Gone, Some(owned)) => self.edits.push(Edit::Delete(*owned)),
+                (Fate::New, Some(owned)) => insertions.push(Edit::Insert(place, *owned)),
                 _ => place = place.saturating_add(1),
             }
         }
-        self.lines.extend(insertions.into_iter().rev());
+        self.edits.extend(insertions.into_iter().rev());
     }
 }
 
@@ -561,7 +570,7 @@ mod tests {
             let said: Vec<_> =
                 batch.outcomes.iter().map(|o| format!("{:?}", o.tally.single().unwrap())).collect();
             assert_eq!(
-                (said.join(" ").as_str(), short(&mirror.lines(&batch).unwrap())),
+                (said.join(" ").as_str(), short(&mirror.edits(&batch).unwrap())),
                 (*verdicts, expected.iter().map(|s| s.to_string()).collect()),
                 "{before:?}"
             );
@@ -569,12 +578,12 @@ mod tests {
     }
 
     /// The parts of `-I INPUT …` lines that vary in these tests.
-    fn short(lines: &[String]) -> Vec<String> {
+    fn short(edits: &[Edit]) -> Vec<String> {
         let noise = ["INPUT", "-s", "-m", "comment", "--comment", "-j"];
-        let words = |line: &String| {
-            line.split(' ').filter(|w| !noise.contains(w)).collect::<Vec<_>>().join(" ")
+        let words = |edit: &Edit| {
+            edit.to_string().split(' ').filter(|w| !noise.contains(w)).collect::<Vec<_>>().join(" ")
         };
-        lines.iter().map(words).collect()
+        edits.iter().map(words).collect()
     }
 
     #[test]
@@ -675,14 +684,14 @@ mod tests {
             let said = repair.notes.iter().map(|(note, _)| format!("{note:?}"));
             let said: Vec<String> = said.collect();
             assert_eq!(
-                (short(&repair.lines), said.join(" ")),
+                (short(&repair.edits), said.join(" ")),
                 (lines.iter().map(|s| s.to_string()).collect(), told.to_string()),
                 "{before:?} {kernel:?}"
             );
             // What the kernel shows then is what the mirror holds.
             let mut rows = listing(kernel).remove(&Chain::Input).unwrap_or_default();
-            for line in &repair.lines {
-                perform(line, &mut rows);
+            for line in &repair.edits {
+                perform(&line.to_string(), &mut rows);
             }
             let mut again = mirror.compare();
             assert!(rows.iter().all(|row| again.row(Chain::Input, *row)) && again.is_same());
@@ -699,7 +708,7 @@ mod tests {
             assert!(mirror.adopt(&row.unwrap(), &law));
         }
         let repair = mirror.repair(listing(&["foreign", "foreign"]), &Batch::default(), &law);
-        assert_eq!(short(&repair.lines), ["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP"]);
+        assert_eq!(short(&repair.edits), ["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP"]);
     }
 
     /// What iptables does with a line.
@@ -726,7 +735,7 @@ mod tests {
         let gone: Vec<String> = paths.iter().take(150).map(|p| p.replace('+', "-")).collect();
         let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
         let batch = apply(&mut mirror, &gone);
-        assert_eq!(mirror.lines(&batch), None, "worth a look at the kernel");
+        assert_eq!(mirror.edits(&batch), None, "worth a look at the kernel");
         let kernel: Vec<&str> = kernel.iter().map(String::as_str).collect();
         let mut rows = listing(&kernel);
         rows.get_mut(&Chain::Input).unwrap()[0].as_mut().unwrap().counters = (5, 7);
@@ -734,7 +743,7 @@ mod tests {
         let law = Law { now: 1_000, whitelist: &whitelist };
         let repair = mirror.repair(rows, &batch, &law);
         assert_eq!(repair.notes, []);
-        let lines = short(&repair.lines);
+        let lines = short(&repair.edits);
         assert_eq!(lines.len(), 200 + 50);
         assert_eq!(lines[0], "-D 10.0.0.199 rfw DROP");
         assert_eq!(lines[199], "-D 10.0.0.0 rfw DROP");
@@ -753,10 +762,10 @@ mod tests {
         let accept = Owned::new(Line::plain(rule("/accept/input/any/1.1.1.0/24")), None);
         rows.get_mut(&Chain::Input).unwrap().insert(0, Some(accept));
         let batch = apply(&mut mirror, &paths);
-        assert_eq!(mirror.lines(&batch), None);
+        assert_eq!(mirror.edits(&batch), None);
         let whitelist = Whitelist::parse("9.9.9.9").unwrap();
         let law = Law { now: 1_000, whitelist: &whitelist };
-        let lines = short(&mirror.repair(rows, &batch, &law).lines);
+        let lines = short(&mirror.repair(rows, &batch, &law).edits);
         assert_eq!(lines.len(), 2 * 100);
         assert_eq!(lines[100], "-I 1.1.1.0/24 rfw ACCEPT");
         assert_eq!(lines[199], "-I 1.1.1.98 rfw DROP");

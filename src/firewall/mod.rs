@@ -21,9 +21,9 @@ use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Rules, Scope, Target};
 use exec::Failure;
 use ipset::Ipset;
-use kernel::{Kind, LIMIT, Line, Owned, START_LIMIT, Tools};
+use kernel::{Edit, Kind, LIMIT, Line, Owned, START_LIMIT, Tools};
 use mirror::{Batch, Law, Listing, Mirror, Note};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::mem;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,7 +37,7 @@ const PAUSE: Duration = Duration::from_millis(900);
 const PAUSE_FACTOR: u32 = 20;
 
 /// What became of a rule.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     Inserted,
     /// The rule was there; it has a new expiry and stands in front.
@@ -48,6 +48,9 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    const ALL: [Verdict; 5] =
+        [Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted, Verdict::Absent];
+
     /// The word in answers and in the log.
     pub fn name(self) -> &'static str {
         match self {
@@ -62,29 +65,26 @@ impl Verdict {
 
 /// How many rules of a change have met which verdict.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct Tally(BTreeMap<Verdict, usize>);
+pub struct Tally([usize; 5]);
 
 impl Tally {
     pub fn of(&self, verdict: Verdict) -> usize {
-        self.0.get(&verdict).copied().unwrap_or(0)
+        self.0.get(verdict as usize).copied().unwrap_or(0)
     }
 
     /// That of a single rule.
     pub fn single(&self) -> Option<Verdict> {
-        self.0.keys().next().copied()
+        Verdict::ALL.into_iter().find(|verdict| self.of(*verdict) > 0)
     }
 
     fn add(&mut self, verdict: Verdict, count: usize) {
-        let sum = self.of(verdict).saturating_add(count);
-        self.0.insert(verdict, sum);
-    }
-
-    fn count(&mut self, verdict: Verdict) {
-        self.add(verdict, 1);
+        if let Some(sum) = self.0.get_mut(verdict as usize) {
+            *sum = sum.saturating_add(count);
+        }
     }
 
     fn join(&mut self, other: &Tally) {
-        other.0.iter().for_each(|(verdict, count)| self.add(*verdict, *count));
+        Verdict::ALL.into_iter().for_each(|verdict| self.add(verdict, other.of(verdict)));
     }
 }
 
@@ -464,8 +464,8 @@ impl Table {
 
     fn attempt(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
         let batch = self.mirror.apply(changes, self.tools.family, ceiling(now));
-        let committed = match self.mirror.lines(&batch) {
-            Some(lines) => self.run(&lines),
+        let committed = match self.mirror.edits(&batch) {
+            Some(edits) => self.run(&edits),
             None => self.repair(&batch, now.as_secs(), false),
         };
         match committed {
@@ -477,8 +477,8 @@ impl Table {
         }
     }
 
-    fn run(&mut self, lines: &[String]) -> Result<(), Failure> {
-        let result = self.tools.commit(lines);
+    fn run(&mut self, edits: &[Edit]) -> Result<(), Failure> {
+        let result = self.tools.commit(edits);
         self.stale |= result.as_ref().is_err_and(Failure::is_passing);
         result
     }
@@ -492,7 +492,7 @@ impl Table {
         })?;
         let law = Law { now, whitelist: &self.whitelist };
         let repair = self.mirror.repair(listing, batch, &law);
-        self.run(&repair.lines)?;
+        self.run(&repair.edits)?;
         self.stale = false;
         self.report(&repair.notes, starting);
         Ok(())
@@ -567,8 +567,8 @@ fn probe(tools: &Tools) -> Result<(), Failure> {
     let scope = Scope::Input { iface: Iface::ANY, source: Net::any(tools.family) };
     let rule = Rule { target: Target::Accept, scope };
     let probe = Owned::new(Line { rule, kind: Kind::Guard(0) }, None);
-    tools.commit(&[probe.insert_line(1)])?;
-    tools.commit(&[probe.delete_line()])
+    tools.commit(&[Edit::Insert(1, probe)])?;
+    tools.commit(&[Edit::Delete(probe)])
 }
 
 fn only_passing(failure: Failure) -> Result<(), Failure> {

@@ -125,7 +125,7 @@ impl Kernel {
             verdict = if load.put.is_some() { Verdict::Refreshed } else { Verdict::Deleted };
         }
         let mut tally = Tally::default();
-        tally.count(verdict);
+        tally.add(verdict, 1);
         Ok(tally)
     }
 
@@ -247,11 +247,11 @@ impl Kernel {
                 ipset.entries(&line.to_string(), |entry| {
                     let owned = entry.owned(place, now);
                     if table.whitelist.conflict(&owned.line.rule).is_none() {
-                        batch.join(table.mirror.have(owned.line, Some(owned.expires)));
+                        table.mirror.have(owned.line, Some(owned.expires), &mut batch);
                     }
                     true
                 })?;
-                batch.join(table.mirror.have(*line, None));
+                table.mirror.have(*line, None, &mut batch);
             }
             if lines.is_empty() {
                 continue;
@@ -266,7 +266,8 @@ impl Kernel {
 impl Table {
     /// Has the rule for a set, or has it not.
     fn have_set(&mut self, line: Line, wanted: bool, now: Duration) -> Result<(), Failure> {
-        let batch = self.mirror.have(line, wanted.then_some(None));
+        let mut batch = Batch::default();
+        self.mirror.have(line, wanted.then_some(None), &mut batch);
         let result = self.repair(&batch, now.as_secs(), false);
         if result.is_err() {
             self.mirror.undo(&batch);
@@ -317,9 +318,9 @@ impl Table {
             let set = Line::set(place, family);
             if !self.mirror.has(&set) {
                 ipset.create(&set.to_string(), family)?;
-                batch.join(self.mirror.have(set, Some(None)));
+                self.mirror.have(set, Some(None), &mut batch);
             }
-            batch.join(self.mirror.have(Line::plain(rule), None));
+            self.mirror.have(Line::plain(rule), None, &mut batch);
             lines.push(format!("add {set} {net} timeout {timeout}"));
             // The newer of two wins.
             let rivals = place.others().map(|place| Line::set(place, family));
