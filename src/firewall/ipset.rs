@@ -469,3 +469,74 @@ fn parse_entry(line: &str) -> Option<Entry> {
     }
     Some(entry)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        let long = "a-long-name-123";
+        let table = [
+            ("drop", "input", "any", "any", "rfw4:drop:in:any"),
+            ("reject", "output", "any", long, "rfw4:reject:out:a-long-name-123"),
+            ("reject", "input", "br-lan", "any", "rfw4:reject:in:br-lan+"),
+            ("accept", "forward", "eth0", "any", "rfw4:accept:fwd:eth0:any:src"),
+            ("accept", "forward", "eth0", "ppp+", "rfw4:accept:fwd:eth0:ppp+:src"),
+            ("reject", "forward", long, "any", "rfw4:reject:fwd:~68e9884a65c005"),
+            ("drop", "forward", long, long, "rfw4:drop:fwd:~a5626d73481bc9"),
+        ];
+        for (target, chain, inp, out, name) in table {
+            let iface = if inp == "any" { out } else { inp };
+            let mut place = Place::parse(&[target, chain, iface]).unwrap();
+            if chain == "forward" {
+                place.out = Iface::parse(out).unwrap();
+            }
+            assert_eq!(set_name(&place, Family::V4), name);
+            assert!(name.len() <= MAX_NAME);
+            let read = parse_name(name);
+            assert_eq!(read, (!name.contains('~')).then_some((place, Family::V4)), "{name}");
+        }
+        for name in ["rfw4:drop:in", "rfw4:drop:in:any:any", "rfw5:drop:in:any", "rfw4:DROP:in:any"]
+            .iter()
+            .chain(&["rfw4:drop:in:br-lan", "rfw4:drop:fwd:a+:b+:both", "rfw4?drop:in:any", "mine"])
+        {
+            assert_eq!(parse_name(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn names_of_lists_and_of_rivals() {
+        assert_eq!(staged("rfw4:drop:in:any", "?"), "rfw4?drop:in:any");
+        assert_eq!(destination("rfw4?drop:in:any"), Some(("rfw4:drop:in:any".into(), "?")));
+        assert_eq!(destination("rfw6-drop:in:any"), Some(("rfw6:drop:in:any".into(), "-")));
+        for name in ["rfw4:drop:in:any", "rfw5+x", "abc4+x", "r", "rfwé+"] {
+            assert_eq!(destination(name), None, "{name}");
+        }
+        assert!(are_rivals("rfw4:drop:in:any", "rfw4:accept:in:any"));
+        assert!(are_rivals("rfw4:drop:fwd:~12", "rfw4:reject:fwd:~12"));
+        for name in ["rfw4:drop:in:any", "rfw6:accept:in:any", "rfw4:accept:out:any", "rfw4+x", ""]
+        {
+            assert!(!are_rivals("rfw4:drop:in:any", name), "{name}");
+        }
+        assert!(!are_rivals("", "mine"));
+    }
+
+    #[test]
+    fn entries() {
+        let table = [
+            ("add s 1.2.3.4\n", "1.2.3.4 0 (0, 0)"),
+            ("add s 1.2.3.0/24 timeout 90 packets 5 bytes 7\n", "1.2.3.0/24 90 (5, 7)"),
+            ("add s 2001:db8::/64 timeout 0 nomatch\n", "2001:db8::/64 0 (0, 0)"),
+            ("create s hash:net family inet timeout 0", "none"),
+            ("add s example.com", "none"),
+        ];
+        for (line, entry) in table {
+            let read = parse_entry(line)
+                .map_or("none".into(), |Entry { net, timeout, counters }| {
+                    format!("{net} {timeout} {counters:?}")
+                });
+            assert_eq!(read, entry, "{line}");
+        }
+    }
+}

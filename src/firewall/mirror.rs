@@ -25,13 +25,17 @@ struct Entry {
     expires: Option<u64>,
 }
 
-/// How far in front of other rules those for sets stand.
+/// The least age of a rule for a set: these stand in front of all others.
+const SETS: i64 = 1 << 60;
+
+/// How far in front of other rules those for sets stand; no count of changes
+/// comes near half of it.
 fn lead(line: &Line) -> i64 {
     match (line.kind, line.rule.target) {
         (Kind::Plain | Kind::Guard(_), _) => 0,
-        (_, Target::Drop) => 1 << 60,
-        (_, Target::Reject) => 2 << 60,
-        (_, Target::Accept) => 3 << 60,
+        (_, Target::Drop) => 3 << 59,
+        (_, Target::Reject) => 5 << 59,
+        (_, Target::Accept) => 7 << 59,
     }
 }
 
@@ -389,7 +393,8 @@ impl Mirror {
     }
 
     /// The chain as it shall be: each missing rule before the first older one;
-    /// where none is left, behind the last newer one, or in front.
+    /// where none is left, behind the last newer one, or in front. The first rule
+    /// for a set comes before everybody's.
     fn merged(&self, slots: Vec<Slot>, missing: Vec<(Line, Entry)>) -> Vec<Slot> {
         let age = |slot: &Slot| {
             let owned = slot.row.filter(|_| slot.fate == Fate::Stays)?;
@@ -399,6 +404,11 @@ impl Mirror {
         let end = end.map_or(0, |last| last.saturating_add(1));
         let mut missing = missing.into_iter().peekable();
         let mut merged = Vec::new();
+        if !slots.iter().any(|slot| age(slot) >= Some(SETS)) {
+            while let Some(new) = missing.next_if(|(_, entry)| entry.age >= SETS) {
+                merged.push(Slot::new(new));
+            }
+        }
         for (at, slot) in slots.into_iter().enumerate() {
             let older = if at == end { Some(i64::MIN) } else { age(&slot) };
             while let Some(new) = missing.next_if(|(_, m)| older.is_some_and(|a| m.age > a)) {
@@ -488,7 +498,7 @@ impl Comparison<'_> {
 mod tests {
     use super::super::kernel::parse_row;
     use super::*;
-    use crate::rule::Rules;
+    use crate::rule::{Place, Rules};
 
     type Lines = &'static [&'static str];
 
@@ -709,6 +719,37 @@ mod tests {
         }
         let repair = mirror.repair(listing(&["foreign", "foreign"]), &Batch::default(), &law);
         assert_eq!(short(&repair.edits), ["-I 1.1.1.1 rfw DROP", "-I 2.2.2.2 rfw DROP"]);
+    }
+
+    #[test]
+    fn rules_for_sets_stand_in_front() {
+        let whitelist = Whitelist::parse("9.9.9.9").unwrap();
+        let law = Law { now: 1_000, whitelist: &whitelist };
+        let mut mirror = mirror(&[A]);
+        let mut batch = Batch::default();
+        for target in ["drop", "accept", "reject"] {
+            let place = Place::parse(&[target, "input", "eth0"]).unwrap();
+            mirror.have(Line::set(place, Family::V4), Some(None), &mut batch);
+        }
+        mirror.add(Line::plain(rule("/drop/input/any/2.2.2.2")), None);
+        let words = |edits: &[Edit]| {
+            let target = |edit: &Edit| {
+                let line = edit.to_string();
+                format!("{} {}", line.split(' ').nth(2).unwrap(), line.rsplit(' ').next().unwrap())
+            };
+            edits.iter().map(target).collect::<Vec<_>>().join(", ")
+        };
+        // Before what is others', and the plain one where its age belongs.
+        let repair = mirror.repair(listing(&["foreign", "1.1.1.1 rfw"]), &batch, &law);
+        assert_eq!(words(&repair.edits), "2 DROP, -i DROP, -i REJECT, -i ACCEPT");
+        assert_eq!(repair.notes.len(), 1);
+        let mut rows = listing(&["foreign", "1.1.1.1 rfw"]).remove(&Chain::Input).unwrap();
+        repair.edits.iter().for_each(|edit| perform(&edit.to_string(), &mut rows));
+        let mut comparison = mirror.compare();
+        assert!(rows.iter().all(|row| comparison.row(Chain::Input, *row)) && comparison.is_same());
+        assert!(mirror.edits(&batch).is_none(), "their place must be looked up");
+        mirror.undo(&batch);
+        assert_eq!(mirror.sets(), []);
     }
 
     /// What iptables does with a line.

@@ -331,7 +331,7 @@ impl Table {
             return Ok(());
         }
         ipset.restore(lines.len(), |input| lines.iter().try_for_each(|line| input.line(line)))?;
-        self.log.info(format_args!("rules moved into sets: {}", lines.len()));
+        self.log.info(format_args!("IP{family:?}: rules moved into sets"));
         self.repair(&batch, now.as_secs(), true)
     }
 }
