@@ -191,8 +191,8 @@ impl Kernel {
         match self.ipset.clone() {
             Some(ipset) => self.move_in(&ipset, now).map_err(|failure| {
                 format!(
-                    "sets do not work here ({failure}); the kernel must have ip_set_hash_net and \
-                     xt_set, and ipset must be new enough for it; or leave ipset.path out"
+                    "sets do not work here ({failure}); rfw must be root or have CAP_NET_ADMIN and \
+                     CAP_NET_RAW, and the kernel ip_set_hash_net and xt_set; or leave ipset.path out"
                 )
             }),
             None if !found => Ok(()),
