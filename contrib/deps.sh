@@ -47,6 +47,7 @@ case ${1:-} in
 build) ;;
 demo | test | bench)
 	want iptables iptables
+	want ipset ipset
 	want ip iproute2
 	want unshare util-linux
 	want curl curl
