@@ -132,10 +132,10 @@ fn check(lab: &Lab, models: &[Model], when: &str) {
 }
 
 /// xorshift, seeded by the standard library's hash keys.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
-    fn new() -> Random {
+    pub fn new() -> Random {
         let seed = std::hash::RandomState::new().build_hasher().finish() | 1;
         println!("seed {seed}");
         Random(seed)
@@ -148,7 +148,7 @@ impl Random {
         self.0
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 }

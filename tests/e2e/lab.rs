@@ -1,6 +1,7 @@
 //! The laboratory. Outside, `both` and `once` start this very test program again under `unshare`,
 //! once for each variant of iptables; inside, with `RFW_E2E` set, they run the body of the test.
 
+use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -12,6 +13,9 @@ use std::{any, env, thread};
 
 pub const LOCAL: &str = "127.0.0.1:7390";
 pub const OUTWARD: &str = "127.0.0.1:7393";
+
+/// The line of rfw.conf that keeps addresses in sets.
+pub const SETS: &str = "ipset.path = /usr/sbin/ipset";
 
 /// Seconds that a busy machine may add to any time that the contract names.
 pub const SLACK: u64 = 4;
@@ -30,6 +34,20 @@ pub fn once<F: Fn(&Lab)>(body: F) {
 
 pub fn legacy<F: Fn(&Lab)>(body: F) {
     run(&["legacy"], body);
+}
+
+/// Inside a test, runs `body` with a rule for each address (`false`) and then with sets (`true`),
+/// `lines` being in rfw.conf too; nothing is left in the kernel in between.
+pub fn modes(lab: &Lab, lines: &str, body: impl Fn(&mut Rfw<'_>, bool)) {
+    for (mode, sets) in [("", false), (SETS, true)] {
+        println!("mode: {mode}"); // for the reader of a failure
+        let mut rfw = lab.start(&format!("local.server\n{lines}\n{mode}"));
+        body(&mut rfw, sets);
+        drop(rfw);
+        lab.iptables("-F");
+        lab.ip6tables("-F");
+        lab.ipset("destroy");
+    }
 }
 
 fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
@@ -103,6 +121,9 @@ impl Lab {
 
     /// The real program: "iptables" → /usr/sbin/iptables-nft.
     fn real(&self, program: &str) -> String {
+        if program == "ipset" {
+            return "/usr/sbin/ipset".into();
+        }
         let (family, restore) = program.split_at(program.find('-').unwrap_or(program.len()));
         format!("/usr/sbin/{family}-{}{restore}", self.variant)
     }
@@ -114,12 +135,12 @@ impl Lab {
         if stand_in.exists() { stand_in.to_str().unwrap().into() } else { real }
     }
 
-    /// Puts scripts in the place of iptables, iptables-restore and the two of IPv6: they run `body`
-    /// (which knows `$me`, `$real` and `$lab`) and then, unless it left, the real program.
+    /// Puts scripts in the place of iptables, iptables-restore, the two of IPv6 and ipset: they run
+    /// `body` (which knows `$me`, `$real` and `$lab`) and then, unless it left, the real program.
     pub fn stand_in(&self, body: &str) {
         let bin = self.dir.join("bin");
         fs::create_dir_all(&bin).unwrap();
-        for me in ["iptables", "iptables-restore", "ip6tables", "ip6tables-restore"] {
+        for me in ["iptables", "iptables-restore", "ip6tables", "ip6tables-restore", "ipset"] {
             let real = self.real(me);
             let head = format!("#!/bin/sh\nme={me} real={real} lab={}\n", self.dir.display());
             fs::write(bin.join("new"), format!("{head}{body}\nexec $real \"$@\"\n")).unwrap();
@@ -144,11 +165,19 @@ impl Lab {
         sh(&format!("{} -w {arguments}", self.real("ip6tables")))
     }
 
-    /// Many rules of rfw's, as from a former run: 10.0.0.1, 10.0.1.1 and so on. Returns how many:
-    /// fewer where iptables-nft may not write them all at once, in a user namespace.
-    pub fn seed(&self, wanted: usize, comment: &str) -> usize {
+    pub fn ipset(&self, arguments: &str) -> String {
+        sh(&format!("/usr/sbin/ipset {arguments}"))
+    }
+
+    /// How many of so many rules iptables-nft may write at once: fewer in a user namespace.
+    pub fn at_once(&self, wanted: usize) -> usize {
         let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
-        let count = if uids.contains("4294967295") { wanted } else { wanted.min(250) };
+        if uids.contains("4294967295") { wanted } else { wanted.min(250) }
+    }
+
+    /// Many rules of rfw's, as from a former run: 10.0.0.1, 10.0.1.1 and so on. Returns how many.
+    pub fn seed(&self, wanted: usize, comment: &str) -> usize {
+        let count = self.at_once(wanted);
         let tail = format!("-m comment --comment {comment} -j DROP\n");
         let line = |n| format!("-A INPUT -s 10.{}.{}.1 {tail}", n / 256, n % 256);
         let lines: String = (0..count).map(line).collect();
@@ -170,6 +199,36 @@ impl Lab {
         let lines = self.dump();
         let tagged = lines.iter().filter_map(|line| Some((line, tag(line)?)));
         tagged.filter(|(_, tag)| wanted(tag)).map(|(line, tag)| short(line, &tag)).collect()
+    }
+
+    /// What the sets hold, sorted: `rfw4:drop:in:any 1.2.3.4`, and the seconds that it has left.
+    pub fn entries(&self) -> Vec<(String, u64)> {
+        let saved = self.ipset("save");
+        let words = saved.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let left = |words: &[&str]| words.get(4).map_or(0, |seconds| seconds.parse().unwrap());
+        let entry = |words: Vec<&str>| (format!("{} {}", words[1], words[2]), left(&words));
+        let mut entries: Vec<_> = words.filter(|words| words[0] == "add").map(entry).collect();
+        entries.sort();
+        entries
+    }
+
+    /// What rfw blocks, by rules or in sets, each with its time of expiry: `1.2.3.0/24`, `7.7.7.7`.
+    /// An address may be there only once.
+    pub fn kept(&self) -> BTreeMap<String, Option<u64>> {
+        let rules = self.rules().into_iter().filter(|rule| !rule.contains("--match-set"));
+        let rules = rules.map(|rule| {
+            let address = rule.split(' ').nth(2).unwrap();
+            let time = rule.split(['[', ':', ']']).rev().nth(1).unwrap().parse().ok();
+            (address.trim_end_matches("/32").trim_end_matches("/128").to_string(), time)
+        });
+        let time = |seconds| (seconds > 0).then(|| now() + seconds);
+        let of_set = |line: &str| line.split_once(' ').unwrap().1.to_string();
+        let sets = self.entries().into_iter().map(|(line, left)| (of_set(&line), time(left)));
+        let mut kept = BTreeMap::new();
+        for (address, expires) in rules.chain(sets) {
+            assert!(kept.insert(address.clone(), expires).is_none(), "twice: {address}");
+        }
+        kept
     }
 
     /// `iptables -S` and `ip6tables -S` less the tagged lines.
@@ -346,6 +405,23 @@ impl Answer {
         format!("{} {word}", self.status).trim_end().into()
     }
 
+    /// A list's answer: "inserted 3 whitelisted 1" with all that is not 0, or "400 bad_list 2 5"
+    /// with the numbers of the wrong lines.
+    pub fn sums(&self) -> String {
+        let number = |text: &str| text.chars().take_while(char::is_ascii_digit).collect::<String>();
+        if self.brief() != "200 applied" {
+            let lines =
+                self.body.split("\"line\":").skip(1).map(|line| " ".to_string() + &number(line));
+            return self.brief() + &lines.collect::<String>();
+        }
+        let names = ["inserted", "refreshed", "exists", "deleted", "absent", "whitelisted_count"];
+        let counts = names.map(|name| (name, self.field(name)));
+        let counts = counts.iter().filter(|(_, count)| !["", "0"].contains(count));
+        let words =
+            counts.map(|(name, count)| format!("{} {count}", name.trim_end_matches("_count")));
+        words.collect::<Vec<_>>().join(" ")
+    }
+
     /// A member of the JSON object in the body, without its quotes.
     pub fn field(&self, name: &str) -> &str {
         let Some((_, value)) = self.body.split_once(&format!("\"{name}\":")) else {
@@ -404,6 +480,15 @@ impl Conn {
         self.answer()
     }
 
+    /// `try_list("PUT /drop/input/any", "1.2.3.4\n")`: a request with a body.
+    pub fn try_list(&mut self, request: &str, body: impl AsRef<[u8]>) -> io::Result<Answer> {
+        let body = body.as_ref();
+        self.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n"));
+        self.send(format!("Content-Length: {}\r\n\r\n", body.len()));
+        self.send(body);
+        self.answer()
+    }
+
     pub fn answer(&mut self) -> io::Result<Answer> {
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {
@@ -414,7 +499,9 @@ impl Conn {
         let status = head.get(9..12).and_then(|digits| digits.parse().ok());
         let status = status.ok_or(io::ErrorKind::InvalidData)?;
         let mut answer = Answer { status, head, body: String::new() };
-        answer.body = String::from_utf8(self.body(&answer)?).expect("UTF-8");
+        if status != 100 {
+            answer.body = String::from_utf8(self.body(&answer)?).expect("UTF-8");
+        }
         Ok(answer)
     }
 
@@ -454,6 +541,11 @@ impl Conn {
 /// One request to the local server on a connection of its own.
 pub fn ask(request: &str) -> Answer {
     Conn::open().ask(request)
+}
+
+/// A list to the local server on a connection of its own.
+pub fn list(request: &str, body: impl AsRef<[u8]>) -> Answer {
+    Conn::open().try_list(request, body).expect(request)
 }
 
 /// One request over HTTP by curl, with further options; the body and, below it, the status.

@@ -1,0 +1,694 @@
+//! Whole lists in one request: every kind of line, all or nothing, with a rule for each address and
+//! with sets (`modes`).
+
+use crate::crash::Random;
+use crate::lab::*;
+use crate::tls;
+use std::io::Write;
+use std::net::Shutdown;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Each kind of line, and what it adds to the kernel.
+const LINES: [(&str, &str); 18] = [
+    ("# a feed", ""),
+    ("; a comment of the other kind", ""),
+    ("", ""),
+    (" \t ", ""),
+    ("1.2.3.4", "1.2.3.4"),
+    ("1.2.3.4", ""),
+    ("1.2.3.4/32 # a double", ""),
+    ("\t5.6.7.77/24;a block", "5.6.7.0/24"),
+    ("5.6.7.8", "5.6.7.8"),
+    ("11.128.0.0/9", "11.128.0.0/9"),
+    ("10.0.0.0-10.0.0.2#a range", "10.0.0.0/31 10.0.0.2"),
+    ("10.0.1.7-10.0.1.7", "10.0.1.7"),
+    ("2001:db8::1", "2001:db8::1"),
+    ("2001:DB8:0::1 ", ""),
+    ("2001:db8:1::5/48", "2001:db8:1::/48"),
+    ("2001:db8:2::-2001:db8:2::1", "2001:db8:2::/127"),
+    ("2001:8000::/17", "2001:8000::/17"),
+    ("::ffff:7.7.7.7", "7.7.7.7"),
+];
+
+/// Path; the rule for an address IP; the set for addresses of family N.
+const PLACES: [(&str, &str, &str); 4] = [
+    ("/drop/input/eth0", "INPUT -s IP -i eth0 -j DROP [rfw]", "rfwN:drop:in:eth0"),
+    ("/Reject/Output/any/", "OUTPUT -d IP -j REJECT [rfw]", "rfwN:reject:out:any"),
+    (
+        "/accept/forward/ppp",
+        "FORWARD -s IP -i ppp+ -j ACCEPT [rfw]",
+        "rfwN:accept:fwd:ppp+:any:src",
+    ),
+    ("/drop/input/any", "INPUT -s IP -j DROP [rfw]", "rfwN:drop:in:any"),
+];
+
+#[test]
+fn every_kind_of_line() {
+    both(|lab| {
+        modes(lab, "", |_, sets| {
+            lab.iptables("-A INPUT -s 9.9.9.9 -j DROP");
+            let others = lab.others();
+            let whole: String = LINES.iter().map(|(line, _)| format!("{line}\n")).collect();
+            let nets: Vec<_> = LINES.iter().flat_map(|(_, nets)| nets.split(' ')).collect();
+            let nets: Vec<_> = nets.into_iter().filter(|net| !net.is_empty()).collect();
+            let requests = [
+                ("PUT", whole.clone(), "inserted 12"),
+                ("PUT", whole.replace('\n', "\r\n"), "exists 12"),
+                ("PUT", whole.trim_end().into(), "exists 12"),
+                ("DELETE", whole.clone(), "deleted 12"),
+                ("DELETE", whole, "absent 12"),
+                ("PUT", nets.join("\n"), "inserted 12"),
+                ("DELETE", nets.join("\r\n"), "deleted 12"),
+            ];
+            for (place, rule, set) in PLACES {
+                for (method, body, sums) in &requests {
+                    let request = format!("{method} {place}");
+                    assert_eq!(list(&request, body).sums(), *sums, "{request}");
+                    let there = if *method == "PUT" { &nets[..] } else { &[] };
+                    let want = if sets { in_set(there, set) } else { in_rules(there, rule) };
+                    assert_eq!(kernel(lab), want, "{request}");
+                    assert_eq!(ask("GET /list").body.matches("source").count(), want.len());
+                }
+            }
+            assert_eq!(lab.others(), others);
+        });
+    });
+}
+
+fn in_rules(nets: &[&str], rule: &str) -> Vec<String> {
+    let whole = |net: &str| match (net.contains('/'), net.contains(':')) {
+        (true, _) => net.to_string(),
+        (false, false) => format!("{net}/32"),
+        (false, true) => format!("{net}/128"),
+    };
+    sorted(nets.iter().map(|net| rule.replace("IP", &whole(net))).collect())
+}
+
+fn in_set(nets: &[&str], set: &str) -> Vec<String> {
+    let family = |net: &str| if net.contains(':') { "6" } else { "4" };
+    sorted(nets.iter().map(|net| format!("{} {net}", set.replace('N', family(net)))).collect())
+}
+
+/// The rules for addresses, and the entries of the sets.
+fn kernel(lab: &Lab) -> Vec<String> {
+    let rules = lab.rules().into_iter().filter(|rule| !rule.contains("--match-set"));
+    sorted(rules.chain(lab.entries().into_iter().map(|(entry, _)| entry)).collect())
+}
+
+fn sorted(mut lines: Vec<String>) -> Vec<String> {
+    lines.sort();
+    lines
+}
+
+/// Neither address nor block nor range that may be blocked, with a | in between.
+const WRONG: &str = "0.0.0.0|::|0.0.0.0/0|0.0.0.0/32|::/0|1.2.3.4/8|1.2.3.4/0|1.2.3.4/33|1.2.3.4/024|\
+    1.2.3.4/+24|1.2.3.4/|/24|1.2.3.4/24/24|1.2.3.4/255.255.255.0|2001:db8::/16|2001:db8::/129|\
+    1.2.3|1.2.3.256|1.2.3.04|1.2.3.4.5|16909060|0x1020304|1.2.3.\u{664}|2001:db8::12345|\
+    fe80::1%eth0|[2001:db8::1]|1.2.3.4:80|example.com|localhost|any|1.2.3.4 5.6.7.8|\
+    1.2.3.4,5.6.7.8|1.2.3.4-|-1.2.3.4|1.2.3.4-1.2.3.3|1.2.3.4-9|1.2.3.4-1.2.3.8-1.2.3.9|\
+    1.2.3.0/24-1.2.4.0/24|1.2.3.4-2001:db8::1|12.0.0.0-13.255.255.255|0.0.0.0-255.255.255.255|\
+    2001::-2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff|drop 1.2.3.4|1.2.3.4 -j ACCEPT|COMMIT|\
+    add rfw4:drop:in:any 1.2.3.4|1.2.3.4\r5.6.7.8|1.2.3.4\0|\u{a0}1.2.3.4|1.2.3.4\u{b}";
+
+/// Where a wrong line can stand, and its number.
+const FRAMES: [(&str, &str); 6] = [
+    ("WRONG\n1.2.3.4\n5.6.7.8\n", "400 bad_list 1"),
+    ("1.2.3.4\nWRONG # why\n2001:db8::1\n", "400 bad_list 2"),
+    ("1.2.3.4\r\n\r\n# two\r\nWRONG;\r\n5.6.7.8", "400 bad_list 4"),
+    ("1.2.3.4\n5.6.7.8\nWRONG\n", "400 bad_list 3"),
+    ("1.2.3.4\n2001:db8::1\nWRONG", "400 bad_list 3"),
+    ("WRONG", "400 bad_list 1"),
+];
+
+#[test]
+fn a_wrong_line_anywhere() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        assert_eq!(list("PUT /drop/input/any", "9.9.9.9").sums(), "inserted 1");
+        let before = lab.rules();
+        for wrong in WRONG.split('|') {
+            for (frame, want) in FRAMES {
+                let answer = list("PUT /drop/input/any?expire=1h", frame.replace("WRONG", wrong));
+                assert_eq!(answer.sums(), want, "{wrong:?} in {frame:?}");
+            }
+        }
+        let delete = list("DELETE /drop/input/any", "9.9.9.9\n1.2.3.4\nx\n");
+        assert_eq!(delete.sums(), "400 bad_list 3");
+        assert_eq!(list("PUT /drop/input/any", b"1.2.3.4\n\xff\n").sums(), "400 bad_list 2");
+        assert_eq!(lab.rules(), before);
+    });
+}
+
+#[test]
+fn the_first_twenty_wrong_lines_are_told() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let answer = list("PUT /drop/input/any", "1.2.3.4\nexample.com\n");
+        let start = "{\"error\":\"bad_list\",\"message\":\"";
+        assert!(answer.body.starts_with(start), "{answer:?}");
+        assert!(answer.body.contains(",\"lines\":[{\"line\":2,\"message\":\""), "{answer:?}");
+        assert!(answer.body.ends_with(".\"}]}\n"), "{answer:?}");
+        assert!(answer.body.contains("example.com"), "{answer:?}");
+
+        let all = "1.2.3.4\nx\n".repeat(30);
+        let numbers: String = (1..=20).map(|n| format!(" {}", 2 * n)).collect();
+        assert_eq!(list("PUT /drop/input/any", all).sums(), format!("400 bad_list{numbers}"));
+    });
+}
+
+/// Request; body; answer. Nothing of it reaches the kernel.
+const REFUSED: [(&str, &str, &str); 20] = [
+    ("PUT /drop/input/any", "", "400 bad_path"),
+    ("DELETE /drop/input/any", "", "400 bad_path"),
+    ("PUT /drop/input/any?expire=10w", "1.2.3.4", "400 bad_expire"),
+    ("PUT /drop/input/any?other=1", "1.2.3.4", "400 bad_query"),
+    ("PUT /drop/input/any?expire=1&expire=1", "1.2.3.4", "400 bad_query"),
+    ("DELETE /drop/input/any?expire=1h", "1.2.3.4", "400 bad_query"),
+    ("PUT /drop/input/-x", "1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/input", "1.2.3.4", "400 bad_path"),
+    ("PUT /drop", "1.2.3.4", "400 bad_path"),
+    ("PUT /block/input/any", "1.2.3.4", "404 not_found"),
+    ("PUT /drop/prerouting/any", "1.2.3.4", "404 not_found"),
+    ("PUT /list/input/any", "1.2.3.4", "404 not_found"),
+    ("POST /drop/input/any", "1.2.3.4", "405 method_not_allowed"),
+    ("GET /drop/input/any", "1.2.3.4", "405 method_not_allowed"),
+    ("PUT /list", "1.2.3.4", "405 method_not_allowed"),
+    ("GET /list", "1.2.3.4", "413 content_too_large"),
+    ("PUT /drop/input/any/1.2.3.4", "1.2.3.4", "413 content_too_large"),
+    ("DELETE /drop/input/any/1.2.3.4/24", "1.2.3.4", "413 content_too_large"),
+    ("PUT /drop/forward/any/1.2.3.4/eth1", "1.2.3.4", "413 content_too_large"),
+    ("PUT /drop/input/any", "# nothing\r\n \n; at all", "200 applied"),
+];
+
+#[test]
+fn bodies_where_none_belongs_and_none_where_one_does() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        for (request, body, want) in REFUSED {
+            assert_eq!(list(request, body).brief(), want, "{request} {body}");
+        }
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+#[test]
+fn whitelisted_lines_are_left_out_and_told() {
+    both(|lab| {
+        lab.write("white.list", "192.0.2.0/24\n2001:db8:ff::/48\n");
+        modes(lab, "", |_, _| {
+            let lines = "192.0.2.77\n9.9.9.9\n192.0.2.77/25 # mine\n192.0.0.0/16\n\
+                         192.0.1.250-192.0.2.1\n2001:DB8:FF::1\n127.0.0.1\n2001:db8::1\n";
+            let told = "\"whitelisted_count\":6,\"whitelisted\":[\"192.0.2.77\",\"192.0.2.0/25\",\
+                        \"192.0.0.0/16\",\"192.0.1.250-192.0.2.1\",\"2001:db8:ff::1\",\"127.0.0.1\"]";
+            let put = format!("\"inserted\":2,\"refreshed\":0,\"exists\":0,{told}");
+            let delete = format!("\"deleted\":2,\"absent\":0,{told}");
+            for (request, sums) in [("PUT", put), ("DELETE", delete)] {
+                let answer = list(&format!("{request} /drop/output/any"), lines);
+                assert_eq!(answer.body, format!("{{\"result\":\"applied\",{sums}}}\n"));
+                assert_eq!(answer.header("Content-Type"), Some("application/json"));
+                let there = ["2001:db8::1", "9.9.9.9"].iter().filter(|_| request == "PUT");
+                assert!(lab.kept().keys().eq(there), "{request}: {:?}", lab.kept());
+            }
+            let own: String = (1..=25).map(|n| format!("192.0.2.{n}\n")).collect();
+            let answer = list("PUT /drop/output/any", own);
+            assert_eq!(answer.sums(), "whitelisted 25");
+            assert_eq!(answer.body.matches("192.0.2.").count(), 20);
+        });
+    });
+}
+
+#[test]
+fn the_expiry_is_that_of_the_request() {
+    both(|lab| {
+        modes(lab, "default.expire = 3", |_, _| {
+            let from = now();
+            for (query, lines, sums) in [
+                ("?expire=0", "1.1.1.1\n2001:db8::1\n", "inserted 2"),
+                ("?expire=0", "1.1.1.1\n2001:db8::1\n", "exists 2"),
+                ("?expire=1h", "2.2.2.2\n2001:db8::2\n", "inserted 2"),
+                ("?expire=2h", "2.2.2.2\n1.1.1.1\n", "refreshed 2"),
+                ("?expire=0&wait=true", "1.1.1.1\n", "refreshed 1"),
+                ("?expire=9d", "3.3.3.3\n", "inserted 1"),
+                ("", "3.3.3.0/30\n3.3.3.3\n2001:db8::3\n", "inserted 2 refreshed 1"),
+            ] {
+                let answer = list(&format!("PUT /drop/input/any{query}"), lines);
+                assert_eq!(answer.sums(), sums, "{query} {lines:?}");
+            }
+            let due = now() + 3;
+            await_true("three entries expire", 5 + SLACK, || {
+                let count = lab.kept().len();
+                assert!(count == 7 || now() + 1 >= due, "early");
+                count == 4
+            });
+            let hours = |expires: u64| (expires + 60 - from) / 3600;
+            let kept: Vec<_> = lab.kept().into_iter().map(|(a, at)| (a, at.map(hours))).collect();
+            let kept: Vec<_> = kept.iter().map(|(address, at)| (&address[..], *at)).collect();
+            let permanent = [("1.1.1.1", None), ("2.2.2.2", Some(2))];
+            let six = [("2001:db8::1", None), ("2001:db8::2", Some(1))];
+            assert_eq!(kept, [permanent, six].concat());
+        });
+    });
+}
+
+#[test]
+fn a_newer_list_stands_before_older_rules() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let both = "1.1.1.1\n2.2.2.2\n";
+        for (request, lines, sums) in [
+            ("PUT /drop", both, "inserted 2"),
+            ("PUT /accept", "2.2.2.2", "inserted 1"),
+            ("PUT /drop", both, "refreshed 1 exists 1"),
+            ("PUT /drop", both, "exists 2"),
+            ("PUT /accept", both, "inserted 1 refreshed 1"),
+        ] {
+            assert_eq!(list(&format!("{request}/input/any"), lines).sums(), sums, "{request}");
+        }
+        let rules = lab.rules();
+        let targets: Vec<_> = rules.iter().map(|rule| rule.split(' ').nth(4).unwrap()).collect();
+        assert_eq!(targets, ["ACCEPT", "ACCEPT", "DROP", "DROP"], "{rules:?}");
+    });
+}
+
+/// So many addresses, a line each: 10.0.0.1, 10.0.0.2 and so on.
+fn addresses(numbers: std::ops::Range<usize>) -> String {
+    let line = |n| format!("10.{}.{}.{}\n", n / 62_500, n / 250 % 250, n % 250 + 1);
+    numbers.map(line).collect()
+}
+
+/// The ways of curl's manual to send a file.
+const WAYS: [&str; 3] = ["-T FEED", "-T - < FEED", "-X PUT --data-binary @FEED"];
+
+#[test]
+fn curl_sends_a_file_in_every_way() {
+    both(|lab| {
+        tls::keys(lab);
+        let count = lab.at_once(1000);
+        let asks_first = format!("# {}\n", "x".repeat(2 << 20)); // for a body of 1 MiB or more
+        lab.write("small", "1.2.3.4 # one\r\n2001:db8::/64\r\n");
+        lab.write("large", &(addresses(0..count) + &asks_first));
+        modes(lab, tls::CONF, |_, _| {
+            let tls = "--cacert lab/keys/client/ca.crt -u mu:s3cret:pass https://127.0.0.1:7393";
+            let http = "http://localhost:7390";
+            for (server, feed, many) in
+                [(http, "small", 2), (http, "large", count), (tls, "large", count)]
+            {
+                for way in WAYS.map(|way| way.replace("FEED", &format!("lab/{feed}"))) {
+                    for (method, done) in [("", "inserted"), ("-X DELETE", "deleted")] {
+                        let path = format!("{server}/drop/input/any");
+                        let body = sh(&format!("curl -sS -m 30 {way} {method} {path}"));
+                        let answer = Answer { status: 200, head: String::new(), body };
+                        assert_eq!(
+                            answer.sums(),
+                            format!("{done} {many}"),
+                            "{way} {method} {server}"
+                        );
+                    }
+                }
+            }
+        });
+    });
+}
+
+const PUT: &str = "PUT /drop/input/any";
+const HEAD: &str = "PUT /drop/input/any HTTP/1.1\r\nHost: localhost\r\n";
+
+/// A chunked body (`|` is CRLF); the answer, or what of it matters.
+const CHUNKS: [(&str, &str); 38] = [
+    ("7|1.2.3.4|0||", "inserted 1"),
+    ("007|1.2.3.4|000||", "inserted 1"),
+    ("A|1.2.3.4\n\n\n|0||", "inserted 1"),
+    ("a|1.2.3.4\n\n\n|0||", "inserted 1"),
+    ("3|1.2|1|.|3|3.4|0||", "inserted 1"),
+    ("9|1.2.3.4\r\n|9|5.6.7.8\r\n|0||", "inserted 2"),
+    ("8|1.2.3.4\r|1|\n|0||", "inserted 1"),
+    ("2|# |7|1.2.3.4|0||", ""),
+    ("0||", ""),
+    ("7;a|1.2.3.4|0||", "inserted 1"),
+    ("7;a=b;c=\"d;\\\"e\"|1.2.3.4|0;f||", "inserted 1"),
+    ("7|1.2.3.4|0|X: y|Content-Length: 3||", "inserted 1"),
+    ("3|1.2|4|.3.x|0||", "400 bad_list 1"),
+    ("|", "400 bad_request closed"),
+    ("7", "400 bad_request closed"),
+    ("7|1.2.3.4", "400 bad_request closed"),
+    ("7|1.2.3.4|", "400 bad_request closed"),
+    ("7|1.2.3.4|0|", "400 bad_request closed"),
+    ("7|1.2.3.4|0|X: y|", "400 bad_request closed"),
+    (" 7|1.2.3.4|0||", "400 bad_request closed"),
+    ("7 |1.2.3.4|0||", "400 bad_request closed"),
+    ("+7|1.2.3.4|0||", "400 bad_request closed"),
+    ("-7|1.2.3.4|0||", "400 bad_request closed"),
+    ("0x7|1.2.3.4|0||", "400 bad_request closed"),
+    ("g|1.2.3.4|0||", "400 bad_request closed"),
+    (";a|1.2.3.4|0||", "400 bad_request closed"),
+    ("7,7|1.2.3.4|0||", "400 bad_request closed"),
+    ("7\n1.2.3.4|0||", "400 bad_request closed"),
+    ("7;a\n1.2.3.4|0||", "400 bad_request closed"),
+    ("7;a\r1.2.3.4|0||", "400 bad_request closed"),
+    ("7|1.2.3.4\n0||", "400 bad_request closed"),
+    ("7|1.2.3.40||", "400 bad_request closed"),
+    ("6|1.2.3.4|0||", "400 bad_request closed"),
+    ("8|1.2.3.4|0||", "400 bad_request closed"),
+    ("7|1.2.3.4|0|X : y||", "400 bad_request closed"),
+    ("7|1.2.3.4|0|X: y\n|", "400 bad_request closed"),
+    ("10000000000000007|1.2.3.4|0||", "413 content_too_large closed"),
+    ("FFFFFFFFFFFFFFFF|1.2.3.4|0||", "413 content_too_large closed"),
+];
+
+#[test]
+fn chunked_bodies() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        table(&CHUNKS, |body| {
+            let mut conn = Conn::open();
+            conn.send(format!(
+                "{HEAD}Transfer-Encoding: chunked\r\n\r\n{}",
+                body.replace('|', "\r\n")
+            ));
+            if !body.ends_with("||") {
+                conn.writer().shutdown(Shutdown::Write).unwrap();
+            }
+            let answer = conn.answer().unwrap().sums();
+            let kept = lab.kept().len();
+            let open = conn.try_list("DELETE /drop/input/any", "1.2.3.4\n5.6.7.8\n").is_ok();
+            let inserted =
+                answer.strip_prefix("inserted ").map_or(0, |count| count.parse().unwrap());
+            assert_eq!(kept, inserted, "{body}");
+            answer + if open { "" } else { " closed" }
+        });
+    });
+}
+
+#[test]
+fn a_connection_is_kept_over_lists() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let list = format!("{HEAD}Content-Length: 8\r\n\r\n1.2.3.4\n");
+        let chunks = format!(
+            "{HEAD}Transfer-Encoding: chunked\r\n\r\n9\r\n2001:db8:\r\n2\r\n:1\r\n0\r\n\r\n"
+        );
+        let get = "GET /list HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let wire = [&list, get, &chunks, get, &list].concat();
+        let five = |conn: &mut Conn| {
+            let brief = |answer: Answer| match answer.body.matches("source").count() {
+                0 => answer.sums(),
+                rules => format!("{rules} listed"),
+            };
+            (0..5).map(|_| brief(conn.answer().unwrap())).collect::<Vec<_>>()
+        };
+        let mut conn = Conn::open();
+        conn.send(&wire);
+        let want = ["inserted 1", "1 listed", "inserted 1", "2 listed", "exists 1"];
+        assert_eq!(five(&mut conn), want);
+        wire.bytes().for_each(|byte| conn.send([byte]));
+        let want = ["exists 1", "2 listed", "exists 1", "2 listed", "exists 1"];
+        assert_eq!(five(&mut conn), want);
+    });
+}
+
+/// Path and fields of a request with `Expect: 100-continue`; the answers until the last.
+const EXPECT: [(&str, &str); 9] = [
+    ("/drop/input/any|Content-Length: 8", "100 200"),
+    ("/drop/input/any|Transfer-Encoding: chunked", "100 200"),
+    ("/drop/input/any?expire=1h|Content-Length: 8", "100 200"),
+    ("/drop/input/any|Content-Length: 67108865", "413"),
+    ("/drop/input/any?x=1|Content-Length: 8", "400"),
+    ("/drop/input/any/1.2.3.4|Content-Length: 8", "413"),
+    ("/drop/input/-x|Content-Length: 8", "400"),
+    ("/nothing|Content-Length: 8", "404"),
+    ("/list|Content-Length: 8", "405"),
+];
+
+#[test]
+fn expect_100_continue() {
+    once(|lab| {
+        let ask = |row: &str, user: &str| {
+            let (path, field) = row.split_once('|').unwrap();
+            let mut conn = Conn::open();
+            conn.send(format!("PUT {path} HTTP/1.1\r\nHost: localhost\r\n{field}\r\n{user}"));
+            conn.send("Expect: 100-continue\r\n\r\n");
+            let first = conn.answer().unwrap().status;
+            if first != 100 {
+                return first.to_string();
+            }
+            let chunked = field.contains("chunked");
+            conn.send(if chunked { "8\r\n1.2.3.4\n\r\n0\r\n\r\n" } else { "1.2.3.4\n" });
+            format!("{first} {}", conn.answer().unwrap().status)
+        };
+        let rfw = lab.start("local.server");
+        table(&EXPECT, |row| ask(row, ""));
+        let mut old = Conn::open(); // HTTP/1.0 knows no 100
+        let fields = "Host: localhost\r\nExpect: 100-continue\r\nContent-Length: 8\r\n\r\n";
+        old.send(format!("PUT /drop/input/any HTTP/1.0\r\n{fields}1.2.3.4\n"));
+        assert_eq!(old.answer().unwrap().status, 200);
+        drop(rfw);
+
+        let credentials = "auth.username = u\nauth.password = p";
+        let _rfw = lab.start(&format!("local.server\nlocal.server.authentication\n{credentials}"));
+        assert_eq!(ask(EXPECT[0].0, ""), "401");
+        assert_eq!(ask(EXPECT[0].0, "Authorization: Basic dTpw\r\n"), "100 200");
+    });
+}
+
+#[test]
+fn limits() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        const MIB: usize = 1 << 20;
+        let entries =
+            |count| (0..count).map(|n| format!("10.{}.{}.{}\n", n >> 16, n >> 8 & 255, n & 255));
+        let line = |length: usize| format!("{:>length$}\n", "1.2.3.4");
+        let comment = |length: usize| format!("1.2.3.4 #{}\n", "x".repeat(length));
+        // What; a list; the answer; what its message names.
+        let rows = [
+            ("a million entries", entries(1_000_000).collect::<String>(), "absent 1000000", ""),
+            ("and one more", entries(1_000_001).collect(), "413 content_too_large", "1000000"),
+            ("64 MiB", "#".repeat(64 * MIB), "", ""),
+            ("and one more", "#".repeat(64 * MIB + 1), "413 content_too_large", "64 MiB"),
+            ("a line of 1 KiB", line(1024), "absent 1", ""),
+            ("and one more", line(1025), "400 bad_list 1", ""),
+            ("one that does not end", "1".repeat(MIB), "400 bad_list 1", ""),
+            ("a long comment", comment(MIB), "absent 1", ""),
+        ];
+        for (what, body, want, named) in &rows {
+            let answer = list("DELETE /drop/input/any", body);
+            assert_eq!(answer.sums(), *want, "{what}");
+            assert!(answer.field("message").replace(',', "").contains(named), "{answer:?}");
+        }
+        let mut conn = Conn::open();
+        conn.send(format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n"));
+        (0..65).for_each(|_| conn.send(format!("100000\r\n#{}\r\n", "x".repeat(MIB - 1))));
+        assert_eq!(conn.answer().unwrap().sums(), "413 content_too_large");
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_client_that_stops_halfway_changes_nothing() {
+    both(|lab| {
+        modes(lab, "", |rfw, _| {
+            let rows = [
+                "Content-Length: 17\r\n\r\n1.2.3.4\n5.6.7.8\n",
+                "Content-Length: 17\r\n\r\n",
+                "Expect: 100-continue\r\nContent-Length: 16\r\n\r\n",
+                "Transfer-Encoding: chunked\r\n\r\n8\r\n1.2.3.4\n\r\n",
+                "Transfer-Encoding: chunked\r\n\r\n8\r\n1.2.3.4\n\r\n0\r\n",
+                "Transfer-Encoding: chunked\r\n\r\n80\r\n1.2.3.4\n",
+            ];
+            for sent in rows {
+                let mut conn = Conn::open();
+                conn.send(format!("{HEAD}{sent}"));
+                Conn::open().send(format!("{HEAD}{sent}")); // another one leaves at once
+                conn.writer().shutdown(Shutdown::Write).unwrap();
+                let said = conn.rest().replace("HTTP/1.1 100 Continue\r\n\r\n", "");
+                assert!(said.is_empty() || said.starts_with("HTTP/1.1 400 "), "{sent}: {said}");
+            }
+            rfw.await_idle();
+            assert!(lab.kept().is_empty());
+            assert_eq!(list("PUT /drop/input/any", "1.2.3.4\n5.6.7.8\n").sums(), "inserted 2");
+        });
+    });
+}
+
+#[test]
+fn a_slow_body_is_cut_and_holds_up_nobody() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        // Bytes in each quarter of a second; the answer.
+        let rows = [(0, 408), (200, 408), (300, 200)];
+        let body = &format!("1.2.3.4 #{:>91}\n", "").repeat(380); // 38,000 bytes
+        thread::scope(|scope| {
+            for (rate, status) in rows {
+                scope.spawn(move || {
+                    let (from, mut conn) = (Instant::now(), Conn::open());
+                    conn.send(format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()));
+                    let mut writer = conn.writer();
+                    scope.spawn(move || {
+                        for piece in body.as_bytes().chunks(rate.max(1)).filter(|_| rate > 0) {
+                            if writer.write_all(piece).is_err() {
+                                break;
+                            }
+                            thread::sleep(Duration::from_millis(250));
+                        }
+                    });
+                    let answer = conn.answer().unwrap();
+                    assert_eq!(answer.status, status, "{rate} {answer:?}");
+                    let seconds = from.elapsed().as_secs();
+                    assert!((29..=32 + SLACK).contains(&seconds), "{rate}: {seconds} s");
+                });
+            }
+            assert_eq!(list("PUT /drop/input/any", "6.6.6.6\n").sums(), "inserted 1");
+        });
+    });
+}
+
+/// Request; what iptables does instead of a change; whether something had to be taken back.
+const ILLS: [(&str, &str, bool); 6] = [
+    ("PUT", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
+    ("DELETE", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
+    ("PUT", "case $me in ipt*) echo 'iptables: Bad luck.' >&2; exit 1;; esac", false),
+    ("PUT", "case $me in ip6*) kill -9 $$;; esac", true),
+    // The kernel itself refuses one line of many.
+    ("PUT", "case $me in ip6*) /bin/sed /::3/s/DROP/NOCHAIN/ | $real \"$@\"; exit $?;; esac", true),
+    // Nothing works after the first family, not even taking it back: that comes a second later.
+    ("PUT", "[ -e $lab/once ] && exit 1; /bin/touch $lab/once", true),
+];
+
+#[test]
+fn if_the_second_family_fails_the_first_is_taken_back() {
+    both(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        let before = "1.1.1.1\n1.1.1.2\n2001:db8::1\n2001:db8::2\n";
+        let after = "1.1.1.2\n1.1.1.3\n2001:db8::2\n2001:db8::3\n";
+        assert_eq!(list("PUT /drop/input/any", before).sums(), "inserted 4");
+        let rules = lab.rules();
+        for (method, ill, taken_back) in ILLS {
+            lab.stand_in_for_changes(ill);
+            let expire = if method == "PUT" { "?expire=1h" } else { "" };
+            let answer = list(&format!("{method} /drop/input/any{expire}"), after);
+            assert!([500, 503].contains(&answer.status), "{ill} {answer:?}");
+            let told = answer.field("message").contains("taken back");
+            assert_eq!(told, taken_back, "{ill} {answer:?}");
+            assert!(lab.rules() == rules || ill.contains("once"), "{ill} {:?}", lab.rules());
+            lab.stand_in("");
+            await_true("all is as before", 3 + SLACK, || lab.rules() == rules);
+        }
+        assert_eq!(list("PUT /drop/input/any", before).sums(), "exists 4");
+        assert_eq!(list("DELETE /drop/input/any", after).sums(), "deleted 2 absent 2");
+    });
+}
+
+/// The sum of a word's counts in all these answers, none of them an error.
+fn total(answers: &[Answer], word: &str) -> usize {
+    let count = |answer: &Answer| match (answer.status, answer.field("result")) {
+        (200, "applied") => answer.field(word).parse().unwrap_or(0),
+        (200, result) => usize::from(result == word),
+        _ => panic!("{answer:?}"),
+    };
+    answers.iter().map(count).sum()
+}
+
+/// Sends these at the same time.
+fn together(lists: [(&str, String); 2]) -> Vec<Answer> {
+    thread::scope(|scope| {
+        let threads = lists.map(|(request, lines)| scope.spawn(move || list(request, lines)));
+        threads.map(|thread| thread.join().unwrap()).into()
+    })
+}
+
+#[test]
+fn two_lists_at_once_come_one_after_the_other() {
+    both(|lab| {
+        modes(lab, "", |_, _| {
+            let third = lab.at_once(600) / 5; // a refresh is two lines
+            let [one, two] = [addresses(0..2 * third), addresses(third..3 * third)];
+            for _ in 0..5 {
+                let timed = ("PUT /drop/input/any?expire=1h", one.clone());
+                let answers = together([timed, ("PUT /drop/input/any", two.clone())]);
+                assert_eq!(total(&answers, "inserted"), 3 * third);
+                assert_eq!(total(&answers, "refreshed"), third);
+                let kept = lab.kept();
+                let count = kept.values().filter(|expires| expires.is_some()).count();
+                assert!(kept.len() == 3 * third && [third, 2 * third].contains(&count), "{count}");
+
+                let all = one.clone() + &two;
+                let delete = ("DELETE /drop/input/any", all.clone());
+                let answers = together([delete, ("PUT /drop/input/any", all)]);
+                let deleted = total(&answers, "deleted");
+                let kept = lab.kept().len();
+                let inserted = total(&answers, "inserted");
+                assert_eq!(kept, 3 * third - deleted + inserted);
+                assert!(kept == 0 || kept == 3 * third, "{kept}");
+                list("DELETE /drop/input/any", one.clone() + &two);
+            }
+        });
+    });
+}
+
+#[test]
+fn a_list_against_single_puts_of_the_same_addresses() {
+    both(|lab| {
+        modes(lab, "", |_, _| {
+            const COUNT: usize = 60;
+            let all = addresses(0..COUNT);
+            let single = |step: usize| {
+                let mut conn = Conn::open();
+                let numbers = (0..COUNT).map(|n| n * step % COUNT);
+                let path = |n| format!("{PUT}/{}?expire=1h", addresses(n..n + 1).trim());
+                let put = |n| conn.ask(&path(n));
+                numbers.map(put).collect::<Vec<_>>()
+            };
+            let answers: Vec<_> = thread::scope(|scope| {
+                let mut threads = vec![
+                    scope.spawn(|| (0..10).map(|_| list("PUT /drop/input/any", &all)).collect()),
+                ];
+                threads.extend([1, 7, 59].map(|step| scope.spawn(move || single(step))));
+                threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(total(&answers, "inserted"), COUNT);
+            assert_eq!(lab.kept().len(), COUNT);
+            let last = [list("PUT /drop/input/any", &all)];
+            assert_eq!(total(&last, "refreshed") + total(&last, "exists"), COUNT);
+            assert!(lab.kept().values().all(Option::is_none));
+        });
+    });
+}
+
+/// Kills in each mode, for each of the two variants.
+const KILLS: usize = 12;
+
+#[test]
+fn kill_9_in_the_middle_of_a_list_leaves_all_of_it_or_nothing() {
+    both(|lab| {
+        modes(lab, "", |rfw, _| {
+            let count = lab.at_once(1000);
+            let lines = addresses(0..count);
+            let mut random = Random::new();
+            let begun = Instant::now();
+            assert_eq!(list("PUT /drop/input/any", &lines).status, 200);
+            let whole = begun.elapsed().as_micros() as u64;
+            for n in 0..KILLS {
+                let request =
+                    ["PUT /drop/input/any?expire=1h", "DELETE /drop/input/any", PUT][n % 3];
+                let answer = thread::scope(|scope| {
+                    let client = scope.spawn(|| Conn::to(LOCAL)?.try_list(request, &lines));
+                    let moment = random.below(whole * 5 / 4);
+                    thread::sleep(Duration::from_micros(moment));
+                    rfw.kill();
+                    client.join().unwrap()
+                });
+                rfw.restart();
+                // How many are there, how many of them timed.
+                let kept = lab.kept();
+                let is = (kept.len(), kept.values().flatten().count());
+                let all = [(count, count), (0, 0), (count, 0)];
+                assert!(all.contains(&is), "{is:?} after kill {n} in {request}");
+                if answer.is_ok_and(|answer| answer.status == 200) {
+                    assert_eq!(is, all[n % 3], "kill {n} after {request}");
+                }
+            }
+        });
+    });
+}
