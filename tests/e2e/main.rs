@@ -23,4 +23,5 @@ mod packets;
 mod program;
 mod readme;
 mod regressions;
+mod sets;
 mod tls;
