@@ -167,8 +167,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets };
-    let lists = Arc::new(());
-    let server = Server { firewall, whitelist, log, grammar, credentials, lists, addresses };
+    let (received, sent) = Default::default();
+    let server =
+        Server { firewall, whitelist, log, grammar, credentials, received, sent, addresses };
     let server = Arc::new(server);
     for door in doors {
         let server = server.clone();

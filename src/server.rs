@@ -28,7 +28,7 @@ const MAX_CONNECTIONS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.
 const STACK: usize = 256 * 1024;
 
-/// Lists that are received or sent at a time: they sit in memory meanwhile.
+/// Lists that are received at a time, and that are sent: they sit in memory meanwhile.
 const MAX_LISTS: usize = 4;
 /// How much of a request line goes into the log.
 const MAX_LOGGED: usize = 300;
@@ -42,8 +42,9 @@ pub struct Server {
     pub log: Arc<Log>,
     pub grammar: Grammar,
     pub credentials: Option<Credentials>,
-    /// Held once more for each list that is being sent.
-    pub lists: Arc<()>,
+    /// Held once more for each list that is being received, and sent.
+    pub received: Arc<()>,
+    pub sent: Arc<()>,
     /// Where the servers listen, for the help text.
     pub addresses: String,
 }
@@ -182,9 +183,14 @@ fn carry_out(
     if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
         return Err(NO_BODY);
     }
-    let place = server.lists.clone();
-    let crowded = Arc::strong_count(&place) > MAX_LISTS.saturating_add(1);
-    if crowded && matches!(command, Command::ChangeAll(..) | Command::List(_)) {
+    // Counted apart: a slow sender of lists holds up no listing.
+    let lists = match command {
+        Command::ChangeAll(..) => Some(&server.received),
+        Command::List(_) => Some(&server.sent),
+        _ => None,
+    };
+    let _place = lists.cloned();
+    if lists.is_some_and(|lists| Arc::strong_count(lists) > MAX_LISTS.saturating_add(1)) {
         return Err(Refusal::Busy("Too many lists are on their way.".into()));
     }
     match command {

@@ -177,6 +177,9 @@ impl Ipset {
             }
             true
         })?;
+        if headers.iter().any(|header| destination(&header.name).is_some()) {
+            self.settle()?;
+        }
         let ours = |name: &str| name.starts_with("rfw4:") || name.starts_with("rfw6:");
         headers.retain(|header| ours(&header.name));
         Ok(headers)
@@ -222,7 +225,11 @@ impl Ipset {
     /// renamed, which says so; whoever finds them then, carries them out. Into
     /// an empty set the whole list goes at once.
     pub fn carry_out(&self, loads: &[Load<'_>]) -> Result<Vec<Tally>, Failure> {
-        let names = self.names()?;
+        let mut names = self.names()?;
+        if names.iter().any(|name| destination(name).is_some()) {
+            self.settle()?;
+            names = self.names()?;
+        }
         let plan = |load| self.plan(load, &names);
         let plans = loads.iter().map(plan).collect::<Result<Vec<_>, _>>()?;
         let count = loads.iter().map(|load| load.nets.len()).sum::<usize>().saturating_mul(2);
@@ -244,14 +251,24 @@ impl Ipset {
     /// others dropped. Says whether there was a whole one.
     pub fn settle(&self) -> Result<bool, Failure> {
         let names = self.names()?;
-        let mut found = false;
-        for list in &names {
-            let Some((name, state)) = destination(list) else { continue };
-            if state == "?" {
-                self.destroy(list)?;
+        let lists = names.iter().filter_map(|list| Some((list, destination(list)?)));
+        let mut lists: Vec<_> = lists.map(|(list, (name, state))| (list, name, state)).collect();
+        // Lists come one after another: where one of its sets is not whole, none is. That one goes
+        // last, for as long as it is there it says so.
+        lists.sort_by_key(|(_, _, state)| *state == "?");
+        if lists.iter().any(|(_, _, state)| *state == "?") {
+            lists.iter().try_for_each(|(list, ..)| self.destroy(list))?;
+            return Ok(false);
+        }
+        let found = !lists.is_empty();
+        for (list, name, state) in lists {
+            if !names.contains(&name) {
+                match state {
+                    "+" => self.run(&["rename", list, &name])?,
+                    _ => self.destroy(list)?,
+                }
                 continue;
             }
-            found = true;
             let rivals: Vec<_> = names.iter().filter(|n| are_rivals(n, &name)).collect();
             let mut entries = Vec::new();
             self.entries(list, |entry| {
@@ -396,7 +413,7 @@ impl Ipset {
 impl Plan<'_> {
     /// Whether the list becomes the set.
     fn replaces(&self) -> bool {
-        self.before == 0 && self.load.put.is_some()
+        self.before == 0 && self.load.put.is_some() && self.elsewhere.is_empty()
     }
 
     /// The blocks about which something is to be done.
@@ -416,9 +433,6 @@ impl Plan<'_> {
         let name = &self.load.name;
         let stage = staged(name, "?");
         match self.load.put {
-            Some(_) if self.replaces() => {
-                input.line(format_args!("swap {stage} {name}\ndestroy {stage}"))
-            }
             Some(_) => input.line(format_args!("rename {stage} {}", staged(name, "+"))),
             None => input.line(format_args!("rename {stage} {}", staged(name, "-"))),
         }
@@ -427,7 +441,9 @@ impl Plan<'_> {
     fn write_changes(&self, input: &mut Feed<'_>) -> io::Result<()> {
         let name = &self.load.name;
         match self.load.put {
-            Some(_) if self.replaces() => {}
+            Some(_) if self.replaces() => {
+                input.line(format_args!("swap {} {name}", staged(name, "+")))?;
+            }
             Some(timeout) => {
                 self.changed().try_for_each(|net| {
                     input.line(format_args!("add {name} {net} timeout {timeout}"))
@@ -441,7 +457,6 @@ impl Plan<'_> {
             .iter()
             .try_for_each(|(rival, net)| input.line(format_args!("del {rival} {net}")))?;
         match self.load.put {
-            Some(_) if self.replaces() => Ok(()),
             Some(_) => input.line(format_args!("destroy {}", staged(name, "+"))),
             None => input.line(format_args!("destroy {}", staged(name, "-"))),
         }

@@ -240,6 +240,16 @@ impl Firewall {
         _client: &Client,
         chain: Option<Chain>,
     ) -> Result<Vec<(usize, Owned)>, Refusal> {
+        // A set may go after iptables has read its rule and before it asks for the set's name.
+        let gone = |failure: &Failure| failure.to_string().contains("in kernel doesn't exist");
+        let list = match self.try_list(chain) {
+            Err(failure) if gone(&failure) => self.try_list(chain),
+            result => result,
+        };
+        list.map_err(refusal)
+    }
+
+    fn try_list(&self, chain: Option<Chain>) -> Result<Vec<(usize, Owned)>, Failure> {
         let mut list = Vec::new();
         for tools in &self.tools {
             let mut places = HashMap::new();
@@ -250,7 +260,7 @@ impl Firewall {
                 list.extend(listed.map(|owned| (*place, owned)));
                 true
             };
-            tools.list(chain, true, LIMIT, row).map_err(refusal)?;
+            tools.list(chain, true, LIMIT, row)?;
         }
         Ok(list)
     }
@@ -260,8 +270,11 @@ impl Firewall {
     pub fn entries(&self, set: &Line, mut each: impl FnMut(&Owned) -> bool) -> Result<(), Refusal> {
         let (Some(ipset), Some(place)) = (&self.ipset, set.place()) else { return Ok(()) };
         let now = clock::wall();
-        let entries = ipset.entries(&set.to_string(), |entry| each(&entry.owned(place, now)));
-        entries.map_err(refusal)
+        match ipset.entries(&set.to_string(), |entry| each(&entry.owned(place, now))) {
+            // Its last entry has just left.
+            Err(Failure::Refused(words)) if words.contains("does not exist") => Ok(()),
+            result => result.map_err(refusal),
+        }
     }
 
     /// What is to be done every second: follow the wall clock, delete what has

@@ -12,6 +12,7 @@ use super::{Kernel, Outcome, Table, Tally, Verdict};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
 use crate::rule::{Action, Chain, Change, End, Iface, Place, Rules, Target};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::slice;
 use std::time::Duration;
@@ -29,6 +30,22 @@ impl Entry {
 impl Kernel {
     /// Carries out a change of rules that sets stand for.
     pub fn commit_to_sets(
+        &mut self,
+        ipset: &Ipset,
+        change: &Change,
+        now: Duration,
+    ) -> Result<Outcome, Failure> {
+        match self.try_sets(ipset, change, now) {
+            // Others have destroyed a set.
+            Err(Failure::Refused(words)) if words.contains("does not exist") => {
+                self.sweep(now)?;
+                self.try_sets(ipset, change, now)
+            }
+            result => result,
+        }
+    }
+
+    fn try_sets(
         &mut self,
         ipset: &Ipset,
         change: &Change,
@@ -157,20 +174,18 @@ impl Kernel {
     /// Removes the sets that are empty, and the rules of those that are gone.
     pub fn sweep(&mut self, now: Duration) -> Result<(), Failure> {
         let Some(ipset) = self.ipset.clone() else { return Ok(()) };
-        if self.tables.iter().all(|table| table.mirror.sets().is_empty()) {
-            return Ok(());
-        }
         let headers = ipset.headers()?;
         for table in &mut self.tables {
             for line in table.mirror.sets() {
                 let name = line.to_string();
                 let header = headers.iter().find(|header| header.name == name);
                 let entries = header.map_or(0, |header| header.entries);
-                self.fill.insert(line, entries);
                 if entries > 0 {
+                    self.fill.insert(line, entries);
                     continue;
                 }
                 table.have_set(line, false, now)?;
+                self.fill.remove(&line);
                 match header {
                     Some(_) => ipset.destroy(&name)?,
                     None => {
@@ -179,6 +194,11 @@ impl Kernel {
                     }
                 }
             }
+        }
+        // One whose rule could not be made, or that others held until now.
+        let ruled: HashSet<String> = self.fill.keys().map(Line::to_string).collect();
+        for header in headers.iter().filter(|h| h.entries == 0 && !ruled.contains(&h.name)) {
+            let _ = ipset.destroy(&header.name);
         }
         Ok(())
     }
@@ -205,6 +225,7 @@ impl Kernel {
     fn move_in(&mut self, ipset: &Ipset, now: Duration) -> Result<(), Failure> {
         ipset.settle()?;
         let headers = ipset.headers()?;
+        let mut known = HashSet::new();
         for table in &mut self.tables {
             let family = table.tools.family;
             for header in &headers {
@@ -216,10 +237,15 @@ impl Kernel {
                     },
                     _ => continue,
                 };
+                known.insert(&header.name);
                 table.adopt_set(ipset, line, header, now)?;
                 self.fill.insert(line, header.entries);
             }
             table.move_rules(ipset, now)?;
+        }
+        for header in headers.iter().filter(|header| !known.contains(&header.name)) {
+            let what = "has no rule, and its name does not say of which interfaces: destroy it";
+            self.log.warning(format_args!("the set {} {what}", header.name));
         }
         // A new set shows whether sets work at all.
         if self.tables.iter().all(|table| table.mirror.sets().is_empty()) {
@@ -311,18 +337,17 @@ impl Table {
         for (rule, expires) in self.mirror.movable() {
             let left = expires.map(|second| second.saturating_sub(now.as_secs()).max(1));
             let Some((place, net)) = rule.place() else { continue };
-            let Ok(timeout) = u32::try_from(left.unwrap_or(0)) else { continue };
-            if timeout > LONGEST_IN_SET {
-                continue;
-            }
             let set = Line::set(place, family);
-            if !self.mirror.has(&set) {
-                ipset.create(&set.to_string(), family)?;
-                self.mirror.have(set, Some(None), &mut batch);
+            let timeout = u32::try_from(left.unwrap_or(0)).ok().filter(|t| *t <= LONGEST_IN_SET);
+            if let Some(timeout) = timeout {
+                if !self.mirror.has(&set) {
+                    ipset.create(&set.to_string(), family)?;
+                    self.mirror.have(set, Some(None), &mut batch);
+                }
+                self.mirror.have(Line::plain(rule), None, &mut batch);
+                lines.push(format!("add {set} {net} timeout {timeout}"));
             }
-            self.mirror.have(Line::plain(rule), None, &mut batch);
-            lines.push(format!("add {set} {net} timeout {timeout}"));
-            // The newer of two wins.
+            // The newer of two wins, even where it remains a rule.
             let rivals = place.others().map(|place| Line::set(place, family));
             let rivals = rivals.filter(|rival| self.mirror.has(rival));
             lines.extend(rivals.map(|rival| format!("del {} {net}", rival)));

@@ -19,19 +19,37 @@ impl Timed {
             left => Ok(Some(left)),
         }
     }
+
+    /// A child that ends while another thread has signals blocked, because it starts a program,
+    /// interrupts a wait that has a time limit (signal(7)): that is no failure.
+    fn retry(
+        &mut self,
+        mut work: impl FnMut(&mut Timed) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            match work(self) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
 }
 
 impl Read for Timed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(self.left()?)?;
-        self.socket.read(buffer)
+        self.retry(|timed| {
+            timed.socket.set_read_timeout(timed.left()?)?;
+            timed.socket.read(buffer)
+        })
     }
 }
 
 impl Write for Timed {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(self.left()?)?;
-        self.socket.write(bytes)
+        self.retry(|timed| {
+            timed.socket.set_write_timeout(timed.left()?)?;
+            timed.socket.write(bytes)
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -59,7 +59,8 @@ impl List<'_> {
     /// Takes the bytes that come next.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), TooMany> {
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let room = MAX_LINE.saturating_add(1).saturating_sub(self.line.len());
+            // One more than may be, and CRLF.
+            let room = MAX_LINE.saturating_add(3).saturating_sub(self.line.len());
             self.line.extend(piece.iter().take(room));
             if piece.ends_with(b"\n") {
                 self.end_line()?;
@@ -91,10 +92,12 @@ impl List<'_> {
     fn end_line(&mut self) -> Result<(), TooMany> {
         self.lines = self.lines.saturating_add(1);
         let line = std::mem::take(&mut self.line);
-        let comment = line.iter().position(|byte| b"#;".contains(byte));
-        let entry = line.get(..comment.unwrap_or(line.len())).unwrap_or_default();
+        let whole = line.strip_suffix(b"\n").unwrap_or(&line);
+        let whole = whole.strip_suffix(b"\r").unwrap_or(whole);
+        let comment = whole.iter().position(|byte| b"#;".contains(byte));
+        let entry = whole.get(..comment.unwrap_or(whole.len())).unwrap_or_default();
         let text = String::from_utf8_lossy(entry);
-        let text = text.trim();
+        let text = text.trim_matches([' ', '\t']);
         let blocks = match text {
             _ if entry.len() > MAX_LINE => Err(RuleError::Long),
             "" => Ok(Vec::new()),
