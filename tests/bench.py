@@ -352,11 +352,11 @@ def packets(box):
         for words in "addr add 192.0.2.2/24 dev eth0", "link set eth0 up":
             subprocess.run([*there, "ip", *words.split()], check=True)
         rates = {True: [], False: []}
-        for blocked in [True, False] * 3:
+        for blocked in [True, False] * 5:
             client = box.with_sets()
             if blocked:
                 client.ask(put_list(feed(120000)))
-            flood = "iperf3 -J -c 192.0.2.1 -u -b 0 -l 64 -t 3"
+            flood = "iperf3 -J -c 192.0.2.1 -u -b 0 -l 64 -t 2"
             out = subprocess.run([*there, *flood.split()], capture_output=True).stdout
             sum_ = json.loads(out)["end"]["sum"]
             rates[blocked].append((sum_["packets"] - sum_["lost_packets"]) / sum_["seconds"])
