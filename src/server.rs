@@ -28,8 +28,10 @@ const MAX_CONNECTIONS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.
 const STACK: usize = 256 * 1024;
 
-/// Lists that are received at a time, and that are sent: they sit in memory meanwhile.
-const MAX_LISTS: usize = 4;
+/// Lists that are received at a time, 20 bytes an entry in memory.
+const MAX_RECEIVED: usize = 16;
+/// Lists that are sent at a time: without sets each sits in memory meanwhile.
+const MAX_SENT: usize = 4;
 /// How much of a request line goes into the log.
 const MAX_LOGGED: usize = 300;
 
@@ -185,12 +187,12 @@ fn carry_out(
     }
     // Counted apart: a slow sender of lists holds up no listing.
     let lists = match command {
-        Command::ChangeAll(..) => Some(&server.received),
-        Command::List(_) => Some(&server.sent),
+        Command::ChangeAll(..) => Some((server.received.clone(), MAX_RECEIVED)),
+        Command::List(_) => Some((server.sent.clone(), MAX_SENT)),
         _ => None,
     };
-    let _place = lists.cloned();
-    if lists.is_some_and(|lists| Arc::strong_count(lists) > MAX_LISTS.saturating_add(1)) {
+    // The server holds each once itself.
+    if lists.as_ref().is_some_and(|(held, most)| Arc::strong_count(held) > most.saturating_add(1)) {
         return Err(Refusal::Busy("Too many lists are on their way.".into()));
     }
     match command {
@@ -234,10 +236,17 @@ fn send_list(
         go_on
     };
     for (place, owned) in server.firewall.list(client, chain)? {
-        match owned.line.place() {
-            None if push(place, &owned) => {}
-            None => break,
-            Some(_) => server.firewall.entries(&owned.line, |entry| push(place, entry))?,
+        let mut here = true;
+        if owned.line.place().is_none() {
+            here = push(place, &owned);
+        } else {
+            server.firewall.entries(&owned.line, |entry| {
+                here = push(place, entry);
+                here
+            })?;
+        }
+        if !here {
+            break;
         }
     }
     reply.push(if before == "[" { "[]\n" } else { "]\n" });

@@ -36,8 +36,8 @@ pub enum Failure {
     Passing(String),
     /// It said no, in these words.
     Refused(String),
-    /// A set has no room for so many addresses more.
-    Full,
+    /// There is no room for so many; what to do.
+    Full(&'static str),
 }
 
 impl Failure {
@@ -50,7 +50,7 @@ impl Failure {
         match self {
             Failure::Passing(sentence) => Failure::Passing(sentence + words),
             Failure::Refused(sentence) => Failure::Refused(sentence + words),
-            Failure::Full => Failure::Full,
+            Failure::Full(sentence) => Failure::Full(sentence),
         }
     }
 }
@@ -59,7 +59,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Passing(sentence) | Failure::Refused(sentence) => f.write_str(sentence),
-            Failure::Full => f.write_str("the set is full"),
+            Failure::Full(sentence) => f.write_str(sentence),
         }
     }
 }

@@ -11,10 +11,10 @@
 //! ```
 
 use super::exec::{self, Failure, Feed, Presence};
-use super::kernel::{LIMIT, limit_of};
+use super::kernel::{LIMIT, START_LIMIT, limit_of};
 use super::{Tally, Verdict};
 use crate::rule::net::{Family, Net};
-use crate::rule::{Chain, End, Iface, Place, Target};
+use crate::rule::{Chain, End, Place};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,11 +23,9 @@ use std::time::Duration;
 /// Where ipset is, if rfw.conf does not say so.
 pub const DEFAULT_PATH: &str = "/sbin/ipset";
 
+const FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
 /// The longest name (ip_set.h: IPSET_MAXNAMELEN less the NUL).
 const MAX_NAME: usize = 31;
-/// How long sets may be read; they are also read for a slow client.
-const READ_LIMIT: Duration = Duration::from_secs(70);
-
 /// The name of the set for a place.
 pub fn set_name(place: &Place, family: Family) -> String {
     let digit = if family == Family::V4 { 4 } else { 6 };
@@ -52,53 +50,33 @@ fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, step) >> 8
 }
 
-/// The place and family of a set in use, unless its name is a hash.
-pub fn parse_name(name: &str) -> Option<(Place, Family)> {
-    let mut parts = name.split(':');
-    let family = match parts.next()? {
-        "rfw4" => Family::V4,
-        "rfw6" => Family::V6,
-        _ => return None,
-    };
-    let target = parts.next()?;
-    let target = Target::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(target))?;
-    let chain = parts.next()?;
-    let iface = Iface::parse(parts.next()?)?;
-    let (chain, inp, out, end) = match chain {
-        "in" => (Chain::Input, iface, Iface::ANY, End::Source),
-        "out" => (Chain::Output, Iface::ANY, iface, End::Destination),
-        "fwd" => {
-            let out = Iface::parse(parts.next()?)?;
-            let end = if parts.next()? == "src" { End::Source } else { End::Destination };
-            (Chain::Forward, iface, out, end)
-        }
-        _ => return None,
-    };
-    let place = Place { target, chain, inp, out, end };
-    (set_name(&place, family) == name).then_some((place, family))
-}
-
 /// The name of a list on its way to a set in use.
 fn staged(name: &str, state: &str) -> String {
     name.replacen(':', state, 1)
 }
 
-/// The set in use that a list is on its way to, and its state.
-fn destination(name: &str) -> Option<(String, &str)> {
-    let state = name.get(4..5).filter(|state| ["?", "+", "-"].contains(state))?;
-    let ours = name.starts_with("rfw4") || name.starts_with("rfw6");
-    ours.then(|| (name.replacen(state, ":", 1), state))
+/// The state in a name of rfw's, and what else it says: family, target and place.
+fn parse_name(name: &str) -> Option<(&str, (&str, &str, &str))> {
+    let (family, rest) = name.split_at_checked(4)?;
+    let (state, rest) = rest.split_at_checked(1)?;
+    let (target, place) = rest.split_once(':')?;
+    let known =
+        ["accept", "drop", "reject"].contains(&target) && [":", "?", "+", "-"].contains(&state);
+    (known && ["rfw4", "rfw6"].contains(&family)).then_some((state, (family, target, place)))
 }
 
-/// Whether two sets in use are the same place's, with another target.
+/// The set in use that a list is on its way to, and its state.
+fn destination(name: &str) -> Option<(String, &str)> {
+    let (state, (family, target, place)) = parse_name(name).filter(|(state, _)| *state != ":")?;
+    Some((format!("{family}:{target}:{place}"), state))
+}
+
+/// Whether both are sets in use of one place, with different targets.
 fn are_rivals(a: &str, b: &str) -> bool {
-    let split = |name: &str| {
-        let (family, rest) = name.split_once(':')?;
-        let (target, place) = rest.split_once(':')?;
-        Some(((family.to_string(), place.to_string()), target.to_string()))
-    };
-    let (a, b) = (split(a).unwrap_or_default(), split(b).unwrap_or_default());
-    a.0 == b.0 && a.1 != b.1
+    match (parse_name(a), parse_name(b)) {
+        (Some((":", a)), Some((":", b))) => (a.0, a.2) == (b.0, b.2) && a.1 != b.1,
+        _ => false,
+    }
 }
 
 /// What is known of a set without reading it.
@@ -126,8 +104,6 @@ pub struct Load<'a> {
     pub nets: &'a [Net],
     /// For how many seconds, 0 is for ever; `None` takes them out.
     pub put: Option<u32>,
-    /// Blocks that a rule of their own stands for so far.
-    pub ruled: Vec<Net>,
 }
 
 /// A load, and how it meets what is there.
@@ -159,7 +135,7 @@ impl Ipset {
     /// The sets of rfw's that are in use.
     pub fn headers(&self) -> Result<Vec<Header>, Failure> {
         let mut headers: Vec<Header> = Vec::new();
-        exec::lines(&self.program, &["list", "-terse"], READ_LIMIT, |line| {
+        exec::lines(&self.program, &["list", "-terse"], LIMIT, |line| {
             let (key, value) = line.trim_end().split_once(": ").unwrap_or_default();
             match (key, headers.last_mut()) {
                 // Where the kernel does not count, a set is never taken for empty.
@@ -177,19 +153,22 @@ impl Ipset {
             }
             true
         })?;
-        if headers.iter().any(|header| destination(&header.name).is_some()) {
-            self.settle()?;
-        }
-        let ours = |name: &str| name.starts_with("rfw4:") || name.starts_with("rfw6:");
-        headers.retain(|header| ours(&header.name));
+        headers.retain(|header| matches!(parse_name(&header.name), Some((":", _))));
         Ok(headers)
     }
 
-    /// Reads a set until `each` says `false`.
-    pub fn entries(&self, name: &str, mut each: impl FnMut(Entry) -> bool) -> Result<(), Failure> {
-        exec::lines(&self.program, &["save", name], READ_LIMIT, |line| {
-            parse_entry(line).is_none_or(&mut each)
-        })
+    /// Reads a set until `each` says `false`; one that is not there is empty.
+    pub fn entries(
+        &self,
+        name: &str,
+        limit: Duration,
+        mut each: impl FnMut(Entry) -> bool,
+    ) -> Result<(), Failure> {
+        let each = |line: &str| parse_entry(line).is_none_or(&mut each);
+        match exec::lines(&self.program, &["save", name], limit, each) {
+            Err(Failure::Refused(words)) if words.contains("does not exist") => Ok(()),
+            result => result,
+        }
     }
 
     pub fn create(&self, name: &str, family: Family) -> Result<(), Failure> {
@@ -225,11 +204,7 @@ impl Ipset {
     /// renamed, which says so; whoever finds them then, carries them out. Into
     /// an empty set the whole list goes at once.
     pub fn carry_out(&self, loads: &[Load<'_>]) -> Result<Vec<Tally>, Failure> {
-        let mut names = self.names()?;
-        if names.iter().any(|name| destination(name).is_some()) {
-            self.settle()?;
-            names = self.names()?;
-        }
+        let names = self.names()?;
         let plan = |load| self.plan(load, &names);
         let plans = loads.iter().map(plan).collect::<Result<Vec<_>, _>>()?;
         let count = loads.iter().map(|load| load.nets.len()).sum::<usize>().saturating_mul(2);
@@ -247,50 +222,47 @@ impl Ipset {
         Ok(plans.iter().map(Plan::tally).collect())
     }
 
-    /// Ends what was begun with lists: those that are whole are carried out,
-    /// others dropped. Says whether there was a whole one.
+    /// Ends what was begun with a list: where all of its sets are whole they are
+    /// carried out, else dropped. Says whether they were whole. One that the kernel
+    /// refuses is dropped too.
     pub fn settle(&self) -> Result<bool, Failure> {
         let names = self.names()?;
         let lists = names.iter().filter_map(|list| Some((list, destination(list)?)));
         let mut lists: Vec<_> = lists.map(|(list, (name, state))| (list, name, state)).collect();
-        // Lists come one after another: where one of its sets is not whole, none is. That one goes
-        // last, for as long as it is there it says so.
+        // One that is not whole goes last: for as long as it is there it says so.
         lists.sort_by_key(|(_, _, state)| *state == "?");
-        if lists.iter().any(|(_, _, state)| *state == "?") {
-            lists.iter().try_for_each(|(list, ..)| self.destroy(list))?;
-            return Ok(false);
-        }
-        let found = !lists.is_empty();
+        let whole = lists.last().is_some_and(|(_, _, state)| *state != "?");
+        let mut refused = Ok(());
         for (list, name, state) in lists {
-            if !names.contains(&name) {
-                match state {
-                    "+" => self.run(&["rename", list, &name])?,
-                    _ => self.destroy(list)?,
+            // The set in use has gone: nobody was answered for its addresses.
+            if whole && names.contains(&name) {
+                match self.replay(list, &name, state == "+", &names) {
+                    Err(failure) if !failure.is_passing() => refused = Err(failure),
+                    result => result?,
                 }
-                continue;
             }
-            let rivals: Vec<_> = names.iter().filter(|n| are_rivals(n, &name)).collect();
-            let mut entries = Vec::new();
-            self.entries(list, |entry| {
-                entries.push((entry.net, entry.timeout));
-                true
-            })?;
-            self.restore(entries.len(), |input| {
-                for (net, timeout) in entries {
-                    match state {
-                        "-" => input.line(format_args!("del {name} {net}"))?,
-                        _ => input.line(format_args!("add {name} {net} timeout {timeout}"))?,
-                    }
-                    if state == "+" {
-                        rivals
-                            .iter()
-                            .try_for_each(|r| input.line(format_args!("del {r} {net}")))?;
-                    }
-                }
-                input.line(format_args!("destroy {list}"))
-            })?;
+            self.destroy(list)?;
         }
-        Ok(found)
+        refused.map(|()| whole)
+    }
+
+    fn replay(&self, list: &str, name: &str, put: bool, names: &[String]) -> Result<(), Failure> {
+        let mut entries = Vec::new();
+        self.entries(list, START_LIMIT, |entry| {
+            entries.push(entry);
+            true
+        })?;
+        let rivals: Vec<_> = names.iter().filter(|n| put && are_rivals(n, name)).collect();
+        self.restore(entries.len(), |input| {
+            for Entry { net, timeout, .. } in entries {
+                match put {
+                    true => input.line(format_args!("add {name} {net} timeout {timeout}"))?,
+                    false => input.line(format_args!("del {name} {net}"))?,
+                }
+                rivals.iter().try_for_each(|r| input.line(format_args!("del {r} {net}")))?;
+            }
+            Ok(())
+        })
     }
 
     /// Makes a set anew with room for as many entries as rfw.conf says.
@@ -300,12 +272,16 @@ impl Ipset {
         let written = self.restore(entries, |input| {
             self.write_create(input, &stage, family, entries)?;
             let mut written = Ok(());
-            read = self.entries(name, |Entry { net, timeout, counters: (packets, bytes) }| {
-                let counters = format!("packets {packets} bytes {bytes}");
-                written =
-                    input.line(format_args!("add {stage} {net} timeout {timeout} {counters}"));
-                written.is_ok()
-            });
+            read = self.entries(
+                name,
+                START_LIMIT,
+                |Entry { net, timeout, counters: (packets, bytes) }| {
+                    let counters = format!("packets {packets} bytes {bytes}");
+                    written =
+                        input.line(format_args!("add {stage} {net} timeout {timeout} {counters}"));
+                    written.is_ok()
+                },
+            );
             if read.is_ok() {
                 input.line(format_args!("swap {stage} {name}\ndestroy {stage}"))?;
             }
@@ -320,44 +296,32 @@ impl Ipset {
             Some(_) => (Verdict::Inserted, Verdict::Refreshed),
             None => (Verdict::Absent, Verdict::Deleted),
         };
-        let ruled = |net| if load.ruled.contains(net) { present } else { absent };
-        let mut verdicts: Vec<Verdict> = load.nets.iter().map(ruled).collect();
+        let limit = limit_of(load.nets.len());
+        let mut verdicts = vec![absent; load.nets.len()];
         let mut before = 0_usize;
-        let there = names.contains(&load.name);
-        self.entries_if(there, &load.name, |entry| {
+        self.entries(&load.name, limit, |entry| {
             before = before.saturating_add(1);
             let at = load.nets.binary_search(&entry.net).ok();
             if let Some(verdict) = at.and_then(|at| verdicts.get_mut(at)) {
                 let same = load.put == Some(0) && entry.timeout == 0;
                 *verdict = if same { Verdict::Exists } else { present };
             }
+            true
         })?;
         let inserted = verdicts.iter().filter(|verdict| **verdict == Verdict::Inserted).count();
-        if before.saturating_add(inserted) > self.maxelem {
-            return Err(Failure::Full);
+        if inserted > 0 && before.saturating_add(inserted) > self.maxelem {
+            return Err(Failure::Full(FULL));
         }
         let mut elsewhere = Vec::new();
-        let rivals = names.iter().filter(|name| are_rivals(name, &load.name));
+        let rivals = names.iter().filter(|name| load.put.is_some() && are_rivals(name, &load.name));
         for rival in rivals {
-            self.entries_if(load.put.is_some(), rival, |entry| {
+            self.entries(rival, limit, |entry| {
                 let found = load.nets.binary_search(&entry.net).is_ok();
                 elsewhere.extend(found.then(|| (rival.clone(), entry.net)));
+                true
             })?;
         }
         Ok(Plan { load, verdicts, elsewhere, before })
-    }
-
-    fn entries_if(
-        &self,
-        wanted: bool,
-        name: &str,
-        mut each: impl FnMut(Entry),
-    ) -> Result<(), Failure> {
-        let each = |entry| {
-            each(entry);
-            true
-        };
-        if wanted { self.entries(name, each) } else { Ok(()) }
     }
 
     fn write_stage(&self, input: &mut Feed<'_>, plan: &Plan<'_>) -> io::Result<()> {
@@ -411,11 +375,6 @@ impl Ipset {
 }
 
 impl Plan<'_> {
-    /// Whether the list becomes the set.
-    fn replaces(&self) -> bool {
-        self.before == 0 && self.load.put.is_some() && self.elsewhere.is_empty()
-    }
-
     /// The blocks about which something is to be done.
     fn changed(&self) -> impl Iterator<Item = &Net> {
         let idle = [Verdict::Exists, Verdict::Absent];
@@ -429,43 +388,33 @@ impl Plan<'_> {
         tally
     }
 
+    /// The list's name when it is whole.
+    fn whole(&self) -> String {
+        staged(&self.load.name, if self.load.put.is_some() { "+" } else { "-" })
+    }
+
     fn write_commit(&self, input: &mut Feed<'_>) -> io::Result<()> {
-        let name = &self.load.name;
-        let stage = staged(name, "?");
-        match self.load.put {
-            Some(_) => input.line(format_args!("rename {stage} {}", staged(name, "+"))),
-            None => input.line(format_args!("rename {stage} {}", staged(name, "-"))),
-        }
+        input.line(format_args!("rename {} {}", staged(&self.load.name, "?"), self.whole()))
     }
 
     fn write_changes(&self, input: &mut Feed<'_>) -> io::Result<()> {
-        let name = &self.load.name;
-        match self.load.put {
-            Some(_) if self.replaces() => {
-                input.line(format_args!("swap {} {name}", staged(name, "+")))?;
-            }
-            Some(timeout) => {
-                self.changed().try_for_each(|net| {
-                    input.line(format_args!("add {name} {net} timeout {timeout}"))
-                })?;
-            }
-            None => {
-                self.changed().try_for_each(|net| input.line(format_args!("del {name} {net}")))?
-            }
+        let (name, whole) = (&self.load.name, self.whole());
+        // An empty set can be the list at once, unless something is to go meanwhile.
+        if self.before == 0 && self.load.put.is_some() && self.elsewhere.is_empty() {
+            return input.line(format_args!("swap {whole} {name}\ndestroy {whole}"));
         }
-        self.elsewhere
-            .iter()
-            .try_for_each(|(rival, net)| input.line(format_args!("del {rival} {net}")))?;
-        match self.load.put {
-            Some(_) => input.line(format_args!("destroy {}", staged(name, "+"))),
-            None => input.line(format_args!("destroy {}", staged(name, "-"))),
-        }
+        self.changed().try_for_each(|net| match self.load.put {
+            Some(timeout) => input.line(format_args!("add {name} {net} timeout {timeout}")),
+            None => input.line(format_args!("del {name} {net}")),
+        })?;
+        self.elsewhere.iter().try_for_each(|(r, net)| input.line(format_args!("del {r} {net}")))?;
+        input.line(format_args!("destroy {whole}"))
     }
 }
 
 fn full(result: Result<(), Failure>) -> Result<(), Failure> {
     match result {
-        Err(Failure::Refused(words)) if words.contains("is full") => Err(Failure::Full),
+        Err(Failure::Refused(words)) if words.contains("is full") => Err(Failure::Full(FULL)),
         result => result,
     }
 }
@@ -488,6 +437,7 @@ fn parse_entry(line: &str) -> Option<Entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::Iface;
 
     #[test]
     fn names() {
@@ -508,15 +458,7 @@ mod tests {
                 place.out = Iface::parse(out).unwrap();
             }
             assert_eq!(set_name(&place, Family::V4), name);
-            assert!(name.len() <= MAX_NAME);
-            let read = parse_name(name);
-            assert_eq!(read, (!name.contains('~')).then_some((place, Family::V4)), "{name}");
-        }
-        for name in ["rfw4:drop:in", "rfw4:drop:in:any:any", "rfw5:drop:in:any", "rfw4:DROP:in:any"]
-            .iter()
-            .chain(&["rfw4:drop:in:br-lan", "rfw4:drop:fwd:a+:b+:both", "rfw4?drop:in:any", "mine"])
-        {
-            assert_eq!(parse_name(name), None, "{name}");
+            assert!(name.len() <= MAX_NAME && parse_name(name).is_some(), "{name}");
         }
     }
 
@@ -525,7 +467,7 @@ mod tests {
         assert_eq!(staged("rfw4:drop:in:any", "?"), "rfw4?drop:in:any");
         assert_eq!(destination("rfw4?drop:in:any"), Some(("rfw4:drop:in:any".into(), "?")));
         assert_eq!(destination("rfw6-drop:in:any"), Some(("rfw6:drop:in:any".into(), "-")));
-        for name in ["rfw4:drop:in:any", "rfw5+x", "abc4+x", "r", "rfwé+"] {
+        for name in ["rfw4:drop:in:any", "rfw5+drop:x", "abc4+drop:x", "rfw4-list", "r", "rfwé+"] {
             assert_eq!(destination(name), None, "{name}");
         }
         assert!(are_rivals("rfw4:drop:in:any", "rfw4:accept:in:any"));

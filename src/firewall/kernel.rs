@@ -17,6 +17,7 @@ use std::time::Duration;
 /// and how long the listing at start may take, when nobody waits yet.
 pub const LIMIT: Duration = Duration::from_secs(10);
 const PER_LINE: Duration = Duration::from_millis(10);
+const LONGEST_LIMIT: Duration = Duration::from_secs(600);
 pub const START_LIMIT: Duration = Duration::from_secs(60);
 /// Seconds that the tools wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
@@ -239,7 +240,8 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
 
 /// How long a batch of so many lines may take.
 pub fn limit_of(lines: usize) -> Duration {
-    LIMIT.saturating_add(PER_LINE.saturating_mul(u32::try_from(lines).unwrap_or(u32::MAX)))
+    let more = PER_LINE.saturating_mul(u32::try_from(lines).unwrap_or(u32::MAX));
+    LIMIT.saturating_add(more).min(LONGEST_LIMIT)
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` beside it.

@@ -14,6 +14,10 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 /// delete all of rfw's, which costs no walk, and to insert the others again.
 const WALKS: usize = 64;
 
+/// Among more rules than this that may decide otherwise, nobody looks which do:
+/// a rule behind any of them is set anew.
+const MAX_RIVALS: usize = 1_000;
+
 /// Unix seconds of 2026-01-01: no clock that is right shows less.
 const REAL_TIME: u64 = 1_767_225_600;
 
@@ -232,11 +236,11 @@ impl Mirror {
                     (Some(_), None) => Verdict::Deleted,
                     (None, Some(_)) => Verdict::Inserted,
                     (Some(old), Some(new)) => {
-                        let mut shadowed = || {
-                            let rivals = rivals.get_or_insert_with(|| self.rivals(&rule));
-                            rivals.iter().any(|(r, age)| *age > old.age && r.overlaps(&rule))
-                        };
-                        match old.expires == new.expires && !shadowed() {
+                        let rivals = rivals.get_or_insert_with(|| self.rivals(&rule));
+                        let mut newer = rivals.iter().take_while(|(age, _)| *age > old.age);
+                        let many = rivals.len() > MAX_RIVALS;
+                        let shadowed = newer.any(|(_, other)| many || other.overlaps(&rule));
+                        match old.expires == new.expires && !shadowed {
                             true => Verdict::Exists,
                             false => Verdict::Refreshed,
                         }
@@ -263,13 +267,15 @@ impl Mirror {
     }
 
     /// The rules of rfw's in a rule's chain that may decide otherwise about it,
-    /// where they are newer.
-    fn rivals(&self, rule: &Rule) -> Vec<(Rule, i64)> {
+    /// where they are newer; the newest first.
+    fn rivals(&self, rule: &Rule) -> Vec<(i64, Rule)> {
         let rivals = self.rules.iter().filter(|(Line { rule: other, kind }, _)| {
             let otherwise = other.target != rule.target && other.chain() == rule.chain();
             *kind == Kind::Plain && otherwise
         });
-        rivals.map(|(line, entry)| (line.rule, entry.age)).collect()
+        let mut rivals: Vec<_> = rivals.map(|(line, entry)| (entry.age, line.rule)).collect();
+        rivals.sort_unstable_by_key(|(age, _)| Reverse(*age));
+        rivals
     }
 
     /// Has one rule, with this expiry, or has it not; the batch has no part in

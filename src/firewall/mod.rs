@@ -20,7 +20,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Rules, Scope, Target};
 use exec::Failure;
-use ipset::Ipset;
+use ipset::{Entry, Ipset};
 use kernel::{Edit, Kind, LIMIT, Line, Owned, START_LIMIT, Tools};
 use mirror::{Batch, Law, Listing, Mirror, Note};
 use std::collections::HashMap;
@@ -35,6 +35,19 @@ use std::time::{Duration, Instant};
 /// under 5 % of one processor.
 const PAUSE: Duration = Duration::from_millis(900);
 const PAUSE_FACTOR: u32 = 20;
+
+/// The longest pause behind a look that failed.
+const FAILED_PAUSE: Duration = Duration::from_secs(10);
+/// How long a set may be read for a client; its answer has a little less.
+const SEND_LIMIT: Duration = Duration::from_secs(70);
+/// How many rules of one family rfw keeps: iptables-nft takes seconds to list so
+/// many, and what cannot be listed can be neither checked nor repaired.
+const MAX_RULES: usize = 100_000;
+const MANY_RULES: &str = "rfw keeps 100,000 rules at most; for more set ipset.path in rfw.conf.";
+
+/// What is said of a list that failed.
+const NOTHING: &str = " Nothing of the list is applied.";
+const WHOLE: &str = " The list is applied as a whole or not at all, once ipset works.";
 
 /// What became of a rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,6 +143,8 @@ struct Kernel {
     ipset: Option<Ipset>,
     /// At most so many entries are in a set.
     fill: HashMap<Line, usize>,
+    /// Whether something may be left of a list, since ipset was ended in the middle.
+    unsettled: bool,
     clock: Clock,
     log: Arc<Log>,
     next_look: Instant,
@@ -173,8 +188,9 @@ impl Firewall {
         })?;
         let tools = tables.iter().map(|table| table.tools.clone()).collect();
         let fill = HashMap::new();
-        let told = None;
-        let mut kernel = Kernel { tables, ipset: ipset.clone(), fill, clock, log, next_look, told };
+        let (told, unsettled, sets) = (None, false, ipset.clone());
+        let mut kernel =
+            Kernel { tables, ipset: sets, fill, unsettled, clock, log, next_look, told };
         kernel.begin_sets()?;
         Ok(Firewall { queue: Mutex::default(), kernel: Mutex::new(kernel), tools, ipset })
     }
@@ -210,9 +226,7 @@ impl Firewall {
         let jobs = mem::take(&mut lock(&self.queue).jobs);
         let (changes, waiters): (Vec<_>, Vec<_>) =
             jobs.into_iter().map(|job| (job.change, job.waiter)).unzip();
-        let results = kernel.commit(&changes);
-        let mut failures = results.iter().filter_map(|result| result.as_ref().err());
-        let ill = failures.find(|failure| failure.is_passing()).cloned();
+        let (results, ill) = kernel.commit(&changes);
         for (waiter, result) in waiters.iter().zip(results) {
             let _ = waiter.send(Turn::Answer(result));
         }
@@ -270,11 +284,8 @@ impl Firewall {
     pub fn entries(&self, set: &Line, mut each: impl FnMut(&Owned) -> bool) -> Result<(), Refusal> {
         let (Some(ipset), Some(place)) = (&self.ipset, set.place()) else { return Ok(()) };
         let now = clock::wall();
-        match ipset.entries(&set.to_string(), |entry| each(&entry.owned(place, now))) {
-            // Its last entry has just left.
-            Err(Failure::Refused(words)) if words.contains("does not exist") => Ok(()),
-            result => result.map_err(refusal),
-        }
+        let each = |entry: Entry| each(&entry.owned(place, now));
+        ipset.entries(&set.to_string(), SEND_LIMIT, each).map_err(refusal)
     }
 
     /// What is to be done every second: follow the wall clock, delete what has
@@ -288,24 +299,31 @@ impl Firewall {
 
 impl Kernel {
     /// Commits changes, in order, and answers each. Rules that come one after
-    /// another are one batch. Behind a program that hung no other is tried.
-    fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, Failure>> {
+    /// another are one batch. Behind a program that hung, which is told as well, no
+    /// other is tried.
+    fn commit(&mut self, changes: &[Change]) -> (Vec<Result<Outcome, Failure>>, Option<Failure>) {
         let (now, ipset) = (self.clock.now(), self.ipset.clone());
         let is_list = |change: &Change| matches!(change.rules, Rules::List(..));
-        let mut results = Vec::new();
+        let (mut results, mut ill) = (Vec::new(), None);
         for batch in changes.chunk_by(|a, b| !is_list(a) && !is_list(b) && ipset.is_none()) {
-            match (results.last(), batch) {
-                (Some(Err(failure @ Failure::Passing(_))), _) => {
-                    results.extend(vec![Err(failure.clone()); batch.len()]);
+            let (committed, words) = match (&ill, &ipset, batch) {
+                (Some(failure), ..) => (vec![Err(Failure::clone(failure)); batch.len()], ""),
+                (_, Some(ipset), [change]) => {
+                    let words = if is_list(change) { WHOLE } else { "" };
+                    (vec![self.commit_to_sets(ipset, change, now)], words)
                 }
-                (_, [change]) if ipset.is_some() || is_list(change) => results.push(match &ipset {
-                    Some(ipset) => self.commit_to_sets(ipset, change, now),
-                    None => self.commit_list(change, now),
-                }),
-                _ => results.extend(self.commit_rules(batch, now)),
-            }
+                (_, None, [list]) if is_list(list) => {
+                    let (result, words) = self.commit_list(list, now);
+                    (vec![result], words)
+                }
+                _ => (self.commit_rules(batch, now), ""),
+            };
+            let mut failures = committed.iter().filter_map(|result| result.as_ref().err());
+            ill = ill.or(failures.find(|failure| failure.is_passing()).cloned());
+            let told = |result: Result<Outcome, Failure>| result.map_err(|f| f.and(words));
+            results.extend(committed.into_iter().map(told));
         }
-        results
+        (results, ill)
     }
 
     fn commit_rules(&mut self, batch: &[Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
@@ -328,8 +346,12 @@ impl Kernel {
     }
 
     /// Applies a list, a transaction for each family. Where the second one
-    /// fails, the first one is taken back.
-    fn commit_list(&mut self, list: &Change, now: Duration) -> Result<Outcome, Failure> {
+    /// fails, the first one is taken back; what is to be said of that.
+    fn commit_list(
+        &mut self,
+        list: &Change,
+        now: Duration,
+    ) -> (Result<Outcome, Failure>, &'static str) {
         let (mut outcome, mut taken) = (Outcome::default(), Vec::new());
         for table in &mut self.tables {
             match table.commit_all(&[list], now) {
@@ -341,19 +363,19 @@ impl Kernel {
                     taken.push((table, batch));
                 }
                 Err(failure) => {
-                    let mut words = " Nothing of the list is applied.";
+                    let mut words = NOTHING;
                     for (table, batch) in taken {
                         table.mirror.undo(&batch);
                         words = match table.repair(&batch, now.as_secs(), false) {
-                            Ok(()) => " Nothing of the list is applied: IPv4 is taken back.",
-                            Err(_) => " IPv4 is taken back as soon as iptables works again.",
+                            Ok(()) => " Nothing of the list is applied: IPv4 was taken back.",
+                            Err(_) => " IPv4 will be taken back as soon as iptables works again.",
                         };
                     }
-                    return Err(failure.and(words));
+                    return (Err(failure), words);
                 }
             }
         }
-        Ok(outcome)
+        (Ok(outcome), "")
     }
 
     /// The error is a passing one. No other program is tried behind it: who
@@ -378,7 +400,9 @@ impl Kernel {
             self.log.error(format_args!("cannot check what the kernel holds: {new}"));
         }
         self.told = failure.clone();
-        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(PAUSE);
+        let pause = started.elapsed().saturating_mul(PAUSE_FACTOR);
+        let most = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
+        let pause = pause.min(most).max(PAUSE);
         self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
         failure.map_or(Ok(()), only_passing)
     }
@@ -417,7 +441,10 @@ impl Table {
                 return Ok(None);
             }
             Err(failure) => {
-                let what_to_do = "run rfw as root or with CAP_NET_ADMIN, and check iptables.path";
+                let what_to_do = match failure.is_passing() {
+                    true => "find out what holds it up, and start rfw again",
+                    false => "run rfw as root or with CAP_NET_ADMIN, and check iptables.path",
+                };
                 return Err(format!("cannot read the kernel's rules ({failure}); {what_to_do}"));
             }
         }
@@ -442,7 +469,7 @@ impl Table {
     fn commit(&mut self, changes: &[&Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
         match self.commit_all(changes, now) {
             Ok(batch) => batch.outcomes.into_iter().map(Ok).collect(),
-            Err(Failure::Refused(_))
+            Err(Failure::Refused(_) | Failure::Full(_))
                 if changes.len() > 1
                     && self.repair(&Batch::default(), now.as_secs(), false).is_ok() =>
             {
@@ -476,8 +503,10 @@ impl Table {
     }
 
     fn attempt(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
+        let before = self.mirror.len();
         let batch = self.mirror.apply(changes, self.tools.family, ceiling(now));
         let committed = match self.mirror.edits(&batch) {
+            _ if self.mirror.len() > before.max(MAX_RULES) => Err(Failure::Full(MANY_RULES)),
             Some(edits) => self.run(&edits),
             None => self.repair(&batch, now.as_secs(), false),
         };
@@ -531,6 +560,9 @@ impl Table {
     /// Deletes what has expired.
     fn expire(&mut self, now: Duration) -> Result<(), Failure> {
         let due = self.mirror.due(now.as_secs());
+        if due.is_empty() {
+            return Ok(());
+        }
         let delete = |rule: &Rule| Change { rules: Rules::One(*rule), action: Action::Delete };
         let changes: Vec<_> = due.iter().map(delete).collect();
         let results = self.commit(&changes.iter().collect::<Vec<_>>(), now);
@@ -592,7 +624,7 @@ fn refusal(failure: Failure) -> Refusal {
     match failure {
         Failure::Refused(words) => Refusal::Iptables(words),
         Failure::Passing(sentence) => Refusal::Busy(sentence),
-        Failure::Full => Refusal::SetFull,
+        Failure::Full(sentence) => Refusal::Full(sentence),
     }
 }
 

@@ -5,10 +5,10 @@
 //! are made before its first entry; both go when the last one has gone.
 
 use super::exec::Failure;
-use super::ipset::{DEFAULT_PATH, Entry, Header, Ipset, Load, parse_name};
-use super::kernel::{Line, Owned};
+use super::ipset::{DEFAULT_PATH, Entry, Header, Ipset, Load};
+use super::kernel::{Line, Owned, START_LIMIT};
 use super::mirror::Batch;
-use super::{Kernel, Outcome, Table, Tally, Verdict};
+use super::{Kernel, Outcome, Table, Tally, Verdict, only_passing};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
 use crate::rule::{Action, Chain, Change, End, Iface, Place, Rules, Target};
@@ -35,22 +35,9 @@ impl Kernel {
         change: &Change,
         now: Duration,
     ) -> Result<Outcome, Failure> {
-        match self.try_sets(ipset, change, now) {
-            // Others have destroyed a set.
-            Err(Failure::Refused(words)) if words.contains("does not exist") => {
-                self.sweep(now)?;
-                self.try_sets(ipset, change, now)
-            }
-            result => result,
+        if self.unsettled {
+            self.settle(ipset)?;
         }
-    }
-
-    fn try_sets(
-        &mut self,
-        ipset: &Ipset,
-        change: &Change,
-        now: Duration,
-    ) -> Result<Outcome, Failure> {
         let (place, single, nets) = match &change.rules {
             Rules::List(place, nets) => (*place, None, nets.as_slice()),
             Rules::One(rule) => match rule.place() {
@@ -84,9 +71,17 @@ impl Kernel {
             Some(net) => loads.iter().map(|load| self.one(ipset, place, load, net)).collect(),
             None => ipset.carry_out(&loads),
         };
+        self.unsettled = tallies.is_err();
         for (load, tally) in loads.iter().zip(tallies?) {
-            self.close(load, place, &tally, now)?;
             outcome.tally.join(&tally);
+            let line = Line::set(place, load.family);
+            let fill = self.fill.entry(line).or_default();
+            *fill = fill.saturating_add(tally.of(Verdict::Inserted));
+            *fill = fill.saturating_sub(tally.of(Verdict::Deleted));
+            if *fill == 0 {
+                // If that fails, the ticker does it.
+                let _ = self.sweep(now);
+            }
         }
         Ok(outcome)
     }
@@ -106,17 +101,15 @@ impl Kernel {
             return Ok(None);
         };
         let line = Line::set(place, family);
-        let ruled = |net: &&Net| table.mirror.has(&Line::plain(place.rule(**net)));
-        let ruled: Vec<Net> = nets.iter().filter(ruled).copied().collect();
         if !table.mirror.has(&line) {
-            if put.is_none() && ruled.is_empty() {
+            if put.is_none() {
                 return Ok(None);
             }
             ipset.create(&line.to_string(), family)?;
             table.have_set(line, true, now)?;
             self.fill.insert(line, 0);
         }
-        Ok(Some(Load { name: line.to_string(), family, nets, put, ruled }))
+        Ok(Some(Load { name: line.to_string(), family, nets, put }))
     }
 
     /// One address needs no reading of the set.
@@ -127,7 +120,7 @@ impl Kernel {
         load: &Load<'_>,
         net: Net,
     ) -> Result<Tally, Failure> {
-        let mut verdict = match load.put {
+        let verdict = match load.put {
             Some(timeout) => ipset.put(&load.name, net, timeout)?,
             None => ipset.delete(&load.name, net)?,
         };
@@ -138,43 +131,37 @@ impl Kernel {
                 }
             }
         }
-        if !load.ruled.is_empty() {
-            verdict = if load.put.is_some() { Verdict::Refreshed } else { Verdict::Deleted };
-        }
         let mut tally = Tally::default();
         tally.add(verdict, 1);
         Ok(tally)
     }
 
-    /// What is left to do when the addresses are where they belong.
-    fn close(
-        &mut self,
-        load: &Load<'_>,
-        place: Place,
-        tally: &Tally,
-        now: Duration,
-    ) -> Result<(), Failure> {
-        if !load.ruled.is_empty() {
-            let rules = Rules::List(place, load.ruled.clone());
-            let deletion = Change { rules, action: Action::Delete };
-            for table in self.tables.iter_mut().filter(|t| t.tools.family == load.family) {
-                table.commit_all(&[&deletion], now)?;
-            }
+    /// Ends what was begun with a list. One that the kernel does not take is no
+    /// reason not to go on.
+    fn settle(&mut self, ipset: &Ipset) -> Result<(), Failure> {
+        if let Err(failure) = ipset.settle() {
+            self.log.error(format_args!("what was begun with a list cannot be ended: {failure}"));
+            only_passing(failure)?;
         }
-        let fill = self.fill.entry(Line::set(place, load.family)).or_default();
-        *fill = fill.saturating_add(tally.of(Verdict::Inserted));
-        *fill = fill.saturating_sub(tally.of(Verdict::Deleted));
-        if *fill == 0 {
-            // If that fails, the ticker does it.
-            let _ = self.sweep(now);
-        }
+        self.unsettled = false;
         Ok(())
     }
 
     /// Removes the sets that are empty, and the rules of those that are gone.
     pub fn sweep(&mut self, now: Duration) -> Result<(), Failure> {
         let Some(ipset) = self.ipset.clone() else { return Ok(()) };
+        if self.unsettled {
+            self.settle(&ipset)?;
+        }
+        if self.fill.is_empty() {
+            return Ok(());
+        }
         let headers = ipset.headers()?;
+        // One whose rule could not be made, or that others held until now.
+        let ruled: HashSet<String> = self.fill.keys().map(Line::to_string).collect();
+        for header in headers.iter().filter(|h| h.entries == 0 && !ruled.contains(&h.name)) {
+            let _ = ipset.destroy(&header.name);
+        }
         for table in &mut self.tables {
             for line in table.mirror.sets() {
                 let name = line.to_string();
@@ -195,11 +182,6 @@ impl Kernel {
                 }
             }
         }
-        // One whose rule could not be made, or that others held until now.
-        let ruled: HashSet<String> = self.fill.keys().map(Line::to_string).collect();
-        for header in headers.iter().filter(|h| h.entries == 0 && !ruled.contains(&h.name)) {
-            let _ = ipset.destroy(&header.name);
-        }
         Ok(())
     }
 
@@ -209,11 +191,12 @@ impl Kernel {
         let now = self.clock.now();
         let found = self.tables.iter().any(|table| !table.mirror.sets().is_empty());
         match self.ipset.clone() {
-            Some(ipset) => self.move_in(&ipset, now).map_err(|failure| {
-                format!(
+            Some(ipset) => self.move_in(&ipset, now).map_err(|failure| match failure {
+                Failure::Full(sentence) => sentence.to_string(),
+                _ => format!(
                     "sets do not work here ({failure}); rfw must be root or have CAP_NET_ADMIN and \
                      CAP_NET_RAW, and the kernel ip_set_hash_net and xt_set; or leave ipset.path out"
-                )
+                ),
             }),
             None if !found => Ok(()),
             None => self.move_out(now).map_err(|failure| {
@@ -223,38 +206,36 @@ impl Kernel {
     }
 
     fn move_in(&mut self, ipset: &Ipset, now: Duration) -> Result<(), Failure> {
-        ipset.settle()?;
+        self.settle(ipset)?;
         let headers = ipset.headers()?;
-        let mut known = HashSet::new();
         for table in &mut self.tables {
-            let family = table.tools.family;
-            for header in &headers {
-                let line = match (parse_name(&header.name), table.mirror.sets()) {
-                    (Some((place, theirs)), _) if theirs == family => Line::set(place, family),
-                    (None, lines) => match lines.iter().find(|l| l.to_string() == header.name) {
-                        Some(line) => *line,
-                        None => continue,
-                    },
-                    _ => continue,
-                };
-                known.insert(&header.name);
-                table.adopt_set(ipset, line, header, now)?;
-                self.fill.insert(line, header.entries);
+            for line in table.mirror.sets() {
+                let name = line.to_string();
+                for header in headers.iter().filter(|header| header.name == name) {
+                    table.adopt_set(ipset, line, header)?;
+                    self.fill.insert(line, header.entries);
+                }
             }
-            table.move_rules(ipset, now)?;
+            for line in table.move_rules(ipset, now)? {
+                self.fill.insert(line, usize::MAX);
+            }
         }
-        for header in headers.iter().filter(|header| !known.contains(&header.name)) {
-            let what = "has no rule, and its name does not say of which interfaces: destroy it";
-            self.log.warning(format_args!("the set {} {what}", header.name));
+        // Those without a rule are of a move that was cut short, or their rule was
+        // flushed while rfw was stopped: what the kernel does not enforce is no rule.
+        let ruled: HashSet<String> = self.fill.keys().map(Line::to_string).collect();
+        for header in headers.iter().filter(|header| !ruled.contains(&header.name)) {
+            self.log.warning(format_args!("destroyed the set {}: it has no rule", header.name));
+            ipset.destroy(&header.name)?;
         }
         // A new set shows whether sets work at all.
-        if self.tables.iter().all(|table| table.mirror.sets().is_empty()) {
+        if self.fill.is_empty() {
             for table in &mut self.tables {
                 let (inp, out, end) = (Iface::ANY, Iface::ANY, End::Source);
                 let place = Place { target: Target::Drop, chain: Chain::Input, inp, out, end };
                 let line = Line::set(place, table.tools.family);
                 ipset.create(&line.to_string(), table.tools.family)?;
                 table.have_set(line, true, now)?;
+                self.fill.insert(line, 0);
             }
         }
         self.sweep(now)
@@ -270,7 +251,7 @@ impl Kernel {
             let mut batch = Batch::default();
             for line in &lines {
                 let Some(place) = line.place() else { continue };
-                ipset.entries(&line.to_string(), |entry| {
+                ipset.entries(&line.to_string(), START_LIMIT, |entry| {
                     let owned = entry.owned(place, now);
                     if table.whitelist.conflict(&owned.line.rule).is_none() {
                         table.mirror.have(owned.line, Some(owned.expires), &mut batch);
@@ -302,16 +283,10 @@ impl Table {
     }
 
     /// Takes a set that is there at start.
-    fn adopt_set(
-        &mut self,
-        ipset: &Ipset,
-        line: Line,
-        header: &Header,
-        now: Duration,
-    ) -> Result<(), Failure> {
+    fn adopt_set(&mut self, ipset: &Ipset, line: Line, header: &Header) -> Result<(), Failure> {
         let Some(place) = line.place() else { return Ok(()) };
         let mut listed = Vec::new();
-        ipset.entries(&header.name, |entry| {
+        ipset.entries(&header.name, START_LIMIT, |entry| {
             listed.extend(self.whitelist.overlapping(&entry.net).map(|_| entry.net));
             true
         })?;
@@ -322,41 +297,41 @@ impl Table {
         if header.maxelem != ipset.maxelem && header.entries <= ipset.maxelem {
             ipset.resize(&header.name, self.tools.family, header.entries)?;
         }
-        match self.mirror.has(&line) {
-            true => Ok(()),
-            false => self.have_set(line, true, now),
-        }
+        Ok(())
     }
 
-    /// Moves rules into sets, as far as those can keep their expiry. The sets
-    /// are filled first, and the rules leave as theirs come, in one transaction.
-    fn move_rules(&mut self, ipset: &Ipset, now: Duration) -> Result<(), Failure> {
+    /// Moves rules into sets, and says into which. The sets are filled first, and
+    /// the rules leave as theirs come, in one transaction.
+    fn move_rules(&mut self, ipset: &Ipset, now: Duration) -> Result<Vec<Line>, Failure> {
         let family = self.tools.family;
-        let mut batch = Batch::default();
-        let mut lines = Vec::new();
+        let (mut batch, mut lines, mut sets) = (Batch::default(), Vec::new(), Vec::new());
         for (rule, expires) in self.mirror.movable() {
-            let left = expires.map(|second| second.saturating_sub(now.as_secs()).max(1));
             let Some((place, net)) = rule.place() else { continue };
-            let set = Line::set(place, family);
+            let left = expires.map(|second| second.saturating_sub(now.as_secs()).max(1));
             let timeout = u32::try_from(left.unwrap_or(0)).ok().filter(|t| *t <= LONGEST_IN_SET);
-            if let Some(timeout) = timeout {
-                if !self.mirror.has(&set) {
-                    ipset.create(&set.to_string(), family)?;
-                    self.mirror.have(set, Some(None), &mut batch);
-                }
-                self.mirror.have(Line::plain(rule), None, &mut batch);
-                lines.push(format!("add {set} {net} timeout {timeout}"));
+            let timeout = timeout.ok_or_else(|| {
+                let what_to_do = "without ipset.path, DELETE it or PUT it with less";
+                Failure::Refused(format!("{rule} lives longer than 24 days: {what_to_do}"))
+            })?;
+            let set = Line::set(place, family);
+            if !self.mirror.has(&set) {
+                ipset.create(&set.to_string(), family)?;
+                self.mirror.have(set, Some(None), &mut batch);
             }
-            // The newer of two wins, even where it remains a rule.
+            sets.push(set);
+            self.mirror.have(Line::plain(rule), None, &mut batch);
+            lines.push(format!("add {set} {net} timeout {timeout}"));
+            // The newer of two wins.
             let rivals = place.others().map(|place| Line::set(place, family));
             let rivals = rivals.filter(|rival| self.mirror.has(rival));
-            lines.extend(rivals.map(|rival| format!("del {} {net}", rival)));
+            lines.extend(rivals.map(|rival| format!("del {rival} {net}")));
         }
         if lines.is_empty() {
-            return Ok(());
+            return Ok(sets);
         }
         ipset.restore(lines.len(), |input| lines.iter().try_for_each(|line| input.line(line)))?;
-        self.log.info(format_args!("IP{family:?}: rules moved into sets"));
-        self.repair(&batch, now.as_secs(), true)
+        self.repair(&batch, now.as_secs(), true)?;
+        self.log.info(format_args!("IP{family:?}: {} rules moved into sets", sets.len()));
+        Ok(sets)
     }
 }

@@ -11,10 +11,12 @@ use super::stream::{Stream, is_timeout};
 use std::io::{self, BufRead, Read};
 use std::time::Duration;
 
-/// The longest body in bytes, without what chunks add.
+/// The longest body in bytes, with the extensions of its chunks.
 pub const MAX_BODY: u64 = 64 << 20;
 /// The longest line in bytes that begins a chunk or is a trailer, with its CRLF.
 const MAX_LINE: u64 = 1024;
+/// As many digits as a size needs, and some zeros.
+const MAX_DIGITS: usize = 16;
 /// A body must come at this pace: so many bytes in each such time, or the rest.
 const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
 
@@ -46,18 +48,23 @@ fn read(
     body: Body,
     mut each: impl FnMut(&[u8]) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
-    let mut size = match body {
-        Body::Length(length) => return pass_on(source, length, &mut each),
-        Body::Chunked => chunk_size(&line(source)?)?,
-    };
+    if let Body::Length(length) = body {
+        return pass_on(source, length, &mut each);
+    }
     let mut room = MAX_BODY;
-    while size > 0 {
-        room = room.checked_sub(size).ok_or(LONG)?;
+    loop {
+        let head = line(source)?;
+        let size = chunk_size(&head)?;
+        // Extensions count too, or small chunks could bring any number of bytes.
+        let taken = size.saturating_add(head.len().saturating_sub(MAX_DIGITS) as u64);
+        room = room.checked_sub(taken).ok_or(LONG)?;
+        if size == 0 {
+            break;
+        }
         pass_on(source, size, &mut each)?;
         if !line(source)?.is_empty() {
             return Err(CHUNK);
         }
-        size = chunk_size(&line(source)?)?;
     }
     let mut trailers = Vec::new();
     loop {

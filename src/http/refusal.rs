@@ -26,8 +26,8 @@ pub enum Refusal {
     /// Lines of a list that name no rule.
     List(Wrong),
     TooMany,
-    /// A set has no room.
-    SetFull,
+    /// There is no room for so many; what to do.
+    Full(&'static str),
     /// The change overlaps this block of the whitelist.
     Whitelisted(Net),
     /// An IPv6 rule on a host without IPv6.
@@ -72,10 +72,7 @@ impl Refusal {
             Refusal::TooMany => {
                 (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
             }
-            Refusal::SetFull => {
-                let what_to_do = "delete addresses, or raise ipset.maxelem in rfw.conf";
-                (507, code(507), format!("The set has no room for this; {what_to_do}."))
-            }
+            Refusal::Full(sentence) => (507, code(507), format!("{sentence} Nothing was applied.")),
             Refusal::Whitelisted(net) => {
                 (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
             }
