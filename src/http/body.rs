@@ -1,12 +1,13 @@
 //! The body of a request, RFC 9112, 6 and 7.1, handed on as it comes.
 //!
 //! ```text
-//! chunked-body = *( chunk-size [ ext ] CRLF chunk-data CRLF )
-//!                1*"0" [ ext ] CRLF *( field-line CRLF ) CRLF
+//! chunked-body = *( chunk-size exts CRLF chunk-data CRLF )
+//!                1*"0" exts CRLF *( field-line CRLF ) CRLF
+//! exts         = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
 //! ```
 
 use super::refusal::Refusal;
-use super::request::{Body, MAX_FIELDS, Request, check_fields};
+use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
 use super::stream::{Stream, is_timeout};
 use std::io::{self, BufRead, Read};
 use std::time::Duration;
@@ -105,18 +106,52 @@ fn line(source: &mut impl BufRead) -> Result<String, Refusal> {
     Ok(line.iter().map(|byte| char::from(*byte)).collect())
 }
 
-/// Extensions (7.1.1) are read over.
 fn chunk_size(line: &str) -> Result<u64, Refusal> {
     let end = line.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(line.len());
     let (digits, extensions) = line.split_at(end);
-    let extended = extensions.trim_start_matches([' ', '\t']).starts_with(';');
-    if digits.is_empty()
-        || !(extensions.is_empty() || extended)
-        || extensions.contains(|c: char| c.is_ascii_control() && c != '\t')
-    {
-        return Err(CHUNK);
+    match digits.is_empty() || skip_extensions(extensions).is_none() {
+        true => Err(CHUNK),
+        false => u64::from_str_radix(digits, 16).map_err(|_| LONG),
     }
-    u64::from_str_radix(digits, 16).map_err(|_| LONG)
+}
+
+/// No extension (7.1.1) has a meaning here.
+fn skip_extensions(mut text: &str) -> Option<()> {
+    while !text.is_empty() {
+        text = skip_token(bws(bws(text).strip_prefix(';')?))?;
+        if let Some(value) = bws(text).strip_prefix('=').map(bws) {
+            text = match value.strip_prefix('"') {
+                Some(quoted) => skip_quoted(quoted)?,
+                None => skip_token(value)?,
+            };
+        }
+    }
+    Some(())
+}
+
+/// "Bad" white space, RFC 9110, 5.6.3.
+fn bws(text: &str) -> &str {
+    text.trim_start_matches([' ', '\t'])
+}
+
+fn skip_token(text: &str) -> Option<&str> {
+    let end = text.find(|c| !is_tchar(c)).unwrap_or(text.len());
+    text.get(end..).filter(|_| end > 0)
+}
+
+/// Behind the closing quote of a quoted-string (RFC 9110, 5.6.4).
+fn skip_quoted(text: &str) -> Option<&str> {
+    let mut chars = text.chars();
+    loop {
+        let char = match chars.next()? {
+            '"' => return Some(chars.as_str()),
+            '\\' => chars.next()?,
+            char => char,
+        };
+        if char.is_ascii_control() && char != '\t' {
+            return None;
+        }
+    }
 }
 
 fn fault(error: io::Error) -> Refusal {
@@ -182,6 +217,7 @@ mod tests {
             ("3\r\nabc\r\n0\r\n\r\nGET", "abc", "GET"),
             ("1\r\na\r\n0002\r\nbc\r\n00\r\n\r\n", "abc", ""),
             ("A;n=v;m\r\n0123456789\r\n0 ; x=\"y\"\r\nX: y\r\nZ:\r\n\r\n", "0123456789", ""),
+            ("0;a = \"q\\\"; \t\u{e9}\" ;\tb\r\n\r\n", "", ""),
         ];
         for (bytes, body, left) in table {
             let got = receive(bytes.as_bytes(), Body::Chunked);
@@ -201,6 +237,15 @@ mod tests {
             (" 3\r\nabc\r\n0\r\n\r\n", "400"),
             ("3 \r\nabc\r\n0\r\n\r\n", "400"),
             ("3;a\0\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a;\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a \r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a=\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a=\"b\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a=\"b\"c\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a=\"\\\"\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3;a=\"\x7f\"\r\nabc\r\n0\r\n\r\n", "400"),
+            ("3 a\r\nabc\r\n0\r\n\r\n", "400"),
             ("3;\r;\r\nabc\r\n0\r\n\r\n", "400"),
             ("0\r\nX : y\r\n\r\n", "400"),
             ("0\r\n folded\r\n\r\n", "400"),

@@ -280,10 +280,13 @@ fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     }
 }
 
-/// RFC 9110, 5.6.2.
 fn is_token(text: &str) -> bool {
-    let tchar = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-    !text.is_empty() && text.bytes().all(tchar)
+    !text.is_empty() && text.chars().all(is_tchar)
+}
+
+/// RFC 9110, 5.6.2.
+pub fn is_tchar(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c)
 }
 
 #[cfg(test)]
