@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 const FLAGS: &str = "outward.server outward.server.tls12 local.server \
                      local.server.authentication non.restful";
 const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
-                        outward.server.keyfile local.server.port auth.username auth.password \
+                        outward.server.keyfile outward.server.clientca local.server.port auth.username auth.password \
                         default.expire whitelist.file iptables.path ip6tables.path \
                         ipset.path ipset.maxelem";
 
@@ -28,6 +28,8 @@ pub struct Outward {
     pub port: u16,
     pub certfile: Named,
     pub keyfile: Named,
+    /// Who must have signed the certificates of clients.
+    pub clientca: Option<Named>,
     pub tls12: bool,
 }
 
@@ -87,6 +89,10 @@ impl Config {
                 port: outward_port,
                 certfile: named("outward.server.certfile", line)?,
                 keyfile: named("outward.server.keyfile", line)?,
+                clientca: entries
+                    .flag("outward.server.clientca")
+                    .map(|line| named("outward.server.clientca", line))
+                    .transpose()?,
                 tls12: entries.flag("outward.server.tls12").is_some(),
             })
         };

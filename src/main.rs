@@ -120,13 +120,17 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
     let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
     let acceptor = match &config.outward {
         None => None,
-        Some(Outward { certfile, keyfile, tls12, .. }) => {
+        Some(Outward { certfile, keyfile, clientca, tls12, .. }) => {
             let chain = read_trusted(&certfile.path).map_err(blame(certfile))?;
             let key = read_trusted(&keyfile.path).map_err(blame(keyfile))?;
+            let read = |ca: &Named| read_trusted(&ca.path).map_err(blame(ca));
+            let ca = clientca.as_ref().map(read).transpose()?;
             let files = format!("{} and {}", certfile.path.display(), keyfile.path.display());
-            let acceptor = Acceptor::new(&chain, &key, *tls12).map_err(|(part, why)| {
-                let named = if part == Part::Chain { certfile } else { keyfile };
-                blame(named)(format!("{files}: {why}"))
+            let acceptor = Acceptor::new(&chain, &key, ca.as_deref(), *tls12);
+            let acceptor = acceptor.map_err(|(part, why)| match (part, clientca) {
+                (Part::ClientCa, Some(ca)) => blame(ca)(format!("{}: {why}", ca.path.display())),
+                (Part::Chain, _) => blame(certfile)(format!("{files}: {why}")),
+                _ => blame(keyfile)(format!("{files}: {why}")),
             });
             Some(acceptor?)
         }
@@ -167,9 +171,18 @@ fn run(options: &Options) -> Result<Infallible, String> {
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets };
-    let (received, sent) = Default::default();
-    let server =
-        Server { firewall, whitelist, log, grammar, credentials, received, sent, addresses };
+    let (received, sent, guesses) = Default::default();
+    let server = Server {
+        firewall,
+        whitelist,
+        log,
+        grammar,
+        credentials,
+        guesses,
+        received,
+        sent,
+        addresses,
+    };
     let server = Arc::new(server);
     for door in doors {
         let server = server.clone();

@@ -3,17 +3,18 @@
 use crate::api::{self, Command, Grammar};
 use crate::config::{Config, Local};
 use crate::firewall::kernel::Owned;
-use crate::firewall::{Firewall, Verdict};
-use crate::http::auth::{self, Client, Credentials};
+use crate::firewall::{Firewall, Outcome, Verdict};
+use crate::http::auth::{self, Client, Credentials, Guesses};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::http::response::Reply;
 use crate::http::stream::Stream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
-use crate::rule::Chain;
-use crate::rule::list::{List, TooMany};
-use crate::rule::whitelist::Whitelist;
+use crate::places::{Place, Places, State};
+use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::whitelist::{Permitted, Whitelist};
+use crate::rule::{self, Action, Chain};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -44,6 +45,7 @@ pub struct Server {
     pub log: Arc<Log>,
     pub grammar: Grammar,
     pub credentials: Option<Credentials>,
+    pub guesses: Guesses,
     /// Held once more for each list that is being received, and sent.
     pub received: Arc<()>,
     pub sent: Arc<()>,
@@ -58,15 +60,20 @@ pub struct Door {
     tls: Option<Acceptor>,
     /// Whether credentials are asked for.
     authentication: bool,
+    places: Arc<Places>,
 }
 
 impl Door {
+    fn new(listener: TcpListener, tls: Option<Acceptor>, authentication: bool) -> Door {
+        Door { listener, tls, authentication, places: Places::new(MAX_CONNECTIONS) }
+    }
+
     /// Binds what rfw.conf names. The error is a sentence.
     pub fn open(config: &Config, acceptor: Option<Acceptor>) -> Result<Vec<Door>, String> {
         let mut doors = Vec::new();
         if let (Some(outward), Some(acceptor)) = (&config.outward, acceptor) {
             let listener = bind(outward.ip, outward.port, "outward.server")?;
-            doors.push(Door { listener, tls: Some(acceptor), authentication: true });
+            doors.push(Door::new(listener, Some(acceptor), true));
         }
         if let Some(Local { port, authentication }) = config.local {
             // Where the host has no ::1, there is no such address to bind.
@@ -74,7 +81,7 @@ impl Door {
                 TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).map(|_| Ipv6Addr::LOCALHOST.into());
             for ip in [Ok(Ipv4Addr::LOCALHOST.into()), v6].into_iter().flatten() {
                 let listener = bind(ip, port, "local.server")?;
-                doors.push(Door { listener, tls: None, authentication });
+                doors.push(Door::new(listener, None, authentication));
             }
         }
         Ok(doors)
@@ -130,33 +137,44 @@ impl Server {
             self.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
             return;
         }
+        let place = door.places.take(&socket);
         let Ok(mut stream) = Stream::new(socket, door.tls.as_ref()) else { return };
-        // Every connection's thread holds the door.
-        if Arc::strong_count(door) > MAX_CONNECTIONS {
+        let Some(place) = place else {
             if door.tls.is_none() {
                 Reply::new(&mut stream, None)
                     .refuse(&Refusal::Busy("All places are taken.".into()));
             }
             return;
-        }
+        };
         let (server, door) = (self.clone(), door.clone());
-        let serve = move || serve(&server, &door, stream, peer);
+        let serve = move || serve(&server, &door, stream, peer, &place);
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             self.log.warning(format_args!("cannot serve {peer}: {error}"));
         }
     }
 }
 
+/// One connection: who came through which door, and holds which place.
+struct Visit<'a> {
+    server: &'a Server,
+    door: &'a Door,
+    peer: IpAddr,
+    place: &'a Place,
+}
+
 /// Serves one connection: head, request, answer, and again.
-fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr) {
+fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: &Place) {
+    let visit = Visit { server, door, peer, place };
     loop {
         stream.give(HEAD_TIME);
+        place.is(State::Waiting(Instant::now()));
         let Some(request) = stream.request() else { return stream.close() };
         let started = Instant::now();
+        place.is(State::Serving(started));
         let mut who = format!("{peer} -");
         let mut reply = Reply::new(&mut stream, request.as_ref().ok());
         let result = match &request {
-            Ok(request) => carry_out(server, door, peer, request, &mut reply, &mut who),
+            Ok(request) => visit.carry_out(request, &mut reply, &mut who),
             Err(refusal) => Err(refusal.clone()),
         };
         let result = result.unwrap_or_else(|refusal| reply.refuse(&refusal));
@@ -168,58 +186,79 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr) {
     }
 }
 
-/// From the request to the kernel and the answer; the result is for the log.
-fn carry_out(
-    server: &Server,
-    door: &Door,
-    peer: IpAddr,
-    request: &Request,
-    reply: &mut Reply<'_>,
-    who: &mut String,
-) -> Result<String, Refusal> {
-    door.check_host(request)?;
-    let credentials = server.credentials.as_ref().filter(|_| door.authentication);
-    let client = auth::admit(peer, request.authorization.as_deref(), credentials)?;
-    *who = client.to_string();
-    let command = Command::parse(request, server.grammar)?;
-    if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
-        return Err(NO_BODY);
+impl Visit<'_> {
+    /// From the request to the kernel and the answer; the result is for the log.
+    fn carry_out(
+        &self,
+        request: &Request,
+        reply: &mut Reply<'_>,
+        who: &mut String,
+    ) -> Result<String, Refusal> {
+        let Visit { server, door, peer, .. } = self;
+        door.check_host(request)?;
+        let credentials = server.credentials.as_ref().filter(|_| door.authentication);
+        let authorization = request.authorization.as_deref();
+        let client =
+            auth::admit(*peer, authorization, credentials, &server.guesses, Instant::now())?;
+        *who = client.to_string();
+        let command = Command::parse(request, server.grammar)?;
+        if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
+            return Err(NO_BODY);
+        }
+        // Counted apart: a slow sender of lists holds up no listing.
+        let lists = match command {
+            Command::ChangeAll(..) => Some((server.received.clone(), MAX_RECEIVED)),
+            Command::List(_) => Some((server.sent.clone(), MAX_SENT)),
+            _ => None,
+        };
+        // The server holds each once itself.
+        let count = |held| Arc::strong_count(held).saturating_sub(1);
+        if lists.as_ref().is_some_and(|(held, most)| count(held) > *most) {
+            return Err(Refusal::Busy("Too many lists are on their way.".into()));
+        }
+        match command {
+            Command::Help => {
+                reply.push(&api::help(&server.addresses, server.grammar));
+                reply.end("text/plain; charset=utf-8");
+                Ok("helped".into())
+            }
+            Command::List(chain) => send_list(server, &client, chain, reply),
+            Command::Change(rule, action) => {
+                let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
+                let outcome = self.apply(&client, change)?;
+                reply.push(&api::outcome_json(&rule, &outcome));
+                reply.end("application/json");
+                Ok(outcome.tally.single().map_or("", Verdict::name).into())
+            }
+            Command::ChangeAll(place, action) => {
+                let (change, left_out) = self.read_list(request, reply, place, action)?;
+                let tally = self.apply(&client, change)?.tally;
+                reply.push(&api::tally_json(action, &tally, &left_out));
+                reply.end("application/json");
+                let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
+                Ok(format!("applied: {counts}{} whitelisted", left_out.count))
+            }
+        }
     }
-    // Counted apart: a slow sender of lists holds up no listing.
-    let lists = match command {
-        Command::ChangeAll(..) => Some((server.received.clone(), MAX_RECEIVED)),
-        Command::List(_) => Some((server.sent.clone(), MAX_SENT)),
-        _ => None,
-    };
-    // The server holds each once itself.
-    if lists.as_ref().is_some_and(|(held, most)| Arc::strong_count(held) > most.saturating_add(1)) {
-        return Err(Refusal::Busy("Too many lists are on their way.".into()));
+
+    fn read_list(
+        &self,
+        request: &Request,
+        reply: &mut Reply<'_>,
+        place: rule::Place,
+        action: Action,
+    ) -> Result<(Permitted, LeftOut), Refusal> {
+        let too_many = |TooMany| Refusal::TooMany;
+        let mut list = List::new(&self.server.whitelist);
+        reply.receive(request, |bytes| list.push(bytes).map_err(too_many))?;
+        list.finish(place, action).map_err(too_many)?.map_err(Refusal::List)
     }
-    match command {
-        Command::Help => {
-            reply.push(&api::help(&server.addresses, server.grammar));
-            reply.end("text/plain; charset=utf-8");
-            Ok("helped".into())
-        }
-        Command::List(chain) => send_list(server, &client, chain, reply),
-        Command::Change(rule, action) => {
-            let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
-            let outcome = server.firewall.apply(&client, change)?;
-            reply.push(&api::outcome_json(&rule, &outcome));
-            reply.end("application/json");
-            Ok(outcome.tally.single().map_or("", Verdict::name).into())
-        }
-        Command::ChangeAll(place, action) => {
-            let mut list = List::new(&server.whitelist);
-            reply.receive(request, |bytes| list.push(bytes).map_err(|TooMany| Refusal::TooMany))?;
-            let sifted = list.finish(place, action).map_err(|TooMany| Refusal::TooMany)?;
-            let (change, left_out) = sifted.map_err(Refusal::List)?;
-            let tally = server.firewall.apply(&client, change)?.tally;
-            reply.push(&api::tally_json(action, &tally, &left_out));
-            reply.end("application/json");
-            let counts = api::tally_of(action, &tally, |name, count| format!("{count} {name}, "));
-            Ok(format!("applied: {counts}{} whitelisted", left_out.count))
-        }
+
+    fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
+        self.place.is(State::Working);
+        let outcome = self.server.firewall.apply(client, change);
+        self.place.is(State::Serving(Instant::now()));
+        outcome
     }
 }
 

@@ -1,8 +1,11 @@
 //! Who is asking: Basic authentication, RFC 7617.
 
 use super::refusal::Refusal;
+use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The one user name and password, as a client would send them.
 ///
@@ -44,20 +47,69 @@ impl Credentials {
     }
 }
 
+/// How many wrong credentials an address may send in each [`WINDOW`]; with one
+/// more it has to wait for as long, whatever it sends.
+const MAX_WRONG: u32 = 10;
+const WINDOW: Duration = Duration::from_secs(60);
+/// How many addresses are remembered; the oldest is forgotten for a new one.
+const MAX_GUESSERS: usize = 1024;
+
+/// Who has sent wrong credentials lately: since when, and how many.
+#[derive(Default)]
+pub struct Guesses(Mutex<HashMap<IpAddr, (Instant, u32)>>);
+
+impl Guesses {
+    /// How long an address has to wait yet.
+    fn wait(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
+        let guesses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, wrong) = guesses.get(&peer)?;
+        let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
+        (*wrong > MAX_WRONG && !left.is_zero()).then_some(left)
+    }
+
+    /// Counts a wrong guess. The one that is too many begins the time of waiting.
+    fn add(&self, peer: IpAddr, now: Instant) {
+        let mut guesses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        guesses.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
+        if guesses.len() >= MAX_GUESSERS && !guesses.contains_key(&peer) {
+            let oldest = guesses.iter().min_by_key(|(_, (since, _))| *since);
+            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
+                guesses.remove(&oldest);
+            }
+        }
+        let (since, wrong) = guesses.entry(peer).or_insert((now, 0));
+        *wrong = wrong.saturating_add(1);
+        if *wrong > MAX_WRONG {
+            *since = now;
+        }
+    }
+}
+
 /// Lets a peer in: with the right credentials, or where none are asked for.
 pub fn admit(
     peer: IpAddr,
     authorization: Option<&str>,
     wanted: Option<&Credentials>,
+    guesses: &Guesses,
+    now: Instant,
 ) -> Result<Client, Refusal> {
     let Some(wanted) = wanted else {
         return Ok(Client { peer, user: None });
     };
+    if let Some(left) = guesses.wait(peer, now) {
+        return Err(Refusal::Guessing(left));
+    }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
     let same = same(token.trim_start_matches(' ').as_bytes(), wanted.token.as_bytes());
     match same && scheme.eq_ignore_ascii_case("basic") {
         true => Ok(Client { peer, user: Some(wanted.user.clone()) }),
-        false => Err(Refusal::Unauthorized),
+        false => {
+            // Who sends none has not guessed.
+            if authorization.is_some() {
+                guesses.add(peer, now);
+            }
+            Err(Refusal::Unauthorized)
+        }
     }
 }
 
@@ -144,19 +196,48 @@ mod tests {
             // "Aladdin:open sesame\0junk"
             (Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQBqdW5r"), false),
         ];
+        let now = Instant::now();
+        let ask =
+            |authorization, wanted| admit(peer, authorization, wanted, &Guesses::default(), now);
         for (authorization, admitted) in table {
-            assert_eq!(
-                admit(peer, authorization, Some(&wanted)).is_ok(),
-                admitted,
-                "{authorization:?}"
-            );
+            assert_eq!(ask(authorization, Some(&wanted)).is_ok(), admitted, "{authorization:?}");
         }
-        assert_eq!(
-            admit(peer, Some(right), Some(&wanted)).unwrap().to_string(),
-            "192.0.2.1 Aladdin"
-        );
-        assert_eq!(admit(peer, None, None).unwrap().to_string(), "192.0.2.1 -");
+        assert_eq!(ask(Some(right), Some(&wanted)).unwrap().to_string(), "192.0.2.1 Aladdin");
+        assert_eq!(ask(None, None).unwrap().to_string(), "192.0.2.1 -");
         assert!(Credentials::new("", "x").is_none() && Credentials::new("x", "").is_none());
         assert!(Credentials::new("a:b", "x").is_none());
+    }
+
+    #[test]
+    fn guessing() {
+        let wanted = Credentials::new("Aladdin", "open sesame").unwrap();
+        let right = Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
+        let (guesses, start) = (Guesses::default(), Instant::now());
+        let peer = |n: u32| IpAddr::V4(n.into());
+        let ask = |n: u32, authorization, second: u64| {
+            let now = start + Duration::from_secs(second);
+            match admit(peer(n), authorization, Some(&wanted), &guesses, now) {
+                Ok(_) => "in".into(),
+                Err(Refusal::Guessing(left)) => format!("wait {}", left.as_secs()),
+                Err(_) => "wrong".into(),
+            }
+        };
+        let wrong = Some("Basic x");
+        for second in 0..10 {
+            assert_eq!(ask(1, wrong, second), "wrong");
+        }
+        assert_eq!(ask(1, right, 10), "in");
+        assert_eq!(ask(1, None, 10), "wrong");
+        assert_eq!(ask(1, right, 10), "in");
+        assert_eq!(ask(1, wrong, 11), "wrong");
+        assert_eq!(ask(1, right, 11), "wait 60");
+        assert_eq!(ask(1, wrong, 70), "wait 1");
+        assert_eq!(ask(2, right, 70), "in");
+        assert_eq!(ask(1, right, 71), "in");
+        // Ten in one minute and ten in the next are not too many.
+        assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6 + n / 10) == "wrong"));
+        // Memory is bounded.
+        assert!((10..9_999).all(|n| ask(n, wrong, 300) == "wrong"));
+        assert_eq!(guesses.0.lock().unwrap().len(), MAX_GUESSERS);
     }
 }

@@ -5,6 +5,7 @@ use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::list::{MAX_ENTRIES, MAX_LINE, Wrong};
 use crate::rule::net::Net;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
+use std::time::Duration;
 
 /// Why a request is not carried out. This is the one place where reasons
 /// become status codes.
@@ -13,6 +14,8 @@ pub enum Refusal {
     /// A status of HTTP's own, and what to do.
     Http(u16, &'static str),
     Unauthorized,
+    /// Too many wrong credentials from this address; so long to wait.
+    Guessing(Duration),
     NotFound,
     /// The path has a meaning for these methods only.
     Method(&'static str),
@@ -45,6 +48,9 @@ impl Refusal {
             Refusal::Http(status, message) => (*status, code(*status), message.to_string()),
             Refusal::Unauthorized => {
                 (401, code(401), "Send the user name and password of rfw.conf.".into())
+            }
+            Refusal::Guessing(_) => {
+                (429, code(429), "Too many wrong credentials; wait for a minute.".into())
             }
             Refusal::NotFound | Refusal::Rule(RuleError::Unknown) => {
                 (404, code(404), "No such action or chain; GET / shows what there is.".into())
@@ -99,6 +105,9 @@ impl Refusal {
             Refusal::Unauthorized => "WWW-Authenticate: Basic realm=\"rfw\"\r\n".into(),
             Refusal::Method(allow) => format!("Allow: {allow}\r\n"),
             Refusal::Busy(_) => "Retry-After: 1\r\n".into(),
+            Refusal::Guessing(left) => {
+                format!("Retry-After: {}\r\n", left.as_secs().saturating_add(1))
+            }
             _ => String::new(),
         }
     }
@@ -158,6 +167,7 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
         413 => ("Content Too Large", "content_too_large"),
         414 => ("URI Too Long", "uri_too_long"),
         417 => ("Expectation Failed", "expectation_failed"),
+        429 => ("Too Many Requests", "too_many_guesses"),
         431 => ("Request Header Fields Too Large", "header_too_large"),
         501 => ("Not Implemented", "not_implemented"),
         503 => ("Service Unavailable", "busy"),

@@ -2,7 +2,8 @@
 
 use super::timed::Timed;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned, version};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned, version};
 use std::io;
 use std::sync::Arc;
 
@@ -13,23 +14,25 @@ pub type Session = StreamOwned<ServerConnection, Timed>;
 #[derive(Clone, Debug)]
 pub struct Acceptor(Arc<ServerConfig>);
 
-/// One of the two files.
+/// One of the files.
 #[derive(PartialEq, Eq, Debug)]
 pub enum Part {
     Chain,
     Key,
+    ClientCa,
 }
 
 impl Acceptor {
-    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1). The
-    /// error is a sentence, and which of them is wrong.
-    pub fn new(chain: &[u8], key: &[u8], tls12: bool) -> Result<Acceptor, (Part, String)> {
-        let chain: Vec<CertificateDer<'static>> = rustls_pemfile::certs(&mut &chain[..])
-            .collect::<Result<_, _>>()
-            .map_err(|error| (Part::Chain, format!("the certificate file is not PEM: {error}")))?;
-        if chain.is_empty() {
-            return Err((Part::Chain, "the certificate file holds no CERTIFICATE block".into()));
-        }
+    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1); with a
+    /// client CA, only clients with a certificate from it get through. The error
+    /// is a sentence, and which of the files is wrong.
+    pub fn new(
+        chain: &[u8],
+        key: &[u8],
+        client_ca: Option<&[u8]>,
+        tls12: bool,
+    ) -> Result<Acceptor, (Part, String)> {
+        let chain = certificates(chain).map_err(|why| (Part::Chain, why))?;
         let key: PrivateKeyDer<'static> = rustls_pemfile::private_key(&mut &key[..])
             .map_err(|error| (Part::Key, format!("the key file is not PEM: {error}")))?
             .ok_or_else(|| (Part::Key, "the key file holds no unencrypted private key".into()))?;
@@ -38,10 +41,23 @@ impl Acceptor {
             false => &[&version::TLS13],
         };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = match client_ca {
+            None => WebPkiClientVerifier::no_client_auth(),
+            Some(pem) => {
+                let mut roots = RootCertStore::empty();
+                let wrong = |why: String| (Part::ClientCa, why);
+                for certificate in certificates(pem).map_err(wrong)? {
+                    roots.add(certificate).map_err(|error| wrong(error.to_string()))?;
+                }
+                WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
+                    .build()
+                    .map_err(|error| wrong(error.to_string()))?
+            }
+        };
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .map_err(|error| (Part::Key, error.to_string()))?
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(|error| (Part::Key, format!("this pair cannot be used: {error}")))?;
         config.ignore_client_order = true;
@@ -53,6 +69,16 @@ impl Acceptor {
     pub fn session(&self, socket: Timed) -> io::Result<Session> {
         let connection = ServerConnection::new(self.0.clone()).map_err(io::Error::other)?;
         Ok(StreamOwned::new(connection, socket))
+    }
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates: Vec<_> = rustls_pemfile::certs(&mut &pem[..])
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("the certificate file is not PEM: {error}"))?;
+    match certificates.is_empty() {
+        true => Err("the certificate file holds no CERTIFICATE block".into()),
+        false => Ok(certificates),
     }
 }
 
