@@ -13,7 +13,7 @@ scripts := contrib/rfwgen $(wildcard contrib/*.sh tests/*.sh tests/*/*.sh) .ci/r
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test bench run install uninstall clean deps help
+.PHONY: build demo test confined bench run install uninstall clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -38,6 +38,10 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	then set -x; shellcheck $(scripts); \
 	else echo 'SKIPPED: shellcheck (not installed)'; fi
 	cargo test --locked
+
+confined: ## the end-to-end tests with rfw as contrib/rfw.service has it (iptables-nft; as root)
+	contrib/deps.sh test
+	RFW_CONFINED=1 cargo test --locked --test e2e
 
 bench: $(rfw) ## speed and size beside the bare tools, in a network of its own
 	contrib/deps.sh bench
