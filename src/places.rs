@@ -4,10 +4,17 @@
 use std::collections::BTreeMap;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a new connection waits for one that gives way to go.
+/// How many connections that have been cut may be on their way out: a new one
+/// does not wait for them, or a burst would overrun the listener's backlog.
+const MAX_GOING: usize = 64;
+/// How long a new connection waits where more are.
 const GOING: Duration = Duration::from_millis(500);
+/// How long every connection may stay: a burst of others does not push out one
+/// that is about to send its request, but waits in the listener's backlog.
+const STAY: Duration = Duration::from_millis(30);
 
 /// What a connection is about, and since when.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -23,7 +30,8 @@ pub enum State {
 }
 
 struct Seat {
-    socket: TcpStream,
+    /// None once it has been cut.
+    socket: Option<TcpStream>,
     state: State,
 }
 
@@ -31,6 +39,28 @@ struct Seat {
 struct Seats {
     taken: BTreeMap<u64, Seat>,
     next: u64,
+    /// How many of them have been cut.
+    going: usize,
+}
+
+impl Seats {
+    /// Cuts the one that gives way; the error is how long nobody does yet, `None`
+    /// while the kernel is at work for all.
+    fn cut_oldest(&mut self) -> Result<(), Option<Duration>> {
+        let age = |state| match state {
+            State::Waiting(since) | State::Serving(since) => Some(since.elapsed()),
+            State::Working | State::Going => None,
+        };
+        let oldest = self.taken.values().filter_map(|seat| age(seat.state)).max();
+        let young = oldest.map(|oldest| STAY.saturating_sub(oldest));
+        let seats = self.taken.values_mut();
+        let old = seats.filter(|seat| age(seat.state).is_some_and(|age| age >= STAY));
+        let oldest = old.min_by_key(|seat| seat.state).ok_or(young)?;
+        let _ = oldest.socket.take().map(|socket| socket.shutdown(Shutdown::Both));
+        oldest.state = State::Going;
+        self.going = self.going.saturating_add(1);
+        Ok(())
+    }
 }
 
 /// All places of one listener.
@@ -57,14 +87,20 @@ impl Places {
     pub fn take(self: &Arc<Places>, socket: &TcpStream) -> Option<Place> {
         let socket = socket.try_clone().ok()?;
         let mut seats = self.lock();
-        if seats.taken.len() >= self.most {
-            let oldest = seats.taken.values_mut().min_by_key(|seat| seat.state)?;
-            if matches!(oldest.state, State::Waiting(_) | State::Serving(_)) {
-                let _ = oldest.socket.shutdown(Shutdown::Both);
-                oldest.state = State::Going;
+        while seats.taken.len().saturating_sub(seats.going) >= self.most {
+            match seats.cut_oldest() {
+                Ok(()) => break,
+                Err(None) => return None,
+                Err(Some(young)) => {
+                    drop(seats);
+                    thread::sleep(young);
+                    seats = self.lock();
+                }
             }
-            let full = |seats: &mut Seats| seats.taken.len() >= self.most;
-            let waited = self.left.wait_timeout_while(seats, GOING, full);
+        }
+        if seats.going > MAX_GOING {
+            let crowded = |seats: &mut Seats| seats.going > MAX_GOING;
+            let waited = self.left.wait_timeout_while(seats, GOING, crowded);
             let (freed, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() {
                 return None;
@@ -73,7 +109,9 @@ impl Places {
         }
         let number = seats.next;
         seats.next = number.wrapping_add(1);
-        seats.taken.insert(number, Seat { socket, state: State::Waiting(Instant::now()) });
+        seats
+            .taken
+            .insert(number, Seat { socket: Some(socket), state: State::Waiting(Instant::now()) });
         Some(Place { places: self.clone(), number })
     }
 
@@ -91,12 +129,22 @@ impl Place {
             }
         }
     }
+
+    /// Whether it has been cut: then there is nobody to say more to.
+    pub fn is_cut(&self) -> bool {
+        let seats = self.places.lock();
+        seats.taken.get(&self.number).is_none_or(|seat| seat.state == State::Going)
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.lock().taken.remove(&self.number);
-        self.places.left.notify_one();
+        let mut seats = self.places.lock();
+        let seat = seats.taken.remove(&self.number);
+        if seat.is_some_and(|seat| seat.state == State::Going) {
+            seats.going = seats.going.saturating_sub(1);
+            self.places.left.notify_one();
+        }
     }
 }
 
@@ -105,7 +153,6 @@ mod tests {
     use super::*;
     use std::io::Read;
     use std::net::TcpListener;
-    use std::thread;
 
     #[test]
     fn who_gives_way() {
@@ -119,21 +166,24 @@ mod tests {
             taken.push(places.take(&listener.accept().unwrap().0).unwrap());
         }
         // 0 is at work, 1 is served and older than 2, which waits.
+        let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
         taken[0].is(State::Working);
-        taken[1].is(State::Serving(Instant::now() - Duration::from_secs(9)));
+        taken[1].is(State::Serving(ago(9)));
+        taken[2].is(State::Waiting(ago(1)));
         for gone in [2, 1] {
             let _peer = connect();
-            let newest = thread::scope(|scope| {
-                let socket = listener.accept().unwrap().0;
-                let places = places.clone();
-                let waiting = scope.spawn(move || places.take(&socket));
-                assert_eq!(peers[gone].read(&mut [0]).unwrap(), 0, "{gone} is cut");
-                drop(taken.remove(gone));
-                waiting.join().unwrap().unwrap()
-            });
-            newest.is(State::Working);
-            taken.push(newest);
+            taken.push(places.take(&listener.accept().unwrap().0).unwrap());
+            assert_eq!(peers[gone].read(&mut [0]).unwrap(), 0, "{gone} is cut");
+            assert!(taken[gone].is_cut() && !taken[0].is_cut());
+            taken.last().unwrap().is(State::Working);
         }
+        drop(taken.drain(1..3));
+        // A new one stays for a moment.
+        taken[1].is(State::Waiting(Instant::now()));
+        let (_peer, before) = (connect(), Instant::now());
+        let newest = places.take(&listener.accept().unwrap().0).unwrap();
+        assert!(before.elapsed() >= STAY / 2 && taken[1].is_cut());
+        newest.is(State::Working);
         let _peer = connect();
         assert!(places.take(&listener.accept().unwrap().0).is_none(), "all are at work");
     }

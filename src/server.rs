@@ -168,7 +168,9 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: 
     loop {
         stream.give(HEAD_TIME);
         place.is(State::Waiting(Instant::now()));
-        let Some(request) = stream.request() else { return stream.close() };
+        let Some(request) = stream.request() else {
+            return if place.is_cut() { drop(stream) } else { stream.close() };
+        };
         let started = Instant::now();
         place.is(State::Serving(started));
         let mut who = format!("{peer} -");
@@ -181,7 +183,8 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: 
         let keep = reply.keep;
         record(server, request.ok(), &who, &result, started.elapsed());
         if !keep {
-            return stream.close();
+            place.is(State::Waiting(started)); // it is of no more use
+            return if place.is_cut() { drop(stream) } else { stream.close() };
         }
     }
 }
