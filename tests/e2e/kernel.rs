@@ -188,7 +188,7 @@ fn at_start_the_kernel_tells_what_stays() {
 }
 
 /// Changes the time of day that rfw sees: it reads the offset from /run/lab/jump.
-const CLOCK: &str = r#"
+pub const CLOCK: &str = r#"
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <sys/syscall.h>

@@ -16,6 +16,7 @@ mod lab;
 
 mod api;
 mod crash;
+mod faults;
 mod http;
 mod kernel;
 mod lists;

@@ -1,0 +1,258 @@
+//! What fails around rfw: system calls, descriptors, the disk, the clock, iptables, its lock. Each
+//! time it stays alive, answers 5xx in time, leaves no rule without its expiry, and works again at
+//! once with as many descriptors and threads as before.
+//!
+//! Elsewhere: iptables that exits 4, floods its standard error, hangs or is killed
+//! (`kernel::an_iptables_that_fails`), that cannot be started
+//! (`kernel::an_iptables_that_cannot_be_started_or_read`), a lock held for longer than rfw waits
+//! (`kernel::a_held_xtables_lock_gives_503`), a clock set by decades
+//! (`kernel::a_jump_of_the_clock_expires_nothing_early_or_late`), a log on /dev/full
+//! (`program::loglevel_and_standard_error`), kill -9 at any moment (`crash`).
+
+use crate::kernel::CLOCK;
+use crate::lab::*;
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PUT: &str = "PUT /drop/input/any/1.2.3.4?expire=1h";
+const HEAD: &str = " HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// Descriptors and threads: with nothing to do, always as many.
+fn held(rfw: &Rfw) -> (usize, usize) {
+    (fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap().count(), rfw.threads())
+}
+
+/// rfw lives, works at once, has let everything go, and each rule has its expiry.
+fn unharmed(lab: &Lab, rfw: &Rfw, before: (usize, usize), what: &str) {
+    let from = Instant::now();
+    assert_eq!(ask(PUT).status, 200, "{what}");
+    assert_eq!(ask("GET /list").body.matches("source").count(), 1, "{what}");
+    assert!(from.elapsed() < Duration::from_secs(1 + SLACK), "{what}: {:?}", from.elapsed());
+    let rules = lab.rules();
+    assert!(rules.len() == 1 && rules[0].contains("[rfw:"), "{what}: {rules:?}");
+    assert_eq!(ask("DELETE /drop/input/any/1.2.3.4").status, 200, "{what}");
+    await_true(what, 2 + SLACK, || held(rfw) == before);
+}
+
+/// System calls fail from here on, until this is dropped.
+fn inject(rfw: &Rfw, fault: &str) -> Process {
+    let pid = rfw.pid();
+    let tracer = Process::start(&format!("strace -f -qq -o /dev/null -p {pid} -e inject={fault}"));
+    await_true("strace traces all threads", 10, || {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        let status = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("status"));
+        let mut all = threads.map(|thread| status(thread.unwrap()).unwrap_or_default());
+        all.all(|status| !status.contains("TracerPid:\t0\n"))
+    });
+    tracer
+}
+
+/// What a kept connection and a new one get meanwhile; "" is none or a closed connection.
+const FAULTS: [(&str, &str, &str); 12] = [
+    ("execve:error=ENOENT", "503 busy", "503 busy"),
+    ("execve:error=ENOMEM", "503 busy", "503 busy"),
+    ("execve:error=EMFILE", "503 busy", "503 busy"),
+    ("clone,clone3,fork,vfork:error=EAGAIN", "503 busy", ""), // nor is there a thread
+    ("clone,clone3,fork,vfork:error=ENOMEM", "503 busy", ""),
+    ("socketpair:error=EMFILE", "503 busy", "503 busy"),
+    ("accept4:error=EMFILE", "200 inserted", "waits"),
+    ("accept4:error=ECONNABORTED", "200 inserted", "waits"),
+    ("accept4:error=ENOBUFS", "200 inserted", "waits"),
+    ("sendto:error=EPIPE", "", ""),
+    ("recvfrom:error=ECONNRESET", "", ""),
+    ("write:error=ENOSPC", "200 inserted", "200 exists"), // the log
+];
+
+#[test]
+fn system_calls_that_fail() {
+    if !Path::new("/usr/bin/strace").exists() {
+        return eprintln!("SKIPPED: no strace");
+    }
+    both(|lab| {
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        let before = held(&rfw);
+        for (fault, kept_gets, new_gets) in FAULTS {
+            let mut kept = Conn::open();
+            assert_eq!(kept.ask("GET /").status, 200);
+            let tracer = inject(&rfw, fault);
+            let from = Instant::now();
+            let brief = |answer: std::io::Result<Answer>| answer.map_or("".into(), |a| a.brief());
+            assert_eq!(brief(kept.try_ask(&PUT.replace("=1h", "=9h"), "")), kept_gets, "{fault}");
+            let mut new = Conn::open();
+            new.send(format!("{}{HEAD}", PUT.replace("?expire=1h", "")));
+            if new_gets != "waits" {
+                let got = brief(new.answer()).replace("refreshed", "exists");
+                assert_eq!(got, new_gets, "{fault}");
+            }
+            let took = from.elapsed();
+            assert!(took < Duration::from_secs(10 + SLACK), "{fault}: {took:?}");
+            drop(tracer);
+            if new_gets == "waits" {
+                assert_eq!(brief(new.answer()), "200 refreshed", "{fault}");
+            }
+            drop((kept, new));
+            unharmed(lab, &rfw, before, fault);
+        }
+    });
+}
+
+#[test]
+fn no_descriptors_left() {
+    both(|lab| {
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        let before = held(&rfw);
+        let pid = rfw.pid();
+        let soft = sh(&format!("prlimit -p {pid} -n -o SOFT --noheadings"));
+        for more in 0..8 {
+            let what = format!("{more} descriptors more");
+            let mut kept = Conn::open();
+            assert_eq!(kept.ask("GET /").status, 200);
+            let open = held(&rfw).0 + more;
+            sh(&format!("prlimit -p {pid} --nofile={open}:"));
+            let answer = kept.ask(PUT);
+            assert!([200, 503].contains(&answer.status), "{what}: {answer:?}");
+            let mut new = Conn::open();
+            new.send(format!("{PUT}{HEAD}"));
+            thread::sleep(Duration::from_millis(300)); // it tries to accept
+            sh(&format!("prlimit -p {pid} --nofile={}:", soft.trim()));
+            let answer = new.answer();
+            let answered = answer.as_ref().is_ok_and(|a| [200, 503].contains(&a.status));
+            assert!(answered || answer.is_err(), "{what}: {answer:?}");
+            drop((kept, new));
+            unharmed(lab, &rfw, before, &what);
+        }
+    });
+}
+
+#[test]
+fn a_log_on_a_full_disk() {
+    once(|lab| {
+        sh("mkdir lab/disk; mount -t tmpfs -o size=64k disk lab/disk");
+        sh("ln -s disk/rfw.log lab/rfw.log; cat /dev/zero > lab/disk/full || true");
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        unharmed(lab, &rfw, held(&rfw), "a full disk");
+        sh("rm lab/disk/full");
+        ask(PUT);
+        await_true("it logs again", SLACK, || lab.read("rfw.log").contains("1.2.3.4"));
+    });
+}
+
+#[test]
+fn a_clock_that_jumps_an_hour() {
+    both(|lab| {
+        lab.write("clock.c", CLOCK);
+        sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
+        lab.write("jump", "0");
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&["env", "LD_PRELOAD=/run/lab/clock.so"]);
+        rfw.await_ready();
+        for jump in ["3600", "0", "-3600"] {
+            ask("PUT /drop/input/any/1.2.3.4?expire=4");
+            let from = Instant::now();
+            lab.write("jump", jump);
+            await_true("it expires", 6 + SLACK, || lab.rules().is_empty());
+            assert!(from.elapsed() >= Duration::from_secs(3), "early: {jump}");
+        }
+    });
+}
+
+/// Where a program leaves a child behind that holds its end of the sockets.
+#[test]
+fn an_iptables_that_leaves_a_grandchild() {
+    both(|lab| {
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        let before = held(&rfw);
+        lab.stand_in("/bin/sleep 20 & $real \"$@\"; exit $?");
+        unharmed(lab, &rfw, before, "while they stay");
+        lab.stand_in("");
+        unharmed(lab, &rfw, before, "afterwards");
+    });
+}
+
+/// As by Ctrl-Z and fg, a debugger, or a container that is paused.
+#[test]
+fn stopped_and_continued() {
+    both(|lab| {
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        let mut kept = Conn::open();
+        let mut half = Conn::open();
+        assert_eq!(kept.ask("GET /").status, 200);
+        half.send(&PUT[..9]);
+        let pause = || sh(&format!("kill -STOP {0}; sleep 0.2; kill -CONT {0}", rfw.pid()));
+        pause();
+        lab.stand_in_for_changes("/bin/touch $lab/begun; /bin/sleep 1");
+        kept.send(format!("{PUT}{HEAD}"));
+        await_true("iptables has begun", SLACK, || lab.dir.join("begun").exists());
+        pause();
+        assert_eq!(kept.answer().unwrap().brief(), "200 inserted");
+        half.send(format!("{}{HEAD}", &PUT[9..]));
+        assert_eq!(half.answer().unwrap().status, 200);
+    });
+}
+
+/// Endless listings, of rules of rfw's own and of none, and of a line without an end.
+#[test]
+fn an_iptables_that_floods_its_output() {
+    once(|lab| {
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        let before = held(&rfw);
+        let status = || fs::read_to_string(format!("/proc/{}/status", rfw.pid())).unwrap();
+        for what in [
+            "/usr/bin/yes noise",
+            "/bin/cat /dev/zero",
+            "/usr/bin/yes -- -A INPUT -s 9.9.9.9/32 -m comment --comment rfw -j DROP",
+        ] {
+            lab.stand_in(&format!("case \" $* \" in *\" -S \"*) exec {what};; esac"));
+            let from = Instant::now();
+            let answer = ask("GET /list");
+            let took = from.elapsed();
+            assert!(answer.status >= 500, "{what}: {}", answer.status);
+            assert!(took < Duration::from_secs(21 + SLACK), "{what}: {took:?}");
+            let peak = status().lines().find(|l| l.starts_with("VmHWM")).unwrap().to_string();
+            let kb: u64 = peak.split_whitespace().nth(1).unwrap().parse().unwrap();
+            // The rules of a list must be held, however many there are.
+            assert!(kb < 64_000 || what.contains("rfw"), "{what}: {peak}");
+            lab.stand_in("");
+            await_true(what, 10 + SLACK, || ask(PUT).status == 200);
+            unharmed(lab, &rfw, before, what);
+        }
+    });
+}
+
+#[test]
+fn the_xtables_lock_held_for_five_seconds() {
+    legacy(|lab| {
+        let rfw = lab.start("local.server");
+        rfw.await_idle();
+        let before = held(&rfw);
+        let holder = Process::start("flock -F /run/xtables.lock sleep 5");
+        let held_by = || sh("flock -n /run/xtables.lock true && echo free || echo held");
+        await_true("the lock is held", SLACK, || held_by() == "held\n");
+        let from = Instant::now();
+        thread::scope(|scope| {
+            for n in 1..=4 {
+                scope.spawn(move || {
+                    let status = ask(&format!("PUT /drop/input/any/10.0.0.{n}?expire=1h")).status;
+                    assert!([200, 503].contains(&status), "{status}");
+                });
+            }
+        });
+        assert!(from.elapsed() < Duration::from_secs(10 + SLACK), "{:?}", from.elapsed());
+        await_true("the lock is free", SLACK, || held_by() == "free\n");
+        drop(holder);
+        let rules = lab.rules();
+        assert!(rules.iter().all(|rule| rule.contains("[rfw:")), "{rules:?}");
+        (1..=4).for_each(|n| drop(ask(&format!("DELETE /drop/input/any/10.0.0.{n}"))));
+        unharmed(lab, &rfw, before, "the lock");
+    });
+}
