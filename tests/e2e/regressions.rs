@@ -1,8 +1,11 @@
-//! Each defect of rfw 0.2.2 that must not return, by name.
+//! Each defect of rfw 0.2.2 that must not return, by name; then what has happened to others.
 
 use crate::lab::*;
+use crate::tls;
+use std::fs;
 use std::net::TcpStream;
 use std::thread;
+use std::time::Duration;
 
 #[test]
 fn it_answered_200_before_iptables_ran() {
@@ -192,5 +195,259 @@ fn thirty_two_clients_at_once_lose_nothing() {
         rules.sort();
         rules.dedup();
         assert_eq!(rules.len(), 320);
+    });
+}
+
+// What happened to others. Changes that iptables is called for are in `lab.read("calls")`.
+const RECORD: &str = "echo \"$me $*\" >> $lab/calls";
+
+/// rfw's memory in kB, its open descriptors, and hundredths of a second of processor time.
+fn spent(rfw: &Rfw) -> (u64, usize, u64) {
+    let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", rfw.pid())).unwrap();
+    let (status, stat) = (read("status"), read("stat"));
+    let memory = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    let times = stat.rsplit(')').next().unwrap().split(' ').skip(12).take(2);
+    let files = fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap().count();
+    let memory = memory.split_whitespace().nth(1).unwrap().parse().unwrap();
+    (memory, files, times.map(|ticks| ticks.parse::<u64>().unwrap()).sum())
+}
+
+/// tiny_http took the memory that a Content-Length promised, and aborted.
+#[test]
+fn tiny_http_aborted_on_a_huge_content_length() {
+    once(|lab| {
+        let rfw = lab.start("local.server");
+        let before = spent(&rfw).0;
+        for length in
+            ["67108865", "9223372036854775807", "18446744073709551615", "1844674407370955161699"]
+        {
+            for path in ["PUT /drop/input/any", "PUT /drop/input/any/1.2.3.4", "GET /list"] {
+                let field = format!("Content-Length: {length}\r\n");
+                let status = Conn::open().try_ask(path, &field).unwrap().status;
+                assert!([400, 413].contains(&status), "{path} {length}: {status}");
+            }
+        }
+        assert!(spent(&rfw).0 < before + 2_000, "{before} kB, then {} kB", spent(&rfw).0);
+    });
+}
+
+/// CVE-2024-32650: a hello and a close_notify behind it put rustls in an endless loop.
+#[test]
+fn rustls_looped_on_a_hello_and_a_close_notify() {
+    once(|lab| {
+        tls::keys(lab);
+        let rfw = lab.start(tls::CONF);
+        let hello = tls::client_hello();
+        for _ in 0..4 {
+            let mut conn = Conn::to(OUTWARD).unwrap();
+            conn.send(&hello);
+            conn.send([0x15, 3, 3, 0, 2, 1, 0]); // alert, warning, close_notify
+            conn.rest();
+        }
+        let before = spent(&rfw).2;
+        thread::sleep(Duration::from_secs(1)); // the time to be measured
+        let used = spent(&rfw).2 - before;
+        assert!(used < 20, "{used} hundredths of a second of a processor");
+    });
+}
+
+/// CVE-2007-4321, CVE-2013-2178: what a client sent looked like a line or an address of the log,
+/// and fail2ban, reading it, banned whom the client had named.
+#[test]
+fn fail2ban_read_forged_lines_of_logs() {
+    once(|lab| {
+        let keys = "local.server.authentication\nauth.username = mu\nauth.password = secret";
+        let _rfw = lab.start(&format!("local.server\n{keys}"));
+        let forged = "2026-01-01T00:00:00.000Z INFO 9.9.9.9 mu \"PUT /drop\" 401 unauthorized";
+        let escaped = forged.replace(' ', "%20").replace('"', "%22");
+        for path in [
+            format!("/{escaped}"),
+            format!("/drop/input/any/%0d%0a{escaped}"),
+            "/drop/input/any/1.1.1.1%22%20401%20unauthorized%20from%209.9.9.9".into(),
+        ] {
+            for user in [format!("9.9.9.9 {forged}"), format!("mu\n{forged}")] {
+                let basic = sh(&format!("printf '%s:x' '{user}' | base64 -w 0"));
+                let fields = format!("Authorization: Basic {basic}\r\nX: {forged}\r\n");
+                assert_eq!(
+                    Conn::open().try_ask(&format!("PUT {path}"), &fields).unwrap().status,
+                    401
+                );
+            }
+        }
+        let log = || lab.read("rfw.log");
+        await_true("six lines", SLACK, || log().matches("401 unauthorized 0").count() >= 6);
+        for line in log().lines() {
+            let outside: String = line.split('"').step_by(2).collect();
+            assert!(!outside.contains("9.9.9.9") && !line.starts_with("2026-01-01"), "{line}");
+            assert!(
+                !line.contains("401") || line[25..].starts_with("INFO 127.0.0.1 - \""),
+                "{line}"
+            );
+        }
+    });
+}
+
+/// CVE-2021-32749: fail2ban mailed the output of whois, in which `~!` lines are commands for mail.
+#[test]
+fn fail2ban_ran_the_output_of_a_helper() {
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        let evil = r#"$(touch pwned) `touch pwned`
+~! touch pwned
+"}, {"result":"inserted"}
+2026-01-01T00:00:00.000Z INFO forged \u001b[31m"#;
+        lab.write("words", &evil.replace(r"\u001b", "\u{1b}"));
+        lab.stand_in_for_changes("/bin/cat $lab/words >&2; exit 1");
+        let answer = ask("PUT /drop/input/any/1.2.3.4");
+        assert_eq!(answer.brief(), "500 iptables_failed");
+        assert_eq!(answer.body.matches('\n').count(), 1, "{answer:?}");
+        assert!(!answer.body.contains('\u{1b}') && answer.body.contains("\\\"}, {\\\"result"));
+        await_true("the log has it", SLACK, || lab.read("rfw.log").contains("touch pwned"));
+        let log = lab.read("rfw.log");
+        assert!(!log.contains('\u{1b}') && !log.contains("\n~!") && !log.contains("\n2026-01-01"));
+        assert_eq!(sh("find / -xdev -name pwned 2>/dev/null; find /run -name pwned"), "");
+    });
+}
+
+/// CVE-2022-30525: Zyxel's firewalls put a field of a request into a command line. CVE-2021-1518:
+/// Cisco's Firepower Device Manager ran what was in a parameter of its REST API.
+#[test]
+fn zyxel_and_cisco_put_a_clients_bytes_into_commands() {
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        lab.stand_in_for_changes(RECORD);
+        for evil in [
+            "eth0;id",
+            "eth0%3bid",
+            "$(id)",
+            "%60id%60",
+            "eth0%0aid",
+            "eth0%00",
+            "-j",
+            "--jump=ACCEPT",
+            "eth0%20-j%20ACCEPT",
+            "..",
+            "%2e%2e",
+            "eth0%2f..",
+            "%252f",
+            "%ff",
+            "'",
+            "%22",
+            "%7c%7cid",
+            "!",
+        ] {
+            let paths = [
+                format!("/drop/input/{evil}/1.2.3.4"),
+                format!("/drop/input/any/{evil}"),
+                format!("/drop/input/any/1.2.3.4{evil}"),
+                format!("/drop/input/any/1.2.3.4/{evil}"),
+                format!("/drop{evil}/input/any/1.2.3.4"),
+                format!("/drop/input{evil}/any/1.2.3.4"),
+                format!("/drop/forward/any/1.2.3.4/{evil}/5.6.7.8"),
+                format!("/drop/input/any/1.2.3.4?expire={evil}"),
+            ];
+            for path in paths {
+                let status = ask(&format!("PUT {path}")).status;
+                assert!((400..500).contains(&status), "{path}: {status}");
+            }
+        }
+        assert_eq!(lab.read("calls"), "");
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+/// CVE-2026-4948: who might only read firewalld could call methods of it that write.
+#[test]
+fn firewalld_let_readers_write() {
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/9.9.9.9");
+        let rules = lab.rules();
+        lab.stand_in_for_changes(RECORD);
+        let override_ =
+            "X-HTTP-Method-Override: PUT\r\nX-HTTP-Method: DELETE\r\nX-Method-Override: PUT\r\n";
+        for method in ["GET", "HEAD", "OPTIONS", "POST", "PATCH", "put", "TRACE", "PROPFIND"] {
+            for path in [
+                "/drop/input/any/1.2.3.4",
+                "/drop/input/any/9.9.9.9",
+                "/drop/input/any/1.2.3.4?modify=insert",
+                "/drop/input/any/9.9.9.9?modify=delete",
+                "/drop/input/any/1.2.3.4?_method=PUT",
+                "/drop/input/any",
+                "/list",
+                "/list/input?expire=1",
+                "/",
+                "/?modify=insert",
+            ] {
+                let mut conn = Conn::open();
+                conn.send(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{override_}\r\n"));
+                assert!(conn.rest().starts_with("HTTP/1.1 "), "{method} {path}");
+            }
+        }
+        assert_eq!((lab.read("calls").as_str(), lab.rules()), ("", rules));
+    });
+}
+
+/// FreeBSD's blocklistd kept a socket of each client that it had done with, until it had no more.
+#[test]
+fn blocklistd_leaked_sockets() {
+    once(|lab| {
+        tls::keys(lab);
+        let rfw = lab.start(&format!("local.server\n{}", tls::CONF));
+        ask("PUT /drop/input/any/1.2.3.4");
+        let idle = || rfw.threads() == 4; // main and three listeners
+        await_true("no connection is left", 2 + SLACK, idle);
+        let before = spent(&rfw).1;
+        let hello = tls::client_hello();
+        let close = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        let endings: [(&str, &[u8], bool); 8] = [
+            (LOCAL, b"", false),
+            (LOCAL, b"PUT /drop", false),
+            (LOCAL, b"nonsense\n", true),
+            (LOCAL, close.as_bytes(), true),
+            (
+                LOCAL,
+                b"PUT /drop/input/any HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1.1.",
+                false,
+            ),
+            (OUTWARD, b"", false),
+            (OUTWARD, &hello, false),
+            (OUTWARD, b"nonsense\n", true),
+        ];
+        for _ in 0..100 {
+            for (address, bytes, read) in endings {
+                let mut conn = Conn::to(address).unwrap();
+                conn.send(bytes);
+                if read {
+                    conn.rest();
+                }
+            }
+        }
+        await_true("as before", 2 + SLACK, || spent(&rfw).1 == before && idle());
+    });
+}
+
+/// nginx compared passwords up to the first NUL: `password\0junk` was as good as `password`.
+#[test]
+fn nginx_took_a_password_and_nul_and_junk() {
+    once(|lab| {
+        let keys = "local.server.authentication\nauth.username = mu\nauth.password = secret";
+        let _rfw = lab.start(&format!("local.server\n{keys}"));
+        let rows = [
+            (r"mu:secret", "200"),
+            (r"mu:secret\000junk", "401 unauthorized"),
+            (r"mu:secret\000", "401 unauthorized"),
+            (r"mu\000x:secret", "401 unauthorized"),
+            (r"mu:\000secret", "401 unauthorized"),
+            (r"mu:secret\n", "401 unauthorized"),
+        ];
+        table(&rows, |given| {
+            let basic = sh(&format!("printf '{given}' | base64 -w 0"));
+            let fields = format!("Authorization: Basic {basic}\r\n");
+            Conn::open().try_ask("GET /list", &fields).unwrap().brief()
+        });
     });
 }

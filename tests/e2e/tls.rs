@@ -1,9 +1,10 @@
 //! The outward server: TLS, its keys made by contrib/rfwgen, credentials, who may connect.
 
 use crate::lab::*;
-use std::io::Read;
-use std::net::TcpStream;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 pub const CONF: &str = "outward.server
@@ -25,6 +26,20 @@ pub fn keys(lab: &Lab) {
 fn rfwgen(lab: &Lab, server: &str) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
     sh(&format!("umask 022; cd {}; '{script}' {server} keys < /dev/null", lab.dir.display()));
+}
+
+/// The first bytes of a TLS client: its ClientHello, one record.
+pub fn client_hello() -> Vec<u8> {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let _client = Process::start(&format!("openssl s_client -connect {address}"));
+    let (mut socket, _) = listener.accept().unwrap();
+    let mut hello = vec![0; 5];
+    socket.read_exact(&mut hello).unwrap();
+    let length = usize::from(u16::from_be_bytes([hello[3], hello[4]]));
+    hello.resize(5 + length, 0);
+    socket.read_exact(&mut hello[5..]).unwrap();
+    hello
 }
 
 /// One request by curl over TLS: its answer in brief.
@@ -209,5 +224,135 @@ fn rfwgen_makes_what_it_says() {
         sh("cd lab/keys; openssl verify -CAfile client/ca.crt server_*/server.crt");
         sh(&format!("! '{script}' 1.2.3.400 lab/other < /dev/null"));
         sh("test ! -e lab/other");
+    });
+}
+
+#[test]
+fn client_certificates() {
+    once(|lab| {
+        keys(lab);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+        sh(&format!(
+            "cd lab; for at in keys other; do '{script}' --client alice $at < /dev/null; done
+             openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=alice -keyout own.key -out own.crt 2>&1"
+        ));
+        let with = |name: &str| format!("--cert /run/lab/{name}.crt --key /run/lab/{name}.key");
+        let mut rows = vec![
+            (format!("{} {USER}", with("keys/client_alice/client")), "200 "),
+            (with("keys/client_alice/client"), "401 unauthorized"), // a password is asked for, too
+        ];
+        for name in ["other/client_alice/client", "own", "keys/server_127.0.0.1/server"] {
+            rows.push((format!("{} {USER}", with(name)), "none"));
+        }
+        rows.push((USER.into(), "none"));
+        for flag in ["", "outward.server.tls12"] {
+            let ca = "outward.server.clientca = keys/client/ca.crt";
+            let mut rfw = lab.start(&format!("local.server\n{CONF}\n{ca}\n{flag}"));
+            for (options, want) in &rows {
+                for version in ["--tls-max 1.3", "--tls-max 1.2"] {
+                    let got = https(&format!("{options} {version}"), "GET /list");
+                    let got = if got.trim().is_empty() { "none" } else { &got };
+                    let want =
+                        if flag.is_empty() && version.ends_with('2') { "none" } else { want };
+                    assert_eq!(got, want, "{options} {version} {flag}");
+                }
+            }
+            rfw.kill();
+        }
+        for (ill, word) in [("rm CA", "ca.crt"), ("echo > CA", "ca.crt"), ("chmod 666 CA", "write")]
+        {
+            sh(&format!("cd lab; cp keys/client/ca.crt ca.crt; {}", ill.replace("CA", "ca.crt")));
+            lab.configure(&format!("{CONF}\noutward.server.clientca = ca.crt"));
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            assert!(
+                status == 1 && said.contains(word) && said.contains("rfw.conf:"),
+                "{ill}: {said}"
+            );
+        }
+    });
+}
+
+/// Descriptors and threads.
+fn held(rfw: &Rfw) -> (usize, usize) {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap();
+    (files.count(), rfw.threads())
+}
+
+#[test]
+fn a_peer_that_vanishes_at_any_byte_of_the_handshake_costs_nothing() {
+    once(|lab| {
+        keys(lab);
+        let rfw = lab.start(&format!("local.server\n{CONF}"));
+        await_true("only main and three listeners", SLACK, || rfw.threads() == 4);
+        let before = held(&rfw);
+        let hello = client_hello();
+        for length in 0..=hello.len() {
+            let mut peer = TcpStream::connect(OUTWARD).unwrap();
+            peer.write_all(&hello[..length]).unwrap();
+            if length % 2 == 0 {
+                peer.shutdown(Shutdown::Write).unwrap(); // and what comes back is not read
+            }
+        }
+        await_true("all is let go", 2 + SLACK, || held(&rfw) == before);
+
+        // What comes behind the hello is different each time: it is cut between curl and rfw.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("https://{}", listener.local_addr().unwrap());
+        for length in hello.len()..hello.len() + 90 {
+            let asking = thread::spawn({
+                let url = url.clone();
+                move || curl("-k -m 5", "GET /", &url)
+            });
+            let (client, _) = listener.accept().unwrap();
+            let server = TcpStream::connect(OUTWARD).unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| drop(std::io::copy(&mut &server, &mut &client)));
+                drop(std::io::copy(&mut (&client).take(length as u64), &mut &server));
+                drop(client.shutdown(Shutdown::Both));
+                drop(server.shutdown(Shutdown::Both));
+            });
+            asking.join().unwrap();
+        }
+        await_true("all is let go again", 2 + SLACK, || held(&rfw) == before);
+        assert_eq!(https(USER, "GET /list"), "200 ");
+    });
+}
+
+#[test]
+fn garbage_gets_an_alert_and_is_closed() {
+    once(|lab| {
+        keys(lab);
+        let rfw = lab.start(CONF);
+        let hello = client_hello();
+        let mut two_hellos = [&hello[..], &hello[..]].concat();
+        two_hellos[hello.len() + 20] ^= 1;
+        let rows: [(&str, &[u8]); 8] = [
+            ("HTTP", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+            ("SSH", b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"),
+            ("SSL 2", b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10\x01\x00\x80"),
+            ("an unknown record", b"\x99\x03\x03\x00\x02\x01\x00"),
+            ("a record too long", b"\x16\x03\x01\xff\xff\x01\x00\x00\x00"),
+            ("data before the handshake", b"\x17\x03\x03\x00\x05hello"),
+            ("an empty hello", b"\x16\x03\x01\x00\x04\x01\x00\x00\x00"),
+            ("two hellos", &two_hellos),
+        ];
+        for (what, bytes) in rows {
+            let mut peer = TcpStream::connect(OUTWARD).unwrap();
+            peer.set_read_timeout(Some(Duration::from_secs(5 + SLACK))).unwrap();
+            peer.write_all(bytes).unwrap();
+            let mut said = Vec::new();
+            peer.read_to_end(&mut said).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let alert = |at: &[u8]| at.starts_with(&[0x15, 3, 3, 0, 2, 2]);
+            // Behind the answer to a hello the alert is encrypted: a short record of data.
+            let hidden = |at: &[u8]| at.starts_with(&[0x17, 3, 3, 0, 19]);
+            let found = if what == "two hellos" {
+                said.windows(6).any(|at| alert(at) || hidden(at))
+            } else {
+                alert(&said)
+            };
+            assert!(found, "{what}: {said:02x?}");
+            assert_eq!(https(USER, "GET /list"), "200 ", "{what}");
+        }
+        await_true("all is let go", 2 + SLACK, || rfw.threads() == 2);
     });
 }
