@@ -4,8 +4,8 @@
 #   contrib/deps.sh build|demo|test|bench
 #
 # As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
-# missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck)
-# is installed where apt has it, and never a reason to fail.
+# missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck,
+# strace, python3) is installed where apt has it, and never a reason to fail.
 set -eu
 cd "$(dirname "$0")/.."
 least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -76,6 +76,8 @@ fi
 if [ "$1" = test ] && [ -n "$apt" ]; then
 	optional=
 	has shellcheck || optional=shellcheck
+	has strace || optional="$optional strace"
+	has python3 || optional="$optional python3"
 	# The tools of the very compiler in use, where that is Debian's.
 	package=$(dpkg -S "$(command -v rustc)" 2>/dev/null | sed 's/:.*//') || true
 	case $package in
