@@ -13,7 +13,7 @@ scripts := contrib/rfwgen $(wildcard contrib/*.sh tests/*.sh tests/*/*.sh) .ci/r
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined bench run install uninstall clean deps help
+.PHONY: build demo test confined bench hostile argv soak run install uninstall clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -37,6 +37,9 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	@if command -v shellcheck >/dev/null; \
 	then set -x; shellcheck $(scripts); \
 	else echo 'SKIPPED: shellcheck (not installed)'; fi
+	@if command -v python3 >/dev/null; \
+	then set -x; python3 tests/argv.py $(rfw) 3000; \
+	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
 	cargo test --locked
 
 confined: ## the end-to-end tests with rfw as contrib/rfw.service has it (iptables-nft; as root)
@@ -46,6 +49,18 @@ confined: ## the end-to-end tests with rfw as contrib/rfw.service has it (iptabl
 bench: $(rfw) ## speed and size beside the bare tools, in a network of its own
 	contrib/deps.sh bench
 	python3 tests/bench.py $(rfw) $(ROWS)
+
+hostile: $(rfw) ## an honest client among 4,000 hostile ones, in a network of its own; 12 minutes
+	contrib/deps.sh bench
+	python3 tests/hostile.py $(rfw) $(ROWS)
+
+argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a quarter of an hour
+	contrib/deps.sh bench
+	python3 tests/argv.py $(rfw) $(or $(COUNT),100000) $(SEED)
+
+soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
+	contrib/deps.sh bench
+	python3 tests/soak.py $(rfw) $(COUNT)
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
