@@ -216,7 +216,8 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
     };
     let mut iface = |option| take(option).map_or(Some(Iface::ANY), same);
     let (inp, out) = (iface("-i")?, iface("-o")?);
-    let mut net = |option| take(option).map_or(Some(Net::any(family)), Net::parse);
+    let of_family = |text| Net::parse(text).filter(|net| net.family() == family);
+    let mut net = |option| take(option).map_or(Some(Net::any(family)), of_family);
     let (source, destination) = (net("-s")?, net("-d")?);
     let scope = match (chain, (inp, source.is_any()), (out, destination.is_any())) {
         (Chain::Forward, ..) => Scope::Forward { inp, out, source, destination },
@@ -418,6 +419,8 @@ mod tests {
         for line in foreign {
             assert_eq!(read(line), "foreign", "{line}");
         }
+        let of_the_other_family = "-A FORWARD -s ::/0 -m comment --comment rfw -j DROP";
+        assert_eq!(parse_row(of_the_other_family, Family::V4), Some((Chain::Forward, None)));
         for line in ["-P INPUT ACCEPT -c 0 0", "-N rfw", "-A rfw -j DROP", "# -A INPUT", ""] {
             assert_eq!(read(line), "none", "{line}");
         }
