@@ -10,10 +10,14 @@ bin := $(DESTDIR)$(PREFIX)/bin
 etc := $(DESTDIR)/etc/rfw
 scripts := contrib/rfwgen $(wildcard contrib/*.sh tests/*.sh tests/*/*.sh) .ci/run
 
+# What libFuzzer is let loose on, and for how many seconds each: an hour in all.
+fuzzers := $(basename $(notdir $(wildcard tests/fuzz/*.rs)))
+SECONDS ?= 450
+
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined bench hostile argv soak run install uninstall clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -41,6 +45,21 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	then set -x; python3 tests/argv.py $(rfw) 3000; \
 	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
 	cargo test --locked
+	@if cargo +nightly fuzz --version >/dev/null 2>&1 && command -v c++ >/dev/null; \
+	then set -x; $(MAKE) fuzz SECONDS=4; \
+	else echo 'SKIPPED: fuzzing (needs a nightly Rust, cargo-fuzz and c++)'; fi
+
+fuzz: $(addprefix fuzz-,$(fuzzers)) ## every parser by libFuzzer, SECONDS=450 each; needs a nightly Rust and cargo-fuzz
+
+# No sanitizer: rfw forbids unsafe code. What was found is written to tests/fuzz/artifacts/.
+fuzz-%:
+	mkdir -p tests/fuzz/corpus/$*
+	cargo +nightly fuzz run -s none --fuzz-dir tests/fuzz $* \
+	    tests/fuzz/corpus/$* tests/fuzz/seeds/$* -- -dict=tests/fuzz/rfw.dict \
+	    -max_total_time=$(SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1
+
+mutants: ## small defects, one by one: do the unit tests notice? Needs cargo-mutants; an hour
+	CARGO_PROFILE_DEV_DEBUG=0 cargo mutants --output $(CARGO_TARGET_DIR)
 
 confined: ## the end-to-end tests with rfw as contrib/rfw.service has it (iptables-nft; as root)
 	contrib/deps.sh test

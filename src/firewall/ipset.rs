@@ -420,7 +420,7 @@ fn full(result: Result<(), Failure>) -> Result<(), Failure> {
 }
 
 /// Reads a line of `ipset save`: `add NAME NET [timeout N] [packets N bytes N]`.
-fn parse_entry(line: &str) -> Option<Entry> {
+pub fn parse_entry(line: &str) -> Option<Entry> {
     let mut words = line.trim_end().strip_prefix("add ")?.split(' ').skip(1);
     let mut entry = Entry { net: Net::parse(words.next()?)?, timeout: 0, counters: (0, 0) };
     while let Some(word) = words.next() {

@@ -44,7 +44,8 @@ pub fn receive(
     read(&mut Paced { stream, left: PACE.0 }, request.body, each)
 }
 
-fn read(
+/// Reads a body, of which `each` gets the pieces, and leaves what is behind it.
+pub fn read(
     source: &mut impl BufRead,
     body: Body,
     mut each: impl FnMut(&[u8]) -> Result<(), Refusal>,

@@ -1,0 +1,69 @@
+//! Path and query to a command: a rule that parses has one path that parses to it, names nothing
+//! wider than a path may, and becomes a line of iptables that reads back as it was written.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use rfw::api::{Command, Grammar};
+use rfw::firewall::kernel::{Edit, Line, Owned, parse_row};
+use rfw::http::request::Request;
+use rfw::rule::net::{Family, Net};
+use rfw::rule::{Action, Place, Rule, WIDEST_V4, WIDEST_V6};
+
+/// Method, body and configuration are in the first byte.
+fn parse(bits: u8, target: &str) -> Option<Command> {
+    let method = ["GET", "PUT", "DELETE", "POST"][usize::from(bits & 3)];
+    let length = bits >> 2 & 1;
+    let head = format!("{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
+    let request = Request::parse(head.as_bytes()).ok()?;
+    let grammar = Grammar { default_expire: 7, non_restful: bits & 8 > 0, sets: bits & 16 > 0 };
+    let command = Command::parse(&request, grammar).ok()?;
+    let changes = matches!(command, Command::Change(..) | Command::ChangeAll(..));
+    // GET changes nothing, unless the configuration and the client both say so.
+    assert!(!changes || method != "GET" || (grammar.non_restful && target.contains("modify=")));
+    assert!(method != "POST");
+    Some(command)
+}
+
+fuzz_target!(|input: (u8, &str)| {
+    let (bits, target) = input;
+    match parse(bits, target) {
+        Some(Command::Change(rule, action)) => {
+            check(rule);
+            let query = match action {
+                Action::Put(seconds) => format!("?expire={}", seconds.min(999_999_999)),
+                Action::Delete => String::new(),
+            };
+            let method = if action == Action::Delete { 2 } else { 1 };
+            let again = parse(method | bits & 16, &format!("{rule}{query}"));
+            match action {
+                // Only as so many days could it be written.
+                Action::Put(1_000_000_000..) => assert!(again.is_some()),
+                _ => assert_eq!(again, Some(Command::Change(rule, action))),
+            }
+        }
+        Some(Command::ChangeAll(place, _)) => {
+            let net = Net::parse("192.0.2.7").expect("an address");
+            let rule = place.rule(net);
+            check(rule);
+            assert_eq!(rule.place(), Some((place, net)));
+            let path = rule.to_string();
+            let segments: Vec<&str> = path.split('/').skip(1).take(3).collect();
+            assert_eq!(Place::parse(&segments), Ok(place));
+        }
+        _ => {}
+    }
+});
+
+fn check(rule: Rule) {
+    assert_eq!(rule.to_string().parse(), Ok(rule));
+    for net in rule.addresses() {
+        let widest = if net.family() == Family::V4 { WIDEST_V4 } else { WIDEST_V6 };
+        assert!(net.prefix() >= widest && net.family() == rule.family());
+    }
+    let owned = Owned::new(Line::plain(rule), Some(1));
+    let line = Edit::Insert(1, owned).to_string();
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b" .:/+-_@".contains(&b);
+    assert!(line.bytes().all(plain), "{line}");
+    let listed = line.replacen("-I ", "-A ", 1);
+    assert_eq!(parse_row(&listed, rule.family()), Some((rule.chain(), Some(owned))));
+}
