@@ -92,8 +92,10 @@ impl<'a> Reply<'a> {
         let more = refusal.members();
         self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{more}}}\n");
         self.send_whole(status, "application/json", &refusal.field());
-        let words = if status < 500 { String::new() } else { format!(" '{message}'") };
-        format!("{status} {code}{}", printable(words.as_bytes()))
+        match status {
+            ..500 => format!("{status} {code}"),
+            _ => format!("{status} {code} '{}'", printable(message.as_bytes())),
+        }
     }
 
     fn head(&self, status: u16, content_type: &str, fields: &str) -> String {
@@ -131,5 +133,131 @@ impl<'a> Reply<'a> {
         let sent = self.stream.send(text).is_ok();
         self.keep = self.keep && sent;
         sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::stream::pair;
+    use super::*;
+    use std::io::{Read, Write};
+
+    const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
+    const OLD: &str = "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n";
+
+    /// What the client gets, less the date, CRLF shown as |; and whether the
+    /// connection is kept.
+    fn answer(head: &str, make: impl FnOnce(&mut Reply<'_>)) -> (String, bool) {
+        let (mut client, mut stream) = pair();
+        let request = Request::parse(head.as_bytes()).unwrap();
+        let mut reply = Reply::new(&mut stream, Some(&request));
+        make(&mut reply);
+        let keep = reply.keep;
+        drop(stream);
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        let lines = text.split("\r\n").filter(|line| !line.starts_with("Date: "));
+        (lines.collect::<Vec<_>>().join("|"), keep)
+    }
+
+    #[test]
+    fn short_answers() {
+        let make = |reply: &mut Reply<'_>| {
+            assert!(reply.push("a") && reply.push("b"));
+            reply.end("text/plain");
+        };
+        let head = "HTTP/1.1 200 OK|Content-Type: text/plain|Connection: ";
+        let table = [
+            (GET, format!("{head}keep-alive|Content-Length: 2||ab"), true),
+            (OLD, format!("{head}keep-alive|Content-Length: 2||ab"), true),
+            ("GET / HTTP/1.0\r\n\r\n", format!("{head}close|Content-Length: 2||ab"), false),
+            ("HEAD / HTTP/1.0\r\n\r\n", format!("{head}close|Content-Length: 2||"), false),
+            (
+                "PUT / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\n",
+                format!("{head}close|Content-Length: 2||ab"),
+                false,
+            ),
+        ];
+        for (request, expected, keep) in table {
+            assert_eq!(answer(request, make), (expected, keep), "{request:?}");
+        }
+    }
+
+    #[test]
+    fn long_answers_are_sent_while_they_are_made() {
+        let text = "x".repeat(CHUNK);
+        let head = "HTTP/1.1 200 OK|Content-Type: application/json|Connection: ";
+        let make = |pieces: &[&str]| {
+            let pieces: Vec<String> = pieces.iter().map(|piece| piece.to_string()).collect();
+            move |reply: &mut Reply<'_>| {
+                assert!(pieces.iter().all(|piece| reply.push(piece)));
+                reply.end("application/json");
+            }
+        };
+        let (most, last) = (&text[1..], "y");
+        let (got, _) = answer(GET, make(&[most]));
+        assert_eq!(got, format!("{head}keep-alive|Content-Length: 16383||{most}"));
+        let chunked = format!("{head}keep-alive|Transfer-Encoding: chunked||4000|");
+        let got = answer(GET, make(&[most, last]));
+        assert_eq!(got, (format!("{chunked}{most}{last}|0||"), true));
+        let got = answer(GET, make(&[&text, &text, last]));
+        assert_eq!(got, (format!("{chunked}{text}|4000|{text}|1|y|0||"), true));
+        let got = answer(OLD, make(&[&text, &text, last]));
+        assert_eq!(got, (format!("{head}close||{text}{text}y"), false));
+    }
+
+    #[test]
+    fn refusals() {
+        let mut logged = String::new();
+        let got = answer(GET, |reply| logged = reply.refuse(&Refusal::Method("PUT")));
+        let head = "HTTP/1.1 405 Method Not Allowed|Content-Type: application/json|";
+        let text =
+            r#"{"error":"method_not_allowed","message":"The methods for this path are PUT."}"#;
+        let rest = format!("Connection: keep-alive|Allow: PUT|Content-Length: 78||{text}\n");
+        assert_eq!(got, (format!("{head}{rest}"), true));
+        assert_eq!(logged, "405 method_not_allowed");
+        let failure = Refusal::Iptables("no\n".into());
+        let got = answer(GET, |reply| logged = reply.refuse(&failure)).0;
+        assert!(
+            got.ends_with("{\"error\":\"iptables_failed\",\"message\":\"no\\u000a\"}\n"),
+            "{got}"
+        );
+        assert_eq!(logged, r"500 iptables_failed 'no\n'");
+        // In the middle of an answer there is only the end.
+        let (got, keep) = answer(GET, |reply| {
+            reply.push(&"x".repeat(CHUNK));
+            logged = reply.refuse(&failure);
+        });
+        assert!(got.ends_with("xxx|") && !keep, "{keep}");
+        assert_eq!(logged, "cut 500 iptables_failed");
+    }
+
+    #[test]
+    fn a_body_that_was_read_leaves_the_connection_of_use() {
+        for (connection, kept) in [("x", true), ("close", false)] {
+            let (mut client, mut stream) = pair();
+            let fields = format!("Host: h\r\nConnection: {connection}\r\nContent-Length: 3");
+            write!(client, "PUT / HTTP/1.1\r\n{fields}\r\n\r\nabcd").unwrap();
+            let request = stream.request().unwrap().unwrap();
+            let mut reply = Reply::new(&mut stream, Some(&request));
+            let mut body = Vec::new();
+            let each = |bytes: &[u8]| {
+                body.extend(bytes);
+                Ok(())
+            };
+            reply.receive(&request, each).unwrap();
+            assert_eq!((reply.keep, &*body), (kept, &b"abc"[..]));
+        }
+    }
+
+    #[test]
+    fn a_client_that_is_gone_is_noticed() {
+        let (client, mut stream) = pair();
+        drop(client);
+        let request = Request::parse(GET.as_bytes()).unwrap();
+        let mut reply = Reply::new(&mut stream, Some(&request));
+        let text = "x".repeat(CHUNK);
+        assert!((0..1_000).any(|_| !reply.push(&text)));
+        assert!(!reply.keep);
     }
 }

@@ -133,3 +133,98 @@ impl Stream {
 pub fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock)
 }
+
+/// The client's end of a connection, and the server's.
+#[cfg(test)]
+pub fn pair() -> (TcpStream, Stream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut stream = Stream::new(listener.accept().unwrap().0, None).unwrap();
+    stream.give(Duration::from_secs(20));
+    (client, stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(stream: &mut Stream) -> String {
+        match stream.request() {
+            None => "none".into(),
+            Some(Err(refusal)) => refusal.parts().0.to_string(),
+            Some(Ok(request)) => request.path,
+        }
+    }
+
+    #[test]
+    fn requests_behind_each_other() {
+        let (mut client, mut stream) = pair();
+        client.write_all(b"GET /a HTTP/1.0\r\n\r\nGET /b HTTP/1.0\r\n\r\n").unwrap();
+        assert_eq!(path(&mut stream), "/a");
+        assert!(stream.has_received());
+        assert_eq!(path(&mut stream), "/b");
+        assert!(!stream.has_received());
+        client.write_all(b"GET /c HTTP").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(path(&mut stream), "none");
+
+        let (mut client, mut stream) = pair();
+        client.write_all(b"GET\n").unwrap();
+        assert_eq!(path(&mut stream), "400");
+        // Longer than what is received at a time.
+        let (mut client, mut stream) = pair();
+        let long = "x".repeat(PIECE - 16);
+        write!(client, "GET /{long} HTTP/1.0\r\nX: {long}\r\n\r\n").unwrap();
+        assert_eq!(path(&mut stream).len(), PIECE - 15);
+    }
+
+    #[test]
+    fn who_is_late_is_told_unless_silent() {
+        for (begun, told) in [("GET /", "408"), ("", "none")] {
+            let (mut client, mut stream) = pair();
+            client.write_all(begun.as_bytes()).unwrap();
+            stream.give(Duration::from_millis(100));
+            assert_eq!(path(&mut stream), told);
+        }
+        for (kind, timeout) in [
+            (ErrorKind::TimedOut, true),
+            (ErrorKind::WouldBlock, true),
+            (ErrorKind::ConnectionReset, false),
+        ] {
+            assert_eq!(is_timeout(&kind.into()), timeout, "{kind}");
+        }
+    }
+
+    #[test]
+    fn what_comes_behind_a_head() {
+        let (mut client, mut stream) = pair();
+        client.write_all(b"PUT / HTTP/1.0\r\n\r\nabcd").unwrap();
+        assert_eq!(path(&mut stream), "/");
+        assert_eq!(stream.fill().unwrap(), b"abcd");
+        stream.consume(3);
+        assert_eq!(stream.fill().unwrap(), b"d");
+        stream.consume(1);
+        client.write_all(b"ef").unwrap();
+        assert_eq!(stream.fill().unwrap(), b"ef");
+        stream.consume(2);
+        client.write_all(b"GET /next HTTP/1.0\r\n\r\n").unwrap();
+        assert_eq!(path(&mut stream), "/next");
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(stream.fill().unwrap(), b"");
+    }
+
+    /// Unread bytes make the kernel reset a connection that is closed, and a
+    /// reset takes the answer with it.
+    #[test]
+    fn the_last_answer_arrives() {
+        let (mut client, mut stream) = pair();
+        client.write_all(&[b'x'; 100_000]).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        stream.send("answer").unwrap();
+        stream.close();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+    }
+}
