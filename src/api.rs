@@ -272,6 +272,7 @@ mod tests {
             Ok(Command::ChangeAll(place, action)) => {
                 format!("{action:?} {} …", place.rule(Net::any(Family::V4)))
             }
+            Err(Refusal::Method(allow)) => format!("405 {allow}"),
             Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
         }
     }
@@ -305,6 +306,7 @@ mod tests {
             ),
             ("!GET /drop/input/any/1.2.3.4?modify=insert", "Put(7) /drop/input/any/1.2.3.4"),
             ("!GET /drop/input/any/1.2.3.4?modify=delete", "Delete /drop/input/any/1.2.3.4"),
+            ("PUT /drop/input/any/1.2.3.4?expire=2147483", "Put(2147483) /drop/input/any/1.2.3.4"),
             (
                 "!GET /drop/input/any/1.2.3.4?modify=insert&expire=5",
                 "Put(5) /drop/input/any/1.2.3.4",
@@ -318,8 +320,8 @@ mod tests {
     #[test]
     fn requests_without_a_meaning() {
         let table = [
-            ("PUT /", "405 method_not_allowed"),
-            ("HEAD /list", "405 method_not_allowed"),
+            ("PUT /", "405 GET"),
+            ("HEAD /list", "405 GET"),
             ("GET /list/nat", "404 not_found"),
             ("GET /list/input/x", "404 not_found"),
             ("GET /list?expire=1", "400 bad_query"),
@@ -332,16 +334,18 @@ mod tests {
             ("PUT /drop/input/any", "400 bad_path"),
             ("PUT /drop/nat/any+", "404 not_found"),
             ("PUT /drop/input/-+", "400 bad_interface"),
-            ("POST /drop/input/any+", "405 method_not_allowed"),
+            ("POST /drop/input/any+", "405 PUT, DELETE"),
             ("PUT /drop/input/any?expire=25d+", "400 bad_expire"),
-            ("PUT /drop/input/any/1.2.3.4?expire=25d", "400 bad_expire"),
+            ("PUT /drop/input/any/1.2.3.4?expire=2147484", "400 bad_expire"),
             ("PUT /drop/input/any/1.2.3.4%2F24", "400 bad_address"),
             ("PUT /drop/input/any/1.2.3.4%ff", "400 bad_path"),
             ("PUT /drop/input/any/1.2.3.4%2524", "400 bad_address"),
             ("PUT /drop/input/any%00/1.2.3.4", "400 bad_interface"),
-            ("POST /drop/input/any/1.2.3.4", "405 method_not_allowed"),
-            ("GET /drop/input/any/1.2.3.4", "405 method_not_allowed"),
-            ("GET /drop/input/any/1.2.3.4?modify=insert", "405 method_not_allowed"),
+            ("POST /drop/input/any/1.2.3.4", "405 PUT, DELETE"),
+            ("GET /drop/input/any/1.2.3.4", "405 PUT, DELETE"),
+            ("GET /drop/input/any/1.2.3.4?modify=insert", "405 PUT, DELETE"),
+            ("GET /drop/input/any/1.2.3.4?modify=delete", "405 PUT, DELETE"),
+            ("!POST /drop/input/any/1.2.3.4", "405 GET, PUT, DELETE"),
             ("!GET /drop/input/any/1.2.3.4", "400 bad_query"),
             ("!GET /drop/input/any/1.2.3.4?modify=x", "400 bad_query"),
             ("!GET /drop/input/any/1.2.3.4?modify=delete&expire=5", "400 bad_query"),
@@ -357,5 +361,56 @@ mod tests {
         for (line, refusal) in table {
             assert_eq!(read(line), refusal, "{line}");
         }
+    }
+
+    #[test]
+    fn help_says_what_is_configured() {
+        let grammar = Grammar { default_expire: 0, non_restful: false, sets: false };
+        let text = help("127.0.0.1:7390", grammar);
+        assert!(text.starts_with("rfw 0.") && text.contains(" at 127.0.0.1:7390\n"), "{text}");
+        assert!(text.contains("without it for ever\n") && !text.contains("?modify"), "{text}");
+        assert!(text.contains("\nGET    /list"), "{text}");
+        let text = help("", Grammar { default_expire: 90, non_restful: true, sets: false });
+        assert!(text.contains("without it 90 s\n"), "{text}");
+        assert!(text.contains("\nGET    the same path?modify=insert or delete"), "{text}");
+    }
+
+    #[test]
+    fn whether_a_change_is_asked_for() {
+        let table = [("/", false), ("/modify=", false), ("/?x", false), ("/?x&modify=", true)];
+        for (target, change) in table {
+            let head = format!("GET {target} HTTP/1.0\r\n\r\n");
+            assert_eq!(modifies(&Request::parse(head.as_bytes()).unwrap()), change, "{target}");
+        }
+    }
+
+    #[test]
+    fn answers() {
+        let rule: Rule = "/drop/forward/eth0/1.2.3.0/24".parse().unwrap();
+        let mut tally = Tally::default();
+        tally.add(Verdict::Refreshed, 2);
+        let outcome = Outcome { tally: tally.clone(), expires: Some(9) };
+        assert_eq!(
+            outcome_json(&rule, &outcome),
+            r#"{"result":"refreshed","rule":{"chain":"FORWARD","target":"DROP","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0"},"expires":9}
+"#
+        );
+        let left_out = LeftOut { count: 21, lines: vec!["::1".into(), "a\"".into()] };
+        assert_eq!(
+            tally_json(Action::Put(0), &tally, &left_out),
+            r#"{"result":"applied","inserted":0,"refreshed":2,"exists":0,"whitelisted_count":21,"whitelisted":["::1","a\""]}
+"#
+        );
+        assert_eq!(
+            tally_json(Action::Delete, &tally, &LeftOut::default()),
+            r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
+"#
+        );
+        let mut owned = Owned::new(Line::plain(rule), None);
+        owned.counters = (5, 7);
+        assert_eq!(
+            listed_json(3, &owned),
+            r#"{"chain":"FORWARD","num":"3","pkts":"5","bytes":"7","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0","extra":"","expires":null}"#
+        );
     }
 }

@@ -280,7 +280,7 @@ mod tests {
         assert_eq!((outward.ip.to_string().as_str(), outward.port), ("0.0.0.0", 7393));
         assert_eq!(outward.certfile.path, Path::new("/etc/rfw/c"));
         assert_eq!(outward.keyfile.path, Path::new("/k"));
-        assert!(!outward.tls12);
+        assert!(!outward.tls12 && outward.clientca.is_none());
     }
 
     #[test]
@@ -300,6 +300,36 @@ mod tests {
         assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/x/ip6tables"));
         let text = format!("{LEAST}ip6tables.path = /y/ip6tables\n");
         assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/y/ip6tables"));
+
+        let text = format!("{LEAST}ipset.path = /s\nipset.maxelem = 1\ndefault.expire = 2147483");
+        let config = parse(&text).unwrap();
+        let ipset = config.ipset.unwrap();
+        assert_eq!((ipset.path.as_path(), ipset.line), (Path::new("/s"), 4));
+        assert_eq!((config.maxelem, config.default_expire), (1, 2_147_483));
+        // Without sets no expiry is too long.
+        assert!(parse(&format!("{LEAST}default.expire = 25d")).is_ok());
+        // One port on two addresses.
+        let text = format!(
+            "{LEAST}{OUTWARD}outward.server.port = 7390\noutward.server.ip = 192.0.2.1\n\
+             outward.server.clientca = ca"
+        );
+        let outward = parse(&text).unwrap().outward.unwrap();
+        assert_eq!(outward.clientca.unwrap().path, Path::new("/etc/rfw/ca"));
+        // The local server may have a user whom it does not ask for.
+        assert!(parse(&format!("{LEAST}auth.username = a\nauth.password = b")).is_ok());
+    }
+
+    /// The line that names a file, for messages about the file.
+    #[test]
+    fn lines_of_names() {
+        let config = parse(LEAST).unwrap();
+        let lines = [&config.whitelist, &config.iptables, &config.ip6tables].map(|n| n.line);
+        assert_eq!(lines, [3, 0, 0]);
+        let text = format!("{LEAST}{OUTWARD}iptables.path = /a\nip6tables.path = /b\n");
+        let config = parse(&text).unwrap();
+        let outward = config.outward.unwrap();
+        let lines = [&outward.certfile, &outward.keyfile, &config.iptables, &config.ip6tables];
+        assert_eq!(lines.map(|named| named.line), [5, 6, 9, 10]);
     }
 
     #[test]
@@ -326,6 +356,10 @@ mod tests {
                 2,
                 "both servers",
             ),
+            ("ipset.maxelem = 0", 4, "4294967295"),
+            ("ipset.maxelem = +1", 4, "4294967295"),
+            ("ipset.path = ipset", 4, "absolute"),
+            ("default.expire = 2147484\nipset.path = /s", 4, "2147483 s at most"),
             ("iptables.path = iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
             ("outward.server", 4, "outward.server.certfile is needed"),

@@ -90,7 +90,7 @@ impl Tally {
         Verdict::ALL.into_iter().find(|verdict| self.of(*verdict) > 0)
     }
 
-    fn add(&mut self, verdict: Verdict, count: usize) {
+    pub fn add(&mut self, verdict: Verdict, count: usize) {
         if let Some(sum) = self.0.get_mut(verdict as usize) {
             *sum = sum.saturating_add(count);
         }

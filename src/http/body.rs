@@ -191,10 +191,13 @@ impl BufRead for Paced<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::stream::pair;
     use super::*;
+    use std::io::Write;
+    use std::net::Shutdown;
 
     /// The body, or the status; and what is left behind it.
-    fn receive(mut bytes: &[u8], body: Body) -> (String, String) {
+    fn read_all(mut bytes: &[u8], body: Body) -> (String, String) {
         let mut text = String::new();
         let each = |bytes: &[u8]| {
             text.push_str(std::str::from_utf8(bytes).unwrap());
@@ -207,8 +210,8 @@ mod tests {
 
     #[test]
     fn lengths() {
-        assert_eq!(receive(b"abcd", Body::Length(3)), ("abc".into(), "d".into()));
-        assert_eq!(receive(b"ab", Body::Length(3)).0, "400");
+        assert_eq!(read_all(b"abcd", Body::Length(3)), ("abc".into(), "d".into()));
+        assert_eq!(read_all(b"ab", Body::Length(3)).0, "400");
     }
 
     #[test]
@@ -221,7 +224,7 @@ mod tests {
             ("0;a = \"q\\\"; \t\u{e9}\" ;\tb\r\n\r\n", "", ""),
         ];
         for (bytes, body, left) in table {
-            let got = receive(bytes.as_bytes(), Body::Chunked);
+            let got = read_all(bytes.as_bytes(), Body::Chunked);
             assert_eq!(got, (body.into(), left.into()), "{bytes:?}");
         }
         let wrong = [
@@ -254,13 +257,70 @@ mod tests {
             ("4000001\r\n", "413"),
         ];
         for (bytes, status) in wrong {
-            assert_eq!(receive(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
+            assert_eq!(read_all(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
         }
         let line = |n: usize| format!("0;{}\r\n\r\n", "x".repeat(n - 4));
-        assert_eq!(receive(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");
-        assert_eq!(receive(line(MAX_LINE as usize + 1).as_bytes(), Body::Chunked).0, "400");
+        assert_eq!(read_all(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");
+        assert_eq!(read_all(line(MAX_LINE as usize + 1).as_bytes(), Body::Chunked).0, "400");
         let trailers = |n: usize| format!("0\r\n{}\r\n", "X: y\r\n".repeat(n));
-        assert_eq!(receive(trailers(MAX_FIELDS).as_bytes(), Body::Chunked).0, "");
-        assert_eq!(receive(trailers(MAX_FIELDS + 1).as_bytes(), Body::Chunked).0, "400");
+        assert_eq!(read_all(trailers(MAX_FIELDS).as_bytes(), Body::Chunked).0, "");
+        assert_eq!(read_all(trailers(MAX_FIELDS + 1).as_bytes(), Body::Chunked).0, "400");
+    }
+
+    #[test]
+    fn the_client_is_told_to_go_on_if_it_waits() {
+        for (with_head, later, expected) in
+            [("", "abc", "abc"), ("abc", "", "abc"), ("", "", "400")]
+        {
+            let (mut client, mut stream) = pair();
+            let fields = "Host: h\r\nExpect: 100-continue\r\nContent-Length: 3";
+            write!(client, "PUT / HTTP/1.1\r\n{fields}\r\n\r\n{with_head}").unwrap();
+            let request = stream.request().unwrap().unwrap();
+            client.write_all(later.as_bytes()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut body = String::new();
+            let each = |bytes: &[u8]| {
+                body.extend(bytes.iter().map(|byte| char::from(*byte)));
+                Ok(())
+            };
+            let result = receive(&mut stream, &request, each);
+            let body = result.map_or_else(|refusal| refusal.parts().0.to_string(), |()| body);
+            assert_eq!(body, expected);
+            drop(stream);
+            let mut told = String::new();
+            client.read_to_string(&mut told).unwrap();
+            let go_on = if with_head.is_empty() { "HTTP/1.1 100 Continue\r\n\r\n" } else { "" };
+            assert_eq!(told, go_on);
+        }
+    }
+
+    #[test]
+    fn lengths_are_refused_before_they_come() {
+        let (client, mut stream) = pair();
+        client.shutdown(Shutdown::Write).unwrap();
+        for (length, expected) in [(MAX_BODY + 1, LONG), (MAX_BODY, SHORT)] {
+            let head = format!("PUT / HTTP/1.0\r\nContent-Length: {length}\r\n\r\n");
+            let request = Request::parse(head.as_bytes()).unwrap();
+            assert_eq!(receive(&mut stream, &request, |_| Ok(())), Err(expected));
+        }
+    }
+
+    #[test]
+    fn a_body_has_to_keep_the_pace() {
+        assert_eq!(PACE.0 as u64, 1024 * PACE.1.as_secs());
+        // After the last byte that was due there is time again, not before.
+        for (due, in_time) in [(3, true), (4, false)] {
+            let (mut client, mut stream) = pair();
+            client.write_all(b"abc").unwrap();
+            stream.fill().unwrap();
+            stream.give(Duration::ZERO);
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut paced = Paced { stream: &mut stream, left: due };
+            assert_eq!(paced.read(&mut [0; 2]).unwrap(), 2);
+            assert_eq!(paced.fill_buf().unwrap(), b"c");
+            paced.consume(1);
+            let more = paced.fill_buf().map(<[u8]>::len).map_err(fault);
+            assert_eq!(more, if in_time { Ok(0) } else { Err(SLOW) });
+        }
     }
 }

@@ -180,3 +180,92 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
 fn code(status: u16) -> &'static str {
     names(status).1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_code_and_sentence() {
+        let x = || String::from("x");
+        let net = Net::parse("1.2.3.0/24").unwrap();
+        let wrong = Wrong { count: 7, lines: vec![(2, RuleError::Long)] };
+        let table = [
+            (Refusal::Http(414, "x"), 414, "uri_too_long", "x"),
+            (Refusal::Unauthorized, 401, "unauthorized", "Send the user name"),
+            (Refusal::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
+            (Refusal::NotFound, 404, "not_found", "No such action"),
+            (Refusal::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
+            (Refusal::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
+            (Refusal::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
+            (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is no interface"),
+            (Refusal::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is no host"),
+            (Refusal::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
+            (Refusal::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),
+            (Refusal::Rule(RuleError::Mask(x())), 400, "bad_mask", "write 9 to 32 for IPv4, 17"),
+            (Refusal::Rule(RuleError::Range(x())), 400, "bad_address", "'x' is no range"),
+            (Refusal::Rule(RuleError::Long), 400, "bad_address", "1024 bytes"),
+            (Refusal::Query(x()), 400, "bad_query", "x"),
+            (Refusal::Expire(x()), 400, "bad_expire", "'x' is no interval"),
+            (Refusal::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
+            (Refusal::List(wrong.clone()), 400, "bad_list", "wrong: 7. Nothing"),
+            (Refusal::TooMany, 413, "content_too_large", "1000000 entries"),
+            (Refusal::SetFull, 507, "set_full", "no room"),
+            (Refusal::Whitelisted(net), 409, "whitelisted", "overlaps 1.2.3.0/24"),
+            (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
+            (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
+            (Refusal::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),
+        ];
+        for (refusal, status, code, words) in table {
+            let (got_status, got_code, sentence) = refusal.parts();
+            assert_eq!((got_status, got_code), (status, code), "{refusal:?}");
+            assert!(sentence.contains(words), "{sentence}");
+            let lines =
+                "[{\"line\":2,\"message\":\"A line may have 1024 bytes before its comment.\"}]";
+            let members =
+                if code == "bad_list" { format!(",\"lines\":{lines}") } else { String::new() };
+            assert_eq!(refusal.members(), members);
+        }
+    }
+
+    #[test]
+    fn fields() {
+        let table = [
+            (Refusal::Unauthorized, "WWW-Authenticate: Basic realm=\"rfw\"\r\n"),
+            (Refusal::Method("PUT, DELETE"), "Allow: PUT, DELETE\r\n"),
+            (Refusal::Busy(String::new()), "Retry-After: 1\r\n"),
+            (Refusal::Guessing(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
+            (Refusal::NotFound, ""),
+        ];
+        for (refusal, field) in table {
+            assert_eq!(refusal.field(), field);
+        }
+    }
+
+    /// RFC 9110, 15; RFC 6585 has 429 and 431, RFC 4918 has 507.
+    #[test]
+    fn reasons() {
+        let table = [
+            (200, "OK", ""),
+            (400, "Bad Request", "bad_request"),
+            (401, "Unauthorized", "unauthorized"),
+            (404, "Not Found", "not_found"),
+            (405, "Method Not Allowed", "method_not_allowed"),
+            (408, "Request Timeout", "request_timeout"),
+            (409, "Conflict", "conflict"),
+            (413, "Content Too Large", "content_too_large"),
+            (414, "URI Too Long", "uri_too_long"),
+            (417, "Expectation Failed", "expectation_failed"),
+            (429, "Too Many Requests", "too_many_guesses"),
+            (431, "Request Header Fields Too Large", "header_too_large"),
+            (500, "Internal Server Error", "internal"),
+            (501, "Not Implemented", "not_implemented"),
+            (503, "Service Unavailable", "busy"),
+            (505, "HTTP Version Not Supported", "version_not_supported"),
+            (507, "Insufficient Storage", "set_full"),
+        ];
+        for (status, reason, code) in table {
+            assert_eq!(names(status), (reason, code), "{status}");
+        }
+    }
+}

@@ -305,7 +305,8 @@ mod tests {
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());
-                let flags = [(r.keep_alive, " keep")];
+                let flags =
+                    [(r.keep_alive, " keep"), (!r.http11, " 1.0"), (r.expects_continue, " expect")];
                 let flags: String = flags.iter().filter(|(on, _)| *on).map(|(_, f)| *f).collect();
                 format!("{} {}{query} {host} {:?}{flags}", r.method, r.path, r.body)
             }
@@ -321,8 +322,9 @@ mod tests {
         let table = [
             ("GET / HTTP/1.1\r\nHost: h\r\n\r\n", "GET / h Length(0) keep"),
             ("\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n", "GET / h Length(0) keep"),
-            ("GET / HTTP/1.0\r\n\r\n", "GET / - Length(0)"),
-            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "GET / - Length(0) keep"),
+            ("GET / HTTP/1.0\r\n\r\n", "GET / - Length(0) 1.0"),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "GET / - Length(0) keep 1.0"),
+            ("GET / HTTP/1.0\r\nExpect: tea\r\n\r\n", "GET / - Length(0) 1.0"),
             ("GET / HTTP/1.7\r\nHost:\r\n\r\n", "GET /  Length(0) keep"),
             (
                 "GET /a%2Fb?c=d?e/ HTTP/1.1\r\nhOST:\t[::1]:80 \r\n\r\n",
@@ -345,7 +347,7 @@ mod tests {
             ("Content-Length: 007\r\n", "Length(7) keep"),
             ("Content-Length: 99999999999999999999\r\n", "Length(18446744073709551615) keep"),
             ("Transfer-Encoding: Chunked\r\n", "Chunked keep"),
-            ("Expect: 100-Continue\r\n", "Length(0) keep"),
+            ("Expect: 100-Continue\r\n", "Length(0) keep expect"),
             ("Connection: x, Close\r\n", "Length(0)"),
             ("Connection: keep-alive\r\nConnection: close\r\n", "Length(0)"),
             ("Empty:\r\nTab: a\tb\r\n", "Length(0) keep"),
@@ -357,6 +359,14 @@ mod tests {
             read(b"PUT / HTTP/1.1\r\nHost: h\r\nLatin: \xe9\r\n\r\n"),
             "PUT / h Length(0) keep"
         );
+    }
+
+    #[test]
+    fn as_the_log_shows_it() {
+        for (target, line) in [("/a%20b", "PUT /a%20b"), ("http://h?x=%00", "PUT /?x=%00")] {
+            let head = format!("PUT {target} HTTP/1.0\r\n\r\n");
+            assert_eq!(Request::parse(head.as_bytes()).unwrap().line(), line);
+        }
     }
 
     #[test]

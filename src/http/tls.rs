@@ -87,3 +87,14 @@ pub fn close(session: &mut Session) {
     session.conn.send_close_notify();
     let _ = session.conn.complete_io(&mut session.sock);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_hold_nothing() {
+        let (part, why) = Acceptor::new(b"", b"", None, false).unwrap_err();
+        assert_eq!((part, &*why), (Part::Chain, "the certificate file holds no CERTIFICATE block"));
+    }
+}

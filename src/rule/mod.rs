@@ -519,4 +519,53 @@ mod tests {
             assert_eq!((a.overlaps(&b), b.overlaps(&a)), (overlap, overlap), "{a} {b}");
         }
     }
+
+    #[test]
+    fn places() {
+        let parse = |path: &str| Place::parse(&path.split('/').collect::<Vec<_>>());
+        let table = [
+            ("drop/input/eth0", "/drop/input/eth0/1.2.3.4"),
+            ("Accept/OUTPUT/ppp", "/accept/output/ppp+/1.2.3.4"),
+            ("reject/forward/any", "/reject/forward/any/1.2.3.4"),
+        ];
+        let net = Net::parse("1.2.3.4").unwrap();
+        for (path, rule) in table {
+            let place = parse(path).unwrap();
+            assert_eq!(place.rule(net).to_string(), rule);
+            assert_eq!(place.rule(net).place(), Some((place, net)));
+            let others: Vec<Place> = place.others().collect();
+            assert_eq!(others.len(), 2);
+            for other in others {
+                assert!(other.target != place.target);
+                assert_eq!(Place { target: place.target, ..other }, place);
+            }
+        }
+        // Behind the other end of a forwarded packet.
+        let rule: Rule = "/drop/forward/any/0.0.0.0/eth1/1.2.3.4".parse().unwrap();
+        let (place, found) = rule.place().unwrap();
+        assert_eq!((place.end, place.out.to_string()), (End::Destination, "eth1".into()));
+        assert_eq!((found, place.rule(net)), (net, rule));
+        for path in ["/drop/forward/any/0.0.0.0", "/drop/forward/any/1.2.3.4/any/5.6.7.8"] {
+            assert_eq!(path.parse::<Rule>().unwrap().place(), None, "{path}");
+        }
+        for path in ["drop/input", "drop/input/any/1.2.3.4", "drop/input/any/"] {
+            assert_eq!(parse(path), Err(RuleError::Shape), "{path}");
+        }
+        assert_eq!(parse("drop/nat/any"), Err(RuleError::Unknown));
+    }
+
+    #[test]
+    fn rules_of_a_family() {
+        let nets = ["1.2.3.4", "2.0.0.0/9", "5::"].map(|net| Net::parse(net).unwrap());
+        let place = Place::parse(&["drop", "input", "any"]).unwrap();
+        let show = |rules: &Rules, family| {
+            rules.of(family).map(|rule| rule.to_string()).collect::<Vec<_>>().join(" ")
+        };
+        let list = Rules::List(place, nets.into());
+        assert_eq!(show(&list, Family::V4), "/drop/input/any/1.2.3.4 /drop/input/any/2.0.0.0/9");
+        assert_eq!(show(&list, Family::V6), "/drop/input/any/5::");
+        let one = Rules::One(place.rule(nets[2]));
+        assert_eq!(show(&one, Family::V4), "");
+        assert_eq!(show(&one, Family::V6), "/drop/input/any/5::");
+    }
 }
