@@ -117,6 +117,20 @@ fn protocol_versions() {
     });
 }
 
+/// Without a close_notify nobody could tell the end of an answer from a cut.
+#[test]
+fn the_end_is_told() {
+    once(|lab| {
+        keys(lab);
+        let _rfw = lab.start(CONF);
+        let client = "openssl s_client -quiet -connect 127.0.0.1:7393 2>&1";
+        for request in ["GET / HTTP/1.0\\r\\n\\r\\n", "GET\\n\\r\\n\\r\\n"] {
+            let said = sh(&format!("printf '{request}' | {client} || true"));
+            assert!(said.contains("HTTP/1.1 4") && !said.contains("unexpected eof"), "{said}");
+        }
+    });
+}
+
 #[test]
 fn kinds_of_keys() {
     once(|lab| {
