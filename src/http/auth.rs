@@ -171,6 +171,8 @@ mod tests {
             ("", "a", false),
             ("ab", "aa", false),
             ("ba", "aa", false),
+            ("bb", "aa", false),
+            ("\u{1}", "", false),
             ("aa", "aaa", false),
             ("a\0", "a", false),
         ];
@@ -235,7 +237,7 @@ mod tests {
         assert_eq!(ask(2, right, 70), "in");
         assert_eq!(ask(1, right, 71), "in");
         // Ten in one minute and ten in the next are not too many.
-        assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6 + n / 10) == "wrong"));
+        assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6) == "wrong"));
         // Memory is bounded.
         assert!((10..9_999).all(|n| ask(n, wrong, 300) == "wrong"));
         assert_eq!(guesses.0.lock().unwrap().len(), MAX_GUESSERS);
