@@ -259,6 +259,10 @@ mod tests {
         for (bytes, status) in wrong {
             assert_eq!(read_all(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
         }
+        // Too early an end is told from wrong chunks.
+        for (bytes, refusal) in [("3\r\nabc\r\n", SHORT), ("x", CHUNK), ("0\n", CHUNK)] {
+            assert_eq!(read(&mut bytes.as_bytes(), Body::Chunked, |_| Ok(())), Err(refusal));
+        }
         let line = |n: usize| format!("0;{}\r\n\r\n", "x".repeat(n - 4));
         assert_eq!(read_all(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");
         assert_eq!(read_all(line(MAX_LINE as usize + 1).as_bytes(), Body::Chunked).0, "400");

@@ -333,6 +333,7 @@ mod tests {
             ("GET HTTP://a:7/x?y HTTP/1.1\r\nHost: b\r\n\r\n", "GET /x?y a:7 Length(0) keep"),
             ("GET http://a HTTP/1.1\r\nHost: b\r\n\r\n", "GET / a Length(0) keep"),
             ("GET http://a?q HTTP/1.1\r\nHost: b\r\n\r\n", "GET /?q a Length(0) keep"),
+            ("GET /http://a HTTP/1.1\r\nHost: b\r\n\r\n", "GET /http://a b Length(0) keep"),
             ("OPTIONS * HTTP/1.1\r\nHost: b\r\n\r\n", "OPTIONS * b Length(0) keep"),
             (
                 "M!#$%&'*+-.^_`|~9 / HTTP/1.1\r\nHost: b\r\n\r\n",
