@@ -210,7 +210,7 @@ mod tests {
             (Refusal::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
             (Refusal::List(wrong.clone()), 400, "bad_list", "wrong: 7. Nothing"),
             (Refusal::TooMany, 413, "content_too_large", "1000000 entries"),
-            (Refusal::SetFull, 507, "set_full", "no room"),
+            (Refusal::Full("No room."), 507, "set_full", "Nothing was applied"),
             (Refusal::Whitelisted(net), 409, "whitelisted", "overlaps 1.2.3.0/24"),
             (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
             (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
