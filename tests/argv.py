@@ -61,11 +61,11 @@ def block(text, mask, may_be_any):
         raise Nothing from None
     if ip.version == 6 and ip.ipv4_mapped:
         ip = ip.ipv4_mapped
-    if int(ip) == 0 and mask is None:
-        need(may_be_any)
-        return ip.version, None
     need(mask is None or str(int(mask)) == mask)
     length = HOST[ip.version] if mask is None else int(mask)
+    if int(ip) == 0 and length == HOST[ip.version]:
+        need(may_be_any and mask is None)
+        return ip.version, None
     need(WIDEST[ip.version] <= length <= HOST[ip.version])
     net = ipaddress.ip_network((ip, length), strict=False)
     need(not any(net.overlaps(white) for white in WHITE if white.version == net.version))
@@ -387,7 +387,7 @@ def batches(requests, recorder, count):
             todo.append((m, target.partition(b"?")[0] + b"?expire=%d" % m.expire))
             expires = {m.expire for m, _ in todo}
             rules = {tuple(rule(m, "")) + (m.version,) for m, _ in todo}
-            if len(expires) > 1 or len(rules) < len(todo):  # one comment for all, and no rule twice
+            if len(expires) > 1 or m.expire > 999999999 or len(rules) < len(todo):  # one comment for all, and no rule twice
                 todo.pop()
         for method in "PUT", "DELETE":
             now = int(time.time())

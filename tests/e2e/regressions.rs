@@ -275,7 +275,7 @@ fn fail2ban_read_forged_lines_of_logs() {
             }
         }
         let log = || lab.read("rfw.log");
-        await_true("six lines", SLACK, || log().matches("401 unauthorized 0").count() >= 6);
+        await_true("six lines", SLACK, || log().matches("\" 401 unauthorized ").count() >= 6);
         for line in log().lines() {
             let outside: String = line.split('"').step_by(2).collect();
             assert!(!outside.contains("9.9.9.9") && !line.starts_with("2026-01-01"), "{line}");
