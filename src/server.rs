@@ -22,8 +22,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a whole head may take, TLS handshake included; a connection that
-/// is kept may be silent for as long.
-const HEAD_TIME: Duration = Duration::from_secs(10);
+/// is kept may be silent for as long. With the second in which it is closed, who
+/// sends none is gone after ten.
+const HEAD_TIME: Duration = Duration::from_secs(9);
 /// Connections that one listener serves at a time, a thread each.
 const MAX_CONNECTIONS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.

@@ -12,7 +12,7 @@ use std::time::Duration;
 /// How many bytes of a long answer are sent at a time.
 const CHUNK: usize = 16 * 1024;
 /// How long a client may take to receive an answer, and a long one.
-const ANSWER_TIME: Duration = Duration::from_secs(10);
+const ANSWER_TIME: Duration = Duration::from_secs(5);
 const LIST_TIME: Duration = Duration::from_secs(60);
 
 /// The answer to one request. A short one has a Content-Length; a long one is
