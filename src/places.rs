@@ -17,9 +17,9 @@ const GOING: Duration = Duration::from_millis(500);
 const STAY: Duration = Duration::from_millis(30);
 
 /// What a connection is about, and since when.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum State {
-    /// It waits for a request: the first to give way.
+    /// It waits for a request.
     Waiting(Instant),
     /// It sends a body, or takes an answer.
     Serving(Instant),
@@ -44,20 +44,27 @@ struct Seats {
 }
 
 impl Seats {
-    /// Cuts the one that gives way; the error is how long nobody does yet, `None`
-    /// while the kernel is at work for all.
+    /// Cuts the one that gives way. A crowd that waits pushes out nobody who is
+    /// served, nor a crowd that is served one who is about to send its request. The
+    /// error is how long nobody gives way yet, `None` while the kernel is at work
+    /// for all.
     fn cut_oldest(&mut self) -> Result<(), Option<Duration>> {
-        let age = |state| match state {
-            State::Waiting(since) | State::Serving(since) => Some(since.elapsed()),
-            State::Working | State::Going => None,
-        };
-        let oldest = self.taken.values().filter_map(|seat| age(seat.state)).max();
-        let young = oldest.map(|oldest| STAY.saturating_sub(oldest));
-        let seats = self.taken.values_mut();
-        let old = seats.filter(|seat| age(seat.state).is_some_and(|age| age >= STAY));
-        let oldest = old.min_by_key(|seat| seat.state).ok_or(young)?;
-        let _ = oldest.socket.take().map(|socket| socket.shutdown(Shutdown::Both));
-        oldest.state = State::Going;
+        let (mut waiting, mut serving) = (Vec::new(), Vec::new());
+        for seat in self.taken.values_mut() {
+            match seat.state {
+                State::Waiting(since) => waiting.push((since, seat)),
+                State::Serving(since) => serving.push((since, seat)),
+                State::Working | State::Going => {}
+            }
+        }
+        let crowd = if waiting.len() >= serving.len() { waiting } else { serving };
+        let (since, seat) = crowd.into_iter().min_by_key(|(since, _)| *since).ok_or(None)?;
+        match STAY.saturating_sub(since.elapsed()) {
+            Duration::ZERO => {}
+            young => return Err(Some(young)),
+        }
+        let _ = seat.socket.take().map(|socket| socket.shutdown(Shutdown::Both));
+        seat.state = State::Going;
         self.going = self.going.saturating_add(1);
         Ok(())
     }
@@ -82,8 +89,9 @@ impl Places {
     }
 
     /// Takes a place for a connection. Where none is free, the one that has
-    /// waited longest for its request gives way, then the one that has been
-    /// served longest; `None` if the kernel is at work for all of them.
+    /// waited longest for its request gives way or, where more are served than
+    /// wait, the one that has been served longest; `None` if the kernel is at work
+    /// for all of them.
     pub fn take(self: &Arc<Places>, socket: &TcpStream) -> Option<Place> {
         let socket = socket.try_clone().ok()?;
         let mut seats = self.lock();
