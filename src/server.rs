@@ -161,19 +161,27 @@ struct Visit<'a> {
     door: &'a Door,
     peer: IpAddr,
     place: &'a Place,
+    /// Since when it is served: requests that came together are one service.
+    since: Instant,
 }
 
 /// Serves one connection: head, request, answer, and again.
 fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: &Place) {
-    let visit = Visit { server, door, peer, place };
+    let mut visit = Visit { server, door, peer, place, since: Instant::now() };
     loop {
         stream.give(HEAD_TIME);
-        place.is(State::Waiting(Instant::now()));
+        let waits = !stream.has_received();
+        if waits {
+            place.is(State::Waiting(Instant::now()));
+        }
         let Some(request) = stream.request() else {
             return if place.is_cut() { drop(stream) } else { stream.close() };
         };
         let started = Instant::now();
-        place.is(State::Serving(started));
+        if waits {
+            visit.since = started;
+        }
+        place.is(State::Serving(visit.since));
         let mut who = format!("{peer} -");
         let mut reply = Reply::new(&mut stream, request.as_ref().ok());
         let result = match &request {
@@ -261,7 +269,7 @@ impl Visit<'_> {
     fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
         self.place.is(State::Working);
         let outcome = self.server.firewall.apply(client, change);
-        self.place.is(State::Serving(Instant::now()));
+        self.place.is(State::Serving(self.since));
         outcome
     }
 }
