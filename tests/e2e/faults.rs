@@ -102,7 +102,9 @@ fn system_calls_that_fail() {
 #[test]
 fn no_descriptors_left() {
     both(|lab| {
-        let rfw = lab.start("local.server");
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&["env"]); // never confined: prlimit may not touch that one
+        rfw.await_ready();
         rfw.await_idle();
         let before = held(&rfw);
         let pid = rfw.pid();

@@ -285,7 +285,8 @@ impl Lab {
             "cp {} /run/lab/rfw; chown -R {NOBODY}:{NOBODY} /run/lab",
             env!("CARGO_BIN_EXE_rfw")
         ));
-        let sets = self.read("rfw.conf").contains("ipset.path");
+        let sets =
+            self.read("rfw.conf").contains("ipset.path") || !self.ipset("list -n").is_empty();
         let caps = if sets { "-all,+net_admin,+net_raw" } else { "-all,+net_admin" };
         let user = format!("--reuid {NOBODY} --regid {NOBODY} --clear-groups --no-new-privs");
         format!(
