@@ -428,6 +428,8 @@ mod tests {
         for (field, status) in fields {
             assert_eq!(read(with(field).as_bytes()), status, "{field:?}");
         }
+        let text = with("Content-Length: x\r\n");
+        assert_eq!(Request::parse(text.as_bytes()), Err(bad("Content-Length must be digits.")));
         let hosts = ["a b", "a/b", "a@b", "a:x", ":80", "[::1", "[x]", "a]", "::1"];
         for host in hosts {
             let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");

@@ -177,6 +177,7 @@ mod tests {
     #[test]
     fn lists() {
         let long = format!("1.1.1.1 #{}\n2.2.2.2", "x".repeat(9_999));
+        let longest = format!("{}1.1.1.1;", " ".repeat(MAX_LINE - 7));
         let table = [
             ("", "", "0: "),
             ("1.1.1.1", "1.1.1.1", "0: "),
@@ -195,6 +196,7 @@ mod tests {
             ),
             ("127.0.0.1\n::1\n128.0.0.0/9\n8000::/17", "128.0.0.0/9 8000::/17", "2: 127.0.0.1 ::1"),
             (&long, "1.1.1.1 2.2.2.2", "0: "),
+            (&longest, "1.1.1.1", "0: "),
         ];
         for (text, nets, left_out) in table {
             for step in [1, 7, 100_000] {
@@ -206,6 +208,7 @@ mod tests {
     #[test]
     fn wrong_lines() {
         let long = format!("1.1.1.1{}9", " ".repeat(MAX_LINE));
+        let cut = format!("1.1.1.1{}\r9", " ".repeat(MAX_LINE - 7));
         let table = [
             ("1.1.1.1\nexample.com\n", r#"1: 2 Address("example.com")"#),
             ("1.1.1.1 2.2.2.2", r#"1: 1 Address("1.1.1.1 2.2.2.2")"#),
@@ -218,12 +221,16 @@ mod tests {
             ("1.1.1.0/24-1.1.2.0", r#"1: 1 Range("1.1.1.0/24-1.1.2.0")"#),
             ("10.0.0.1,", r#"1: 1 Address("10.0.0.1,")"#),
             (&long, "1: 1 Long"),
+            (&cut, "1: 1 Long"),
         ];
         for (text, wrong) in table {
             assert_eq!(read(text, 5), Err(wrong.into()), "{text}");
         }
         let many = read(&"x\n".repeat(30), 9).unwrap_err();
         assert!(many.starts_with("30: 1 ") && many.ends_with(r#"20 Address("x")"#), "{many}");
+        let many: String = (0..30).map(|n| format!("10.0.0.{n}\n")).collect();
+        let (_, left_out) = read(&many, 9).unwrap();
+        assert!(left_out.starts_with("30: 10.0.0.0 ") && left_out.ends_with(" 10.0.0.19"));
     }
 
     #[test]

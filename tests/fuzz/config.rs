@@ -34,12 +34,8 @@ fuzz_target!(|text: &str| {
     }
     let spaced: String = text.lines().map(|line| format!("\t {} \r\n", line.trim())).collect();
     assert_eq!(read(&spaced), result);
-    let Some((head, entries)) = text.split_once("[config]\n") else { return };
-    if head.lines().any(|line| line.trim() == "[config]") {
-        return;
-    }
-    let mut entries: Vec<&str> = entries.lines().collect();
-    entries.reverse();
-    let reversed = read(&format!("{head}[config]\n# turned round\n{}\n", entries.join("\n")));
-    assert_eq!(reversed.ok(), result.ok());
+    let mut lines: Vec<&str> = text.lines().collect();
+    let Some(section) = lines.iter().position(|line| line.trim() == "[config]") else { return };
+    lines[section + 1..].reverse();
+    assert_eq!(read(&lines.join("\n")).ok(), result.ok());
 });
