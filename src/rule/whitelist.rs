@@ -126,8 +126,8 @@ mod tests {
             ("10.9.9.9\n10.0.0.0/8\n10.1.0.0/16", "10.0.0.0/8 127.0.0.0/8 ::1"),
         ];
         for (text, expected) in table {
-            let nets = Whitelist::parse(text).unwrap().nets;
-            let shown: Vec<_> = nets.iter().map(Net::to_string).collect();
+            let list = Whitelist::parse(text).unwrap();
+            let shown: Vec<_> = list.nets().iter().map(Net::to_string).collect();
             assert_eq!(shown.join(" "), expected, "{text}");
         }
         let wrong = [

@@ -45,8 +45,9 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 fn single(line: &[u8], outcome: &Outcome) {
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
     let entry = line.split(|byte| b"#;".contains(byte)).next().unwrap_or_default();
-    let Ok(text) = str::from_utf8(entry).map(str::trim) else { return };
+    let Ok(text) = str::from_utf8(entry).map(|text| text.trim_matches([' ', '\t'])) else { return };
     if text.is_empty() || text.contains('-') || entry.len() > MAX_LINE {
         return;
     }
