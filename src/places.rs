@@ -13,7 +13,7 @@ const MAX_GOING: usize = 64;
 /// How long a new connection waits where more are.
 const GOING: Duration = Duration::from_millis(500);
 /// How long every connection may stay: a burst of others does not push out one
-/// that is about to send its request, but waits in the listener's backlog.
+/// that is about to send its request, but waits.
 const STAY: Duration = Duration::from_millis(30);
 
 /// What a connection is about, and since when.
@@ -31,7 +31,7 @@ pub enum State {
 
 struct Seat {
     /// None once it has been cut.
-    socket: Option<TcpStream>,
+    socket: Option<Arc<TcpStream>>,
     state: State,
 }
 
@@ -92,8 +92,7 @@ impl Places {
     /// waited longest for its request gives way or, where more are served than
     /// wait, the one that has been served longest; `None` if the kernel is at work
     /// for all of them.
-    pub fn take(self: &Arc<Places>, socket: &TcpStream) -> Option<Place> {
-        let socket = socket.try_clone().ok()?;
+    pub fn take(self: &Arc<Places>, socket: &Arc<TcpStream>) -> Option<Place> {
         let mut seats = self.lock();
         while seats.taken.len().saturating_sub(seats.going) >= self.most {
             match seats.cut_oldest() {
@@ -117,9 +116,8 @@ impl Places {
         }
         let number = seats.next;
         seats.next = number.wrapping_add(1);
-        seats
-            .taken
-            .insert(number, Seat { socket: Some(socket), state: State::Waiting(Instant::now()) });
+        let (socket, state) = (Some(socket.clone()), State::Waiting(Instant::now()));
+        seats.taken.insert(number, Seat { socket, state });
         Some(Place { places: self.clone(), number })
     }
 
@@ -171,7 +169,7 @@ mod tests {
         let mut taken = Vec::new();
         for _ in 0..3 {
             peers.push(connect());
-            taken.push(places.take(&listener.accept().unwrap().0).unwrap());
+            taken.push(places.take(&listener.accept().unwrap().0.into()).unwrap());
         }
         // 0 is at work, 1 is served and older than 2, which waits.
         let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
@@ -180,7 +178,7 @@ mod tests {
         taken[2].is(State::Waiting(ago(1)));
         for gone in [2, 1] {
             let _peer = connect();
-            taken.push(places.take(&listener.accept().unwrap().0).unwrap());
+            taken.push(places.take(&listener.accept().unwrap().0.into()).unwrap());
             assert_eq!(peers[gone].read(&mut [0]).unwrap(), 0, "{gone} is cut");
             assert!(taken[gone].is_cut() && !taken[0].is_cut());
             taken.last().unwrap().is(State::Working);
@@ -189,10 +187,10 @@ mod tests {
         // A new one stays for a moment.
         taken[1].is(State::Waiting(Instant::now()));
         let (_peer, before) = (connect(), Instant::now());
-        let newest = places.take(&listener.accept().unwrap().0).unwrap();
+        let newest = places.take(&listener.accept().unwrap().0.into()).unwrap();
         assert!(before.elapsed() >= STAY / 2 && taken[1].is_cut());
         newest.is(State::Working);
         let _peer = connect();
-        assert!(places.take(&listener.accept().unwrap().0).is_none(), "all are at work");
+        assert!(places.take(&listener.accept().unwrap().0.into()).is_none(), "all are at work");
     }
 }

@@ -17,7 +17,7 @@ use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{self, Action, Chain};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,11 @@ use std::time::{Duration, Instant};
 const HEAD_TIME: Duration = Duration::from_secs(9);
 /// Connections that one listener serves at a time, a thread each.
 const MAX_CONNECTIONS: usize = 128;
+/// Connections of one listener that are accepted and wait for a place: a burst waits
+/// here, because the kernel's queue (128, by std) drops what it has no room for, and
+/// a client tries again only after a second. All together stay under 1,024
+/// descriptors, with some left for the programs.
+const MAX_ARRIVALS: usize = 128;
 /// What a thread may use as stack; a TLS handshake takes some 30 KiB.
 const STACK: usize = 256 * 1024;
 
@@ -119,12 +124,24 @@ fn bind(ip: IpAddr, port: u16, key: &str) -> Result<TcpListener, String> {
 }
 
 impl Server {
-    /// Accepts for ever, a thread for each connection.
+    /// Accepts for ever, and hands on who may come in.
     pub fn listen(self: &Arc<Server>, door: Door) {
         let door = Arc::new(door);
+        let (arrive, arrivals) = mpsc::sync_channel(MAX_ARRIVALS);
+        let (server, entrance) = (self.clone(), door.clone());
+        thread::spawn(move || {
+            arrivals.into_iter().for_each(|(socket, peer)| server.seat(&entrance, socket, peer));
+        });
         loop {
             match door.listener.accept() {
-                Ok((socket, peer)) => self.accept(&door, socket, peer.ip().to_canonical()),
+                Ok((socket, peer)) => {
+                    let peer = peer.ip().to_canonical();
+                    if door.tls.is_none() || self.whitelist.admits(peer) {
+                        let _ = arrive.send((socket, peer));
+                    } else {
+                        self.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
+                    }
+                }
                 Err(error) => {
                     self.log.warning(format_args!("cannot accept a connection: {error}"));
                     thread::sleep(Duration::from_millis(100));
@@ -133,22 +150,22 @@ impl Server {
         }
     }
 
-    fn accept(self: &Arc<Server>, door: &Arc<Door>, socket: TcpStream, peer: IpAddr) {
-        if door.tls.is_some() && !self.whitelist.admits(peer) {
-            self.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
-            return;
-        }
-        let place = door.places.take(&socket);
-        let Ok(mut stream) = Stream::new(socket, door.tls.as_ref()) else { return };
-        let Some(place) = place else {
-            if door.tls.is_none() {
-                Reply::new(&mut stream, None)
-                    .refuse(&Refusal::Busy("All places are taken.".into()));
+    /// Finds a place for a connection, and a thread that serves it.
+    fn seat(self: &Arc<Server>, door: &Arc<Door>, socket: TcpStream, peer: IpAddr) {
+        let socket = Arc::new(socket);
+        let Some(place) = door.places.take(&socket) else {
+            if let (None, Ok(mut stream)) = (&door.tls, Stream::new(socket, None)) {
+                let busy = Refusal::Busy("All places are taken.".into());
+                Reply::new(&mut stream, None).refuse(&busy);
             }
             return;
         };
         let (server, door) = (self.clone(), door.clone());
-        let serve = move || serve(&server, &door, stream, peer, &place);
+        let serve = move || {
+            if let Ok(stream) = Stream::new(socket, door.tls.as_ref()) {
+                serve(&server, &door, stream, peer, &place);
+            }
+        };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             self.log.warning(format_args!("cannot serve {peer}: {error}"));
         }
@@ -173,6 +190,9 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: 
         let waits = !stream.has_received();
         if waits {
             place.is(State::Waiting(Instant::now()));
+        } else {
+            // Others first: many that pipeline would hold up those who ask for one thing.
+            thread::yield_now();
         }
         let Some(request) = stream.request() else {
             return if place.is_cut() { drop(stream) } else { stream.close() };

@@ -19,6 +19,9 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 const PER_LINE: Duration = Duration::from_millis(10);
 const LONGEST_LIMIT: Duration = Duration::from_secs(600);
 pub const START_LIMIT: Duration = Duration::from_secs(60);
+/// The most rules of all that a family may have: a listing that does not end must
+/// not take all memory.
+const MAX_LISTED: usize = 300_000;
 /// Seconds that the tools wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
 
@@ -299,10 +302,18 @@ impl Tools {
         args.extend(counters.then_some("-v"));
         args.push("-S");
         args.extend(chain.map(Chain::name));
+        let mut left = MAX_LISTED;
         exec::lines(&self.iptables, &args, limit, |line| match parse_row(line, self.family) {
-            Some((chain, row)) => each(chain, row),
-            None => true,
-        })
+            Some((chain, row)) if left > 0 => {
+                left = left.saturating_sub(1);
+                each(chain, row)
+            }
+            row => row.is_none(),
+        })?;
+        match left {
+            0 => Err(Failure::Passing(format!("There are {MAX_LISTED} rules and more."))),
+            _ => Ok(()),
+        }
     }
 }
 

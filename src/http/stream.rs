@@ -7,6 +7,7 @@ use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a connection lingers for a peer that still sends, so that the
@@ -34,7 +35,7 @@ pub struct Stream {
 
 impl Stream {
     /// Takes a connection; with an acceptor it speaks TLS.
-    pub fn new(socket: TcpStream, acceptor: Option<&Acceptor>) -> io::Result<Stream> {
+    pub fn new(socket: Arc<TcpStream>, acceptor: Option<&Acceptor>) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
         let timed = Timed { socket, deadline: Instant::now() };
         let io = match acceptor {
@@ -140,7 +141,7 @@ pub fn pair() -> (TcpStream, Stream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut stream = Stream::new(listener.accept().unwrap().0, None).unwrap();
+    let mut stream = Stream::new(listener.accept().unwrap().0.into(), None).unwrap();
     stream.give(Duration::from_secs(20));
     (client, stream)
 }

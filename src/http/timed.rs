@@ -2,13 +2,15 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A socket whose reads and writes all end at a deadline. Each wait is armed
 /// with what is left of it, so a peer gains nothing by sending byte by byte.
 #[derive(Debug)]
 pub struct Timed {
-    pub socket: TcpStream,
+    /// Shared with who may cut it.
+    pub socket: Arc<TcpStream>,
     pub deadline: Instant,
 }
 
@@ -39,7 +41,7 @@ impl Read for Timed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.retry(|timed| {
             timed.socket.set_read_timeout(timed.left()?)?;
-            timed.socket.read(buffer)
+            (&*timed.socket).read(buffer)
         })
     }
 }
@@ -48,11 +50,11 @@ impl Write for Timed {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.retry(|timed| {
             timed.socket.set_write_timeout(timed.left()?)?;
-            timed.socket.write(bytes)
+            (&*timed.socket).write(bytes)
         })
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
+        (&*self.socket).flush()
     }
 }

@@ -381,7 +381,7 @@ impl Rfw<'_> {
 
     /// Waits until no connection is left; returns how many threads run then.
     pub fn await_idle(&self) -> usize {
-        await_true("main and two listeners are left", 10 + SLACK, || self.threads() <= 3);
+        await_true("main and two for each listener are left", 10 + SLACK, || self.threads() <= 5);
         self.threads()
     }
 

@@ -398,7 +398,7 @@ fn blocklistd_leaked_sockets() {
         tls::keys(lab);
         let rfw = lab.start(&format!("local.server\n{}", tls::CONF));
         ask("PUT /drop/input/any/1.2.3.4");
-        let idle = || rfw.threads() == 4; // main and three listeners
+        let idle = || rfw.threads() == 7; // main, and two for each of three listeners
         await_true("no connection is left", 2 + SLACK, idle);
         let before = spent(&rfw).1;
         let hello = tls::client_hello();
