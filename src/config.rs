@@ -20,7 +20,7 @@ const FLAGS: &str = "outward.server outward.server.tls12 local.server \
 const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
                         outward.server.keyfile outward.server.clientca local.server.port auth.username auth.password \
                         default.expire whitelist.file iptables.path ip6tables.path \
-                        ipset.path ipset.maxelem";
+                        ipset.path ipset.maxelem state.file";
 
 /// The HTTPS server for remote clients.
 pub struct Outward {
@@ -53,6 +53,8 @@ pub struct Config {
     /// Whether sets are used, and how many entries one may have.
     pub ipset: Option<Named>,
     pub maxelem: usize,
+    /// The file that keeps the list over a reboot.
+    pub state: Option<Named>,
 }
 
 /// A path, and the line that names it; 0 is none.
@@ -73,6 +75,7 @@ impl Config {
             let value = entries.needed(key, because)?;
             Ok(Named { path: folder.join(value), line: entries.flag(key).unwrap_or(0) })
         };
+        let optional = |key| entries.flag(key).map(|line| named(key, line)).transpose();
         let port = |key: &str, default: u16| {
             let port =
                 |value: &str| value.parse().ok().filter(|port| is_number(value) && *port > 0);
@@ -89,10 +92,7 @@ impl Config {
                 port: outward_port,
                 certfile: named("outward.server.certfile", line)?,
                 keyfile: named("outward.server.keyfile", line)?,
-                clientca: entries
-                    .flag("outward.server.clientca")
-                    .map(|line| named("outward.server.clientca", line))
-                    .transpose()?,
+                clientca: optional("outward.server.clientca")?,
                 tls12: entries.flag("outward.server.tls12").is_some(),
             })
         };
@@ -136,6 +136,7 @@ impl Config {
             default_expire,
             ipset: ipset.transpose()?,
             maxelem: usize::try_from(maxelem).unwrap_or(usize::MAX),
+            state: optional("state.file")?,
             whitelist: named("whitelist.file", 0)?,
             ip6tables: Named {
                 path: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,

@@ -9,7 +9,8 @@
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
-//! Beside the way: [`config`] (rfw.conf), [`log`] and [`clock`].
+//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`log`] and
+//! [`clock`].
 
 #![cfg_attr(
     test,
@@ -31,3 +32,4 @@ pub mod log;
 pub mod places;
 pub mod rule;
 pub mod server;
+pub mod state;

@@ -11,6 +11,7 @@ use rfw::log::{Level, Log};
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
 use rfw::server::{Door, Server};
+use rfw::state::State;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::Read;
@@ -139,6 +140,9 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
     if config.ip6tables.line > 0 {
         check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
     }
+    if let Some(state) = &config.state {
+        State::check(&state.path).map_err(|error| at(&state.path, &error))?;
+    }
     if let Some(ipset) = &config.ipset {
         check_program(&ipset.path).map_err(blame(ipset))?;
     }
@@ -166,7 +170,16 @@ fn run(options: &Options) -> Result<Infallible, String> {
     }
     let doors = Door::open(&config, acceptor)?;
     let sets = ipset.is_some();
-    let firewall = Firewall::start(tools, ipset, guarded, whitelist.clone(), log.clone())?;
+    let mut state = None;
+    if let Some(Named { path, .. }) = &config.state {
+        let (opened, named, torn) = State::open(path).map_err(|error| at(path, &error))?;
+        if torn {
+            let what = "its last change was cut off, as by a power cut, and is dropped";
+            log.warning(format_args!("{}: {what}", path.display()));
+        }
+        state = Some((opened, named));
+    }
+    let firewall = Firewall::start(tools, ipset, state, guarded, whitelist.clone(), log.clone())?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;

@@ -129,10 +129,10 @@ impl Places {
 impl Place {
     /// Says what the connection is about from now on.
     pub fn is(&self, state: State) {
-        if let Some(seat) = self.places.lock().taken.get_mut(&self.number) {
-            if seat.state != State::Going {
-                seat.state = state;
-            }
+        if let Some(seat) = self.places.lock().taken.get_mut(&self.number)
+            && seat.state != State::Going
+        {
+            seat.state = state;
         }
     }
 

@@ -38,6 +38,8 @@ pub enum Failure {
     Refused(String),
     /// There is no room for so many; what to do.
     Full(&'static str),
+    /// The state file did not take it.
+    State(String),
 }
 
 impl Failure {
@@ -50,7 +52,7 @@ impl Failure {
         match self {
             Failure::Passing(sentence) => Failure::Passing(sentence + words),
             Failure::Refused(sentence) => Failure::Refused(sentence + words),
-            Failure::Full(sentence) => Failure::Full(sentence),
+            failure => failure,
         }
     }
 }
@@ -58,7 +60,9 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Passing(sentence) | Failure::Refused(sentence) => f.write_str(sentence),
+            Failure::Passing(sentence) | Failure::Refused(sentence) | Failure::State(sentence) => {
+                f.write_str(sentence)
+            }
             Failure::Full(sentence) => f.write_str(sentence),
         }
     }

@@ -265,8 +265,15 @@ impl Ipset {
         })
     }
 
-    /// Makes a set anew with room for as many entries as rfw.conf says.
-    pub fn resize(&self, name: &str, family: Family, entries: usize) -> Result<(), Failure> {
+    /// Sees to it that a set has room for as many entries as rfw.conf says.
+    pub fn fit(&self, header: &Header, family: Family) -> Result<(), Failure> {
+        match header.maxelem != self.maxelem && header.entries <= self.maxelem {
+            true => self.resize(&header.name, family, header.entries),
+            false => Ok(()),
+        }
+    }
+
+    fn resize(&self, name: &str, family: Family, entries: usize) -> Result<(), Failure> {
         let stage = staged(name, "?");
         let mut read = Ok(());
         let written = self.restore(entries, |input| {
@@ -334,7 +341,7 @@ impl Ipset {
         })
     }
 
-    fn write_create(
+    pub fn write_create(
         &self,
         input: &mut Feed<'_>,
         name: &str,

@@ -6,6 +6,7 @@ use super::{Outcome, Tally, Verdict};
 use crate::rule::net::Family;
 use crate::rule::whitelist::Whitelist;
 use crate::rule::{Action, Chain, Change, Rule, Target};
+use crate::state::{Kept, Wanted};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -19,7 +20,7 @@ const WALKS: usize = 64;
 const MAX_RIVALS: usize = 1_000;
 
 /// Unix seconds of 2026-01-01: no clock that is right shows less.
-const REAL_TIME: u64 = 1_767_225_600;
+pub const REAL_TIME: u64 = 1_767_225_600;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Entry {
@@ -72,6 +73,17 @@ pub struct Batch {
     pub outcomes: Vec<Outcome>,
 }
 
+impl Batch {
+    /// What becomes of rules, for the state file: the newest last.
+    pub fn wanted(&self) -> Vec<Wanted> {
+        let changed = self.steps.iter().filter(|s| s.before != s.after);
+        let mut changed: Vec<_> = changed.filter(|s| s.line.kind == Kind::Plain).collect();
+        changed.sort_by_key(|step| step.after.map(|entry| entry.age));
+        let wanted = |step: &Step| (step.line.rule, step.after.map(|entry| entry.expires));
+        changed.into_iter().map(wanted).collect()
+    }
+}
+
 /// How to make the kernel hold what the mirror says.
 #[derive(Default)]
 pub struct Repair {
@@ -112,6 +124,16 @@ impl Law<'_> {
             return Some(Note::Removed("of no use as a guard any more"));
         }
         self.whitelist.conflict(&line.rule).map(|_| Note::Removed("whitelisted"))
+    }
+}
+
+/// An expiry after the wall clock, which had shown `before`, was set by so many
+/// seconds. Where that was no real time, as on a router that has just booted, an
+/// expiry in real time is of an earlier run, and right.
+pub fn moved(second: u64, before: u64, seconds: i64) -> u64 {
+    match before >= REAL_TIME || second < REAL_TIME {
+        true => second.saturating_add_signed(seconds),
+        false => second,
     }
 }
 
@@ -203,16 +225,10 @@ impl Mirror {
         due.map(|(_, rule)| *rule).collect()
     }
 
-    /// Moves every expiry by the seconds that the wall clock, which had shown
-    /// `before`, was set. Where that was no real time, as on a router that has
-    /// just booted, an expiry in real time is of an earlier run, and right.
-    pub fn shift(&mut self, before: u64, seconds: i64) {
+    /// Moves every expiry.
+    pub fn shift(&mut self, moved: impl Fn(u64) -> u64) {
         for (line, Entry { age, expires }) in self.rules.clone() {
-            let Some(second) = expires else { continue };
-            if before >= REAL_TIME || second < REAL_TIME {
-                let expires = Some(second.saturating_add_signed(seconds));
-                self.set(line, Some(Entry { age, expires }));
-            }
+            self.set(line, Some(Entry { age, expires: expires.map(&moved) }));
         }
     }
 
@@ -298,11 +314,10 @@ impl Mirror {
         sets.into_iter().map(|(_, line)| line).collect()
     }
 
-    /// The rules that a set may stand for, each with its expiry, the oldest first.
-    pub fn movable(&self) -> Vec<(Rule, Option<u64>)> {
+    /// The plain rules, the oldest first.
+    pub fn plain(&self) -> Vec<Kept> {
         let plain = self.rules.iter().filter(|(line, _)| line.kind == Kind::Plain);
-        let movable = plain.filter(|(line, _)| line.rule.place().is_some());
-        let mut rules: Vec<_> = movable.map(|(line, e)| (e.age, line.rule, e.expires)).collect();
+        let mut rules: Vec<_> = plain.map(|(line, e)| (e.age, line.rule, e.expires)).collect();
         rules.sort_unstable();
         rules.into_iter().map(|(_, rule, expires)| (rule, expires)).collect()
     }
@@ -616,12 +631,12 @@ mod tests {
     #[test]
     fn a_set_clock_moves_every_expiry() {
         let mut mirror = mirror(&[A, "+/drop/input/any/2.2.2.2 60"]);
-        mirror.shift(REAL_TIME, -500);
+        mirror.shift(|second| moved(second, REAL_TIME, -500));
         assert_eq!(mirror.due(559), []);
         assert_eq!(mirror.due(560), [rule("/drop/input/any/2.2.2.2")]);
         // Booted in 1970, with a rule of an earlier run beside one of this run.
         mirror.add(Line::plain(rule("/drop/input/any/3.3.3.3")), Some(REAL_TIME + 60));
-        mirror.shift(100, REAL_TIME as i64);
+        mirror.shift(|second| moved(second, 100, REAL_TIME as i64));
         assert_eq!(mirror.due(REAL_TIME + 60), [rule("/drop/input/any/3.3.3.3")]);
         assert_eq!(mirror.due(REAL_TIME + 560).len(), 2);
     }

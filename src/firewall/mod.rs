@@ -19,10 +19,11 @@ use crate::log::Log;
 use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Rules, Scope, Target};
+use crate::state::{Kept, State};
 use exec::Failure;
 use ipset::{Entry, Ipset};
 use kernel::{Edit, Kind, LIMIT, Line, Owned, START_LIMIT, Tools};
-use mirror::{Batch, Law, Listing, Mirror, Note};
+use mirror::{Batch, Law, Listing, Mirror, Note, REAL_TIME, moved};
 use std::collections::HashMap;
 use std::mem;
 use std::sync::mpsc::{self, Sender};
@@ -141,6 +142,10 @@ struct Kernel {
     tables: Vec<Table>,
     /// Keeps addresses, where rfw.conf says so.
     ipset: Option<Ipset>,
+    /// Keeps the list over a reboot, where rfw.conf says so.
+    state: Option<State>,
+    /// Where the state file ends if a list that is unsettled comes to nothing.
+    doubtful: Option<u64>,
     /// At most so many entries are in a set.
     fill: HashMap<Line, usize>,
     /// Whether something may be left of a list, since ipset was ended in the middle.
@@ -164,34 +169,63 @@ struct Table {
 }
 
 impl Firewall {
-    /// Reads what the kernel holds of rfw's, and puts the guard rules of the
-    /// outward server's port there. The error is a sentence.
+    /// Makes the kernel hold what the state file names or, without one, reads what it
+    /// holds of rfw's, and puts the guard rules of the outward server's port there.
+    /// A file that is new names nothing yet. The error is a sentence.
     pub fn start(
         tools: Vec<Tools>,
         ipset: Option<Ipset>,
+        state: Option<(State, Option<Vec<Kept>>)>,
         guarded: Option<u16>,
         whitelist: Arc<Whitelist>,
         log: Arc<Log>,
     ) -> Result<Firewall, String> {
         let (clock, next_look) = (Clock::start(), Instant::now());
+        let (mut state, kept) = state.unzip();
+        let kept = kept.flatten().map(|mut kept| {
+            kept.retain(|(_, expires)| expires.is_none_or(|second| second > clock.now().as_secs()));
+            without_whitelisted(kept, &mut state, &whitelist, &log)
+        });
+        let (lines, fill) = match (&kept, &ipset) {
+            (None, _) => (None, HashMap::new()),
+            (Some(kept), None) => (Some(sets::all_plain(kept)), HashMap::new()),
+            (Some(kept), Some(ipset)) => {
+                let filled = sets::fill(ipset, kept, clock.now());
+                let (lines, fill) = filled.map_err(|failure| sets::no_sets(&failure))?;
+                (Some(lines), fill)
+            }
+        };
         // Both at once: with many rules this is what a start waits for.
         let tables = thread::scope(|scope| {
             let begin = |tools| {
                 let (mirror, whitelist, log) = (Mirror::default(), whitelist.clone(), log.clone());
                 let table = Table { tools, mirror, whitelist, log, stale: false };
                 let now = clock.now().as_secs();
-                scope.spawn(move || table.begin(guarded, now))
+                let lines = lines.as_deref();
+                scope.spawn(move || table.begin(guarded, lines, now))
             };
             let threads: Vec<_> = tools.into_iter().map(begin).collect();
             let begun = threads.into_iter().flat_map(ScopedJoinHandle::join);
             begun.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()
         })?;
         let tools = tables.iter().map(|table| table.tools.clone()).collect();
-        let fill = HashMap::new();
-        let (told, unsettled, sets) = (None, false, ipset.clone());
-        let mut kernel =
-            Kernel { tables, ipset: sets, fill, unsettled, clock, log, next_look, told };
-        kernel.begin_sets()?;
+        let (told, unsettled, doubtful, sets) = (None, false, None, ipset.clone());
+        let mut kernel = Kernel {
+            tables,
+            ipset: sets,
+            state,
+            doubtful,
+            fill,
+            unsettled,
+            clock,
+            log,
+            next_look,
+            told,
+        };
+        kernel.begin_sets(kept.is_some())?;
+        if kept.is_none() {
+            kernel.begin_state()?;
+        }
         Ok(Firewall { queue: Mutex::default(), kernel: Mutex::new(kernel), tools, ipset })
     }
 
@@ -335,7 +369,7 @@ impl Kernel {
             let (mine, changes): (Vec<_>, Vec<_>) =
                 mine.filter(|(_, change)| change.rules.of(family).next().is_some()).unzip();
             let committed = match &ill {
-                None => table.commit(&changes, now),
+                None => table.commit(&changes, now, &mut self.state),
                 Some(failure) => vec![Err(Failure::clone(failure)); changes.len()],
             };
             let mut failures = committed.iter().filter_map(|result| result.as_ref().err());
@@ -353,8 +387,9 @@ impl Kernel {
         now: Duration,
     ) -> (Result<Outcome, Failure>, &'static str) {
         let (mut outcome, mut taken) = (Outcome::default(), Vec::new());
+        let mark = self.state.as_ref().map(State::mark);
         for table in &mut self.tables {
-            match table.commit_all(&[list], now) {
+            match table.commit_all(&[list], now, &mut self.state) {
                 Ok(batch) => {
                     for part in &batch.outcomes {
                         outcome.tally.join(&part.tally);
@@ -364,6 +399,7 @@ impl Kernel {
                 }
                 Err(failure) => {
                     let mut words = NOTHING;
+                    cut(&mut self.state, mark);
                     for (table, batch) in taken {
                         table.mirror.undo(&batch);
                         words = match table.repair(&batch, now.as_secs(), false) {
@@ -385,6 +421,9 @@ impl Kernel {
         let now = self.clock.now();
         for table in &mut self.tables {
             table.expire(now).or_else(only_passing)?;
+        }
+        if self.doubtful.is_none() && self.state.as_ref().is_some_and(State::is_large) {
+            self.compact(now.as_secs(), |second| second);
         }
         let started = Instant::now();
         if started < self.next_look {
@@ -413,20 +452,58 @@ impl Kernel {
         let before = self.clock.now().as_secs();
         if let Some(seconds) = self.clock.follow(clock::wall()) {
             self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
-            self.tables.iter_mut().for_each(|table| table.mirror.shift(before, seconds));
+            let moved = |second| moved(second, before, seconds);
+            self.tables.iter_mut().for_each(|table| table.mirror.shift(moved));
+            self.compact(self.clock.now().as_secs(), moved);
+            if before < REAL_TIME {
+                self.refill();
+            }
             self.next_look = Instant::now();
         }
+    }
+
+    fn compact(&mut self, now: u64, moved: impl Fn(u64) -> u64) {
+        let Some(state) = &mut self.state else { return };
+        if let Err(sentence) = state.compact(now, moved) {
+            self.log.error(format_args!("{sentence}"));
+        }
+    }
+
+    /// Writes a new state file with what the kernel holds.
+    fn begin_state(&mut self) -> Result<(), String> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        let mut kept: Vec<Kept> = self.tables.iter().flat_map(|t| t.mirror.plain()).collect();
+        let now = self.clock.now();
+        for line in self.tables.iter().flat_map(|table| table.mirror.sets()) {
+            let (Some(ipset), Some(place)) = (&self.ipset, line.place()) else { continue };
+            let each = |entry: Entry| {
+                let Owned { line, expires, .. } = entry.owned(place, now);
+                kept.push((line.rule, expires));
+                true
+            };
+            ipset.entries(&line.to_string(), START_LIMIT, each).map_err(|f| f.to_string())?;
+        }
+        state.replace(kept.into_iter())
     }
 }
 
 impl Table {
     /// Starts it; `None` if this host has no IPv6 to filter.
-    fn begin(mut self, guarded: Option<u16>, now: u64) -> Result<Option<Table>, String> {
+    fn begin(
+        mut self,
+        guarded: Option<u16>,
+        lines: Option<&[(Line, Option<u64>)]>,
+        now: u64,
+    ) -> Result<Option<Table>, String> {
         let guards =
             guarded.map_or(Vec::new(), |port| guards(&self.whitelist, self.tools.family, port));
         let law = Law { now, whitelist: &self.whitelist };
-        let (mut clean, mut found) = (true, Vec::new());
+        let (mut clean, mut found) = (lines.is_none(), Vec::new());
         let listed = self.tools.list(None, false, START_LIMIT, |_, row| {
+            // Where the list is known, it is enough that the kernel can be read.
+            if lines.is_some() {
+                return false;
+            }
             if let Some(owned) = row {
                 clean = self.mirror.adopt(&owned, &law) && clean;
                 let guard = owned.line.is_guard();
@@ -448,6 +525,10 @@ impl Table {
                 return Err(format!("cannot read the kernel's rules ({failure}); {what_to_do}"));
             }
         }
+        let mine = |(line, _): &&(Line, _)| line.rule.family() == self.tools.family;
+        for (line, expires) in lines.unwrap_or_default().iter().filter(mine) {
+            self.mirror.add(*line, *expires);
+        }
         let untried = self.mirror.is_empty() && guards.is_empty();
         let mut begun = if untried { probe(&self.tools) } else { Ok(()) };
         if found != guards || !clean {
@@ -466,20 +547,25 @@ impl Table {
 
     /// Commits changes, and answers each. Where the kernel, as long as it can
     /// be read, refuses a batch, each half of it is tried: only bad rules fail.
-    fn commit(&mut self, changes: &[&Change], now: Duration) -> Vec<Result<Outcome, Failure>> {
-        match self.commit_all(changes, now) {
+    fn commit(
+        &mut self,
+        changes: &[&Change],
+        now: Duration,
+        state: &mut Option<State>,
+    ) -> Vec<Result<Outcome, Failure>> {
+        match self.commit_all(changes, now, state) {
             Ok(batch) => batch.outcomes.into_iter().map(Ok).collect(),
             Err(Failure::Refused(_) | Failure::Full(_))
                 if changes.len() > 1
                     && self.repair(&Batch::default(), now.as_secs(), false).is_ok() =>
             {
                 let (first, second) = changes.split_at(changes.len() / 2);
-                let mut results = self.commit(first, now);
+                let mut results = self.commit(first, now, state);
                 results.extend(match results.last() {
                     Some(Err(failure)) if failure.is_passing() => {
                         vec![Err(failure.clone()); second.len()]
                     }
-                    _ => self.commit(second, now),
+                    _ => self.commit(second, now, state),
                 });
                 results
             }
@@ -489,31 +575,53 @@ impl Table {
 
     /// All or nothing. What fails is tried again on a mirror made true, because
     /// somebody else may have removed a rule that was to be deleted.
-    fn commit_all(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
+    fn commit_all(
+        &mut self,
+        changes: &[&Change],
+        now: Duration,
+        state: &mut Option<State>,
+    ) -> Result<Batch, Failure> {
         if self.stale && !changes.is_empty() {
             self.repair(&Batch::default(), now.as_secs(), false)?;
         }
-        match self.attempt(changes, now) {
+        match self.attempt(changes, now, state) {
             Err(Failure::Refused(_)) => {
                 self.repair(&Batch::default(), now.as_secs(), false)?;
-                self.attempt(changes, now)
+                self.attempt(changes, now, state)
             }
             result => result,
         }
     }
 
-    fn attempt(&mut self, changes: &[&Change], now: Duration) -> Result<Batch, Failure> {
+    /// To the disk, then to the kernel.
+    fn attempt(
+        &mut self,
+        changes: &[&Change],
+        now: Duration,
+        state: &mut Option<State>,
+    ) -> Result<Batch, Failure> {
         let before = self.mirror.len();
         let batch = self.mirror.apply(changes, self.tools.family, ceiling(now));
-        let committed = match self.mirror.edits(&batch) {
+        let mark = state.as_ref().map(State::mark);
+        let written = match state {
             _ if self.mirror.len() > before.max(MAX_RULES) => Err(Failure::Full(MANY_RULES)),
+            None => Ok(()),
+            Some(state) => {
+                let wanted = batch.wanted();
+                let is_list = |change: &&Change| matches!(change.rules, Rules::List(..));
+                let list = changes.iter().any(is_list).then_some(wanted.len());
+                state.append(wanted.into_iter(), list).map_err(Failure::State)
+            }
+        };
+        let committed = written.and_then(|()| match self.mirror.edits(&batch) {
             Some(edits) => self.run(&edits),
             None => self.repair(&batch, now.as_secs(), false),
-        };
+        });
         match committed {
             Ok(()) => Ok(batch),
             Err(failure) => {
                 self.mirror.undo(&batch);
+                cut(state, mark);
                 Err(failure)
             }
         }
@@ -565,7 +673,8 @@ impl Table {
         }
         let delete = |rule: &Rule| Change { rules: Rules::One(*rule), action: Action::Delete };
         let changes: Vec<_> = due.iter().map(delete).collect();
-        let results = self.commit(&changes.iter().collect::<Vec<_>>(), now);
+        // The state file tells by itself what has expired.
+        let results = self.commit(&changes.iter().collect::<Vec<_>>(), now, &mut None);
         for (result, rule) in results.iter().zip(&due) {
             if result.is_ok() {
                 self.log.info(format_args!("expired {rule}"));
@@ -586,6 +695,32 @@ impl Table {
             return Ok(());
         }
         self.repair(&Batch::default(), now.as_secs(), false)
+    }
+}
+
+/// What the state file names, less what the whitelist has come to cover.
+fn without_whitelisted(
+    mut kept: Vec<Kept>,
+    state: &mut Option<State>,
+    whitelist: &Whitelist,
+    log: &Log,
+) -> Vec<Kept> {
+    let listed = kept.extract_if(.., |(rule, _)| whitelist.conflict(rule).is_some());
+    let listed: Vec<Rule> = listed.map(|(rule, _)| rule).collect();
+    for rule in &listed {
+        log.warning(format_args!("removed {rule}: whitelisted"));
+    }
+    let gone = listed.into_iter().map(|rule| (rule, None));
+    if let Some(Err(sentence)) = state.as_mut().map(|state| state.append(gone, None)) {
+        log.error(format_args!("{sentence}"));
+    }
+    kept
+}
+
+/// Takes back what the state file has of a change that came to nothing.
+fn cut(state: &mut Option<State>, mark: Option<u64>) {
+    if let (Some(state), Some(mark)) = (state, mark) {
+        state.cut(mark);
     }
 }
 
@@ -625,6 +760,7 @@ fn refusal(failure: Failure) -> Refusal {
         Failure::Refused(words) => Refusal::Iptables(words),
         Failure::Passing(sentence) => Refusal::Busy(sentence),
         Failure::Full(sentence) => Refusal::Full(sentence),
+        Failure::State(sentence) => Refusal::State(sentence),
     }
 }
 

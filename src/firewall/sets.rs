@@ -7,12 +7,13 @@
 use super::exec::Failure;
 use super::ipset::{DEFAULT_PATH, Entry, Header, Ipset, Load};
 use super::kernel::{Line, Owned, START_LIMIT};
-use super::mirror::Batch;
-use super::{Kernel, Outcome, Table, Tally, Verdict, only_passing};
+use super::mirror::{Batch, REAL_TIME};
+use super::{Kernel, Outcome, Table, Tally, Verdict, cut, only_passing};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
-use crate::rule::{Action, Chain, Change, End, Iface, Place, Rules, Target};
-use std::collections::HashSet;
+use crate::rule::{Action, Chain, Change, End, Iface, Place, Rule, Rules, Target};
+use crate::state::{Kept, State};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::slice;
 use std::time::Duration;
@@ -25,6 +26,17 @@ impl Entry {
         let expires = left.map(|left| super::ceiling(now).saturating_add(left).saturating_add(1));
         Owned { line: Line::plain(place.rule(self.net)), expires, counters: self.counters }
     }
+}
+
+/// A change of rules that sets stand for.
+struct Order<'a> {
+    place: Place,
+    nets: &'a [Net],
+    /// For how many seconds, 0 is for ever; `None` takes them out.
+    put: Option<u32>,
+    /// Unix seconds.
+    expires: Option<u64>,
+    is_list: bool,
 }
 
 impl Kernel {
@@ -58,6 +70,46 @@ impl Kernel {
                 (Some(timeout), Some(super::ceiling(now).saturating_add(seconds)))
             }
         };
+        let order = Order { place, nets, put, expires, is_list: single.is_none() };
+        let mark = self.state.as_ref().map(State::mark);
+        self.write_state(&order)?;
+        let result = self.carry_out(ipset, &order, now);
+        match &result {
+            // A list that was cut short may be whole all the same.
+            Err(failure) if failure.is_passing() && self.unsettled => self.doubtful = mark,
+            Err(_) => cut(&mut self.state, mark),
+            Ok(_) => {}
+        }
+        result
+    }
+
+    /// Puts into the state file what is to happen to addresses: a PUT takes them out of
+    /// the sets of the other targets.
+    fn write_state(&mut self, order: &Order<'_>) -> Result<(), Failure> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        let wanted = order.put.map(|_| order.expires);
+        let is_there = |place: Place, net: &Net| {
+            let line = Line::set(place, net.family());
+            self.tables.iter().any(|table| table.mirror.has(&line))
+        };
+        let others: Vec<Place> = order.place.others().filter(|_| wanted.is_some()).collect();
+        let changes = order.nets.iter().flat_map(|net| {
+            let rivals = others.iter().filter(|other| is_there(**other, net));
+            let rivals = rivals.map(|other| (other.rule(*net), None));
+            let mine = wanted.is_some() || is_there(order.place, net);
+            rivals.chain(mine.then(|| (order.place.rule(*net), wanted)))
+        });
+        let count = changes.clone().count();
+        state.append(changes, order.is_list.then_some(count)).map_err(Failure::State)
+    }
+
+    fn carry_out(
+        &mut self,
+        ipset: &Ipset,
+        order: &Order<'_>,
+        now: Duration,
+    ) -> Result<Outcome, Failure> {
+        let Order { place, nets, put, expires, is_list } = *order;
         let mut outcome = Outcome { tally: Tally::default(), expires };
         let mut loads = Vec::new();
         for nets in nets.chunk_by(|a, b| a.family() == b.family()) {
@@ -67,9 +119,9 @@ impl Kernel {
                 None => outcome.tally.add(Verdict::Absent, nets.len()),
             }
         }
-        let tallies = match single {
-            Some(net) => loads.iter().map(|load| self.one(ipset, place, load, net)).collect(),
-            None => ipset.carry_out(&loads),
+        let tallies = match nets {
+            [net] if !is_list => loads.iter().map(|l| self.one(ipset, place, l, *net)).collect(),
+            _ => ipset.carry_out(&loads),
         };
         self.unsettled = tallies.is_err();
         for (load, tally) in loads.iter().zip(tallies?) {
@@ -139,11 +191,19 @@ impl Kernel {
     /// Ends what was begun with a list. One that the kernel does not take is no
     /// reason not to go on.
     fn settle(&mut self, ipset: &Ipset) -> Result<(), Failure> {
-        if let Err(failure) = ipset.settle() {
-            self.log.error(format_args!("what was begun with a list cannot be ended: {failure}"));
-            only_passing(failure)?;
+        let whole = match ipset.settle() {
+            Ok(whole) => whole,
+            Err(failure) => {
+                let what = "what was begun with a list cannot be ended";
+                self.log.error(format_args!("{what}: {failure}"));
+                only_passing(failure)?;
+                false
+            }
+        };
+        if !whole {
+            cut(&mut self.state, self.doubtful);
         }
-        self.unsettled = false;
+        (self.unsettled, self.doubtful) = (false, None);
         Ok(())
     }
 
@@ -186,18 +246,21 @@ impl Kernel {
     }
 
     /// Moves what is found at start to where rfw.conf wants it: into sets, or
-    /// out of them. The error is a sentence.
-    pub fn begin_sets(&mut self) -> Result<(), String> {
+    /// out of them; what came from the state file is there already. The error is a
+    /// sentence.
+    pub fn begin_sets(&mut self, from_state: bool) -> Result<(), String> {
         let now = self.clock.now();
         let found = self.tables.iter().any(|table| !table.mirror.sets().is_empty());
         match self.ipset.clone() {
-            Some(ipset) => self.move_in(&ipset, now).map_err(|failure| match failure {
-                Failure::Full(sentence) => sentence.to_string(),
-                _ => format!(
-                    "sets do not work here ({failure}); rfw must be root or have CAP_NET_ADMIN and \
-                     CAP_NET_RAW, and the kernel ip_set_hash_net and xt_set; or leave ipset.path out"
-                ),
-            }),
+            Some(ipset) => {
+                let moved = if from_state { Ok(()) } else { self.move_in(&ipset, now) };
+                moved.and_then(|()| self.tidy(&ipset, now)).map_err(|failure| no_sets(&failure))
+            }
+            None if from_state => {
+                // Those of a former run, whose rules have gone.
+                let _ = self.ipset_of_old().map(|ipset| self.destroy_unruled(&ipset));
+                Ok(())
+            }
             None if !found => Ok(()),
             None => self.move_out(now).map_err(|failure| {
                 format!("rfw's rules cannot be taken out of its sets ({failure}); set ipset.path")
@@ -220,13 +283,23 @@ impl Kernel {
                 self.fill.insert(line, usize::MAX);
             }
         }
-        // Those without a rule are of a move that was cut short, or their rule was
-        // flushed while rfw was stopped: what the kernel does not enforce is no rule.
+        Ok(())
+    }
+
+    /// Destroys sets without a rule: they are of a move that was cut short, or their rule
+    /// was flushed while rfw was stopped, or the state file does not name them. What the
+    /// kernel does not enforce is no rule.
+    fn destroy_unruled(&self, ipset: &Ipset) -> Result<(), Failure> {
         let ruled: HashSet<String> = self.fill.keys().map(Line::to_string).collect();
-        for header in headers.iter().filter(|header| !ruled.contains(&header.name)) {
+        for header in ipset.headers()?.iter().filter(|header| !ruled.contains(&header.name)) {
             self.log.warning(format_args!("destroyed the set {}: it has no rule", header.name));
             ipset.destroy(&header.name)?;
         }
+        Ok(())
+    }
+
+    fn tidy(&mut self, ipset: &Ipset, now: Duration) -> Result<(), Failure> {
+        self.destroy_unruled(ipset)?;
         // A new set shows whether sets work at all.
         if self.fill.is_empty() {
             for table in &mut self.tables {
@@ -241,10 +314,13 @@ impl Kernel {
         self.sweep(now)
     }
 
+    fn ipset_of_old(&self) -> Option<Ipset> {
+        let presence = self.tables.first()?.tools.presence.clone();
+        Some(Ipset::new(PathBuf::from(DEFAULT_PATH), 0, presence))
+    }
+
     fn move_out(&mut self, now: Duration) -> Result<(), Failure> {
-        let Some(table) = self.tables.first() else { return Ok(()) };
-        let presence = table.tools.presence.clone();
-        let ipset = Ipset::new(PathBuf::from(DEFAULT_PATH), 0, presence);
+        let Some(ipset) = self.ipset_of_old() else { return Ok(()) };
         ipset.settle()?;
         for table in &mut self.tables {
             let lines = table.mirror.sets();
@@ -268,6 +344,108 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+impl Kernel {
+    /// Makes the sets hold what the state file names: their time-outs cannot be moved
+    /// when a clock that had shown no real time is set.
+    pub fn refill(&mut self) {
+        let (Some(ipset), Some(state)) = (&self.ipset, &self.state) else { return };
+        let filled = state.kept().map_err(Failure::State);
+        if let Err(failure) = filled.and_then(|kept| fill(ipset, &kept, self.clock.now())) {
+            self.log.error(format_args!("sets have old times of expiry: {failure}"));
+        }
+    }
+}
+
+/// Every rule as a line of iptables.
+pub fn all_plain(kept: &[Kept]) -> Vec<(Line, Option<u64>)> {
+    kept.iter().map(|(rule, expires)| (Line::plain(*rule), *expires)).collect()
+}
+
+/// Why sets do not work, as a sentence.
+pub fn no_sets(failure: &Failure) -> String {
+    match failure {
+        Failure::Full(sentence) => sentence.to_string(),
+        _ => format!(
+            "sets do not work here ({failure}); rfw must be root or have CAP_NET_ADMIN and \
+             CAP_NET_RAW, and the kernel ip_set_hash_net and xt_set; or leave ipset.path out"
+        ),
+    }
+}
+
+/// How many seconds a set keeps an address that expires then.
+fn timeout(expires: Option<u64>, now: Duration) -> Option<u32> {
+    let Some(second) = expires else { return Some(0) };
+    let left = second.saturating_sub(now.as_secs()).max(1);
+    // Before the clock is set nobody knows how long; after that it is filled in anew.
+    let left = if now.as_secs() < REAL_TIME { left.min(LONGEST_IN_SET.into()) } else { left };
+    u32::try_from(left).ok().filter(|left| *left <= LONGEST_IN_SET)
+}
+
+/// Seconds by which the time-out of an entry may differ from what it should be.
+const INEXACT: u32 = 2;
+
+/// Makes the sets hold, in one restore, what the state file names; returns the rules for
+/// them and for all else, and how many entries each set has.
+#[allow(clippy::type_complexity)]
+pub fn fill(
+    ipset: &Ipset,
+    kept: &[Kept],
+    now: Duration,
+) -> Result<(Vec<(Line, Option<u64>)>, HashMap<Line, usize>), Failure> {
+    ipset.settle()?;
+    let (mut lines, mut sets) = (Vec::new(), BTreeMap::<Line, BTreeMap<Net, u32>>::new());
+    for (rule, expires) in kept {
+        match rule.place() {
+            None => lines.push((Line::plain(*rule), *expires)),
+            Some((place, net)) => {
+                let timeout = timeout(*expires, now).ok_or_else(|| too_long(rule))?;
+                sets.entry(Line::set(place, rule.family())).or_default().insert(net, timeout);
+            }
+        }
+    }
+    let fill = sets.iter().map(|(line, entries)| (*line, entries.len())).collect();
+    lines.extend(sets.keys().map(|line| (*line, None)));
+    let headers = ipset.headers()?;
+    let mut gone = Vec::new();
+    for (line, entries) in &mut sets {
+        let name = line.to_string();
+        if let Some(header) = headers.iter().find(|header| header.name == name) {
+            ipset.fit(header, line.rule.family())?;
+        }
+        ipset.entries(&name, START_LIMIT, |Entry { net, timeout, .. }| {
+            match entries.get(&net) {
+                None => gone.push((name.clone(), net)),
+                Some(wanted)
+                    if (*wanted == 0) == (timeout == 0) && wanted.abs_diff(timeout) <= INEXACT =>
+                {
+                    entries.remove(&net);
+                }
+                Some(_) => {}
+            }
+            true
+        })?;
+    }
+    let count = sets.values().map(BTreeMap::len).sum::<usize>();
+    ipset.restore(count.saturating_add(gone.len()), |input| {
+        for (line, entries) in &sets {
+            let name = line.to_string();
+            if !headers.iter().any(|header| header.name == name) {
+                ipset.write_create(input, &name, line.rule.family(), entries.len())?;
+            }
+            entries.iter().try_for_each(|(net, timeout)| {
+                input.line(format_args!("add {name} {net} timeout {timeout}"))
+            })?;
+        }
+        gone.iter().try_for_each(|(name, net)| input.line(format_args!("del {name} {net}")))
+    })?;
+    Ok((lines, fill))
+}
+
+fn too_long(rule: &Rule) -> Failure {
+    let what_to_do = "without ipset.path, DELETE it or PUT it with less";
+    Failure::Refused(format!("{rule} lives longer than 24 days: {what_to_do}"))
 }
 
 impl Table {
@@ -294,10 +472,7 @@ impl Table {
             ipset.delete(&header.name, net)?;
             self.log.warning(format_args!("removed {}: whitelisted", place.rule(net)));
         }
-        if header.maxelem != ipset.maxelem && header.entries <= ipset.maxelem {
-            ipset.resize(&header.name, self.tools.family, header.entries)?;
-        }
-        Ok(())
+        ipset.fit(header, self.tools.family)
     }
 
     /// Moves rules into sets, and says into which. The sets are filled first, and
@@ -305,14 +480,9 @@ impl Table {
     fn move_rules(&mut self, ipset: &Ipset, now: Duration) -> Result<Vec<Line>, Failure> {
         let family = self.tools.family;
         let (mut batch, mut lines, mut sets) = (Batch::default(), Vec::new(), Vec::new());
-        for (rule, expires) in self.mirror.movable() {
+        for (rule, expires) in self.mirror.plain() {
             let Some((place, net)) = rule.place() else { continue };
-            let left = expires.map(|second| second.saturating_sub(now.as_secs()).max(1));
-            let timeout = u32::try_from(left.unwrap_or(0)).ok().filter(|t| *t <= LONGEST_IN_SET);
-            let timeout = timeout.ok_or_else(|| {
-                let what_to_do = "without ipset.path, DELETE it or PUT it with less";
-                Failure::Refused(format!("{rule} lives longer than 24 days: {what_to_do}"))
-            })?;
+            let timeout = timeout(expires, now).ok_or_else(|| too_long(&rule))?;
             let set = Line::set(place, family);
             if !self.mirror.has(&set) {
                 ipset.create(&set.to_string(), family)?;

@@ -31,6 +31,8 @@ pub enum Refusal {
     TooMany,
     /// There is no room for so many; what to do.
     Full(&'static str),
+    /// The state file cannot be written, as this sentence says.
+    State(String),
     /// The change overlaps this block of the whitelist.
     Whitelisted(Net),
     /// An IPv6 rule on a host without IPv6.
@@ -79,6 +81,10 @@ impl Refusal {
                 (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
             }
             Refusal::Full(sentence) => (507, code(507), format!("{sentence} Nothing was applied.")),
+            Refusal::State(sentence) => {
+                let todo = "Nothing was applied; make room there or take state.file out.";
+                (507, "state_failed", format!("{sentence} {todo}"))
+            }
             Refusal::Whitelisted(net) => {
                 (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
             }
@@ -211,6 +217,7 @@ mod tests {
             (Refusal::List(wrong.clone()), 400, "bad_list", "wrong: 7. Nothing"),
             (Refusal::TooMany, 413, "content_too_large", "1000000 entries"),
             (Refusal::Full("No room."), 507, "set_full", "Nothing was applied"),
+            (Refusal::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
             (Refusal::Whitelisted(net), 409, "whitelisted", "overlaps 1.2.3.0/24"),
             (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
             (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
