@@ -37,7 +37,7 @@ fn unharmed(lab: &Lab, rfw: &Rfw, before: (usize, usize), what: &str) {
 }
 
 /// System calls fail from here on, until this is dropped.
-fn inject(rfw: &Rfw, fault: &str) -> Process {
+pub fn inject(rfw: &Rfw, fault: &str) -> Process {
     let pid = rfw.pid();
     let tracer = Process::start(&format!("strace -f -qq -o /dev/null -p {pid} -e inject={fault}"));
     await_true("strace traces all threads", 10, || {

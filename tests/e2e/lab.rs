@@ -44,9 +44,7 @@ pub fn modes(lab: &Lab, lines: &str, body: impl Fn(&mut Rfw<'_>, bool)) {
         let mut rfw = lab.start(&format!("local.server\n{lines}\n{mode}"));
         body(&mut rfw, sets);
         drop(rfw);
-        lab.iptables("-F");
-        lab.ip6tables("-F");
-        lab.ipset("destroy");
+        lab.reboot();
     }
 }
 
@@ -178,6 +176,13 @@ impl Lab {
 
     pub fn ipset(&self, arguments: &str) -> String {
         sh(&format!("/usr/sbin/ipset {arguments}"))
+    }
+
+    /// Empties the kernel's tables and sets of all that is rfw's, as a reboot does.
+    pub fn reboot(&self) {
+        self.iptables("-F");
+        self.ip6tables("-F");
+        self.ipset("destroy");
     }
 
     /// How many of so many rules iptables-nft may write at once: fewer in a user namespace.

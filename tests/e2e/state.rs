@@ -1,0 +1,343 @@
+//! The state file: what it keeps, how it is cut, damaged, filled up and refused. Kills and reboots
+//! under load are in `crash`.
+
+use crate::faults::inject;
+use crate::kernel::CLOCK;
+use crate::lab::*;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+const CONF: &str = "local.server\nstate.file = state";
+const HEADER: &str = "rfw state 1\n";
+
+/// The file without its header.
+fn lines(lab: &Lab) -> String {
+    lab.read("state").strip_prefix(HEADER).expect("a header").into()
+}
+
+fn state(lab: &Lab, lines: &str) {
+    lab.write("state", &format!("{HEADER}{lines}"));
+}
+
+#[test]
+fn one_line_a_change() {
+    both(|lab| {
+        modes(lab, "state.file = state", |_, sets| {
+            let expires = ask("PUT /drop/input/eth0/1.2.3.4?expire=1h").expires();
+            ask("PUT /accept/forward/any/5.5.5.0/24/ppp/6.6.6.6");
+            ask("DELETE /drop/input/eth0/1.2.3.4");
+            list("PUT /reject/output/any", "2001:db8::/64\n7.7.7.7\n");
+            let wanted = format!(
+                "+ {expires} /drop/input/eth0/1.2.3.4\n\
+                 + 0 /accept/forward/any/5.5.5.0/24/ppp+/6.6.6.6\n\
+                 - /drop/input/eth0/1.2.3.4\n"
+            );
+            let listed = match sets {
+                true => {
+                    "* 2\n+ 0 /reject/output/any/7.7.7.7\n+ 0 /reject/output/any/2001:db8::/64\n"
+                }
+                false => {
+                    "* 1\n+ 0 /reject/output/any/7.7.7.7\n* 1\n+ 0 /reject/output/any/2001:db8::/64\n"
+                }
+            };
+            assert_eq!(lines(lab), format!("{wanted}{listed}"));
+            assert_eq!(fs::metadata(lab.dir.join("state")).unwrap().mode() & 0o777, 0o600);
+            // What changes nothing costs nothing.
+            ask("PUT /accept/forward/any/5.5.5.0/24/ppp/6.6.6.6");
+            ask("DELETE /drop/output/any/9.9.9.9");
+            assert_eq!(lines(lab), format!("{wanted}{listed}"));
+            fs::remove_file(lab.dir.join("state")).unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_reboot_brings_back_rules_order_and_expiry() {
+    both(|lab| {
+        modes(lab, "state.file = state", |rfw, _| {
+            lab.iptables("-A INPUT -s 9.9.9.9 -j DROP");
+            ask("PUT /drop/input/any/1.1.1.1");
+            ask("PUT /accept/input/any/1.1.1.0/24?expire=1h");
+            ask("PUT /drop/input/any/1.1.1.1?expire=2h");
+            ask("PUT /drop/forward/any/8.8.8.8/any/2.2.2.2");
+            let soon = ask("PUT /reject/output/eth0/2001:db8::1?expire=1").expires();
+            list("PUT /drop/input/any", "3.3.3.0-3.3.3.9\n5::/64\n");
+            await_time(soon + 1);
+            let output = || lab.rules().iter().filter(|rule| rule.starts_with("OUTPUT")).count();
+            await_true("one expires", 4 + SLACK, || output() == 0);
+            let (kept, rules) = (lab.kept(), lab.rules());
+            assert_eq!(kept.len(), 6, "{kept:?}");
+            rfw.kill();
+            lab.reboot();
+            rfw.restart();
+            let again = lab.kept();
+            for ((was, expired), (is, expires)) in kept.iter().zip(&again) {
+                let near = expired.unwrap_or(0).abs_diff(expires.unwrap_or(0)) <= 2;
+                assert!(was == is && near, "{kept:?}\n{again:?}");
+            }
+            assert_eq!((again.len(), lab.rules()), (kept.len(), rules));
+            // Where nothing is lost nothing is done.
+            rfw.restart();
+            assert_eq!(lab.kept().len(), kept.len());
+            sh("rm lab/state");
+        });
+    });
+}
+
+/// The kernel's list is taken over once, and then the file is the list.
+#[test]
+fn whose_list_counts() {
+    both(|lab| {
+        modes(lab, "", |rfw, sets| {
+            ask("PUT /drop/input/any/1.1.1.1");
+            let expires = ask("PUT /drop/input/any/2.2.2.2?expire=1h").expires();
+            ask("PUT /drop/forward/any/8.8.8.8/any/2.2.2.2");
+            rfw.kill();
+            let more = if sets { SETS } else { "" };
+            lab.configure(&format!("{CONF}\n{more}"));
+            rfw.restart();
+            let taken = lines(lab);
+            assert_eq!(taken.lines().count(), 3, "{taken}");
+            let near =
+                |second: u64| taken.contains(&format!("+ {second} /drop/input/any/2.2.2.2\n"));
+            assert!((expires - 3..=expires + 3).any(near), "{taken}");
+            rfw.kill();
+            lab.iptables("-I INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
+            state(lab, "+ 0 /drop/input/any/1.1.1.1\n+ 1 /drop/input/any/8.8.8.8\n");
+            rfw.restart();
+            assert_eq!(lab.kept().into_keys().collect::<Vec<_>>(), ["1.1.1.1"]);
+            sh("rm lab/state");
+        });
+    });
+}
+
+#[test]
+fn sets_come_and_go_with_the_file() {
+    both(|lab| {
+        let mut rfw = lab.start(CONF);
+        ask("PUT /drop/input/any/1.1.1.1?expire=1h");
+        ask("PUT /accept/input/any/1.1.1.1");
+        ask("PUT /drop/forward/any/8.8.8.8/any/2.2.2.2");
+        ask("PUT /drop/output/any/5::");
+        let rules = lab.rules();
+        lab.configure(&format!("{CONF}\n{SETS}"));
+        rfw.restart();
+        assert_eq!(lab.rules().iter().filter(|rule| rule.contains("--match-set")).count(), 3);
+        assert_eq!(lab.entries().len(), 3);
+        // A PUT takes the address out of the other target's set, also in the file.
+        assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 refreshed");
+        assert_eq!(ask("DELETE /drop/input/any/1.1.1.1").brief(), "200 deleted");
+        lab.configure(CONF);
+        rfw.restart();
+        assert_eq!(lab.rules(), [&rules[2], &rules[3]].map(String::clone));
+        assert_eq!(lab.ipset("list -n"), "");
+    });
+}
+
+/// At every byte of its last three lines.
+#[test]
+fn a_power_cut() {
+    once(|lab| {
+        let put = |n: u8| format!("+ 0 /drop/input/any/10.0.0.{n}\n");
+        let whole = format!("{HEADER}{}{}{}{}", put(1), put(2), put(3), put(4));
+        lab.configure(CONF);
+        for end in HEADER.len() + put(1).len()..=whole.len() {
+            lab.write("state", &whole[..end]);
+            lab.write("rfw.log", "");
+            let mut rfw = lab.launch(&[]);
+            rfw.await_ready();
+            let count = (end - HEADER.len()) / put(1).len();
+            assert_eq!(lab.rules().len(), count, "{end}");
+            let torn = HEADER.len() + count * put(1).len() < end;
+            assert_eq!(lab.read("rfw.log").contains("its last change was cut off"), torn, "{end}");
+            assert_eq!(ask("PUT /drop/input/any/7.7.7.7").status, 200);
+            drop(rfw);
+            assert_eq!(lines(lab).lines().count(), count + 1, "{end}");
+            lab.reboot();
+        }
+    });
+}
+
+#[test]
+fn damage_is_named_and_nothing_is_touched() {
+    both(|lab| {
+        let mut rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/1.1.1.1");
+        rfw.kill();
+        let rules = lab.rules();
+        lab.configure(CONF);
+        let table = [
+            ("+ 0 /drop/input/any/10.0.0.1\nx\n", "/run/lab/state:3: 'x' is no line of rfw's"),
+            ("\0\0\0\n", "/run/lab/state:2: "),
+            ("+ 0 /drop/input/any/1.2.3.4/3\n", "/run/lab/state:2: "),
+        ];
+        for (text, words) in table {
+            state(lab, text);
+            for arguments in ["-t -f /run/lab/rfw.conf", "-f /run/lab/rfw.conf --logfile -"] {
+                let (status, said) = lab.rfw(arguments);
+                assert!(status == 1 && said.contains(words), "{said}");
+            }
+            assert_eq!((lab.rules(), lines(lab)), (rules.clone(), text.into()));
+        }
+        lab.write("state", "something else\n");
+        assert!(lab.rfw("-t -f /run/lab/rfw.conf").1.contains("/run/lab/state:1: "));
+        sh("chmod 666 lab/state");
+        assert!(lab.rfw("-t -f /run/lab/rfw.conf").1.contains("chmod go-w"));
+        sh("rm lab/state; mkfifo lab/state");
+        assert!(lab.rfw("-t -f /run/lab/rfw.conf").1.contains("is no file"));
+        sh("rm lab/state");
+        lab.configure("local.server\nstate.file = none/state");
+        assert!(lab.rfw("-f rfw.conf --logfile -").1.contains("none/state: cannot open it"));
+        assert_eq!(lab.rules(), rules);
+    });
+}
+
+/// A disk that is full, read-only, or fails to write.
+#[test]
+fn a_disk_that_takes_nothing() {
+    both(|lab| {
+        sh("mkdir -p lab/disk; mount -t tmpfs -o size=64k,mode=777 disk lab/disk");
+        modes(lab, "state.file = disk/state", |rfw, _| {
+            ask("PUT /drop/forward/any/1.1.1.1/any/1.1.1.2");
+            let refused = |what: &str| {
+                let (before, file) = (lab.kept(), lab.read("disk/state"));
+                for request in
+                    ["PUT /drop/input/any/2.2.2.2", "DELETE /drop/forward/any/1.1.1.1/any/1.1.1.2"]
+                {
+                    assert_eq!(ask(request).brief(), "507 state_failed", "{what}");
+                }
+                let long: String =
+                    (0..2000).map(|n| format!("10.0.{}.{}\n", n / 250, n % 250)).collect();
+                assert_eq!(list("PUT /drop/input/any", long).brief(), "507 state_failed", "{what}");
+                assert_eq!((lab.kept(), lab.read("disk/state")), (before, file), "{what}");
+                assert_eq!(ask("GET /list").status, 200, "{what}");
+            };
+            let works = |what: &str| {
+                assert_eq!(ask("PUT /drop/input/any/2.2.2.2").status, 200, "{what}");
+                assert_eq!(ask("DELETE /drop/input/any/2.2.2.2").status, 200, "{what}");
+            };
+            sh("cat /dev/zero > lab/disk/full || true");
+            // The rest of its last page takes some lines yet.
+            let fits = |n: u32| {
+                let address = format!("4.{}.{}.{}", n / 100, n / 10 % 10, n % 10);
+                ask(&format!("PUT /drop/input/any/{address}")).status == 200
+            };
+            assert!((0..300).any(|n| !fits(n)));
+            refused("full");
+            sh("rm lab/disk/full");
+            works("room again");
+            if fs::metadata("/usr/bin/strace").is_ok() {
+                let tracer = inject(rfw, "fdatasync:error=EIO");
+                refused("fdatasync");
+                drop(tracer);
+                works("it writes again");
+            }
+            let kept = lab.kept().len();
+            rfw.kill();
+            lab.reboot();
+            rfw.restart();
+            assert_eq!(lab.kept().len(), kept);
+            sh("rm lab/disk/state");
+        });
+    });
+}
+
+#[test]
+fn what_the_kernel_refuses_is_not_kept() {
+    both(|lab| {
+        lab.stand_in("");
+        modes(lab, "state.file = state", |rfw, _| {
+            ask("PUT /drop/input/any/1.1.1.1");
+            ask("PUT /accept/input/any/1.1.1.0/24");
+            ask("PUT /drop/forward/any/8.8.8.8/any/2.2.2.2");
+            let before = (lab.read("state"), lab.kept().len());
+            lab.stand_in_for_changes("echo no such luck >&2; exit 1");
+            for request in [
+                "PUT /drop/forward/any/1.1.1.1/any/2.2.2.2?expire=1h",
+                "PUT /drop/forward/any/9.9.9.9/any/9.9.9.8",
+            ] {
+                assert_eq!(ask(request).brief(), "500 iptables_failed");
+            }
+            assert_eq!(lab.read("state"), before.0);
+            lab.stand_in("");
+            rfw.kill();
+            lab.reboot();
+            rfw.restart();
+            assert_eq!(lab.kept().len(), before.1);
+            sh("rm lab/state");
+        });
+    });
+}
+
+#[test]
+fn one_rfw_a_file() {
+    once(|lab| {
+        let _rfw = lab.start(CONF);
+        let program = env!("CARGO_BIN_EXE_rfw");
+        let run = format!("unshare -n {program} -f lab/rfw.conf --logfile - 2>&1 || true");
+        assert!(sh(&run).contains("state: another rfw has it"), "{}", sh(&run));
+    });
+}
+
+#[test]
+fn a_file_over_twice_the_list_is_compacted() {
+    both(|lab| {
+        modes(lab, "state.file = state", |rfw, _| {
+            ask("PUT /drop/input/any/1.1.1.1");
+            let mut conn = Conn::open();
+            for n in 0..3000 {
+                let verb = if n % 2 == 0 { "PUT" } else { "DELETE" };
+                assert_eq!(conn.ask(&format!("{verb} /drop/input/eth0/10.0.0.0/24")).status, 200);
+            }
+            let length = || lab.read("state").len();
+            await_true("it is short", 3 + SLACK, || length() < 40_000);
+            assert_eq!(fs::metadata(lab.dir.join("state")).unwrap().mode() & 0o777, 0o600);
+            assert!(!lab.dir.join("state.new").exists());
+            // It is locked anew, and written to.
+            let run = format!(
+                "unshare -n {} -f lab/rfw.conf --logfile - 2>&1 || true",
+                env!("CARGO_BIN_EXE_rfw")
+            );
+            assert!(sh(&run).contains("another rfw has it"));
+            ask("PUT /drop/input/any/3.3.3.3");
+            rfw.kill();
+            lab.reboot();
+            rfw.restart();
+            assert_eq!(lab.kept().into_keys().collect::<Vec<_>>(), ["1.1.1.1", "3.3.3.3"]);
+            sh("rm lab/state");
+        });
+    });
+}
+
+/// A router boots in 1970 with a list of yesterday, and then asks NTP.
+#[test]
+fn a_clock_that_is_set_moves_the_file_too() {
+    both(|lab| {
+        lab.write("clock.c", CLOCK);
+        sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
+        for sets in ["", SETS] {
+            let born = now();
+            lab.write("jump", &format!("-{born}"));
+            state(lab, &format!("+ {} /drop/input/any/1.1.1.1\n", born + 3600));
+            lab.configure(&format!("{CONF}\n{sets}"));
+            let mut rfw = lab.launch(&["env", "LD_PRELOAD=/run/lab/clock.so"]);
+            rfw.await_ready();
+            ask("PUT /drop/input/any/2.2.2.2?expire=1h");
+            lab.write("jump", "0");
+            await_true("the file follows", 4 + SLACK, || {
+                let times = lines(lab)
+                    .lines()
+                    .map(|line| line.split(' ').nth(1).unwrap().parse().unwrap())
+                    .collect::<Vec<u64>>();
+                times.len() == 2 && times.iter().all(|time| time.abs_diff(born + 3600) < 30)
+            });
+            await_true("the kernel too", 4 + SLACK, || {
+                let kept = lab.kept();
+                kept.len() == 2
+                    && kept.values().all(|time| time.is_some_and(|t| t.abs_diff(born + 3600) < 30))
+            });
+            drop(rfw);
+            lab.reboot();
+        }
+    });
+}
