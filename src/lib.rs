@@ -9,7 +9,9 @@
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
-//! Beside the way: [`config`] (rfw.conf), [`log`] and [`clock`].
+//! Beside the way: [`config`] (rfw.conf), [`log`] and [`clock`]. The other way round
+//! goes [`client`], the same program by the name of rfwc: from the command line to the
+//! request, with what [`http`] has for it ([`http::answer`], [`http::tls`], [`http::timed`]).
 
 #![cfg_attr(
     test,
@@ -23,6 +25,7 @@
 )]
 
 pub mod api;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod firewall;
