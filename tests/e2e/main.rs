@@ -2,7 +2,7 @@
 //!
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
 //! order: the harness, the program as a command, its API, what it does to the kernel, lists and
-//! sets, then HTTP, TLS, packets, kill -9, and the defects of rfw 0.2.2 that must not return.
+//! sets, then HTTP, TLS, the client, packets, kill -9, and the defects of rfw 0.2.2 that must not return.
 
 #![allow(
     clippy::arithmetic_side_effects,
@@ -15,6 +15,7 @@
 mod lab;
 
 mod api;
+mod client;
 mod crash;
 mod faults;
 mod http;
