@@ -68,7 +68,7 @@ mod tests {
             ("HTTP/1.1 200 |Transfer-Encoding: chunked||", "200 Chunked 0"),
             ("HTTP/1.1 503 B|Retry-After: 7|Content-Length: 1||", "503 Length(1) 7"),
             ("HTTP/1.1 503 B|Retry-After: Fri, 31 Dec|Content-Length: 1||", "503 Length(1) 0"),
-            ("HTTP/1.1 503 B|Retry-After: -7|Content-Length: 1||", "503 Length(1) 0"),
+            ("HTTP/1.1 503 B|Retry-After: +7|Content-Length: 1||", "503 Length(1) 0"),
             ("HTTP/1.1 200 OK||", "none"),
             ("HTTP/1.1 200 OK|Content-Length: 3|", "none"),
             ("", "none"),

@@ -220,6 +220,7 @@ fn certificate_complaint(why: &CertificateError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustls::OtherError;
 
     #[test]
     fn files_that_hold_nothing() {
@@ -234,12 +235,25 @@ mod tests {
     #[test]
     fn complaints() {
         let certificate = |why| Error::InvalidCertificate(why);
+        let names = |presented: &[&str]| {
+            let presented = presented.iter().map(|name| name.to_string()).collect();
+            let expected = ServerName::try_from("b").unwrap();
+            certificate(CertificateError::NotValidForNameContext { expected, presented })
+        };
+        let other = |what: &'static str| {
+            let error = OtherError(Arc::new(io::Error::other(what)));
+            certificate(CertificateError::Other(error))
+        };
         let table = [
             (certificate(CertificateError::Expired), "has expired"),
             (certificate(CertificateError::NotValidYet), "not valid yet"),
             (certificate(CertificateError::BadSignature), "not from a CA that is trusted here"),
             (certificate(CertificateError::InvalidPurpose), "serverAuth"),
             (certificate(CertificateError::Revoked), "certificate is refused: "),
+            (names(&[]), "certificate names no host: it has no subjectAltName"),
+            (names(&["a", "c"]), "certificate is for a, c, not for b"),
+            (other("CaUsedAsEndEntity"), "is a CA's own"),
+            (other("MaximumPathDepthExceeded"), "certificate is refused: "),
             (Error::AlertReceived(AlertDescription::CertificateRequired), "asks for a client's"),
             (Error::AlertReceived(AlertDescription::UnknownCA), "--cert (UnknownCA)"),
             (Error::AlertReceived(AlertDescription::InternalError), "no TLS 1.3 with"),
