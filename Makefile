@@ -102,6 +102,7 @@ run/rfw.conf:
 install: $(rfw) ## rfw to PREFIX/sbin, rfwgen to PREFIX/bin, new files only to /etc/rfw (DESTDIR=)
 	install -d "$(sbin)" "$(bin)"
 	install -m 755 $(rfw) "$(sbin)/rfw"
+	ln -sf rfw "$(sbin)/rfwc"
 	install -m 755 contrib/rfwgen "$(bin)/rfwgen"
 	install -d -m 700 "$(etc)"
 	[ -e "$(etc)/rfw.conf" ] || install -m 600 rfw.conf "$(etc)/rfw.conf"
@@ -109,6 +110,7 @@ install: $(rfw) ## rfw to PREFIX/sbin, rfwgen to PREFIX/bin, new files only to /
 
 uninstall: ## removes the two programs; /etc/rfw and the rules in iptables stay
 	rm -f "$(sbin)/rfw" "$(bin)/rfwgen"
+	rm -f "$(sbin)/rfwc"
 	@echo 'Left: $(etc), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
 
 clean: ## removes what was built, and run/

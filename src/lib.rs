@@ -10,7 +10,9 @@
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`log`] and
-//! [`clock`].
+//! [`clock`]. The other way round goes [`client`], the same program by the name of rfwc:
+//! from the command line to the request, with what [`http`] has for it
+//! ([`http::answer`], [`http::tls`], [`http::timed`]).
 
 #![cfg_attr(
     test,
@@ -24,6 +26,7 @@
 )]
 
 pub mod api;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod firewall;

@@ -1,6 +1,7 @@
 //! Start-up, in order, top to bottom; then the threads.
 
 use rfw::api::Grammar;
+use rfw::client;
 use rfw::config::{Config, Named, Outward};
 use rfw::firewall::Firewall;
 use rfw::firewall::exec::Presence;
@@ -25,6 +26,7 @@ use std::time::Duration;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const USAGE: &str = "\
 usage: rfw [-f FILE] [--loglevel LEVEL] [--logfile FILE] [-v] [-t] [-V] [-h]
+       rfw client ...    the client, also called rfwc; rfw client -h shows how
 
 A REST server that blocks and allows IP addresses in iptables.
 
@@ -38,7 +40,13 @@ A REST server that blocks and allows IP addresses in iptables.
 ";
 
 fn main() -> ExitCode {
-    let args = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned());
+    let args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let mut args = args.peekable();
+    let program = args.next().unwrap_or_default();
+    let is_client = Path::new(&program).file_name().is_some_and(|name| name == "rfwc");
+    if is_client || args.next_if(|arg| arg == "client").is_some() {
+        return client::main(args);
+    }
     let options = match Options::parse(args) {
         Ok(options) => options,
         Err(message) => {

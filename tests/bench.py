@@ -7,7 +7,7 @@ One namespace for each iptables variant. What is compared is measured in turns, 
 counts. A slow figure is printed, never a failure; 1 MB is 1,000,000 bytes.
 """
 
-import json, os, re, select, socket, statistics, subprocess, sys, tempfile, time
+import asyncio, json, os, re, select, socket, statistics, subprocess, sys, tempfile, time
 from collections import namedtuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -396,6 +396,38 @@ def memory(rules):
     return measure
 
 
+def fleet(box):
+    """rfwc with 200 servers, stand-ins that take the whole list and half a second more: with one."""
+    urls = [f"http://127.0.1.{n}" for n in range(1, 201)]
+    one, all_, list_ = (box.write(name, lines) for name, lines in
+                        [("one", urls[:1]), ("all", urls), ("feed", feed(10000))])
+    stand_ins = os.fork()
+    if stand_ins == 0:
+        asyncio.run(half_a_second([url[7:] for url in urls]))
+    try:
+        send = lambda servers: seconds_of([box.rfw, "client", "--servers", servers, "put", "/drop/input/any",
+                                           "--list", list_])
+        send(all_)  # until all of them are there
+        many, single = zip(*[(send(all_), send(one)) for _ in range(5)])
+    finally:
+        os.kill(stand_ins, 9)
+        os.waitpid(stand_ins, 0)
+    return times(many, single)
+
+
+async def half_a_second(addresses):
+    async def answer(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head).group(1)))
+        await asyncio.sleep(0.5)
+        body = b'{"result":"applied","inserted":10000}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
+    for address in addresses:
+        await asyncio.start_server(answer, address, LOCAL, limit=1 << 20)
+    await asyncio.Event().wait()
+
+
 def megabytes(size):
     return f"{size / 1e6:.2f} MB", "", ""
 
@@ -421,6 +453,7 @@ ROWS = [
     Row("packets a second, 120,000 hosts in sets: none", "at least 0.9 x", packets(False)),
     Row("the same, 1,200 of them blocks of 14 sizes: none", "", packets(True)),
     Row("GET /list of 120,000, sets: ipset save", "at most 2 x", listing_of_set),
+    Row("rfwc: a list of 10,000 to 200 servers: to one", "", fleet),
     Row("size of the program", "at most 1.6 MB", lambda box: megabytes(os.stat(box.rfw).st_size)),
 ]
 

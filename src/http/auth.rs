@@ -45,6 +45,11 @@ impl Credentials {
         let token = base64(format!("{user}:{password}").as_bytes());
         Some(Credentials { user: user.into(), token })
     }
+
+    /// The field of a request that shows them, with its CRLF.
+    pub fn field(&self) -> String {
+        format!("Authorization: Basic {}\r\n", self.token)
+    }
 }
 
 /// How many wrong credentials an address may send in each [`WINDOW`]; with one

@@ -22,8 +22,9 @@ const MAX_DIGITS: usize = 16;
 const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
 
 const LONG: Refusal = Refusal::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
-const SLOW: Refusal = Refusal::Http(408, "The body came slower than 1 KiB a second over 30 s.");
-const SHORT: Refusal = Refusal::Http(400, "The body ended too early; nothing of it was applied.");
+pub const SLOW: Refusal = Refusal::Http(408, "The body came slower than 1 KiB a second over 30 s.");
+pub const SHORT: Refusal =
+    Refusal::Http(400, "The body ended too early; nothing of it was applied.");
 const CHUNK: Refusal =
     Refusal::Http(400, "A chunk must be: hex digits, CRLF, so many bytes, CRLF.");
 
@@ -41,19 +42,20 @@ pub fn receive(
         stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
     }
     stream.give(PACE.1);
-    read(&mut Paced { stream, left: PACE.0 }, request.body, each)
+    read(&mut Paced { stream, left: PACE.0 }, request.body, MAX_BODY, each)
 }
 
-/// Reads a body, of which `each` gets the pieces, and leaves what is behind it.
-pub fn read(
+/// Reads a body, of which `each` gets the pieces, and leaves what is behind it. Chunks may have
+/// `room` bytes in all.
+pub fn read<E: From<Refusal>>(
     source: &mut impl BufRead,
     body: Body,
-    mut each: impl FnMut(&[u8]) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
+    mut room: u64,
+    mut each: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     if let Body::Length(length) = body {
         return pass_on(source, length, &mut each);
     }
-    let mut room = MAX_BODY;
     loop {
         let head = line(source)?;
         let size = chunk_size(&head)?;
@@ -65,25 +67,25 @@ pub fn read(
         }
         pass_on(source, size, &mut each)?;
         if !line(source)?.is_empty() {
-            return Err(CHUNK);
+            return Err(CHUNK.into());
         }
     }
     let mut trailers = Vec::new();
     loop {
         match line(source)? {
             end if end.is_empty() => break,
-            _ if trailers.len() >= MAX_FIELDS => return Err(CHUNK),
+            _ if trailers.len() >= MAX_FIELDS => return Err(CHUNK.into()),
             trailer => trailers.push(trailer),
         }
     }
-    check_fields(trailers.iter().map(String::as_str))
+    Ok(check_fields(trailers.iter().map(String::as_str))?)
 }
 
-fn pass_on(
+fn pass_on<E: From<Refusal>>(
     source: &mut impl BufRead,
     mut left: u64,
-    each: &mut impl FnMut(&[u8]) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
+    each: &mut impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     while left > 0 {
         let bytes = source.fill_buf().map_err(fault)?;
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
@@ -201,9 +203,9 @@ mod tests {
         let mut text = String::new();
         let each = |bytes: &[u8]| {
             text.push_str(std::str::from_utf8(bytes).unwrap());
-            Ok(())
+            Ok::<(), Refusal>(())
         };
-        let result = read(&mut bytes, body, each);
+        let result = read(&mut bytes, body, MAX_BODY, each);
         let text = result.map_or_else(|refusal| refusal.parts().0.to_string(), |()| text);
         (text, String::from_utf8_lossy(bytes).into())
     }
@@ -261,7 +263,8 @@ mod tests {
         }
         // Too early an end is told from wrong chunks.
         for (bytes, refusal) in [("3\r\nabc\r\n", SHORT), ("x", CHUNK), ("0\n", CHUNK)] {
-            assert_eq!(read(&mut bytes.as_bytes(), Body::Chunked, |_| Ok(())), Err(refusal));
+            let result = read(&mut bytes.as_bytes(), Body::Chunked, MAX_BODY, |_| Ok(()));
+            assert_eq!(result, Err(refusal));
         }
         let line = |n: usize| format!("0;{}\r\n\r\n", "x".repeat(n - 4));
         assert_eq!(read_all(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");

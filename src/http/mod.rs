@@ -1,6 +1,7 @@
 //! Bytes to requests and responses to bytes: RFC 9110 and 9112, no more of
 //! them than rfw needs.
 
+pub mod answer;
 pub mod auth;
 pub mod body;
 pub mod json;

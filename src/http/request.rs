@@ -202,10 +202,10 @@ pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), Refu
 }
 
 /// The field lines of one head, names as sent.
-struct Fields<'a>(Vec<(&'a str, &'a str)>);
+pub(super) struct Fields<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Fields<'a> {
-    fn parse(lines: impl Iterator<Item = &'a str>) -> Result<Fields<'a>, Refusal> {
+    pub(super) fn parse(lines: impl Iterator<Item = &'a str>) -> Result<Fields<'a>, Refusal> {
         let mut fields = Vec::new();
         for line in lines {
             let (name, value) = line.split_once(':').unwrap_or_default();
@@ -225,7 +225,7 @@ impl<'a> Fields<'a> {
         Ok(Fields(fields))
     }
 
-    fn all(&self, name: &str) -> impl Iterator<Item = &'a str> {
+    pub(super) fn all(&self, name: &str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
     }
 
@@ -252,7 +252,7 @@ fn host<'a>(fields: &Fields<'a>, minor: u8) -> Result<Option<&'a str>, Refusal> 
 }
 
 /// RFC 3986, 3.2.2 and 3.2.3, without user information.
-fn is_authority(text: &str) -> bool {
+pub fn is_authority(text: &str) -> bool {
     let (host, port) = match text.rfind(']') {
         Some(end) => text.split_at(end.saturating_add(1)),
         None => text.split_at(text.find(':').unwrap_or(text.len())),
@@ -265,7 +265,7 @@ fn is_authority(text: &str) -> bool {
 }
 
 /// RFC 9112, 6.1 to 6.3: one way to tell the length, or none.
-fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
+pub(super) fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
     let length = fields.single("content-length")?;
     let codings: Vec<&str> = fields.all("transfer-encoding").collect();
     match (&*codings, length) {

@@ -1,10 +1,13 @@
 //! TLS: the only file that names rustls.
 
 use super::timed::Timed;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned, version};
-use std::io;
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, RootCertStore,
+    ServerConfig, ServerConnection, StreamOwned, version,
+};
+use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
 
 /// The server's side of one TLS connection.
@@ -33,9 +36,7 @@ impl Acceptor {
         tls12: bool,
     ) -> Result<Acceptor, (Part, String)> {
         let chain = certificates(chain).map_err(|why| (Part::Chain, why))?;
-        let key: PrivateKeyDer<'static> = rustls_pemfile::private_key(&mut &key[..])
-            .map_err(|error| (Part::Key, format!("the key file is not PEM: {error}")))?
-            .ok_or_else(|| (Part::Key, "the key file holds no unencrypted private key".into()))?;
+        let key = private_key(key).map_err(|why| (Part::Key, why))?;
         let versions: &[_] = match tls12 {
             true => &[&version::TLS13, &version::TLS12],
             false => &[&version::TLS13],
@@ -44,11 +45,8 @@ impl Acceptor {
         let verifier = match client_ca {
             None => WebPkiClientVerifier::no_client_auth(),
             Some(pem) => {
-                let mut roots = RootCertStore::empty();
                 let wrong = |why: String| (Part::ClientCa, why);
-                for certificate in certificates(pem).map_err(wrong)? {
-                    roots.add(certificate).map_err(|error| wrong(error.to_string()))?;
-                }
+                let roots = roots(pem).map_err(wrong)?;
                 WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
                     .build()
                     .map_err(|error| wrong(error.to_string()))?
@@ -82,19 +80,190 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
+fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
+    rustls_pemfile::private_key(&mut &pem[..])
+        .map_err(|error| format!("the key file is not PEM: {error}"))?
+        .ok_or_else(|| "the key file holds no unencrypted private key".into())
+}
+
+fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(pem)? {
+        roots.add(certificate).map_err(|error| error.to_string())?;
+    }
+    Ok(roots)
+}
+
 /// Tells the peer that nothing more comes (RFC 8446, 6.1).
 pub fn close(session: &mut Session) {
     session.conn.send_close_notify();
     let _ = session.conn.complete_io(&mut session.sock);
 }
 
+/// The client's side of one TLS connection.
+pub struct Link(StreamOwned<ClientConnection, Timed>);
+
+/// What every connection of the client starts from. There is no way to make one
+/// that does not check certificates.
+pub struct Connector(Arc<ClientConfig>);
+
+impl Connector {
+    /// Trusts the CAs of a PEM file, or else those that browsers trust; with a PEM
+    /// chain and its key, shows this certificate to servers that ask for one. rfw
+    /// always speaks TLS 1.3. The error is a sentence.
+    pub fn new(ca: Option<&[u8]>, pair: Option<(&[u8], &[u8])>) -> Result<Connector, String> {
+        let mut roots = ca.map_or(Ok(RootCertStore::empty()), roots)?;
+        if ca.is_none() {
+            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&version::TLS13])
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(roots);
+        let config = match pair {
+            None => config.with_no_client_auth(),
+            Some((chain, key)) => config
+                .with_client_auth_cert(certificates(chain)?, private_key(key)?)
+                .map_err(|error| format!("this pair cannot be used: {error}"))?,
+        };
+        Ok(Connector(Arc::new(config)))
+    }
+
+    /// Starts TLS with a host name or address; the handshake is made by the first write.
+    pub fn link(&self, host: &str, socket: Timed) -> io::Result<Link> {
+        let name = ServerName::try_from(host.to_string()).map_err(io::Error::other)?;
+        let connection = ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)?;
+        Ok(Link(StreamOwned::new(connection, socket)))
+    }
+}
+
+impl Read for Link {
+    /// Not as `StreamOwned` does it, which would first send what is left of a request that the
+    /// server does not take, and so never come to the answer that says why.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let StreamOwned { conn, sock } = &mut self.0;
+        loop {
+            let state = conn.process_new_packets();
+            state.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+            match conn.reader().read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            conn.read_tls(sock)?;
+        }
+    }
+}
+
+impl Write for Link {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// What is wrong, in a sentence, if it is TLS that failed and not the connection.
+pub fn complaint(error: &io::Error) -> Option<String> {
+    use AlertDescription as Alert;
+    Some(match error.get_ref()?.downcast_ref()? {
+        Error::InvalidCertificate(why) => certificate_complaint(why),
+        Error::AlertReceived(Alert::CertificateRequired) => {
+            "the server asks for a client's certificate; give it with --cert and --key".into()
+        }
+        Error::AlertReceived(
+            alert @ (Alert::UnknownCA
+            | Alert::DecryptError
+            | Alert::BadCertificate
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnsupportedCertificate),
+        ) => format!("the server refuses the certificate of --cert ({alert:?})"),
+        Error::InvalidMessage(_) => "the server does not speak TLS".into(),
+        other => format!("no TLS 1.3 with this server: {other}"),
+    })
+}
+
+fn certificate_complaint(why: &CertificateError) -> String {
+    use CertificateError as Why;
+    let what = match why {
+        Why::Expired | Why::ExpiredContext { .. } => "has expired, or the clock here is wrong",
+        Why::NotValidYet | Why::NotValidYetContext { .. } => {
+            "is not valid yet, or the clock here is wrong"
+        }
+        Why::UnknownIssuer | Why::BadSignature => {
+            "is not from a CA that is trusted here (see --cacert); it may be self-signed"
+        }
+        Why::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+            "names no host: it has no subjectAltName"
+        }
+        Why::NotValidForNameContext { expected, presented } => {
+            let names = presented.join(", ");
+            return format!(
+                "the server's certificate is for {names}, not for {}",
+                expected.to_str()
+            );
+        }
+        Why::InvalidPurpose | Why::InvalidPurposeContext { .. } => {
+            "is not for a server: its extendedKeyUsage lacks serverAuth"
+        }
+        Why::Other(error) if error.to_string() == "CaUsedAsEndEntity" => {
+            "is a CA's own, self-signed perhaps, and not a server's"
+        }
+        other => return format!("the server's certificate is refused: {other}"),
+    };
+    format!("the server's certificate {what}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustls::OtherError;
 
     #[test]
     fn files_that_hold_nothing() {
         let (part, why) = Acceptor::new(b"", b"", None, false).unwrap_err();
         assert_eq!((part, &*why), (Part::Chain, "the certificate file holds no CERTIFICATE block"));
+        let wrong = Connector::new(Some(b""), None).map(|_| ());
+        assert_eq!(wrong, Err("the certificate file holds no CERTIFICATE block".into()));
+        assert!(Connector::new(None, None).is_ok());
+    }
+
+    /// tests/e2e/client.rs has real certificates; here are the sentences that those do not reach.
+    #[test]
+    fn complaints() {
+        let certificate = |why| Error::InvalidCertificate(why);
+        let names = |presented: &[&str]| {
+            let presented = presented.iter().map(|name| name.to_string()).collect();
+            let expected = ServerName::try_from("b").unwrap();
+            certificate(CertificateError::NotValidForNameContext { expected, presented })
+        };
+        let other = |what: &'static str| {
+            let error = OtherError(Arc::new(io::Error::other(what)));
+            certificate(CertificateError::Other(error))
+        };
+        let table = [
+            (certificate(CertificateError::Expired), "has expired"),
+            (certificate(CertificateError::NotValidYet), "not valid yet"),
+            (certificate(CertificateError::BadSignature), "not from a CA that is trusted here"),
+            (certificate(CertificateError::InvalidPurpose), "serverAuth"),
+            (certificate(CertificateError::Revoked), "certificate is refused: "),
+            (names(&[]), "certificate names no host: it has no subjectAltName"),
+            (names(&["a", "c"]), "certificate is for a, c, not for b"),
+            (other("CaUsedAsEndEntity"), "is a CA's own"),
+            (other("MaximumPathDepthExceeded"), "certificate is refused: "),
+            (Error::AlertReceived(AlertDescription::CertificateRequired), "asks for a client's"),
+            (Error::AlertReceived(AlertDescription::UnknownCA), "--cert (UnknownCA)"),
+            (Error::AlertReceived(AlertDescription::InternalError), "no TLS 1.3 with"),
+        ];
+        for (error, words) in table {
+            let said = complaint(&io::Error::other(error)).unwrap();
+            assert!(said.contains(words), "{said}");
+        }
+        for other in [io::Error::other("x"), ErrorKind::BrokenPipe.into()] {
+            assert_eq!(complaint(&other), None);
+        }
     }
 }

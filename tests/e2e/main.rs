@@ -1,8 +1,9 @@
 //! The real program, real iptables in both variants, real curl, real packets: end to end.
 //!
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
-//! order: the harness, the program as a command, its API, what it does to the kernel, lists,
-//! sets and the state file, then HTTP, TLS, packets, kill -9, and the defects of rfw 0.2.2 that must not return.
+//! order: the harness, the program as a command, its API, what it does to the kernel, lists, sets
+//! and the state file, then HTTP, TLS, the client, packets, kill -9, and the defects of rfw 0.2.2
+//! that must not return.
 
 #![allow(
     clippy::arithmetic_side_effects,
@@ -15,6 +16,7 @@
 mod lab;
 
 mod api;
+mod client;
 mod crash;
 mod faults;
 mod http;

@@ -15,7 +15,7 @@ fn read(bytes: &[u8], piece: usize, body: Body) -> (Result<Vec<u8>, u16>, Vec<u8
         text.extend(bytes);
         Ok::<(), Refusal>(())
     };
-    let result = body::read(&mut source, body, each).map_err(|refusal| refusal.parts().0);
+    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|refusal| refusal.parts().0);
     let mut left = source.buffer().to_vec();
     source.consume(left.len());
     left.extend(source.into_inner());

@@ -1,0 +1,155 @@
+//! The client, `rfwc`: one request to one server, or to many at once.
+//!
+//! In this order: [`options`], from arguments and files to a job; here, the
+//! threads and what they report; [`exchange`], the request to one server.
+
+pub mod exchange;
+pub mod options;
+
+use options::{Ask, Job, Server, USAGE};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::process::{self, ExitCode};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{env, mem, thread};
+
+/// Servers that are asked at a time, a thread each: more than most fleets have,
+/// so that those that do not answer hold up nobody.
+const MAX_AT_ONCE: usize = 256;
+/// What a thread may use as stack; looking up a name takes most.
+const STACK: usize = 512 * 1024;
+/// The longest line of a body in bytes where several servers send theirs.
+const MAX_LINE: usize = 64 * 1024;
+/// The marks of the bar, and all its columns.
+const BAR: usize = 30;
+const COLUMNS: usize = 70;
+
+/// Carries out a command line without the program's name. Exit status: 0 all
+/// servers did it, 1 some did not, 2 wrong usage.
+pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
+    let text = match options::parse(args, env::var("RFW_CREDENTIALS").ok()) {
+        Ok(Ask::Send(job)) => return send(&job),
+        Ok(Ask::Help) => USAGE,
+        Ok(Ask::Version) => concat!("rfwc ", env!("CARGO_PKG_VERSION"), "\n"),
+        Err(message) => {
+            let _ = writeln!(io::stderr(), "rfwc: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    let _ = io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn send(job: &Job) -> ExitCode {
+    let total = job.servers.len();
+    let bar = total > 1 && io::stderr().is_terminal();
+    let report = Mutex::new(Report { total, done: 0, failed: Vec::new(), bar });
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some(server) = job.servers.get(next.fetch_add(1, Relaxed)) {
+            ask(job, server, &report);
+        }
+    };
+    lock(&report).draw();
+    thread::scope(|scope| {
+        for _ in 1..total.min(MAX_AT_ONCE) {
+            // Where there is no room for more threads, those that are there do it all.
+            let _ = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
+        }
+        work();
+    });
+    let report = lock(&report);
+    report.clear();
+    for name in &report.failed {
+        let _ = writeln!(io::stderr(), "{name}");
+    }
+    ExitCode::from(u8::from(!report.failed.is_empty()))
+}
+
+/// Asks one server, and reports.
+fn ask(job: &Job, server: &Server, report: &Mutex<Report>) {
+    let name = format!("{}: ", server.name);
+    let alone = job.servers.len() == 1;
+    let mut begun = Vec::new();
+    let mut print_lines = |bytes: &[u8]| {
+        let mut text = Vec::new();
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            begun.extend(piece);
+            if piece.ends_with(b"\n") {
+                text.extend([name.as_bytes(), &mem::take(&mut begun)].concat());
+            } else if begun.len() > MAX_LINE {
+                return Err(io::Error::other("a line of the body is too long"));
+            }
+        }
+        lock(report).print(&text)
+    };
+    let result = exchange::ask(job, server, &mut |bytes| {
+        let written = if alone { lock(report).print(bytes) } else { print_lines(bytes) };
+        // The reader has seen enough; a `get` changes nothing, so nobody misses the rest.
+        if written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
+            process::exit(1);
+        }
+        written
+    });
+    let mut report = lock(report);
+    if !begun.is_empty() {
+        begun.push(b'\n');
+        let _ = report.print(&[name.as_bytes(), &begun].concat());
+    }
+    report.end(server, &result, alone && job.method == "GET");
+}
+
+fn lock(report: &Mutex<Report>) -> MutexGuard<'_, Report> {
+    report.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How far it is, and the only writer of what is written meanwhile.
+struct Report {
+    total: usize,
+    done: usize,
+    failed: Vec<String>,
+    /// Whether standard error is a terminal, and there is something to wait for.
+    bar: bool,
+}
+
+impl Report {
+    /// Takes the result of a server. Where standard output is for a body, it goes
+    /// to standard error, as a comment in a list of servers.
+    fn end(&mut self, server: &Server, result: &Result<String, String>, beside: bool) {
+        let (Ok(words) | Err(words)) = result;
+        // What came from a server colours no terminal.
+        let line = format!("{}: {}\n", server.name, words.replace(char::is_control, "?"));
+        if result.is_err() {
+            self.failed.push(server.name.clone());
+        }
+        if beside && result.is_err() {
+            let _ = write!(io::stderr(), "# {line}");
+        } else if !words.is_empty() {
+            let _ = self.print(line.as_bytes());
+        }
+        self.done = self.done.saturating_add(1);
+        self.draw();
+    }
+
+    /// Writes to standard output.
+    fn print(&self, bytes: &[u8]) -> io::Result<()> {
+        self.clear();
+        let mut out = io::stdout().lock();
+        out.write_all(bytes).and_then(|()| out.flush())
+    }
+
+    fn draw(&self) {
+        if self.bar {
+            let marks = self.done.saturating_mul(BAR).checked_div(self.total).unwrap_or(BAR);
+            let (marks, done, failed) = ("#".repeat(marks), self.done, self.failed.len());
+            let text = format!("[{marks:.<BAR$}] {done} of {}, {failed} failed", self.total);
+            let _ = write!(io::stderr(), "\r{text}");
+        }
+    }
+
+    fn clear(&self) {
+        if self.bar {
+            let _ = write!(io::stderr(), "\r{:COLUMNS$}\r", "");
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! From arguments and the files that they name to a job. All is read and
+//! checked before the first byte is sent; errors are sentences.
+
+use crate::http::auth::Credentials;
+use crate::http::body::MAX_BODY;
+use crate::http::request::is_authority;
+use crate::http::tls::Connector;
+use crate::rule::is_number;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+pub const USAGE: &str = "\
+usage: rfwc [OPTION]... put PATH [--list FILE]
+       rfwc [OPTION]... delete PATH [--list FILE]
+       rfwc [OPTION]... get PATH
+
+Sends a request to rfw servers, PATH as in /drop/input/any/192.0.2.1?expire=1h
+
+  --server URL        http[s]://HOST[:PORT], for each server; ports 7390 and,
+                      of https, 7393; default http://127.0.0.1:7390
+  --servers FILE      servers, a URL a line; # starts a comment
+  --list FILE         the list to send; - is standard input
+  --credentials FILE  one line USER:PASSWORD, for its owner only (mode 0600);
+                      or RFW_CREDENTIALS=USER:PASSWORD in the environment
+  --cacert FILE       the CA of the servers, in place of the public ones
+  --cert FILE         certificate of this client, and
+  --key FILE          its key, where servers ask for one
+  --timeout SECONDS   for each server, default 30; so long one that is busy or
+                      not reached is tried again
+  -V, --version       print the version
+  -h, --help          print this
+
+Standard output has a line for each server, URL: STATUS RESULT or URL: SENTENCE,
+or what get brings: of one server as it is, of several with URL: before each
+line. Standard error has the URLs of the servers that failed, one a line, as
+--servers takes them. Exit status: 0 all did it, 1 some failed, 2 wrong usage.
+";
+
+const DEFAULT_SERVER: &str = "http://127.0.0.1:7390";
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+pub enum Ask {
+    Help,
+    Version,
+    Send(Job),
+}
+
+/// One request, and to whom.
+pub struct Job {
+    pub servers: Vec<Server>,
+    pub method: &'static str,
+    /// The path with its query, as it is sent.
+    pub path: String,
+    /// The body: every thread sends this very copy.
+    pub list: Vec<u8>,
+    pub credentials: Option<Credentials>,
+    pub connector: Connector,
+    pub timeout: Duration,
+}
+
+#[derive(Debug)]
+pub struct Server {
+    /// The URL as it was given.
+    pub name: String,
+    pub tls: bool,
+    /// A name or an address, without brackets.
+    pub host: String,
+    pub port: u16,
+}
+
+/// Reads the arguments, and `credentials` from the environment.
+pub fn parse(
+    mut args: impl Iterator<Item = String>,
+    credentials: Option<String>,
+) -> Result<Ask, String> {
+    let mut given = Given { credentials, ..Given::default() };
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "-h" | "--help" => return Ok(Ask::Help),
+            "-V" | "--version" => return Ok(Ask::Version),
+            option if option.starts_with('-') => {
+                given.set(option, || args.next().ok_or(format!("{option} needs a value")))?;
+            }
+            _ => given.words.push(arg),
+        }
+    }
+    given.job().map(Ask::Send)
+}
+
+/// What was given so far.
+#[derive(Default)]
+struct Given {
+    servers: Vec<Server>,
+    list: Option<String>,
+    credentials: Option<String>,
+    ca: Option<Vec<u8>>,
+    chain: Option<Vec<u8>>,
+    key: Option<Vec<u8>>,
+    timeout: Option<Duration>,
+    words: Vec<String>,
+}
+
+impl Given {
+    fn set(
+        &mut self,
+        option: &str,
+        value: impl FnOnce() -> Result<String, String>,
+    ) -> Result<(), String> {
+        match option {
+            "--server" => self.servers.push(Server::parse(&value()?)?),
+            "--servers" => self.servers.extend(read_servers(&value()?)?),
+            "--list" => self.list = Some(value()?),
+            "--credentials" => self.credentials = Some(read_secret(&value()?)?),
+            "--cacert" => self.ca = Some(read(&value()?, false)?),
+            "--cert" => self.chain = Some(read(&value()?, false)?),
+            "--key" => self.key = Some(read(&value()?, false)?),
+            "--timeout" => self.timeout = Some(seconds(&value()?)?),
+            _ => return Err(format!("unknown option {option}; rfwc -h shows all")),
+        }
+        Ok(())
+    }
+
+    fn job(mut self) -> Result<Job, String> {
+        let (method, path) = request(&self.words)?;
+        if self.list.is_some() && method == "GET" {
+            return Err("get takes no --list".into());
+        }
+        if self.servers.is_empty() {
+            self.servers.push(Server::parse(DEFAULT_SERVER)?);
+        }
+        let pair = match (&self.chain, &self.key) {
+            (Some(chain), Some(key)) => Some((&**chain, &**key)),
+            (None, None) => None,
+            _ => return Err("--cert and --key go together".into()),
+        };
+        Ok(Job {
+            servers: self.servers,
+            method,
+            path,
+            connector: Connector::new(self.ca.as_deref(), pair)?,
+            credentials: self.credentials.as_deref().map(user_and_password).transpose()?,
+            timeout: self.timeout.unwrap_or(DEFAULT_TIMEOUT),
+            list: self.list.as_deref().map(read_list).transpose()?.unwrap_or_default(),
+        })
+    }
+}
+
+fn request(words: &[String]) -> Result<(&'static str, String), String> {
+    let [method, path] = words else {
+        return Err("write put, delete or get, and a path; rfwc -h shows all".into());
+    };
+    let methods = ["PUT", "DELETE", "GET"].into_iter();
+    let method = methods.clone().find(|known| known.eq_ignore_ascii_case(method));
+    let method = method.ok_or("write put, delete or get before the path")?;
+    match path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Ok((method, path.clone())),
+        false => Err("the path must start with / and hold no spaces; escape them: %20".into()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|n| is_number(text) && (1..=1_000_000).contains(n));
+    let wrong = format!("--timeout {text}: write 1 to 1000000 seconds");
+    seconds.map(Duration::from_secs).ok_or(wrong)
+}
+
+impl Server {
+    /// `http[s]://HOST[:PORT][/]`
+    fn parse(url: &str) -> Result<Server, String> {
+        if url.contains('@') {
+            return Err("a server's URL holds no user and password: see --credentials".into());
+        }
+        let wrong =
+            || format!("'{}' is no server; write http[s]://HOST[:PORT]", url.escape_debug());
+        let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
+        let (tls, port) = match scheme {
+            "http" => (false, 7390),
+            "https" => (true, 7393),
+            _ => return Err(wrong()),
+        };
+        let authority = rest.strip_suffix('/').unwrap_or(rest);
+        if !is_authority(authority) {
+            return Err(wrong());
+        }
+        let (host, port) = match authority.rsplit_once(':') {
+            Some((host, digits)) if !digits.ends_with(']') => (host, digits.parse().ok()),
+            _ => (authority, Some(port)),
+        };
+        let port = port.filter(|port| *port > 0).ok_or_else(wrong)?;
+        let host = host.trim_matches(['[', ']']).into();
+        Ok(Server { name: url.into(), tls, host, port })
+    }
+}
+
+fn read_servers(file: &str) -> Result<Vec<Server>, String> {
+    let bytes = read(file, false)?;
+    let mut servers = Vec::new();
+    for (at, line) in String::from_utf8_lossy(&bytes).lines().enumerate() {
+        let url = line.split('#').next().unwrap_or_default().trim();
+        if !url.is_empty() {
+            let wrong = |error| format!("{file}:{}: {error}", at.saturating_add(1));
+            servers.push(Server::parse(url).map_err(wrong)?);
+        }
+    }
+    match servers.is_empty() {
+        true => Err(format!("{file}: no server is named there")),
+        false => Ok(servers),
+    }
+}
+
+fn read_list(file: &str) -> Result<Vec<u8>, String> {
+    let list = match file {
+        "-" => whole(io::stdin()).map_err(|error| format!("standard input: {error}"))?,
+        _ => read(file, false)?,
+    };
+    match list.len() as u64 > MAX_BODY {
+        true => Err(format!("{file}: a list may have {MAX_BODY} bytes (64 MiB) at most")),
+        false => Ok(list),
+    }
+}
+
+fn read_secret(file: &str) -> Result<String, String> {
+    String::from_utf8(read(file, true)?).map_err(|_| format!("{file}: not UTF-8"))
+}
+
+/// No error shows what stands there.
+fn user_and_password(text: &str) -> Result<Credentials, String> {
+    let (user, password) = text.trim_end_matches(['\r', '\n']).split_once(':').unwrap_or_default();
+    Credentials::new(user, password).ok_or("the credentials must be one line, USER:PASSWORD".into())
+}
+
+/// Reads a file; a secret one only if nobody but its owner may do so.
+fn read(file: &str, secret: bool) -> Result<Vec<u8>, String> {
+    let wrong = |error: io::Error| format!("{file}: cannot read it: {error}");
+    let open = File::open(file).map_err(wrong)?;
+    if secret && open.metadata().map_err(wrong)?.mode() & 0o077 != 0 {
+        return Err(format!("{file}: others than its owner may use it; run chmod 600 on it"));
+    }
+    whole(open).map_err(wrong)
+}
+
+/// All that comes, or enough to show that it is too long for a list.
+fn whole(source: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    source.take(MAX_BODY.saturating_add(1)).read_to_end(&mut bytes).map(|_| bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers() {
+        let table = [
+            ("http://a", "http a 7390"),
+            ("https://a/", "https a 7393"),
+            ("http://127.0.0.1:80", "http 127.0.0.1 80"),
+            ("https://[2001:db8::1]", "https 2001:db8::1 7393"),
+            ("https://[2001:db8::1]:65535/", "https 2001:db8::1 65535"),
+            ("https://a.example:1", "https a.example 1"),
+        ];
+        for (url, expected) in table {
+            let Server { name, tls, host, port } = Server::parse(url).unwrap();
+            let scheme = if tls { "https" } else { "http" };
+            assert_eq!((&*name, &*format!("{scheme} {host} {port}")), (url, expected));
+        }
+        let wrong = [
+            "",
+            "a",
+            "a:7390",
+            "127.0.0.1",
+            "//a",
+            "ftp://a",
+            "HTTP://a",
+            "http:/a",
+            "http://",
+            "http:///",
+            "http://:80",
+            "http://a:",
+            "http://a:0",
+            "http://a:65536",
+            "http://a:x",
+            "http://a:+1",
+            "http://a//",
+            "http://a/x",
+            "http://a?x",
+            "http://a#x",
+            "http://a b",
+            "http://2001:db8::1",
+            "http://[2001:db8::1",
+            "http://[a]",
+            "http://[::1]x",
+            "http://\u{e9}",
+            "http://a\n",
+        ];
+        for url in wrong {
+            let error = Server::parse(url).unwrap_err();
+            assert!(error.ends_with("is no server; write http[s]://HOST[:PORT]"), "{error}");
+        }
+        for url in ["http://u:pw@a", "https://u@a", "u:pw@a"] {
+            let error = Server::parse(url).unwrap_err();
+            assert!(error.ends_with("see --credentials") && !error.contains("pw"), "{error}");
+        }
+    }
+
+    /// What a command line comes to, or the error.
+    fn read(line: &str, variable: Option<&str>) -> String {
+        let args = line.split_whitespace().map(String::from);
+        match parse(args, variable.map(String::from)) {
+            Err(error) => error,
+            Ok(Ask::Help) => "help".into(),
+            Ok(Ask::Version) => "version".into(),
+            Ok(Ask::Send(job)) => {
+                let names: Vec<_> = job.servers.iter().map(|server| &*server.name).collect();
+                let field = job.credentials.map(|c| c.field()).unwrap_or_default();
+                let seconds = job.timeout.as_secs();
+                let line =
+                    format!("{} {} {} {seconds} {field}", job.method, job.path, names.join(" "));
+                line.trim_end().into()
+            }
+        }
+    }
+
+    #[test]
+    fn command_lines() {
+        let table = [
+            ("put /x", "PUT /x http://127.0.0.1:7390 30"),
+            ("Delete /x?y=%20", "DELETE /x?y=%20 http://127.0.0.1:7390 30"),
+            (
+                "--server http://a get --timeout 7 /x --server http://b",
+                "GET /x http://a http://b 7",
+            ),
+            ("get /x --timeout 1000000", "GET /x http://127.0.0.1:7390 1000000"),
+            ("get /x --timeout 1000001", "--timeout 1000001: write 1 to 1000000 seconds"),
+            ("get /x --timeout +1", "--timeout +1: write 1 to 1000000 seconds"),
+            ("get /x --timeout 0", "--timeout 0: write 1 to 1000000 seconds"),
+            ("--nope -h", "unknown option --nope; rfwc -h shows all"),
+            ("nope -h", "help"),
+            ("get --version", "version"),
+            ("get /x --cert Cargo.toml", "--cert and --key go together"),
+            ("get /x --key Cargo.toml", "--cert and --key go together"),
+            ("get /x --list Cargo.toml", "get takes no --list"),
+        ];
+        for (line, expected) in table {
+            assert_eq!(read(line, None), expected, "{line}");
+        }
+        for path in ["x", "", "/\u{1}", "/\u{7f}", "/\u{e9}", "/a b"] {
+            assert!(request(&["get".into(), path.into()]).is_err(), "{path:?}");
+        }
+    }
+
+    #[test]
+    fn credentials() {
+        let right = "GET /x http://127.0.0.1:7390 30 Authorization: Basic YTpiOmM=";
+        for text in ["a:b:c", "a:b:c\n", "a:b:c\r\n"] {
+            assert_eq!(read("get /x", Some(text)), right);
+        }
+        for text in ["", "a", "a:", ":b", "a:b\n\nc", "a:b\u{0}", "\na:b"] {
+            let wrong = "the credentials must be one line, USER:PASSWORD";
+            assert_eq!(read("get /x", Some(text)), wrong, "{text:?}");
+        }
+    }
+}
