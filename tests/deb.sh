@@ -92,7 +92,8 @@ is() {
 }
 there() { for path; do [ -e "$path" ] || failed "$path is missing"; done; }
 gone() { for path; do [ ! -e "$path" ] || failed "$path is still there"; done; }
-package() { dpkg "$@" </dev/null || failed "dpkg $*"; }
+# Without triggers: man-db would look through all of this host's manual, for ten seconds.
+package() { dpkg --no-triggers "$@" </dev/null || failed "dpkg $*"; }
 pid() { systemctl show -P MainPID rfw; }
 status() { grep "^$1:" "/proc/$(pid)/status"; }
 modes() { stat -c %a /etc/rfw/* | sort -u; }
