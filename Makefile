@@ -146,4 +146,4 @@ deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of thi
 	contrib/deps.sh bench
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20

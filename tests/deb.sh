@@ -53,6 +53,8 @@ boot() {
 	ln -s pts/ptmx dev/ptmx
 	mount --bind "$1" run/deb
 	: >etc/fstab
+	# What `make install` may have brought to this host.
+	rm -rf etc/rfw etc/logrotate.d/rfw etc/systemd/system/rfw.service* usr/local/lib/systemd/system/rfw.service
 	cat >etc/systemd/system/deb-test.service <<-END
 		[Unit]
 		DefaultDependencies=no
