@@ -4,11 +4,19 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO_TARGET_DIR ?= target
 
+version := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 rfw := $(CARGO_TARGET_DIR)/release/rfw
+# What install and deb take: a static one for example.
+BIN ?= $(rfw)
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
+man := $(DESTDIR)$(PREFIX)/share/man
+unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/rfw.service
 etc := $(DESTDIR)/etc/rfw
-scripts := contrib/rfwgen $(wildcard contrib/*.sh tests/*.sh tests/*/*.sh) .ci/run
+rotate := $(DESTDIR)/etc/logrotate.d/rfw
+pages := $(wildcard contrib/man/*)
+scripts := contrib/rfwgen $(wildcard contrib/*.sh contrib/deb/* tests/*.sh tests/*/*.sh) \
+    contrib/openwrt/rfw.init .ci/run
 
 # What libFuzzer is let loose on, and for how many seconds each: an hour in all.
 fuzzers := $(basename $(notdir $(wildcard tests/fuzz/*.rs)))
@@ -17,7 +25,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -44,6 +52,9 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	@if command -v python3 >/dev/null; \
 	then set -x; python3 tests/argv.py $(rfw) 3000; \
 	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
+	@if [ "$$(id -u)" = 0 ] && command -v dpkg-deb >/dev/null && [ -x /lib/systemd/systemd ]; \
+	then set -x; $(MAKE) deb-test; \
+	else echo 'SKIPPED: tests/deb.sh (needs root, dpkg and systemd)'; fi
 	cargo test --locked
 	@if cargo +nightly fuzz --version >/dev/null 2>&1 && command -v c++ >/dev/null; \
 	then set -x; $(MAKE) fuzz SECONDS=4; \
@@ -99,19 +110,32 @@ run/rfw.conf:
 	    -e 's|file = server\.|file = server_127.0.0.1/server.|' rfw.conf >run/new && \
 	mv run/new run/rfw.conf
 
-install: $(rfw) ## rfw to PREFIX/sbin, rfwgen to PREFIX/bin, new files only to /etc/rfw (DESTDIR=)
+install: $(BIN) ## programs, manual, systemd unit to PREFIX, new files only to /etc (DESTDIR=, BIN=)
 	install -d "$(sbin)" "$(bin)"
-	install -m 755 $(rfw) "$(sbin)/rfw"
+	install -m 755 $(BIN) "$(sbin)/rfw"
 	ln -sf rfw "$(sbin)/rfwc"
 	install -m 755 contrib/rfwgen "$(bin)/rfwgen"
+	for page in $(pages); do \
+	    install -D -m 644 $$page "$(man)/man$${page##*.}/$${page##*/}" || exit; done
+	install -D -m 644 contrib/rfw.service "$(unit)"
+	sed -i 's|^ExecStart=/usr/local/|ExecStart=$(PREFIX)/|' "$(unit)"
 	install -d -m 700 "$(etc)"
 	[ -e "$(etc)/rfw.conf" ] || install -m 600 rfw.conf "$(etc)/rfw.conf"
 	[ -e "$(etc)/white.list" ] || install -m 600 white.list "$(etc)/white.list"
+	[ -e "$(rotate)" ] || install -D -m 644 contrib/logrotate "$(rotate)"
 
-uninstall: ## removes the two programs; /etc/rfw and the rules in iptables stay
-	rm -f "$(sbin)/rfw" "$(bin)/rfwgen"
-	rm -f "$(sbin)/rfwc"
-	@echo 'Left: $(etc), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
+uninstall: ## removes all that but the files in /etc; the rules in iptables stay, too
+	rm -f "$(sbin)/rfw" "$(sbin)/rfwc" "$(bin)/rfwgen" "$(unit)"
+	for page in $(pages); do rm -f "$(man)/man$${page##*.}/$${page##*/}"; done
+	@echo 'Left: $(etc), $(rotate), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
+
+deb: $(BIN) ## a Debian package, target/rfw_VERSION_ARCHITECTURE.deb (BIN=)
+	rm -rf $(CARGO_TARGET_DIR)/deb
+	$(MAKE) install PREFIX=/usr DESTDIR=$(CARGO_TARGET_DIR)/deb
+	contrib/deb/pack $(CARGO_TARGET_DIR)/deb
+
+deb-test: deb ## the package under a systemd of its own: installed, upgraded, removed (as root)
+	tests/deb.sh $(CARGO_TARGET_DIR)/rfw_$(version)_$$(dpkg --print-architecture).deb
 
 clean: ## removes what was built, and run/
 	cargo clean
@@ -122,4 +146,4 @@ deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of thi
 	contrib/deps.sh bench
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20

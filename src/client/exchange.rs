@@ -121,8 +121,9 @@ fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let time = left.clamp(Duration::from_millis(1), CONNECT_TIME);
-        let opened = TcpStream::connect_timeout(&address, time)
-            .and_then(|socket| socket.set_nodelay(true).map(|()| Timed { socket, deadline }));
+        let opened = TcpStream::connect_timeout(&address, time).and_then(|socket| {
+            socket.set_nodelay(true).map(|()| Timed { socket: socket.into(), deadline })
+        });
         match opened {
             Err(error) => failure = for_now(format!("cannot connect to {address}: {error}")),
             Ok(timed) if !server.tls => return Ok(Box::new(timed)),
