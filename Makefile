@@ -41,6 +41,9 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	@if command -v shellcheck >/dev/null; \
 	then set -x; shellcheck $(scripts); \
 	else echo 'SKIPPED: shellcheck (not installed)'; fi
+	@if command -v mandoc >/dev/null; \
+	then set -x; mandoc -Tlint -Wwarning $(wildcard contrib/man/*); \
+	else echo 'SKIPPED: mandoc (not installed)'; fi
 	@if command -v python3 >/dev/null; \
 	then set -x; python3 tests/argv.py $(rfw) 3000; \
 	else echo 'SKIPPED: tests/argv.py (no python3)'; fi

@@ -76,6 +76,7 @@ fi
 if [ "$1" = test ] && [ -n "$apt" ]; then
 	optional=
 	has shellcheck || optional=shellcheck
+	has mandoc || optional="$optional mandoc"
 	has strace || optional="$optional strace"
 	has python3 || optional="$optional python3"
 	# The tools of the very compiler in use, where that is Debian's.
