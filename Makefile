@@ -5,6 +5,7 @@ DESTDIR ?=
 CARGO_TARGET_DIR ?= target
 
 rfw := $(CARGO_TARGET_DIR)/release/rfw
+schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
 etc := $(DESTDIR)/etc/rfw
@@ -17,7 +18,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance run install uninstall clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -83,6 +84,15 @@ argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a
 soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
+
+conformance: $(rfw) $(schemathesis) ## contrib/openapi.yaml against the running server; EXAMPLES=; needs PyPI
+	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(EXAMPLES)
+
+$(schemathesis):
+	contrib/deps.sh conformance
+	python3 -m venv $(@D)/..
+	$(@D)/pip install -q schemathesis==4.32.5
+	@touch $@
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
