@@ -8,6 +8,7 @@ version := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 rfw := $(CARGO_TARGET_DIR)/release/rfw
 # What install and deb take: a static one for example.
 BIN ?= $(rfw)
+schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
 man := $(DESTDIR)$(PREFIX)/share/man
@@ -25,7 +26,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall deb deb-test clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -49,6 +50,9 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	@if command -v shellcheck >/dev/null; \
 	then set -x; shellcheck $(scripts); \
 	else echo 'SKIPPED: shellcheck (not installed)'; fi
+	@if command -v mandoc >/dev/null; \
+	then set -x; mandoc -Tlint -Wwarning $(wildcard contrib/man/*); \
+	else echo 'SKIPPED: mandoc (not installed)'; fi
 	@if command -v python3 >/dev/null; \
 	then set -x; python3 tests/argv.py $(rfw) 3000; \
 	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
@@ -91,6 +95,15 @@ argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a
 soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
+
+conformance: $(rfw) $(schemathesis) ## contrib/openapi.yaml against the running server; EXAMPLES=; needs PyPI
+	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(EXAMPLES)
+
+$(schemathesis):
+	contrib/deps.sh conformance
+	python3 -m venv $(@D)/..
+	$(@D)/pip install -q schemathesis==4.32.5
+	@touch $@
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'

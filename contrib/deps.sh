@@ -1,11 +1,11 @@
 #!/bin/sh
 # deps.sh: sees to it that the tools which one of make's targets needs are there.
 #
-#   contrib/deps.sh build|demo|test|bench
+#   contrib/deps.sh build|demo|test|bench|conformance
 #
 # As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
 # missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck,
-# strace, python3) is installed where apt has it, and never a reason to fail.
+# mandoc, strace, python3) is installed where apt has it, and never a reason to fail.
 set -eu
 cd "$(dirname "$0")/.."
 least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -45,15 +45,18 @@ has cc && echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 || missing="$miss
 [ -d /etc/ssl/certs ] || missing="$missing ca-certificates" # cargo fetches over HTTPS
 case ${1:-} in
 build) ;;
-demo | test | bench)
+demo | test | bench | conformance)
 	want iptables iptables
 	want ipset ipset
 	want ip iproute2
 	want unshare util-linux
 	want curl curl
 	want openssl openssl
-	[ "$1" != bench ] || want python3 python3 ;;
-*) echo "usage: contrib/deps.sh build|demo|test|bench" >&2; exit 2 ;;
+	case $1 in
+	bench) want python3 python3 ;;
+	conformance) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
+	esac ;;
+*) echo "usage: contrib/deps.sh build|demo|test|bench|conformance" >&2; exit 2 ;;
 esac
 
 apt=
@@ -76,6 +79,7 @@ fi
 if [ "$1" = test ] && [ -n "$apt" ]; then
 	optional=
 	has shellcheck || optional=shellcheck
+	has mandoc || optional="$optional mandoc"
 	has strace || optional="$optional strace"
 	has python3 || optional="$optional python3"
 	# The tools of the very compiler in use, where that is Debian's.

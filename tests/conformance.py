@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""conformance.py: contrib/openapi.yaml and the running rfw say the same.
+
+    VENV/bin/python tests/conformance.py target/release/rfw [EXAMPLES]
+
+schemathesis makes EXAMPLES (100) requests for each operation of the description out of what it allows
+and what it forbids, besides every example, limit and undeclared method, and sends them to a real rfw
+with the real iptables-nft, in namespaces of its own: with rules, with sets, and to the outward server
+without credentials. Every status, field, content type and body must be as declared, what is allowed
+taken and what is forbidden refused. Then the other way round: of a hundred times as many random requests
+the description must allow the very ones that rfw takes. Exit status 1 where they differ.
+"""
+
+import collections, ipaddress, os, random, re, subprocess, sys, urllib.parse
+import jsonschema_rs, schemathesis, yaml
+from hypothesis import strategies as st
+from schemathesis.openapi.checks import RejectedPositiveData
+from lab import *
+
+DESCRIPTION = ROOT + "/contrib/openapi.yaml"
+NOT_YET = ["/metrics"]  # described, not yet served
+
+
+# --- What the description says in words only -------------------------------------------------------
+
+def block(segments):
+    """Takes an address, and the mask behind it, off the front; -> the version. ValueError: they do not fit."""
+    ip = ipaddress.ip_address(segments.pop(0))
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if segments and segments[0].isdigit():
+        mask = int(segments.pop(0))
+        if (mask > 32 if ip.version == 4 else mask < 17) or (int(ip), mask) == (0, ip.max_prefixlen):
+            raise ValueError
+    return ip.version
+
+
+def fit(segments):
+    """Whether the segments behind the first interface, each of them right, are right together."""
+    try:
+        version = block(segments)
+        if segments and ":" in segments.pop(0):  # no interface
+            return False
+        return not segments or block(segments) == version and not segments
+    except ValueError:
+        return False
+
+
+# --- What schemathesis loads -----------------------------------------------------------------------
+
+four, six = st.ip_addresses(v=4, network="1.0.0.0/8"), st.ip_addresses(v=6, network="2000::/3")
+schemathesis.openapi.format("address-list", st.lists(max_size=5, elements=st.one_of(
+    four.map(str), six.map(str), st.just(""),
+    st.builds("{}/{}".format, four, st.integers(9, 32)), st.builds("{}/{}".format, six, st.integers(17, 128)),
+    st.builds(lambda first, more: f"{first} - {first + more}", four, st.integers(0, 64)),
+    st.builds(lambda ip, text: f"{ip} # {text}", four, st.text().map(lambda text: text.replace("\n", " "))),
+)).map("\n".join))
+
+
+@schemathesis.hook
+def filter_failure(context, failure, case, response):
+    """A refusal is right where the segments do not fit, or sets are not to keep an address for so long."""
+    if not isinstance(failure, RejectedPositiveData):
+        return True
+    values = [urllib.parse.unquote(str(case.path_parameters[name])) for name in re.findall("{(.*?)}", case.path)]
+    return ("{ip}" not in case.path or fit(values[2:])) and b"(24 days)" not in response.content
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    declared = response.request.method == case.operation.method.upper()
+    with open(RUN + "/answers", "a") as f:
+        f.write(f"{case.operation.label if declared else 'methods that are not declared'}\t{response.status_code}\n")
+
+
+def run(name, url, statuses, *options):
+    """One run of schemathesis; -> whether all is well. No answer may have another status than these, and
+    every operation must have met the first of them. Prints who met what."""
+    write("schemathesis.toml", f"[checks.not_a_server_error]\nexpected-statuses = {statuses}\n")
+    write("answers", "")
+    command = [os.path.dirname(sys.executable) + "/schemathesis", "--no-color", "run", DESCRIPTION,
+               "--url", url, "--checks", "all", "--warnings", "off", "--generation-deterministic", *options]
+    for path in NOT_YET:
+        command += ["--exclude-path", path]
+    print(f"\n=== {name}\n{' '.join(command)}", flush=True)
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "conformance", "PYTHONPATH": ROOT + "/tests"}
+    met = subprocess.run(command, cwd=RUN, env=environment).returncode == 0
+    answers = collections.defaultdict(collections.Counter)
+    with open(RUN + "/answers") as f:
+        for operation, status in (line.rstrip("\n").split("\t") for line in f):
+            answers[operation][status] += 1
+    for operation, counts in answers.items():
+        first = counts[statuses[0]] > 0 or " /" not in operation
+        met &= first
+        counted = "  ".join(f"{status}: {counts[status]}" for status in sorted(counts))
+        print(f"{operation:88}{counted}{'' if first else '   NEVER ' + statuses[0]}", flush=True)
+    return met
+
+
+# --- The other way round ---------------------------------------------------------------------------
+
+class Description:
+    """Which changes of a single rule it allows."""
+
+    def __init__(self):
+        with open(DESCRIPTION) as f:
+            self.all = yaml.safe_load(f)
+
+    def parameter(self, reference):
+        parameter = self.all["components"]["parameters"][reference["$ref"].rpartition("/")[2]]
+        schema = {"allOf": [parameter["schema"]], "components": self.all["components"]}
+        return parameter["name"], jsonschema_rs.validator_for(schema, validate_formats=True)
+
+    def operations(self):
+        """-> (method, segments of the path, each a word or a validator, {name: validator} of the query)"""
+        for path, item in self.all["paths"].items():
+            named = dict(map(self.parameter, item.get("parameters", [])))
+            segments = [named.get(segment.strip("{}"), segment) for segment in path.split("/")[1:]]
+            for method in ("put", "delete") if "{ip}" in path else ():
+                yield method.upper(), segments, dict(map(self.parameter, item[method].get("parameters", [])))
+
+
+def allows(validator, text):
+    return validator.is_valid(text) or text == str(int("0" + re.sub("[^0-9]", "", text))) and validator.is_valid(int(text))
+
+
+def allowed(operations, method, path, query):
+    """Whether one of them is this request."""
+    segments = path.split("/")[1:]
+    segments[:2] = map(str.lower, segments[:2])
+    for its_method, its_segments, its_query in operations:
+        if method == its_method and len(segments) == len(its_segments) and all(
+                segment == its if isinstance(its, str) else allows(its, segment) for segment, its in zip(segments, its_segments)):
+            return fit(segments[3:]) and all(name in its_query and allows(its_query[name], value) for name, value in query)
+    return False
+
+
+FACES = ["any", "eth0", "ppp", "ppp+", "br-lan", "eth0@if3", "a" * 14 + "1", "a" * 14, "a" * 15, "a" * 14 + "+", "a" * 15 + "1", "_",
+         "@", "-i", ".1", "1", "24", "+", "e+h", "eth0:1", "e h", "a.b_c@d-e", "é"]
+ADDRESSES = ["203.0.113.9", "203.0.113.9", "2001:db8::9", "2001:DB8:0::9", "::ffff:203.0.113.9", "0.0.0.0", "::", "::ffff:0.0.0.0",
+             "203.0.113", "203.0.113.09", "203.0.113.256", "2001:db8::9::", "fe80::1%eth0", "host", "0.0.0.9"]
+MASKS = ["8", "9", "16", "17", "24", "31", "32", "33", "64", "127", "128", "129", "024", "+24", "24+", "x"]
+TIMES = ["0", "90", "90s", "10m", "12h", "30d", "999999999d", "123456789", "12345678", "1234567890", "", "s", "1w", "-1", "1.5h", "+1"]
+
+
+def some(seed):
+    """A random request: method, path, query."""
+    pick = random.Random(seed).choice
+    words = [pick(["drop", "DROP", "accept", "reject", "Reject"] * 4 + ["log"]), pick(["input", "output", "forward", "Forward"] * 4 + ["nat"])]
+    words += [pick(FACES), pick(ADDRESSES), *pick([[], [pick(MASKS)]])]
+    if words[1].lower() == "forward":
+        words += pick([[], [pick(FACES)], [pick(FACES), pick(ADDRESSES), *pick([[], [pick(MASKS)]])]])
+    query = [pick([("expire", pick(TIMES)), ("wait", pick(["true", "false", ""])), ("x", "1")]) for _ in range(pick([0, 0, 0, 1, 1]))]
+    return pick(["PUT", "DELETE"]), "/" + "/".join(words), query
+
+
+def round_trip(count):
+    """-> whether of so many random requests the description allows those that rfw takes, and no others."""
+    operations, conn, differing, taken = list(Description().operations()), connect(), 0, 0
+    for seed in range(count):
+        method, path, query = some(seed)
+        target = urllib.parse.quote(path, safe="/+@:") + ("?" + urllib.parse.urlencode(query) if query else "")
+        conn.sendall(request(method, target))
+        status = int(answer(conn)[9:12])
+        taken += status in (200, 409)
+        if (status in (200, 409)) != allowed(operations, method, path, query):
+            differing += 1
+            print(f"{method} {target}: {status}, described otherwise", flush=True)
+    print(f"\n=== random requests\n{count}, of which rfw took {taken}; described otherwise: {differing}", flush=True)
+    return differing == 0
+
+
+# --- The run ---------------------------------------------------------------------------------------
+
+SEEDS = ["/drop/input/eth0/203.0.113.0/24", "/reject/output/any/2001:db8::1?expire=10m", "/accept/input/ppp/198.51.100.4",
+         "/drop/forward/any/0.0.0.0/any/203.0.113.9", "/drop/forward/any/::"]
+
+
+def started(program, lines):
+    """An rfw that has something to list."""
+    for iptables in "/usr/sbin/iptables-nft", "/usr/sbin/ip6tables-nft":
+        subprocess.run([iptables, "-F"], check=True)
+    rfw = Rfw(program, lines)
+    for path in SEEDS:
+        if not exchange(connect(), request("PUT", path)).startswith(b"HTTP/1.1 200 "):
+            sys.exit(f"not taken: {path}")
+    return rfw
+
+
+def main(program, examples="100"):
+    inside()
+    keys()
+    local, outward = f"http://127.0.0.1:{LOCAL}", f"https://127.0.0.1:{OUTWARD}"
+    many, few, trust = ["--max-examples", examples], ["--phases", "examples"], ["--tls-verify", RUN + "/client/ca.crt"]
+    rfw = started(program, OUTWARD_CONF)
+    met = run("rules", local, ["200", "4xx"], *many)
+    met &= round_trip(100 * int(examples))
+    met &= run("no credentials", outward, ["401"], *trust, "--phases", "examples,coverage")
+    for _ in range(11):
+        exchange(connect(OUTWARD, context=tls()), request("GET", "/", "Authorization: Basic eDp5\r\n"))
+    met &= run("too many guesses", outward, ["429"], *trust, *few)
+    rfw.stop()
+    rfw = started(program, "ipset.path = /usr/sbin/ipset\n")
+    met &= run("sets", local, ["200", "4xx"], *many)
+    rfw.stop()
+    rfw = started(program, "ipset.path = /usr/sbin/ipset\nipset.maxelem = 1\n")
+    met &= run("full sets", local, ["507"], "--include-name", "PUT /{target}/input/{iface}/{ip}", *few)
+    rfw.stop()
+    print("\nmet" if met else "\nNOT MET")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(os.path.abspath(sys.argv[1]), *sys.argv[2:]))
