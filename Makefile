@@ -5,6 +5,7 @@ DESTDIR ?=
 CARGO_TARGET_DIR ?= target
 
 rfw := $(CARGO_TARGET_DIR)/release/rfw
+fail2ban := $(CARGO_TARGET_DIR)/fail2ban
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
 etc := $(DESTDIR)/etc/rfw
@@ -17,7 +18,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak fail2ban run install uninstall clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -44,6 +45,9 @@ test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end test
 	@if command -v python3 >/dev/null; \
 	then set -x; python3 tests/argv.py $(rfw) 3000; \
 	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
+	@if command -v python3 >/dev/null && $(MAKE) -s $(fail2ban); \
+	then set -x; python3 tests/fail2ban.py $(rfw) $(fail2ban); \
+	else echo 'SKIPPED: tests/fail2ban.py (needs python3, and apt for the package)'; fi
 	cargo test --locked
 	@if cargo +nightly fuzz --version >/dev/null 2>&1 && command -v c++ >/dev/null; \
 	then set -x; $(MAKE) fuzz SECONDS=4; \
@@ -80,6 +84,17 @@ argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a
 soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
+
+fail2ban: $(rfw) $(fail2ban) ## the real fail2ban bans through rfw, and feeds by cron; half a minute
+	contrib/deps.sh bench
+	python3 tests/fail2ban.py $(rfw) $(fail2ban)
+
+# Debian's package unpacked, not installed: nothing of it starts on this host.
+$(fail2ban):
+	rm -rf $@.new
+	mkdir -p $@.new
+	cd $@.new && apt-get -qq download fail2ban && dpkg -x fail2ban_*.deb .
+	mv $@.new $@
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
@@ -120,4 +135,4 @@ deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of thi
 	contrib/deps.sh bench
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' Makefile | expand -t 20
