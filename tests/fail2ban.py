@@ -195,8 +195,7 @@ def errors(jail):
 
 def edge():
     fails("edge", "0.0.0.0")
-    fails("edge", "::")
-    seen("0.0.0.0 and :: are not banned: in forward they are any address", lambda: errors("'edge'") == 2)
+    seen("0.0.0.0 is not banned: in forward it is any address", lambda: errors("'edge'") == 1)
     fails("edge", "198.51.100.7")
     fails("edge", "2001:db8::8")
     seen("over HTTPS, by CA and password: reject in FORWARD",
@@ -261,7 +260,7 @@ esac
 
 def sources():
     lines = (rules() + rules("ip6tables")).splitlines()
-    return sorted(re.search(r" -s (\S+)", line).group(1) for line in lines if "rfw:" in line)
+    return sorted(re.search(r" -s (\S+)", line).group(1) for line in lines if re.search(r' -s .*"?rfw:\d', line))
 
 
 def feeds():
@@ -273,7 +272,6 @@ def feeds():
     with open(ROOT + "/contrib/feeds.cron") as f:
         crontab = [line.split(None, 6)[5:] for line in f if line[0].isdigit()]
     check("as many lines as feeds, no % in any", len(crontab) == len(FEEDS) and not any("%" in line for _, line in crontab))
-    subprocess.run(["/usr/bin/curl", "-sS", "-X", "DELETE", "http://127.0.0.1:7390/drop/input/any"], check=False, capture_output=True)
     for user, command in crontab:
         url = re.search(r"https://\S+", command).group()
         feed = next(name for name in FEEDS if url.endswith(name))
