@@ -9,6 +9,7 @@ rfw := $(CARGO_TARGET_DIR)/release/rfw
 # What install and deb take: a static one for example.
 BIN ?= $(rfw)
 schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
+fail2ban := $(CARGO_TARGET_DIR)/fail2ban
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
 man := $(DESTDIR)$(PREFIX)/share/man
@@ -26,7 +27,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance run install uninstall deb deb-test clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance fail2ban run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -105,6 +106,17 @@ $(schemathesis):
 	$(@D)/pip install -q schemathesis==4.32.5
 	@touch $@
 
+fail2ban: $(rfw) $(fail2ban) ## the real fail2ban bans through rfw, and feeds by cron; a minute
+	contrib/deps.sh bench
+	python3 tests/fail2ban.py $(rfw) $(fail2ban)
+
+# Debian's package unpacked, not installed: nothing of it starts on this host.
+$(fail2ban):
+	rm -rf $@.new
+	mkdir -p $@.new
+	cd $@.new && apt-get -qq download fail2ban && dpkg -x fail2ban_*.deb .
+	mv $@.new $@
+
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
 	@echo '  curl -X PUT "http://127.0.0.1:7390/drop/input/any/192.0.2.1?expire=1m"'
@@ -159,4 +171,4 @@ deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of thi
 	contrib/deps.sh bench
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
