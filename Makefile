@@ -10,6 +10,7 @@ rfw := $(CARGO_TARGET_DIR)/release/rfw
 BIN ?= $(rfw)
 schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 fail2ban := $(CARGO_TARGET_DIR)/fail2ban
+promtool := $(CARGO_TARGET_DIR)/prometheus/usr/bin/promtool
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
 man := $(DESTDIR)$(PREFIX)/share/man
@@ -97,8 +98,8 @@ soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
 
-conformance: $(rfw) $(schemathesis) ## contrib/openapi.yaml against the running server; EXAMPLES=; needs PyPI
-	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(EXAMPLES)
+conformance: $(rfw) $(schemathesis) $(promtool) ## contrib/openapi.yaml against the running server; EXAMPLES=; needs PyPI
+	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(promtool) $(EXAMPLES)
 
 $(schemathesis):
 	contrib/deps.sh conformance
@@ -110,12 +111,14 @@ fail2ban: $(rfw) $(fail2ban) ## the real fail2ban bans through rfw, and feeds by
 	contrib/deps.sh bench
 	python3 tests/fail2ban.py $(rfw) $(fail2ban)
 
-# Debian's package unpacked, not installed: nothing of it starts on this host.
-$(fail2ban):
+# Debian's packages unpacked, not installed: nothing of them starts on this host.
+$(fail2ban) $(CARGO_TARGET_DIR)/prometheus:
 	rm -rf $@.new
 	mkdir -p $@.new
-	cd $@.new && apt-get -qq download fail2ban && dpkg -x fail2ban_*.deb .
+	cd $@.new && apt-get -qq download $(@F) && dpkg -x $(@F)_*.deb .
 	mv $@.new $@
+
+$(promtool): | $(CARGO_TARGET_DIR)/prometheus
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'

@@ -14,6 +14,8 @@ use crate::rule::{Action, Chain, Iface, Place, Rule, RuleError};
 pub enum Command {
     /// The help text.
     Help,
+    /// Counters for Prometheus.
+    Metrics,
     /// The rules of one chain or of all.
     List(Option<Chain>),
     /// A rule more or less.
@@ -51,6 +53,7 @@ impl Command {
         let query = Query::parse(request.query.as_deref())?;
         match *segments {
             [] => query.only_get(request, Command::Help),
+            ["metrics"] => query.only_get(request, Command::Metrics),
             ["list"] => query.only_get(request, Command::List(None)),
             ["list", chain] => {
                 let chain = Chain::parse(chain).ok_or(Refusal::NotFound)?;
@@ -267,6 +270,7 @@ mod tests {
         let grammar = Grammar { default_expire: 7, non_restful, sets: true };
         match Command::parse(&request, grammar) {
             Ok(Command::Help) => "help".into(),
+            Ok(Command::Metrics) => "metrics".into(),
             Ok(Command::List(chain)) => format!("list {}", chain.map_or("all", Chain::name)),
             Ok(Command::Change(rule, action)) => format!("{action:?} {rule}"),
             Ok(Command::ChangeAll(place, action)) => {
@@ -281,6 +285,7 @@ mod tests {
     fn requests() {
         let table = [
             ("GET /", "help"),
+            ("GET /metrics", "metrics"),
             ("GET /list", "list all"),
             ("GET /list/", "list all"),
             ("GET /list/Input", "list INPUT"),
@@ -321,6 +326,8 @@ mod tests {
     fn requests_without_a_meaning() {
         let table = [
             ("PUT /", "405 GET"),
+            ("DELETE /metrics", "405 GET"),
+            ("GET /metrics/x", "404 not_found"),
             ("HEAD /list", "405 GET"),
             ("GET /list/nat", "404 not_found"),
             ("GET /list/input/x", "404 not_found"),

@@ -9,6 +9,7 @@ use rfw::firewall::ipset::Ipset;
 use rfw::firewall::kernel::{Tools, restore_beside};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
+use rfw::metrics::Metrics;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
 use rfw::server::{Door, Server};
@@ -187,7 +188,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
         }
         state = Some((opened, named));
     }
-    let firewall = Firewall::start(tools, ipset, state, guarded, whitelist.clone(), log.clone())?;
+    let metrics = Arc::new(Metrics::default());
+    let (allowed, told) = (whitelist.clone(), log.clone());
+    let firewall = Firewall::start(tools, ipset, state, guarded, allowed, told, metrics.clone())?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
@@ -197,6 +200,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         firewall,
         whitelist,
         log,
+        metrics,
         grammar,
         credentials,
         guesses,

@@ -11,6 +11,7 @@ use crate::http::response::Reply;
 use crate::http::stream::Stream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
+use crate::metrics::Metrics;
 use crate::places::{Place, Places, State};
 use crate::rule::list::{LeftOut, List, TooMany};
 use crate::rule::whitelist::{Permitted, Whitelist};
@@ -49,6 +50,7 @@ pub struct Server {
     pub firewall: Firewall,
     pub whitelist: Arc<Whitelist>,
     pub log: Arc<Log>,
+    pub metrics: Arc<Metrics>,
     pub grammar: Grammar,
     pub credentials: Option<Credentials>,
     pub guesses: Guesses,
@@ -161,10 +163,13 @@ impl Server {
             return;
         };
         let (server, door) = (self.clone(), door.clone());
+        self.metrics.connections.add(1);
         let serve = move || {
+            server.metrics.open_connections.add(1);
             if let Ok(stream) = Stream::new(socket, door.tls.as_ref()) {
                 serve(&server, &door, stream, peer, &place);
             }
+            server.metrics.open_connections.less_one();
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             self.log.warning(format_args!("cannot serve {peer}: {error}"));
@@ -231,7 +236,8 @@ impl Visit<'_> {
         let credentials = server.credentials.as_ref().filter(|_| door.authentication);
         let authorization = request.authorization.as_deref();
         let client =
-            auth::admit(*peer, authorization, credentials, &server.guesses, Instant::now())?;
+            auth::admit(*peer, authorization, credentials, &server.guesses, Instant::now())
+                .inspect_err(|_| server.metrics.refused_logins.add(1))?;
         *who = client.to_string();
         let command = Command::parse(request, server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
@@ -253,6 +259,11 @@ impl Visit<'_> {
                 reply.push(&api::help(&server.addresses, server.grammar));
                 reply.end("text/plain; charset=utf-8");
                 Ok("helped".into())
+            }
+            Command::Metrics => {
+                reply.push(&server.metrics.text());
+                reply.end("text/plain; version=0.0.4; charset=utf-8");
+                Ok("measured".into())
             }
             Command::List(chain) => send_list(server, &client, chain, reply),
             Command::Change(rule, action) => {

@@ -306,6 +306,10 @@ impl Mirror {
         self.rules.contains_key(line)
     }
 
+    pub fn lines(&self) -> impl Iterator<Item = &Line> {
+        self.rules.keys()
+    }
+
     /// The rules for sets, the foremost last.
     pub fn sets(&self) -> Vec<Line> {
         let sets = self.rules.iter().filter(|(line, _)| self.sets > 0 && line.place().is_some());

@@ -16,6 +16,7 @@ use crate::clock::{self, Clock};
 use crate::http::auth::Client;
 use crate::http::refusal::Refusal;
 use crate::log::Log;
+use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Action, Chain, Change, Iface, Rule, Rules, Scope, Target};
@@ -152,6 +153,7 @@ struct Kernel {
     unsettled: bool,
     clock: Clock,
     log: Arc<Log>,
+    metrics: Arc<Metrics>,
     next_look: Instant,
     /// Why the last look failed: the log is told when that changes.
     told: Option<Failure>,
@@ -163,6 +165,7 @@ struct Table {
     mirror: Mirror,
     whitelist: Arc<Whitelist>,
     log: Arc<Log>,
+    metrics: Arc<Metrics>,
     /// Whether nobody knows what the kernel holds, since a program was ended
     /// in the middle.
     stale: bool,
@@ -179,6 +182,7 @@ impl Firewall {
         guarded: Option<u16>,
         whitelist: Arc<Whitelist>,
         log: Arc<Log>,
+        metrics: Arc<Metrics>,
     ) -> Result<Firewall, String> {
         let (clock, next_look) = (Clock::start(), Instant::now());
         let (mut state, kept) = state.unzip();
@@ -198,8 +202,9 @@ impl Firewall {
         // Both at once: with many rules this is what a start waits for.
         let tables = thread::scope(|scope| {
             let begin = |tools| {
-                let (mirror, whitelist, log) = (Mirror::default(), whitelist.clone(), log.clone());
-                let table = Table { tools, mirror, whitelist, log, stale: false };
+                let (whitelist, log, metrics) = (whitelist.clone(), log.clone(), metrics.clone());
+                let mirror = Mirror::default();
+                let table = Table { tools, mirror, whitelist, log, metrics, stale: false };
                 let now = clock.now().as_secs();
                 let lines = lines.as_deref();
                 scope.spawn(move || table.begin(guarded, lines, now))
@@ -219,6 +224,7 @@ impl Firewall {
             unsettled,
             clock,
             log,
+            metrics,
             next_look,
             told,
         };
@@ -357,6 +363,8 @@ impl Kernel {
             let told = |result: Result<Outcome, Failure>| result.map_err(|f| f.and(words));
             results.extend(committed.into_iter().map(told));
         }
+        self.metrics.batches.add(1);
+        self.metrics.kernel_failures.add(results.iter().filter(|result| result.is_err()).count());
         (results, ill)
     }
 
@@ -438,12 +446,30 @@ impl Kernel {
         if let Some(new) = failure.as_ref().filter(|_| failure != self.told) {
             self.log.error(format_args!("cannot check what the kernel holds: {new}"));
         }
+        self.metrics.kernel_failures.add(usize::from(failure.is_some()));
+        self.count_rules();
         self.told = failure.clone();
         let pause = started.elapsed().saturating_mul(PAUSE_FACTOR);
         let most = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
         let pause = pause.min(most).max(PAUSE);
         self.next_look = Instant::now().checked_add(pause).unwrap_or(started);
         failure.map_or(Ok(()), only_passing)
+    }
+
+    fn count_rules(&self) {
+        for (chain, row) in Chain::ALL.iter().zip(&self.metrics.rules) {
+            for (target, number) in Target::ALL.iter().zip(row) {
+                let here =
+                    |line: &&Line| (line.rule.chain(), line.rule.target) == (*chain, *target);
+                let lines = self.tables.iter().flat_map(|table| table.mirror.lines());
+                let count = lines.filter(here).map(|line| match line.kind {
+                    Kind::Plain => 1,
+                    Kind::Guard(_) => 0,
+                    Kind::Set(_) => self.fill.get(line).copied().unwrap_or(0),
+                });
+                number.set(count.sum());
+            }
+        }
     }
 
     /// Where the wall clock was set, moves the expiries with it: the kernel's
@@ -649,8 +675,11 @@ impl Table {
     }
 
     fn report(&self, notes: &[(Note, Line)], starting: bool) {
-        let restored = notes.iter().filter(|(note, _)| *note == Note::Restored).count();
+        let count = |kind| notes.iter().filter(|(note, _)| *note == kind).count();
+        let restored = count(Note::Restored);
+        self.metrics.expired.add(count(Note::Expired));
         if restored > 0 && !starting {
+            self.metrics.restored.add(restored);
             let how = "to remove a rule for good, DELETE it";
             self.log.warning(format_args!("rules put back that others removed: {restored}; {how}"));
         }
@@ -677,6 +706,7 @@ impl Table {
         let results = self.commit(&changes.iter().collect::<Vec<_>>(), now, &mut None);
         for (result, rule) in results.iter().zip(&due) {
             if result.is_ok() {
+                self.metrics.expired.add(1);
                 self.log.info(format_args!("expired {rule}"));
             }
         }

@@ -349,6 +349,40 @@ fn help() {
 }
 
 #[test]
+fn metrics() {
+    both(|lab| {
+        modes(
+            lab,
+            "local.server.authentication\nauth.username = u\nauth.password = p",
+            |_, sets| {
+                let get = || curl("-u u:p", "GET /metrics", &format!("http://{LOCAL}"));
+                let shows = |line: &str| get().lines().any(|found| found == line);
+                for address in ["1.1.1.1?expire=1", "1.1.1.2", "2001:db8::1"] {
+                    curl(
+                        "-u u:p",
+                        &format!("PUT /drop/input/any/{address}"),
+                        &format!("http://{LOCAL}"),
+                    );
+                }
+                curl("-u u:q", "GET /", &format!("http://{LOCAL}"));
+                await_true("two are left", 4 + SLACK, || {
+                    shows("rfw_rules{chain=\"INPUT\",target=\"DROP\"} 2")
+                });
+                assert!(
+                    shows("rfw_refused_logins_total 2"),
+                    "the first is await_ready's: {}",
+                    get()
+                );
+                assert!(shows("rfw_batches_total 3") && shows("rfw_connections 1"), "{}", get());
+                assert!(sets || shows("rfw_expired_rules_total 1"), "{}", get());
+                lab.iptables("-F");
+                await_true("put back", 4 + SLACK, || shows("rfw_restored_rules_total 1"));
+            },
+        );
+    });
+}
+
+#[test]
 fn non_restful() {
     both(|lab| {
         let rule = "GET /drop/input/any/1.2.3.4";
