@@ -69,8 +69,9 @@ impl State {
         }
         let Content { changes, size, torn } = read(&mut BufReader::new(&file))?;
         let kept = live(&changes);
-        let needed = kept.iter().map(|(rule, wanted)| line_of(rule, Some(*wanted)).len() as u64);
-        let limit = needed.sum::<u64>().saturating_mul(2).max(SMALL);
+        // What the list takes, its lines being as long as others.
+        let part = size.saturating_mul(kept.len() as u64).checked_div(changes.len() as u64);
+        let limit = part.unwrap_or(0).saturating_mul(2).max(SMALL);
         let mut state = State { path, file, size, dirty: torn, limit };
         state.clean().map_err(wrong)?;
         Ok((state, Some(kept), torn))

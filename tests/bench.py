@@ -284,6 +284,54 @@ def start_up(box):
     return times(rfw, bare)
 
 
+def start_from_file(sets):
+    """As after a reboot: nothing in the kernel, and a state file of 120,000."""
+    def measure(box):
+        rfw, bare = [], []
+        v4 = [f"50.{i >> 16}.{i >> 8 & 255}.{i & 255}" for i in range(120000 if sets else 60000)]
+        v6 = [] if sets else [f"2001:db8::{i:x}" for i in range(60000)]
+        box.write("state", ["rfw state 1", *(f"+ 0 /drop/input/any/{line}" for line in v4 + v6)])
+        if sets:
+            create = f"create {SET} hash:net maxelem 1048576 timeout 0 counters"
+            restores = [([box.ipset, "restore"], [create, *(f"add {SET} {line} timeout 0" for line in v4)])]
+        else:
+            rule = "-I INPUT -s {} -m comment --comment rfw -j DROP".format
+            restores = [([program + "-restore", "--noflush"], ["*filter", *map(rule, lines), "COMMIT"])
+                        for program, lines in ((box.iptables, v4), (box.iptables.replace("iptables", "ip6tables"), v6))]
+        restores = [(argv, box.write(f"restore{n}", lines)) for n, (argv, lines) in enumerate(restores)]
+        for _ in range(3):
+            for own in True, False:
+                box.configure()
+                box.fresh(start=False)
+                subprocess.run([box.ipset, "destroy"], check=True)
+                if not own:
+                    bare.append(sum(seconds_of(*restore) for restore in restores))
+                    continue
+                box.configure("state.file = state\n" + (f"ipset.path = {box.ipset}" if sets else ""))
+                begin = time.perf_counter()
+                box.start()
+                Client().ask(request("GET", "/"))
+                rfw.append(time.perf_counter() - begin)
+        return times(rfw, bare)
+    return measure
+
+
+def one_put_to_disk(box):
+    rfw, bare, insert = [], [], os.path.join(box.dir, "insert")
+    box.configure(f"state.file = state-{os.path.basename(box.iptables)}")
+    client, line = box.fresh(), b"+ 0 /drop/input/any/30.0.0.1\n"
+    with open(os.path.join(box.dir, "line"), "ab") as beside:
+        for i in range(100):
+            with open(insert, "wb") as f:
+                f.write(table([rule("I", "30", i, "bare")]))
+            begin = time.perf_counter()
+            os.write(beside.fileno(), line)
+            os.fdatasync(beside.fileno())
+            bare.append(time.perf_counter() - begin + seconds_of([box.iptables + "-restore", "--noflush"], insert))
+            rfw.append(client.ask(drop("PUT", "40", i)))
+    return times(rfw, bare)
+
+
 def list_of_rules(box):
     rfw, bare = [], []
     lines = [rule("I", "40", i, "rfw") for i in range(10000)]
@@ -442,6 +490,9 @@ ROWS = [
     Row("start to first answer, 10,000 rules: one iptables -S", "at most 1.5 x", start_up),
     Row("memory, both servers on, idle", "at most 4 MB", memory(0)),
     Row("memory, both servers on, 10,000 rules", "at most 8 MB", memory(10000)),
+    Row("start, 120,000 rules in the state file: two restores", "at most 1.5 x", start_from_file(False)),
+    Row("start, 120,000 in the state file, sets: ipset restore", "at most 1.5 x", start_from_file(True)),
+    Row("one PUT with a state file: one restore and one fdatasync", "", one_put_to_disk),
     Row("list of 10,000, rules: iptables-restore --noflush", "at most 1.3 x", list_of_rules),
     Row("list of 120,000, sets: ipset restore", "at most 1.3 x", list_in_set(False)),
     Row("the same list again, with new expiries: ipset restore", "", list_in_set(True)),
