@@ -386,8 +386,12 @@ impl Rfw<'_> {
 
     /// Waits until no connection is left; returns how many threads run then.
     pub fn await_idle(&self) -> usize {
-        await_true("main and two for each listener are left", 10 + SLACK, || self.threads() <= 5);
-        self.threads()
+        let listeners = sh("ss -Hltn").lines().count();
+        let idle = 1 + 2 * listeners;
+        await_true("main and two for each listener are left", 10 + SLACK, || {
+            self.threads() == idle
+        });
+        idle
     }
 
     /// kill -9
