@@ -17,7 +17,8 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak run install uninstall clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak static static-test run install uninstall clean \
+    deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -81,6 +82,13 @@ soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
 
+static: ## rfw for a router, in one static file: TARGET=x86_64, aarch64, armv7, mips or mipsel
+	contrib/static.sh $(or $(TARGET),x86_64)
+
+static-test: ## builds and tries what `make static` makes, for all five or TARGET=; half an hour
+	contrib/deps.sh static-test
+	python3 tests/static.py $(TARGET)
+
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
 	@echo '  curl -X PUT "http://127.0.0.1:7390/drop/input/any/192.0.2.1?expire=1m"'
@@ -120,4 +128,4 @@ deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of thi
 	contrib/deps.sh bench
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
