@@ -13,13 +13,15 @@ ZIG=0.17.1
 ZIGBUILD=0.24.1
 
 target=${1:-x86_64}
-pie='-C link-arg=-pie'
+how='-C link-arg=-pie'
 case $target in
 x86_64 | aarch64) triple=$target-unknown-linux-musl ;;
-armv7) triple=armv7-unknown-linux-musleabihf ;;
+armv7)
+	triple=armv7-unknown-linux-musleabihf
+	how="$how -C target-feature=+thumb-mode" ;; # less code
 mips | mipsel)
 	triple=$target-unknown-linux-musl
-	pie='-C relocation-model=static' ;; # their static PIE crashes when a thread starts
+	how='-C relocation-model=static' ;; # their static PIE crashes when a thread starts
 *)
 	echo 'usage: contrib/static.sh [x86_64|aarch64|armv7|mips|mipsel]' >&2
 	exit 2 ;;
@@ -39,7 +41,8 @@ choose_rust() {
 
 contrib/deps.sh static
 choose_rust || { contrib/deps.sh std && choose_rust; } || {
-	echo "static.sh: no Rust here has std for $triple, or its source" >&2
+	echo "static.sh: no Rust here has std for $triple, or its source:" \
+		"rustup target add $triple, or rustup component add rust-src" >&2
 	exit 1
 }
 
@@ -58,7 +61,7 @@ fi
 export CARGO_PROFILE_RELEASE_OPT_LEVEL=z CARGO_PROFILE_RELEASE_TRIM_PATHS=all
 export PATH="$tools/bin:$PATH" CARGO="${rustc%rustc}cargo" RUSTC="$rustc" RUSTC_BOOTSTRAP=1
 export CARGO_TARGET_DIR="$out/build" XDG_CACHE_HOME="$out/cache" ZIG_GLOBAL_CACHE_DIR="$out/cache/zig"
-export RUSTFLAGS="-C link-self-contained=no -C force-unwind-tables=no $pie"
+export RUSTFLAGS="-C link-self-contained=no -C force-unwind-tables=no $how"
 unset CARGO_ENCODED_RUSTFLAGS
 cargo-zigbuild zigbuild --release --locked --target "$triple" -Z trim-paths \
 	${source:+-Z build-std=std,panic_abort -Z build-std-features=optimize_for_size}
