@@ -28,7 +28,8 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance fail2ban run install uninstall deb deb-test clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance fail2ban static static-test \
+    run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
 
@@ -119,6 +120,13 @@ $(fail2ban) $(CARGO_TARGET_DIR)/prometheus:
 	mv $@.new $@
 
 $(promtool): | $(CARGO_TARGET_DIR)/prometheus
+
+static: ## rfw for a router, in one static file: TARGET=x86_64, aarch64, armv7, mips or mipsel
+	contrib/static.sh $(or $(TARGET),x86_64)
+
+static-test: ## builds and tries what `make static` makes, for all five or TARGET=; half an hour
+	contrib/deps.sh static-test
+	python3 tests/static.py $(TARGET)
 
 run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
 	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'

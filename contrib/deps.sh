@@ -1,15 +1,17 @@
 #!/bin/sh
 # deps.sh: sees to it that the tools which one of make's targets needs are there.
 #
-#   contrib/deps.sh build|demo|test|bench|conformance
+#   contrib/deps.sh build|demo|test|bench|conformance|static|std|static-test
 #
 # As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
 # missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck,
-# mandoc, strace, python3) is installed where apt has it, and never a reason to fail.
+# mandoc, strace, python3) is installed where apt has it, and never a reason to fail. `std` is a
+# Rust with the source of its std.
 set -eu
 cd "$(dirname "$0")/.."
 least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
 missing=
+std=
 
 has() { command -v "$1" >/dev/null 2>&1; }
 want() { has "$1" || missing="$missing $2"; } # TOOL PACKAGE
@@ -23,13 +25,13 @@ rust_ok() {
 
 candidate() { apt-cache policy "$1" | sed -n 's/^ *Candidate: \([0-9].*\)/\1/p'; }
 
-# The first of apt's Rusts that is new enough. Debian 12 has a second one, for browsers; apt takes
-# the older off for it.
+# The first of apt's Rusts that is new enough; its std's source, too. Debian 12 has a second one, for
+# browsers; apt takes the older off for it.
 rust_packages() {
 	for suffix in '' -web; do
 		version=$(candidate "rustc$suffix")
 		if [ -n "$version" ] && new_enough "$version"; then
-			echo "rustc$suffix cargo$suffix"
+			echo "rustc$suffix cargo$suffix${std:+ rust$suffix-src}"
 			return
 		fi
 	done
@@ -45,7 +47,9 @@ has cc && echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 || missing="$miss
 [ -d /etc/ssl/certs ] || missing="$missing ca-certificates" # cargo fetches over HTTPS
 case ${1:-} in
 build) ;;
-demo | test | bench | conformance)
+static) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
+std) std=yes ;;
+demo | test | bench | conformance | static-test)
 	want iptables iptables
 	want ipset ipset
 	want ip iproute2
@@ -53,17 +57,21 @@ demo | test | bench | conformance)
 	want curl curl
 	want openssl openssl
 	case $1 in
-	bench) want python3 python3 ;;
+	bench | static-test) want python3 python3 ;;
 	conformance) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
-	esac ;;
-*) echo "usage: contrib/deps.sh build|demo|test|bench|conformance" >&2; exit 2 ;;
+	esac
+	if [ "$1" = static-test ]; then
+		want readelf binutils
+		want qemu-mips-static qemu-user-static
+	fi ;;
+*) echo "usage: contrib/deps.sh build|demo|test|bench|conformance|static|std|static-test" >&2; exit 2 ;;
 esac
 
 apt=
 if [ "$(id -u)" = 0 ] && has apt-get; then apt=yes; fi
-if [ -n "$apt" ] && { [ -n "$missing" ] || ! rust_ok; }; then
+if [ -n "$apt" ] && { [ -n "$missing$std" ] || ! rust_ok; }; then
 	apt-get update -qq </dev/null
-	rust_ok || missing="$missing $(rust_packages)"
+	[ -z "$std" ] && rust_ok || missing="$missing $(rust_packages)"
 	# shellcheck disable=SC2086 # a list of words
 	[ -z "$missing" ] || install $missing
 	missing=

@@ -1,0 +1,70 @@
+#!/bin/sh
+# static.sh: rfw in one file that needs no other, with musl, for a server or a router.
+#
+#   contrib/static.sh [x86_64|aarch64|armv7|mips|mipsel]      makes target/static/rfw-TARGET
+#
+# Two builds of the same source with the same Rust are the same bytes, in whatever folder.
+# zig is C compiler, linker and musl; with cargo-zigbuild it comes from PyPI into target/static.
+# Rust's std comes from rustup where it has the target, else from its source, which Debian
+# packages and rustup's rust-src have. Some flags are unstable: RUSTC_BOOTSTRAP admits them.
+set -eu
+cd "$(dirname "$0")/.."
+ZIG=0.17.1
+ZIGBUILD=0.24.1
+
+target=${1:-x86_64}
+how='-C link-arg=-pie'
+case $target in
+x86_64 | aarch64) triple=$target-unknown-linux-musl ;;
+armv7)
+	triple=armv7-unknown-linux-musleabihf
+	how="$how -C target-feature=+thumb-mode" ;; # less code
+mips | mipsel)
+	triple=$target-unknown-linux-musl
+	how='-C relocation-model=static' ;; # their static PIE crashes when a thread starts
+*)
+	echo 'usage: contrib/static.sh [x86_64|aarch64|armv7|mips|mipsel]' >&2
+	exit 2 ;;
+esac
+
+# choose_rust: sets rustc and source (1: build std); fails where there is none that can.
+choose_rust() {
+	for rustc in "$(command -v rustc)" /usr/bin/rustc; do
+		lib=$("$rustc" --print sysroot 2>/dev/null)/lib/rustlib || continue
+		source=
+		[ ! -d "$lib/$triple/lib" ] || return 0
+		source=1
+		[ ! -f "$lib/src/rust/library/Cargo.lock" ] || return 0
+	done
+	return 1
+}
+
+contrib/deps.sh static
+choose_rust || { contrib/deps.sh std && choose_rust; } || {
+	echo "static.sh: no Rust here has std for $triple, or its source:" \
+		"rustup target add $triple, or rustup component add rust-src" >&2
+	exit 1
+}
+
+mkdir -p "${CARGO_TARGET_DIR:=target}/static"
+out=$(cd "$CARGO_TARGET_DIR/static" && pwd)
+tools=$out/tools-$ZIG-$ZIGBUILD
+if [ ! -x "$tools/bin/cargo-zigbuild" ]; then
+	rm -rf "$tools"
+	python3 -m venv "$tools"
+	"$tools/bin/pip" install -q --disable-pip-version-check --only-binary :all: \
+		"ziglang==$ZIG" "cargo-zigbuild==$ZIGBUILD"
+fi
+
+# The release profile, but smaller. Of unwind tables a program that aborts has no use, and of what
+# std does at length for speed a router has none.
+export CARGO_PROFILE_RELEASE_OPT_LEVEL=z CARGO_PROFILE_RELEASE_TRIM_PATHS=all
+export PATH="$tools/bin:$PATH" CARGO="${rustc%rustc}cargo" RUSTC="$rustc" RUSTC_BOOTSTRAP=1
+export CARGO_TARGET_DIR="$out/build" XDG_CACHE_HOME="$out/cache" ZIG_GLOBAL_CACHE_DIR="$out/cache/zig"
+export RUSTFLAGS="-C link-self-contained=no -C force-unwind-tables=no $how"
+unset CARGO_ENCODED_RUSTFLAGS
+cargo-zigbuild zigbuild --release --locked --target "$triple" -Z trim-paths \
+	${source:+-Z build-std=std,panic_abort -Z build-std-features=optimize_for_size}
+cp "$out/build/$triple/release/rfw" "$out/rfw-$target.new"
+mv "$out/rfw-$target.new" "$out/rfw-$target"
+ls -l "$out/rfw-$target"
