@@ -14,7 +14,7 @@ use crate::rule::whitelist::LineError;
 use crate::rule::{Rule, is_number};
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -57,6 +57,11 @@ impl State {
         check_kind(path)?;
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).mode(0o600).open(path);
+        // From a disk that takes nothing any more, the list still comes.
+        let file = file.or_else(|error| match error.kind() {
+            ErrorKind::ReadOnlyFilesystem => File::open(path),
+            _ => Err(error),
+        });
         let file = file.map_err(wrong)?;
         let locked = file.try_lock().is_ok() && same_file(&file, path).map_err(wrong)?;
         if !locked {
@@ -73,7 +78,7 @@ impl State {
         let part = size.saturating_mul(kept.len() as u64).checked_div(changes.len() as u64);
         let limit = part.unwrap_or(0).saturating_mul(2).max(SMALL);
         let mut state = State { path, file, size, dirty: torn, limit };
-        state.clean().map_err(wrong)?;
+        let _ = state.clean();
         Ok((state, Some(kept), torn))
     }
 
@@ -81,7 +86,7 @@ impl State {
     pub fn check(path: &Path) -> Result<(), LineError> {
         check_kind(path)?;
         match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Ok(file) if file.metadata().is_ok_and(|data| data.len() == 0) => Ok(()),
             Ok(file) => read(&mut BufReader::new(file)).map(|_| ()),
             Err(error) => Err(whole(format!("cannot open it: {error}"))),

@@ -235,9 +235,12 @@ fn a_disk_that_takes_nothing() {
             let kept = lab.kept().len();
             rfw.kill();
             lab.reboot();
+            sh("mount -o remount,ro lab/disk");
             rfw.restart();
             assert_eq!(lab.kept().len(), kept);
-            sh("rm lab/disk/state");
+            refused("read-only");
+            rfw.kill();
+            sh("mount -o remount,rw lab/disk; rm lab/disk/state");
         });
     });
 }
