@@ -287,7 +287,7 @@ impl Lab {
             return String::new();
         }
         sh(&format!(
-            "cp {} /run/lab/rfw; chown -R {NOBODY}:{NOBODY} /run/lab",
+            "cp --remove-destination {} /run/lab/rfw; chown -R {NOBODY}:{NOBODY} /run/lab",
             env!("CARGO_BIN_EXE_rfw")
         ));
         let sets =

@@ -196,11 +196,11 @@ fn damage_is_named_and_nothing_is_touched() {
 #[test]
 fn a_disk_that_takes_nothing() {
     both(|lab| {
-        sh("mkdir -p lab/disk; mount -t tmpfs -o size=64k,mode=777 disk lab/disk");
-        modes(lab, "state.file = disk/state", |rfw, _| {
+        sh("mkdir -p disk; mount -t tmpfs -o size=64k,mode=777 disk disk");
+        modes(lab, "state.file = /run/disk/state", |rfw, _| {
             ask("PUT /drop/forward/any/1.1.1.1/any/1.1.1.2");
             let refused = |what: &str| {
-                let (before, file) = (lab.kept(), lab.read("disk/state"));
+                let (before, file) = (lab.kept(), lab.read("../disk/state"));
                 for request in
                     ["PUT /drop/input/any/2.2.2.2", "DELETE /drop/forward/any/1.1.1.1/any/1.1.1.2"]
                 {
@@ -209,14 +209,14 @@ fn a_disk_that_takes_nothing() {
                 let long: String =
                     (0..2000).map(|n| format!("10.0.{}.{}\n", n / 250, n % 250)).collect();
                 assert_eq!(list("PUT /drop/input/any", long).brief(), "507 state_failed", "{what}");
-                assert_eq!((lab.kept(), lab.read("disk/state")), (before, file), "{what}");
+                assert_eq!((lab.kept(), lab.read("../disk/state")), (before, file), "{what}");
                 assert_eq!(ask("GET /list").status, 200, "{what}");
             };
             let works = |what: &str| {
                 assert_eq!(ask("PUT /drop/input/any/2.2.2.2").status, 200, "{what}");
                 assert_eq!(ask("DELETE /drop/input/any/2.2.2.2").status, 200, "{what}");
             };
-            sh("cat /dev/zero > lab/disk/full || true");
+            sh("cat /dev/zero > disk/full || true");
             // The rest of its last page takes some lines yet.
             let fits = |n: u32| {
                 let address = format!("4.{}.{}.{}", n / 100, n / 10 % 10, n % 10);
@@ -224,7 +224,7 @@ fn a_disk_that_takes_nothing() {
             };
             assert!((0..300).any(|n| !fits(n)));
             refused("full");
-            sh("rm lab/disk/full");
+            sh("rm disk/full");
             works("room again");
             if fs::metadata("/usr/bin/strace").is_ok() {
                 let tracer = inject(rfw, "fdatasync:error=EIO");
@@ -235,12 +235,12 @@ fn a_disk_that_takes_nothing() {
             let kept = lab.kept().len();
             rfw.kill();
             lab.reboot();
-            sh("mount -o remount,ro lab/disk");
+            sh("mount -o remount,ro disk");
             rfw.restart();
             assert_eq!(lab.kept().len(), kept);
             refused("read-only");
             rfw.kill();
-            sh("mount -o remount,rw lab/disk; rm lab/disk/state");
+            sh("mount -o remount,rw disk; rm disk/state");
         });
     });
 }
