@@ -287,10 +287,10 @@ fn a_file_over_twice_the_list_is_compacted() {
     both(|lab| {
         modes(lab, "state.file = state", |rfw, _| {
             ask("PUT /drop/input/any/1.1.1.1");
-            let mut conn = Conn::open();
-            for n in 0..3000 {
-                let verb = if n % 2 == 0 { "PUT" } else { "DELETE" };
-                assert_eq!(conn.ask(&format!("{verb} /drop/input/eth0/10.0.0.0/24")).status, 200);
+            let addresses: String = (0..200).map(|n| format!("10.0.0.{n}\n")).collect();
+            for _ in 0..12 {
+                assert_eq!(list("PUT /drop/input/eth0", &addresses).status, 200);
+                assert_eq!(list("DELETE /drop/input/eth0", &addresses).status, 200);
             }
             let length = || lab.read("state").len();
             await_true("it is short", 3 + SLACK, || length() < 40_000);
