@@ -35,7 +35,7 @@ pub struct State {
     file: File,
     /// How many bytes of it count.
     size: u64,
-    /// Whether there may be more.
+    /// Whether there may be more, or its name may not be on the disk yet.
     dirty: bool,
     /// Over this size it is compacted.
     limit: u64,
@@ -147,6 +147,8 @@ impl State {
         if self.dirty {
             self.file.set_len(self.size)?;
             self.file.sync_data()?;
+            let folder = self.path.parent().filter(|folder| *folder != Path::new(""));
+            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
             self.dirty = false;
         }
         Ok(())
@@ -197,13 +199,12 @@ impl State {
         }
         out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
+        let size = file.metadata()?.len();
         fs::rename(new, &self.path)?;
-        let folder = self.path.parent().filter(|folder| *folder != Path::new(""));
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
-        self.size = file.metadata()?.len();
-        self.limit = self.size.saturating_mul(2).max(SMALL);
-        (self.file, self.dirty) = (file, false);
-        Ok(())
+        // The old one has no name any more, whatever becomes of the folder.
+        (self.file, self.size, self.dirty) = (file, size, true);
+        self.limit = size.saturating_mul(2).max(SMALL);
+        self.clean()
     }
 }
 

@@ -344,3 +344,30 @@ fn a_clock_that_is_set_moves_the_file_too() {
         }
     });
 }
+
+/// The folder cannot be synced behind the rename: what follows goes to the file that has the name.
+#[test]
+fn a_folder_that_fails_behind_a_compaction() {
+    if fs::metadata("/usr/bin/strace").is_err() {
+        return;
+    }
+    once(|lab| {
+        let pair = "+ 0 /drop/input/eth0/10.0.0.0/24\n- /drop/input/eth0/10.0.0.0/24\n";
+        state(lab, &pair.repeat(64 * 1024 / pair.len() - 1));
+        let mut rfw = lab.start(CONF);
+        let tracer = inject(&rfw, "fsync:error=EIO:when=2");
+        let mut conn = Conn::open();
+        for n in 0..10 {
+            let verb = if n % 2 == 0 { "PUT" } else { "DELETE" };
+            assert_eq!(conn.ask(&format!("{verb} /drop/input/eth0/10.0.0.0/24")).status, 200);
+        }
+        let told = || lab.read("rfw.log").contains("cannot be written anew");
+        await_true("a compaction fails", 5 + SLACK, told);
+        drop(tracer);
+        ask("PUT /drop/input/any/3.3.3.3");
+        rfw.kill();
+        lab.reboot();
+        rfw.restart();
+        assert_eq!(lab.kept().into_keys().collect::<Vec<_>>(), ["3.3.3.3"]);
+    });
+}
