@@ -168,7 +168,9 @@ impl State {
 
     /// The rules that it names, the oldest first. The error is a sentence.
     pub fn kept(&self) -> Result<Vec<Kept>, String> {
-        let read = |file| read(&mut BufReader::new(file)).map_err(|error| error.message);
+        let read = |file: File| {
+            read(&mut BufReader::new(file.take(self.size))).map_err(|error| error.message)
+        };
         let content = File::open(&self.path).map_err(|error| error.to_string()).and_then(read);
         let content = content.map_err(|why| format!("{}: {why}", self.path.display()))?;
         Ok(live(&content.changes))
@@ -381,5 +383,20 @@ mod tests {
         }
         assert_eq!(come_to("rfw state 2\n"), Err(1));
         assert_eq!(come_to(&format!("{HEADER}{HEADER}")), Err(2));
+    }
+
+    /// With an end that was refused and could not be cut off.
+    #[test]
+    fn compacted_in_its_place() {
+        let folder = std::env::temp_dir().join(format!("rfw-state-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("state");
+        fs::write(&path, format!("{HEADER}+ 0 {A}\n")).unwrap();
+        let (mut state, ..) = State::open(&path).unwrap();
+        (&state.file).write_all(format!("+ 0 {B}\n").as_bytes()).unwrap();
+        state.dirty = true;
+        state.compact(1, |second| second).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {A}\n"));
+        fs::remove_dir_all(&folder).unwrap();
     }
 }
