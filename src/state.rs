@@ -68,7 +68,8 @@ impl State {
             let message = "another rfw has it; stop that one, or set state.file to another file";
             return Err(whole(message.into()));
         }
-        let (path, dirty) = (path.to_path_buf(), false);
+        // A link stays: what is put in the file's place goes where it points to.
+        let (path, dirty) = (fs::canonicalize(path).map_err(wrong)?, false);
         if file.metadata().map_err(wrong)?.len() == 0 {
             return Ok((State { path, file, size: 0, dirty, limit: 0 }, None, false));
         }
@@ -385,17 +386,19 @@ mod tests {
         assert_eq!(come_to(&format!("{HEADER}{HEADER}")), Err(2));
     }
 
-    /// With an end that was refused and could not be cut off.
+    /// Through a link, and with an end that was refused and could not be cut off.
     #[test]
     fn compacted_in_its_place() {
         let folder = std::env::temp_dir().join(format!("rfw-state-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let path = folder.join("state");
+        let (path, link) = (folder.join("state"), folder.join("link"));
         fs::write(&path, format!("{HEADER}+ 0 {A}\n")).unwrap();
-        let (mut state, ..) = State::open(&path).unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let (mut state, ..) = State::open(&link).unwrap();
         (&state.file).write_all(format!("+ 0 {B}\n").as_bytes()).unwrap();
         state.dirty = true;
         state.compact(1, |second| second).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {A}\n"));
         fs::remove_dir_all(&folder).unwrap();
     }
