@@ -475,6 +475,10 @@ impl Kernel {
     /// Where the wall clock was set, moves the expiries with it: the kernel's
     /// comments are found different at the next look, and stamped anew.
     fn follow_clock(&mut self) {
+        // Compacted, the file could not be cut at the mark any more.
+        if self.doubtful.is_some() {
+            return;
+        }
         let before = self.clock.now().as_secs();
         if let Some(seconds) = self.clock.follow(clock::wall()) {
             self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
