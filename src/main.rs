@@ -150,7 +150,7 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
         check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
     }
     if let Some(state) = &config.state {
-        State::check(&state.path).map_err(|error| at(&state.path, &error))?;
+        State::check(&state.path).map_err(|error| blame(state)(at(&state.path, &error)))?;
     }
     if let Some(ipset) = &config.ipset {
         check_program(&ipset.path).map_err(blame(ipset))?;

@@ -110,7 +110,7 @@ impl State {
         if changes.peek().is_none() {
             return Ok(());
         }
-        let written = self.clean().and_then(|()| {
+        let written = self.untouched().and_then(|()| self.clean()).and_then(|()| {
             self.dirty = true;
             let mut out = BufWriter::new(&self.file);
             if let Some(count) = list {
@@ -144,12 +144,20 @@ impl State {
         }
     }
 
+    /// Whether the file is as it was left, in its place.
+    fn untouched(&self) -> io::Result<()> {
+        let whole = self.dirty || self.file.metadata()?.len() == self.size;
+        match same_file(&self.file, &self.path)? && whole {
+            true => Ok(()),
+            false => Err(io::Error::other("others have changed it; start rfw anew")),
+        }
+    }
+
     fn clean(&mut self) -> io::Result<()> {
         if self.dirty {
             self.file.set_len(self.size)?;
             self.file.sync_data()?;
-            let folder = self.path.parent().filter(|folder| *folder != Path::new(""));
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+            File::open(folder(&self.path))?.sync_all()?;
             self.dirty = false;
         }
         Ok(())
@@ -222,8 +230,15 @@ fn check_kind(path: &Path) -> Result<(), LineError> {
         Ok(data) if data.mode() & 0o022 != 0 => {
             Err(whole("others than its owner may write it; run chmod go-w on it".into()))
         }
+        Err(error) if !folder(path).is_dir() => {
+            Err(whole(format!("its folder is not there ({error}); run mkdir -m 700 on it")))
+        }
         _ => Ok(()),
     }
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
 /// Whether a file that was locked still has that name: another rfw may have put a new one there.
@@ -256,8 +271,11 @@ fn read(source: &mut impl BufRead) -> Result<Content, LineError> {
         }
         let text = String::from_utf8_lossy(&line);
         let damaged = || {
-            let what = "no line of rfw's; mend it, or move the file away to begin a new one";
-            wrong(format!("'{}' is {what}", text.trim_end().escape_default()))
+            let what = match number {
+                1 => "not how a state file of rfw's begins; set state.file to another",
+                _ => "no line of rfw's; mend it, or move the file away to begin a new one",
+            };
+            wrong(format!("'{}' is {what}", text.trim_end_matches('\n').escape_default()))
         };
         let before = content.changes.len();
         match (number, list_length(&text)) {

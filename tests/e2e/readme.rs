@@ -20,7 +20,7 @@ set -x
 fn every_command_of_the_readme() {
     once(|lab| {
         sh("cp -a /etc /run/etc 2>&1 || true; mount --bind /run/etc /etc; rm -rf /etc/rfw
-            mount -t tmpfs lab /usr/local/sbin; mount -t tmpfs lab /usr/local/bin
+            for dir in /usr/local/*/ /var/log; do mount -t tmpfs lab $dir; done
             ip address add 192.0.2.10/32 dev lo; iptables -A INPUT -s 192.0.2.99 -j DROP");
         let readme = fs::read_to_string(format!("{SOURCE}/README.md")).unwrap();
         let blocks = readme.split("```sh\n").skip(1);

@@ -6,6 +6,8 @@ use crate::kernel::CLOCK;
 use crate::lab::*;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::Duration;
 
 const CONF: &str = "local.server\nstate.file = state";
 const HEADER: &str = "rfw state 1\n";
@@ -170,6 +172,7 @@ fn damage_is_named_and_nothing_is_touched() {
             ("+ 0 /drop/input/any/10.0.0.1\nx\n", "/run/lab/state:3: 'x' is no line of rfw's"),
             ("\0\0\0\n", "/run/lab/state:2: "),
             ("+ 0 /drop/input/any/1.2.3.4/3\n", "/run/lab/state:2: "),
+            ("+ 0 /drop/input/any/1.2.3.4\r\n", "1.2.3.4\\r' is no line"),
         ];
         for (text, words) in table {
             state(lab, text);
@@ -187,7 +190,10 @@ fn damage_is_named_and_nothing_is_touched() {
         assert!(lab.rfw("-t -f /run/lab/rfw.conf").1.contains("is no file"));
         sh("rm lab/state");
         lab.configure("local.server\nstate.file = none/state");
-        assert!(lab.rfw("-f rfw.conf --logfile -").1.contains("none/state: cannot open it"));
+        for arguments in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
+            let said = lab.rfw(arguments).1;
+            assert!(said.contains("rfw.conf:5: none/state: its folder is not there"), "{said}");
+        }
         assert_eq!(lab.rules(), rules);
     });
 }
@@ -269,6 +275,26 @@ fn what_the_kernel_refuses_is_not_kept() {
             assert_eq!(lab.kept().len(), before.1);
             sh("rm lab/state");
         });
+    });
+}
+
+/// Taken away or emptied under a running rfw: no 200 may be lost with it.
+#[test]
+fn a_file_that_others_change_takes_nothing_more() {
+    once(|lab| {
+        for what in ["rm", "truncate -s 0", "mv -t /run", "sed -i d"] {
+            let mut rfw = lab.start(CONF);
+            assert_eq!(ask("PUT /drop/input/any/1.1.1.1").status, 200);
+            sh(&format!("{what} lab/state"));
+            let answer = ask("PUT /drop/input/any/2.2.2.2");
+            assert_eq!(answer.brief(), "507 state_failed", "{what}");
+            sh("rm -f lab/state");
+            rfw.restart();
+            assert_eq!(lines(lab), "+ 0 /drop/input/any/1.1.1.1\n", "{what}");
+            drop(rfw);
+            lab.reboot();
+            sh("rm lab/state");
+        }
     });
 }
 
@@ -369,5 +395,37 @@ fn a_folder_that_fails_behind_a_compaction() {
         lab.reboot();
         rfw.restart();
         assert_eq!(lab.kept().into_keys().collect::<Vec<_>>(), ["3.3.3.3"]);
+    });
+}
+
+/// The clock is set while nobody knows what became of a list.
+#[test]
+fn a_clock_that_is_set_behind_a_list_that_broke_off() {
+    once(|lab| {
+        lab.write("clock.c", CLOCK);
+        sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
+        lab.write("jump", "0");
+        lab.stand_in("");
+        let put = |expires: u64| format!("+ {expires} /drop/input/any/1.1.1.1\n");
+        let expires = now() + 36_000;
+        state(lab, &format!("- /drop/input/any/2.2.2.2\n{}", put(expires)));
+        lab.configure(&format!("{CONF}\n{}", SETS.replace("/usr/sbin", "/run/lab/bin")));
+        let mut rfw = lab.launch(&["env", "LD_PRELOAD=/run/lab/clock.so"]);
+        rfw.await_ready();
+        lab.stand_in("[ $me != ipset ] || kill -9 $$");
+        let many: String = (1..9).map(|n| format!("10.0.0.{n}\n")).collect();
+        assert_eq!(list("PUT /drop/input/any", many).status, 503);
+        lab.write("jump", "3600");
+        thread::sleep(Duration::from_secs(3)); // rfw looks at the clock every second
+        lab.stand_in("");
+        await_true("the list is settled", 12 + SLACK, || {
+            ask("PUT /drop/input/any/5.5.5.5").status == 200
+        });
+        let moved = || (3599..=3602).any(|step| lines(lab).contains(&put(expires + step)));
+        await_true("the file follows", 4 + SLACK, moved);
+        rfw.kill();
+        let file = lines(lab);
+        assert!(file.lines().count() == 2 && !file.contains("10.0.0."), "{file}");
+        assert_eq!(lab.rfw("-t -f /run/lab/rfw.conf").0, 0, "{file}");
     });
 }
