@@ -103,13 +103,17 @@ pub fn run(
     let (ours, theirs) = pair(program)?;
     let (stdin, stdout) = (Stdio::from(theirs), Stdio::from(OwnedFd::from(held)));
     let running = Running::start(program, args, stdin, stdout, limit)?;
-    // A program that does not read to the end says why on its standard error.
-    let _ = ours.set_write_timeout(Some(limit)).and_then(|()| {
+    let fed = ours.set_write_timeout(Some(limit)).and_then(|()| {
         let mut feed = Feed { socket: &ours, pending: String::new() };
         input(&mut feed).and_then(|()| feed.flush())
     });
     drop(ours);
-    running.finish()
+    // A program that does not read to the end says why; one that got a part of its
+    // input, or nothing, may take that for all and be content.
+    running.finish().and_then(|()| {
+        let unfed = |error| format!("{} did not get its input: {error}.", program.display());
+        fed.map_err(|error| Failure::Passing(unfed(error)))
+    })
 }
 
 /// The input of a program, line by line. It is sent in pieces that end with a
@@ -128,7 +132,8 @@ impl Feed<'_> {
     }
 
     pub fn flush(&mut self) -> io::Result<()> {
-        self.socket.write_all(mem::take(&mut self.pending).as_bytes())
+        let pending = mem::take(&mut self.pending);
+        self.socket.write_all(pending.as_bytes())
     }
 }
 
@@ -294,7 +299,10 @@ mod tests {
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), Failure> {
         let limit = Duration::from_millis(limit);
-        run(&presence(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| stdin.line(input))
+        run(&presence(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| match input {
+            "" => Ok(()),
+            _ => stdin.line(input),
+        })
     }
 
     #[test]
@@ -317,8 +325,11 @@ mod tests {
             ("kill -9 $$", passing("was ended by a signal (signal: 9 (SIGKILL))")),
         ];
         for (script, end) in table {
-            assert_eq!(sh(script, "hello", 2_000), end, "{script}");
+            let input = if script.starts_with("read") { "hello" } else { "" };
+            assert_eq!(sh(script, input, 2_000), end, "{script}");
         }
+        let unread = sh("exit 0", &"x".repeat(4 << 20), 2_000).unwrap_err();
+        assert!(unread.is_passing() && unread.to_string().contains("its input"), "{unread}");
     }
 
     #[test]
