@@ -188,7 +188,8 @@ impl Firewall {
         let (mut state, kept) = state.unzip();
         let kept = kept.flatten().map(|mut kept| {
             kept.retain(|(_, expires)| expires.is_none_or(|second| second > clock.now().as_secs()));
-            without_whitelisted(kept, &mut state, &whitelist, &log)
+            let kept = without_whitelisted(kept, &mut state, &whitelist, &log);
+            if ipset.is_some() { sets::without_rivals(kept, &mut state, &log) } else { kept }
         });
         let (lines, fill) = match (&kept, &ipset) {
             (None, _) => (None, HashMap::new()),
@@ -744,11 +745,16 @@ fn without_whitelisted(
     for rule in &listed {
         log.warning(format_args!("removed {rule}: whitelisted"));
     }
-    let gone = listed.into_iter().map(|rule| (rule, None));
+    forget(listed, state, log);
+    kept
+}
+
+/// Takes rules out of the state file.
+fn forget(rules: Vec<Rule>, state: &mut Option<State>, log: &Log) {
+    let gone = rules.into_iter().map(|rule| (rule, None));
     if let Some(Err(sentence)) = state.as_mut().map(|state| state.append(gone, None)) {
         log.error(format_args!("{sentence}"));
     }
-    kept
 }
 
 /// Takes back what the state file has of a change that came to nothing.

@@ -9,6 +9,7 @@ use super::ipset::{DEFAULT_PATH, Entry, Header, Ipset, Load};
 use super::kernel::{Line, Owned, START_LIMIT};
 use super::mirror::{Batch, REAL_TIME};
 use super::{Kernel, Outcome, Table, Tally, Verdict, cut, only_passing};
+use crate::log::Log;
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
 use crate::rule::{Action, Chain, Change, End, Iface, Place, Rule, Rules, Target};
@@ -361,6 +362,19 @@ impl Kernel {
 /// Every rule as a line of iptables.
 pub fn all_plain(kept: &[Kept]) -> Vec<(Line, Option<u64>)> {
     kept.iter().map(|(rule, expires)| (Line::plain(*rule), *expires)).collect()
+}
+
+/// What the state file names, less the older ones of rules that differ in their target
+/// only: of the sets of a place only one has an address.
+pub fn without_rivals(mut kept: Vec<Kept>, state: &mut Option<State>, log: &Log) -> Vec<Kept> {
+    let mut seen = HashSet::new();
+    kept.reverse();
+    let older = kept.extract_if(.., |(rule, _)| {
+        rule.place().is_some() && !seen.insert(Rule { target: Target::Drop, ..*rule })
+    });
+    super::forget(older.map(|(rule, _)| rule).collect(), state, log);
+    kept.reverse();
+    kept
 }
 
 /// Why sets do not work, as a sentence.

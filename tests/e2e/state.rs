@@ -124,10 +124,10 @@ fn sets_come_and_go_with_the_file() {
         let rules = lab.rules();
         lab.configure(&format!("{CONF}\n{SETS}"));
         rfw.restart();
-        assert_eq!(lab.rules().iter().filter(|rule| rule.contains("--match-set")).count(), 3);
-        assert_eq!(lab.entries().len(), 3);
+        assert_eq!(lab.rules().iter().filter(|rule| rule.contains("--match-set")).count(), 2);
+        assert_eq!(lab.entries().len(), 2);
         // A PUT takes the address out of the other target's set, also in the file.
-        assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 refreshed");
+        assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 inserted");
         assert_eq!(ask("DELETE /drop/input/any/1.1.1.1").brief(), "200 deleted");
         lab.configure(CONF);
         rfw.restart();
@@ -427,5 +427,29 @@ fn a_clock_that_is_set_behind_a_list_that_broke_off() {
         let file = lines(lab);
         assert!(file.lines().count() == 2 && !file.contains("10.0.0."), "{file}");
         assert_eq!(lab.rfw("-t -f /run/lab/rfw.conf").0, 0, "{file}");
+    });
+}
+
+/// Outside sets two targets may have an address, and the newer rule is the one that counts.
+#[test]
+fn the_newer_of_two_targets_moves_into_the_sets() {
+    both(|lab| {
+        let (drop_it, accept_it) = ("/drop/input/any/1.1.1.1", "/accept/input/any/1.1.1.1");
+        lab.configure(&format!("{CONF}\n{SETS}"));
+        for (older, newer) in [(drop_it, accept_it), (accept_it, drop_it)] {
+            state(lab, &format!("+ 0 {older}\n+ 0 {newer}\n"));
+            let mut rfw = lab.launch(&[]);
+            rfw.await_ready();
+            let listed = ask("GET /list").body;
+            let target = newer.split('/').nth(1).unwrap().to_uppercase();
+            assert!(listed.contains(&target) && listed.matches("1.1.1.1").count() == 1, "{listed}");
+            // It does not come back from the file either.
+            assert_eq!(ask(&format!("DELETE {newer}")).brief(), "200 deleted");
+            rfw.kill();
+            lab.reboot();
+            rfw.restart();
+            assert_eq!(ask("GET /list").body, "[]\n");
+            drop(rfw);
+        }
     });
 }
