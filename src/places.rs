@@ -14,7 +14,7 @@ const MAX_GOING: usize = 64;
 const GOING: Duration = Duration::from_millis(500);
 /// How long every connection may stay: a burst of others does not push out one
 /// that is about to send its request, but waits.
-const STAY: Duration = Duration::from_millis(30);
+const STAY: Duration = Duration::from_millis(20);
 
 /// What a connection is about, and since when.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
