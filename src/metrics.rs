@@ -2,16 +2,16 @@
 
 use crate::rule::{Chain, Target};
 use std::fmt::{self, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Goes up, or says how many there are now. Each stands for itself, so nothing
-/// need be ordered.
+/// Goes up, or says how many there are now; as wide as the processor's words, because
+/// mips knows no wider atomics. Each stands for itself, so nothing need be ordered.
 #[derive(Default)]
-pub struct Number(AtomicU64);
+pub struct Number(AtomicUsize);
 
 impl Number {
     pub fn add(&self, count: usize) {
-        self.0.fetch_add(count as u64, Ordering::Relaxed);
+        self.0.fetch_add(count, Ordering::Relaxed);
     }
 
     pub fn less_one(&self) {
@@ -19,7 +19,7 @@ impl Number {
     }
 
     pub fn set(&self, count: usize) {
-        self.0.store(count as u64, Ordering::Relaxed);
+        self.0.store(count, Ordering::Relaxed);
     }
 }
 
