@@ -77,7 +77,7 @@ impl State {
         let kept = live(&changes);
         // What the list takes, its lines being as long as others.
         let part = size.saturating_mul(kept.len() as u64).checked_div(changes.len() as u64);
-        let limit = part.unwrap_or(0).saturating_mul(2).max(SMALL);
+        let limit = limit_of(part.unwrap_or(0));
         let mut state = State { path, file, size, dirty: torn, limit };
         let _ = state.clean();
         Ok((state, Some(kept), torn))
@@ -188,7 +188,7 @@ impl State {
     /// Puts a file with these rules, the oldest first, in the place of this one.
     pub fn replace(&mut self, kept: impl Iterator<Item = Kept>) -> Result<(), String> {
         // Not at once again, if that fails.
-        self.limit = self.size.saturating_mul(2).max(SMALL);
+        self.limit = limit_of(self.size);
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
         let replaced = self.write_beside(new.as_ref(), kept);
@@ -214,9 +214,14 @@ impl State {
         fs::rename(new, &self.path)?;
         // The old one has no name any more, whatever becomes of the folder.
         (self.file, self.size, self.dirty) = (file, size, true);
-        self.limit = size.saturating_mul(2).max(SMALL);
+        self.limit = limit_of(size);
         self.clean()
     }
+}
+
+/// How large a file may become whose list takes so many bytes.
+fn limit_of(needed: u64) -> u64 {
+    needed.saturating_mul(2).max(SMALL)
 }
 
 fn whole(message: String) -> LineError {

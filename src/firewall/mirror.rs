@@ -228,7 +228,9 @@ impl Mirror {
     /// Moves every expiry.
     pub fn shift(&mut self, moved: impl Fn(u64) -> u64) {
         for (line, Entry { age, expires }) in self.rules.clone() {
-            self.set(line, Some(Entry { age, expires: expires.map(&moved) }));
+            if let Some(second) = expires {
+                self.set(line, Some(Entry { age, expires: Some(moved(second)) }));
+            }
         }
     }
 

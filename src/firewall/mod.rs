@@ -344,16 +344,15 @@ impl Kernel {
     /// other is tried.
     fn commit(&mut self, changes: &[Change]) -> (Vec<Result<Outcome, Failure>>, Option<Failure>) {
         let (now, ipset) = (self.clock.now(), self.ipset.clone());
-        let is_list = |change: &Change| matches!(change.rules, Rules::List(..));
         let (mut results, mut ill) = (Vec::new(), None);
-        for batch in changes.chunk_by(|a, b| !is_list(a) && !is_list(b) && ipset.is_none()) {
+        for batch in changes.chunk_by(|a, b| !a.is_list() && !b.is_list() && ipset.is_none()) {
             let (committed, words) = match (&ill, &ipset, batch) {
                 (Some(failure), ..) => (vec![Err(Failure::clone(failure)); batch.len()], ""),
                 (_, Some(ipset), [change]) => {
-                    let words = if is_list(change) { WHOLE } else { "" };
+                    let words = if change.is_list() { WHOLE } else { "" };
                     (vec![self.commit_to_sets(ipset, change, now)], words)
                 }
-                (_, None, [list]) if is_list(list) => {
+                (_, None, [list]) if list.is_list() => {
                     let (result, words) = self.commit_list(list, now);
                     (vec![result], words)
                 }
@@ -639,8 +638,7 @@ impl Table {
             None => Ok(()),
             Some(state) => {
                 let wanted = batch.wanted();
-                let is_list = |change: &&Change| matches!(change.rules, Rules::List(..));
-                let list = changes.iter().any(is_list).then_some(wanted.len());
+                let list = changes.iter().any(|c| c.is_list()).then_some(wanted.len());
                 state.append(wanted.into_iter(), list).map_err(Failure::State)
             }
         };

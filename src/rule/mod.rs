@@ -230,6 +230,13 @@ pub struct Change {
     pub action: Action,
 }
 
+impl Change {
+    /// Whether it is applied as a whole or not at all.
+    pub fn is_list(&self) -> bool {
+        matches!(self.rules, Rules::List(..))
+    }
+}
+
 /// Why a path names no rule. The text is the segment at fault.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum RuleError {
