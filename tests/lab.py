@@ -1,7 +1,7 @@
 """lab.py: what the tests in Python share: a private network, a running rfw, requests, a table.
 
-A test that calls `inside` runs in network and mount namespaces of its own, with a private /run,
-or not at all.
+A test that calls `inside` runs in network, mount and process namespaces of its own, with a private
+/run, or not at all. None of its processes outlives it.
 """
 
 import ctypes, os, resource, socket, ssl, subprocess, sys, tempfile, time
@@ -14,18 +14,28 @@ RUN = "/run/lab"
 
 
 def inside():
-    """Starts this very program again in namespaces of its own; returns there."""
+    """Runs this very program again in namespaces of its own and exits with its status; returns there."""
     outer = os.environ.pop("RFW_LAB_OUTSIDE", None)
     here = os.readlink("/proc/self/ns/net")
     if outer is None:
-        unshare = ["unshare", "-nm" if os.getuid() == 0 else "-rnm", "sh", "-c",
-                   'mount -t tmpfs lab /run && mkdir -m 700 /run/lab && ip link set lo up && exec "$@"', "sh"]
         os.environ["RFW_LAB_OUTSIDE"] = here
-        os.execvp("unshare", [*unshare, sys.executable, *sys.argv])
+        sys.exit(private([sys.executable, *sys.argv]))
     if outer == here:
         sys.exit("not in a network namespace of its own")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
+
+
+def private(command):
+    """Runs a command in namespaces of its own, as their process 1; -> its exit status.
+
+    However this process ends, even by SIGKILL, so does `unshare`, and with it process 1; the kernel then
+    kills everything in the namespace. So no rfw stays behind as root, or holds `make test | tail` open."""
+    kinds = "-nmp" if os.getuid() == 0 else "-rnmp"
+    setup = 'mount -t tmpfs lab /run && mkdir -m 700 /run/lab && ip link set lo up && exec "$@"'
+    parent = os.getpid()
+    return subprocess.run(["unshare", kinds, "--fork", "--kill-child", "--mount-proc", "sh", "-c", setup, "sh", *command],
+                          preexec_fn=lambda: die_with_parent(parent)).returncode
 
 
 def write(name, text):
@@ -58,7 +68,8 @@ class Rfw:
         fixed = f"local.server\nwhitelist.file = white.list\niptables.path = {iptables}\n"
         conf = write("rfw.conf", f"[config]\n{fixed}{lines}\n")
         soft = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))  # what a service has
-        self.process = subprocess.Popen([program, "-f", conf, "--logfile", RUN + "/rfw.log"], preexec_fn=soft)
+        self.process = subprocess.Popen([program, "-f", conf, "--logfile", RUN + "/rfw.log"], preexec_fn=soft,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self.pid = self.process.pid
         await_true("rfw answers", 30, self.answers)
 
@@ -134,15 +145,18 @@ def exchange(conn, bytes_):
         return answer(conn)
 
 
-def die_with_parent():
-    ctypes.CDLL(None).prctl(1, 9)
+def die_with_parent(parent=None):
+    """In a new process: it ends with its parent, however that ends; where `parent` tells its id, even if it already has."""
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    if parent not in (None, os.getppid()):
+        os._exit(1)
 
 
 def fork(work, *arguments):
     """Runs `work` in a process of its own, which ends with this one."""
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        die_with_parent()
+        die_with_parent(parent)
         status = 1
         try:
             work(*arguments)
