@@ -14,6 +14,7 @@ outside() {
 	[ "$(id -u)" = 0 ] || { echo 'tests/deb.sh: only root can mount an overlay' >&2; exit 1; }
 	work=$(mktemp -d)
 	trap 'rm -rf "$work"' EXIT
+	trap 'exit 1' HUP INT TERM
 	mkdir "$work/newer"
 	cp "$0" "$work/deb.sh"
 	cp "$1" "$work/first.deb"
@@ -22,8 +23,12 @@ outside() {
 	sed -i 's/^Version: .*/&+newer/' "$work/newer/deb/DEBIAN/control"
 	echo '# newer' >>"$work/newer/deb/etc/rfw/white.list"
 	dpkg-deb --root-owner-group --build "$work/newer/deb" "$work/newer.deb" >/dev/null
+	# Whoever of these ends takes the next one along; none of them holds this script's output open.
 	status=0
-	timeout -s KILL 120 unshare -mpnCiu --fork --kill-child "$work/deb.sh" boot "$work" || status=$?
+	setpriv --pdeathsig KILL timeout -s KILL 120 \
+		setpriv --pdeathsig KILL unshare -mpnCiu --fork --kill-child \
+		"$work/deb.sh" boot "$work" </dev/null >>"$work/log" 2>&1 &
+	wait $! || status=$?
 	cat "$work/log"
 	[ "$status" = 0 ] || echo "tests/deb.sh: failed ($status)" >&2
 	exit "$status"
