@@ -44,28 +44,7 @@ demo: $(rfw) ## block an attacker in a network of its own: real packets, no risk
 
 test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end tests
 	contrib/deps.sh test
-	@if cargo fmt --version >/dev/null 2>&1; \
-	then set -x; cargo fmt --check; \
-	else echo 'SKIPPED: cargo fmt (this Rust has none)'; fi
-	@if cargo clippy --version >/dev/null 2>&1; \
-	then set -x; cargo clippy --all-targets --locked -- -D warnings; \
-	else echo 'SKIPPED: cargo clippy (this Rust has none)'; fi
-	@if command -v shellcheck >/dev/null; \
-	then set -x; shellcheck $(scripts); \
-	else echo 'SKIPPED: shellcheck (not installed)'; fi
-	@if command -v mandoc >/dev/null; \
-	then set -x; mandoc -Tlint -Wwarning $(wildcard contrib/man/*); \
-	else echo 'SKIPPED: mandoc (not installed)'; fi
-	@if command -v python3 >/dev/null; \
-	then set -x; python3 tests/argv.py $(rfw) 3000; \
-	else echo 'SKIPPED: tests/argv.py (no python3)'; fi
-	@if [ "$$(id -u)" = 0 ] && command -v dpkg-deb >/dev/null && [ -x /lib/systemd/systemd ]; \
-	then set -x; $(MAKE) deb-test; \
-	else echo 'SKIPPED: tests/deb.sh (needs root, dpkg and systemd)'; fi
-	cargo test --locked
-	@if cargo +nightly fuzz --version >/dev/null 2>&1 && command -v c++ >/dev/null; \
-	then set -x; $(MAKE) fuzz SECONDS=4; \
-	else echo 'SKIPPED: fuzzing (needs a nightly Rust, cargo-fuzz and c++)'; fi
+	@tests/all.sh $(rfw) $(scripts)
 
 fuzz: $(addprefix fuzz-,$(fuzzers)) ## every parser by libFuzzer, SECONDS=450 each; needs a nightly Rust and cargo-fuzz
 

@@ -12,7 +12,6 @@
 use crate::kernel::CLOCK;
 use crate::lab::*;
 use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,8 +71,8 @@ const FAULTS: [(&str, &str, &str); 12] = [
 
 #[test]
 fn system_calls_that_fail() {
-    if !Path::new("/usr/bin/strace").exists() {
-        return eprintln!("SKIPPED: no strace");
+    if !has_strace("faults::system_calls_that_fail") {
+        return;
     }
     both(|lab| {
         let rfw = lab.start("local.server");

@@ -28,7 +28,7 @@ const TOPOLOGY: &str = "
 
 /// Not a test: the far end, which `Echo` starts in another namespace.
 #[test]
-#[ignore = "started by the other tests of this module"]
+#[ignore = "not a test: the other tests of this module start it"]
 fn echo() {
     if env::var_os("RFW_E2E_ECHO").is_none() {
         return;

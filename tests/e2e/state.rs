@@ -232,7 +232,7 @@ fn a_disk_that_takes_nothing() {
             refused("full");
             sh("rm disk/full");
             works("room again");
-            if fs::metadata("/usr/bin/strace").is_ok() {
+            if has_strace("state::a_disk_that_takes_nothing") {
                 let tracer = inject(rfw, "fdatasync:error=EIO");
                 refused("fdatasync");
                 drop(tracer);
@@ -374,7 +374,7 @@ fn a_clock_that_is_set_moves_the_file_too() {
 /// The folder cannot be synced behind the rename: what follows goes to the file that has the name.
 #[test]
 fn a_folder_that_fails_behind_a_compaction() {
-    if fs::metadata("/usr/bin/strace").is_err() {
+    if !has_strace("state::a_folder_that_fails_behind_a_compaction") {
         return;
     }
     once(|lab| {
