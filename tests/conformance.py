@@ -12,7 +12,7 @@ the description must allow the very ones that rfw takes. Prometheus' own promtoo
 Exit status 1 where they differ.
 """
 
-import collections, ipaddress, os, random, re, subprocess, sys, time, urllib.parse
+import collections, ipaddress, os, random, re, subprocess, sys, urllib.parse
 import jsonschema_rs, schemathesis, yaml
 from hypothesis import strategies as st
 from schemathesis.openapi.checks import RejectedPositiveData
@@ -168,11 +168,12 @@ def round_trip(count):
 
 
 def metrics(promtool):
-    """-> whether promtool finds nothing to say of the metrics, and they count the rules."""
-    text = exchange(connect(), request("GET", "/metrics")).partition(b"\r\n\r\n")[2]
-    said = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
+    """-> whether promtool finds nothing to say of the metrics, once they count the rules, as each second."""
+    text = lambda: exchange(connect(), request("GET", "/metrics")).partition(b"\r\n\r\n")[2]
+    await_true("the rules are counted", 30, lambda: b'rfw_rules{chain="OUTPUT",target="REJECT"} 1\n' in text())
+    said = subprocess.run([promtool, "check", "metrics"], input=text(), capture_output=True)
     print(f"\n=== promtool check metrics: {said.returncode} {(said.stdout + said.stderr).decode()}", flush=True)
-    return said.returncode == 0 and b'rfw_rules{chain="OUTPUT",target="REJECT"} 1\n' in text
+    return said.returncode == 0
 
 
 # --- The run ---------------------------------------------------------------------------------------
@@ -198,7 +199,6 @@ def main(program, promtool, examples="100"):
     local, outward = f"http://127.0.0.1:{LOCAL}", f"https://127.0.0.1:{OUTWARD}"
     many, few, trust = ["--max-examples", examples], ["--phases", "examples"], ["--tls-verify", RUN + "/client/ca.crt"]
     rfw = started(program, OUTWARD_CONF)
-    time.sleep(1.5)  # the rules are counted each second
     met = metrics(promtool)
     met &= run("rules", local, ["200", "4xx"], *many)
     met &= round_trip(100 * int(examples))

@@ -75,8 +75,7 @@ def main(program, count=1000000):
     inside()
     count = int(count)
     rfw = Rfw(program, "", "/usr/sbin/iptables-legacy")
-    time.sleep(1.5)
-    files, threads = rfw.descriptors(), rfw.threads()
+    before = rfw.idle()
     workers = {}
     for at in range(CONNECTIONS):
         worker = Worker(at)
@@ -98,12 +97,10 @@ def main(program, count=1000000):
             print(f"{done:>10}{done / (time.monotonic() - begin):>10.0f}{memory[-1] / 1e6:>9.2f} MB{rfw.descriptors():>13}{rules:>8}", flush=True)
     for worker in workers.values():
         worker.conn.close()
-    time.sleep(2)
-    growth = memory[-1] - memory[0]
-    flat = (rfw.descriptors(), rfw.threads()) == (files, threads)
-    print(f"memory grew by {growth / 1e6:.2f} MB (at most 1); {rfw.descriptors()} descriptors, at first {files}")
+    growth, after = memory[-1] - memory[0], rfw.idle()
+    print(f"memory grew by {growth / 1e6:.2f} MB (at most 1); descriptors and threads: {after}, at first {before}")
     rfw.stop()
-    return 0 if flat and growth < 1e6 else 1
+    return 0 if after == before and growth < 1e6 else 1
 
 
 if len(sys.argv) < 2:
