@@ -1,13 +1,13 @@
 //! The REST API: a request to a command, and what became of it to JSON.
 
-use crate::firewall::kernel::{Line, Owned};
-use crate::firewall::{Outcome, Tally, Verdict};
+use crate::firewall::iptables::{KernelRule, TaggedRule};
+use crate::firewall::list::{Outcome, Tally, Verdict};
 use crate::http::json;
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::LeftOut;
-use crate::rule::{Action, Chain, Iface, Place, Rule, RuleError};
+use crate::rule::{Action, Chain, Iface, Rule, RuleError, RuleTemplate};
 
 /// What a client may ask for.
 #[derive(PartialEq, Eq, Debug)]
@@ -20,8 +20,8 @@ pub enum Command {
     List(Option<Chain>),
     /// A rule more or less.
     Change(Rule, Action),
-    /// The rules of a place for each line of the body, more or less.
-    ChangeAll(Place, Action),
+    /// The rules of a template for each line of the body, more or less.
+    ChangeAll(RuleTemplate, Action),
 }
 
 /// The parts of the grammar that rfw.conf sets.
@@ -60,16 +60,16 @@ impl Command {
                 query.only_get(request, Command::List(Some(chain)))
             }
             [_, _, _] if request.body != Body::Length(0) => {
-                let place = Place::parse(&segments);
-                let action = query.action(request, place.as_ref().err(), grammar)?;
-                let place = place.map_err(Refusal::Rule)?;
-                grammar.check(action, true).map(|()| Command::ChangeAll(place, action))
+                let template = RuleTemplate::parse(&segments);
+                let action = query.action(request, template.as_ref().err(), grammar)?;
+                let template = template.map_err(Refusal::Rule)?;
+                grammar.check(action, true).map(|()| Command::ChangeAll(template, action))
             }
             _ => {
                 let rule = Rule::parse(&segments);
                 let action = query.action(request, rule.as_ref().err(), grammar)?;
                 let rule = rule.map_err(Refusal::Rule)?;
-                let action_fits = grammar.check(action, rule.place().is_some());
+                let action_fits = grammar.check(action, rule.template().is_some());
                 action_fits.map(|()| Command::Change(rule, action))
             }
         }
@@ -227,11 +227,11 @@ pub fn tally_of(action: Action, tally: &Tally, form: impl Fn(&str, usize) -> Str
     verdicts.iter().map(|verdict| form(verdict.name(), tally.of(*verdict))).collect()
 }
 
-/// One element of the list; `place` is the rule's number in its chain.
-pub fn listed_json(place: usize, owned: &Owned) -> String {
-    let Owned { line: Line { rule, .. }, expires, counters: (packets, bytes) } = owned;
+/// One element of the list; `number` is the rule's position in its chain.
+pub fn listed_json(number: usize, tagged: &TaggedRule) -> String {
+    let TaggedRule { rule: KernelRule { rule, .. }, expires, counters: (packets, bytes) } = tagged;
     format!(
-        "{{\"chain\":\"{}\",\"num\":\"{place}\",\"pkts\":\"{packets}\",\"bytes\":\"{bytes}\",\
+        "{{\"chain\":\"{}\",\"num\":\"{number}\",\"pkts\":\"{packets}\",\"bytes\":\"{bytes}\",\
          \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{}}}",
         rule.chain().name(),
         rule.target.name(),
@@ -242,16 +242,16 @@ pub fn listed_json(place: usize, owned: &Owned) -> String {
 
 /// Interfaces and addresses; none of them holds a character to be escaped.
 fn ends_json(rule: &Rule) -> String {
-    let (inp, out) = rule.ifaces();
-    let (source, destination) = rule.ends();
+    let (in_iface, out_iface) = rule.ifaces();
+    let (source, destination) = rule.sides();
     let name = |iface: Iface| match iface {
         Iface::ANY => "*".into(),
         iface => iface.to_string(),
     };
     format!(
         "\"inp\":\"{}\",\"out\":\"{}\",\"source\":\"{source}\",\"destination\":\"{destination}\"",
-        name(inp),
-        name(out)
+        name(in_iface),
+        name(out_iface)
     )
 }
 
@@ -273,8 +273,8 @@ mod tests {
             Ok(Command::Metrics) => "metrics".into(),
             Ok(Command::List(chain)) => format!("list {}", chain.map_or("all", Chain::name)),
             Ok(Command::Change(rule, action)) => format!("{action:?} {rule}"),
-            Ok(Command::ChangeAll(place, action)) => {
-                format!("{action:?} {} …", place.rule(Net::any(Family::V4)))
+            Ok(Command::ChangeAll(template, action)) => {
+                format!("{action:?} {} …", template.rule(Net::any(Family::V4)))
             }
             Err(Refusal::Method(allow)) => format!("405 {allow}"),
             Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
@@ -395,7 +395,8 @@ mod tests {
     fn answers() {
         let rule: Rule = "/drop/forward/eth0/1.2.3.0/24".parse().unwrap();
         let mut tally = Tally::default();
-        tally.add(Verdict::Refreshed, 2);
+        tally.add(Verdict::Refreshed, 1);
+        tally.add(Verdict::Refreshed, 1);
         let outcome = Outcome { tally: tally.clone(), expires: Some(9) };
         assert_eq!(
             outcome_json(&rule, &outcome),
@@ -413,10 +414,10 @@ mod tests {
             r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
 "#
         );
-        let mut owned = Owned::new(Line::plain(rule), None);
-        owned.counters = (5, 7);
+        let mut tagged = TaggedRule::new(KernelRule::plain(rule), None);
+        tagged.counters = (5, 7);
         assert_eq!(
-            listed_json(3, &owned),
+            listed_json(3, &tagged),
             r#"{"chain":"FORWARD","num":"3","pkts":"5","bytes":"7","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0","extra":"","expires":null}"#
         );
     }

@@ -3,17 +3,18 @@
 use rfw::api::Grammar;
 use rfw::client;
 use rfw::config::{Config, Named, Outward};
-use rfw::firewall::Firewall;
-use rfw::firewall::exec::Presence;
-use rfw::firewall::ipset::Ipset;
-use rfw::firewall::kernel::{Tools, restore_beside};
+use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
+use rfw::firewall::iptables::{Iptables, restore_beside};
+use rfw::firewall::process::InstanceLock;
+use rfw::firewall::start::StartError;
+use rfw::firewall::{Firewall, Tools};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
 use rfw::server::{Door, Server};
-use rfw::state::State;
+use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::Read;
@@ -150,7 +151,7 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
         check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
     }
     if let Some(state) = &config.state {
-        State::check(&state.path).map_err(|error| blame(state)(at(&state.path, &error)))?;
+        StateFile::check(&state.path).map_err(|error| blame(state)(at(&state.path, &error)))?;
     }
     if let Some(ipset) = &config.ipset {
         check_program(&ipset.path).map_err(blame(ipset))?;
@@ -163,38 +164,40 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, acceptor) = load(&options.file)?;
     let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
-    let presence = Presence::take(Duration::ZERO).or_else(|_| {
+    let lock = InstanceLock::take(Duration::ZERO).or_else(|_| {
         log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
-        Presence::take(Duration::from_secs(15))
+        InstanceLock::take(Duration::from_secs(15))
     });
-    let presence = Arc::new(presence?);
-    let mut tools = vec![Tools::new(Family::V4, config.iptables.path.clone(), presence.clone())];
-    let ipset = config
-        .ipset
-        .as_ref()
-        .map(|Named { path, .. }| Ipset::new(path.clone(), config.maxelem, presence.clone()));
-    match check_tables(&config.ip6tables.path) {
-        Ok(()) => tools.push(Tools::new(Family::V6, config.ip6tables.path.clone(), presence)),
-        Err(why) => log.warning(format_args!("IPv6 rules are not taken: {why}")),
-    }
-    let doors = Door::open(&config, acceptor)?;
-    let sets = ipset.is_some();
-    let mut state = None;
-    if let Some(Named { path, .. }) = &config.state {
-        let (opened, named, torn) = State::open(path).map_err(|error| at(path, &error))?;
-        if torn {
-            let what = "its last change was cut off, as by a power cut, and is dropped";
-            log.warning(format_args!("{}: {what}", path.display()));
+    let lock = Arc::new(lock?);
+    let mut iptables = vec![Iptables::new(Family::V4, config.iptables.path.clone(), lock.clone())];
+    match check_ipv6(&config.ip6tables.path) {
+        Ok(()) => {
+            let ip6tables = config.ip6tables.path.clone();
+            iptables.push(Iptables::new(Family::V6, ip6tables, lock.clone()));
         }
-        state = Some((opened, named));
+        Err(reason) => log.warning(format_args!("IPv6 rules are not accepted: {reason}")),
     }
+    let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
+    let tools = Tools::new(iptables, Ipset::new(path, lock));
+    let doors = Door::open(&config, acceptor)?;
+    let sets = config.ipset.as_ref().map(|_| config.maxelem);
+    let in_state = |error| match &config.state {
+        Some(state) => at(&state.path, &error),
+        None => error.message,
+    };
+    let state = config.state.as_ref().map(|state| StateFile::open(&state.path));
+    let state = state.transpose().map_err(in_state)?;
     let metrics = Arc::new(Metrics::default());
-    let (allowed, told) = (whitelist.clone(), log.clone());
-    let firewall = Firewall::start(tools, ipset, state, guarded, allowed, told, metrics.clone())?;
+    let told = log.clone();
+    let firewall = Firewall::start(tools, state, sets, guarded, &whitelist, told, metrics.clone());
+    let firewall = firewall.map_err(|error| match error {
+        StartError::Message(message) => message,
+        StartError::State(error) => in_state(error),
+    })?;
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
-    let grammar = Grammar { default_expire, non_restful, sets };
+    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
     let (received, sent, guesses) = Default::default();
     let server = Server {
         firewall,
@@ -245,6 +248,14 @@ fn read_text(file: &Path) -> Result<String, String> {
 
 fn check_tables(iptables: &Path) -> Result<(), String> {
     check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
+}
+
+/// Whether this host has IPv6 to filter. A kernel without it has no such file in /proc.
+fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
+    if Path::new("/proc/net/dev").exists() && !Path::new("/proc/net/if_inet6").exists() {
+        return Err("this host has no IPv6".into());
+    }
+    check_tables(ip6tables)
 }
 
 /// Looks whether a file is a program; the start shows whether it works.

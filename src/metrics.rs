@@ -36,6 +36,7 @@ pub struct Metrics {
     pub batches: Number,
     pub kernel_failures: Number,
     pub restored: Number,
+    pub overtaken: Number,
     pub expired: Number,
     pub refused_logins: Number,
     pub connections: Number,
@@ -69,7 +70,8 @@ impl Metrics {
             ("batches", "Batches of changes that were carried out.", &self.batches),
             ("kernel_failures", "Changes and looks that failed.", &self.kernel_failures),
             ("restored_rules", "Rules put back that others had removed.", &self.restored),
-            ("expired_rules", "Rules deleted at their expiry; not those in sets.", &self.expired),
+            ("overtaken", "Times that others' rules were found before rfw's.", &self.overtaken),
+            ("expired_rules", "Rules deleted at their expiry.", &self.expired),
             ("refused_logins", "Requests with credentials wrong or missing.", &self.refused_logins),
             ("accepted_connections", "Connections that found a place.", &self.connections),
         ];

@@ -2,8 +2,9 @@
 
 use crate::api::{self, Command, Grammar};
 use crate::config::{Config, Local};
-use crate::firewall::kernel::Owned;
-use crate::firewall::{Firewall, Outcome, Verdict};
+use crate::firewall::Firewall;
+use crate::firewall::iptables::TaggedRule;
+use crate::firewall::list::{Outcome, Verdict};
 use crate::http::auth::{self, Client, Credentials, Guesses};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
@@ -273,8 +274,8 @@ impl Visit<'_> {
                 reply.end("application/json");
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(place, action) => {
-                let (change, left_out) = self.read_list(request, reply, place, action)?;
+            Command::ChangeAll(template, action) => {
+                let (change, left_out) = self.read_list(request, reply, template, action)?;
                 let tally = self.apply(&client, change)?.tally;
                 reply.push(&api::tally_json(action, &tally, &left_out));
                 reply.end("application/json");
@@ -288,13 +289,13 @@ impl Visit<'_> {
         &self,
         request: &Request,
         reply: &mut Reply<'_>,
-        place: rule::Place,
+        template: rule::RuleTemplate,
         action: Action,
     ) -> Result<(Permitted, LeftOut), Refusal> {
         let too_many = |TooMany| Refusal::TooMany;
         let mut list = List::new(&self.server.whitelist);
         reply.receive(request, |bytes| list.push(bytes).map_err(too_many))?;
-        list.finish(place, action).map_err(too_many)?.map_err(Refusal::List)
+        list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)
     }
 
     fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
@@ -312,18 +313,18 @@ fn send_list(
     reply: &mut Reply<'_>,
 ) -> Result<String, Refusal> {
     let mut before = "[";
-    let mut push = |place: usize, owned: &Owned| {
-        let go_on = reply.push(before) && reply.push(&api::listed_json(place, owned));
+    let mut push = |number: usize, tagged: &TaggedRule| {
+        let go_on = reply.push(before) && reply.push(&api::listed_json(number, tagged));
         before = ",\n";
         go_on
     };
-    for (place, owned) in server.firewall.list(client, chain)? {
+    for (number, tagged) in server.firewall.list(client, chain)? {
         let mut here = true;
-        if owned.line.place().is_none() {
-            here = push(place, &owned);
+        if tagged.rule.template().is_none() {
+            here = push(number, &tagged);
         } else {
-            server.firewall.entries(&owned.line, |entry| {
-                here = push(place, entry);
+            server.firewall.entries(&tagged.rule, |entry| {
+                here = push(number, entry);
                 here
             })?;
         }
@@ -341,7 +342,11 @@ fn send_list(
 fn record(server: &Server, request: Option<Request>, who: &str, result: &str, took: Duration) {
     let change = request.as_ref().is_some_and(|r| r.method != "GET" || api::modifies(r));
     let told = change || result.starts_with("401");
-    let level = if told { Level::Info } else { Level::Debug };
+    let level = match result.starts_with('5') {
+        true => Level::Warning,
+        false if told => Level::Info,
+        false => Level::Debug,
+    };
     let line = request.map_or("-".into(), |request| request.line());
     let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
     let (line, took) = (printable(line), took.as_secs_f64() * 1e3);

@@ -1,164 +1,200 @@
 //! The state file: the list of rules that outlives a reboot.
 //!
 //! ```text
-//! file   = "rfw state 1" LF *( change / list )
-//! change = ( "+" SP expires SP path / "-" SP path ) LF   ; Unix seconds, 0 is for ever
+//! file   = "rfw state 2" LF *( change / list )
+//! change = ( "+" SP expires SP path / "-" SP path ) LF   ; Unix seconds, 0 is never
 //! list   = "*" SP count LF count(change)                 ; all of them or none
 //! ```
 //!
-//! Changes are appended, and on the disk before the kernel is asked. What the kernel
-//! then refuses is cut off again: further lines could not bring back the order of
-//! rules, nor be written to a disk that is full.
+//! Changes are appended, and are on the disk before the kernel is changed. What the kernel then
+//! rejects is truncated: further lines could not restore the order of rules, nor be written to a
+//! full disk. A power cut leaves an incomplete tail, which was never acknowledged. Version 1 had
+//! the same lines.
 
 use crate::rule::whitelist::LineError;
 use crate::rule::{Rule, is_number};
-use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-const HEADER: &str = "rfw state 1\n";
+const HEADER: &str = "rfw state 2\n";
+const HEADERS: [&str; 2] = [HEADER, "rfw state 1\n"];
 /// The longest line in bytes; the longest path is far shorter.
 const MAX_LINE: u64 = 512;
-/// How large the file may always become before it is compacted.
+/// How many dropped lines are reported.
+const MAX_DROPPED: usize = 1_000;
+/// How large the file may always grow before it is compacted, in bytes.
 const SMALL: u64 = 64 * 1024;
 
-/// A rule to have, with its expiry in Unix seconds if it has one, or not to have.
-pub type Wanted = (Rule, Option<Option<u64>>);
-/// A rule to have.
-pub type Kept = (Rule, Option<u64>);
+/// A rule, and when it expires in Unix seconds.
+pub type StoredRule = (Rule, Option<u64>);
+
+/// One line of the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Record {
+    Put(Rule, Option<u64>),
+    Delete(Rule),
+}
 
 /// An open state file. It is locked, so no other rfw has it.
-pub struct State {
+pub struct StateFile {
     path: PathBuf,
     file: File,
-    /// How many bytes of it count.
+    /// How many bytes of it are valid.
     size: u64,
-    /// Whether there may be more, or its name may not be on the disk yet.
-    dirty: bool,
-    /// Over this size it is compacted.
+    /// Whether there may be more bytes, or its name may not be on the disk yet.
+    needs_repair: bool,
+    /// Above this size it is compacted.
     limit: u64,
 }
 
-/// What a file says.
-struct Content {
-    changes: Vec<Wanted>,
-    /// How many bytes count; behind them is what a power cut has left.
-    size: u64,
-    torn: bool,
+/// What a file holds.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Contents {
+    /// How many bytes are valid; the rest is what a power cut has left.
+    pub size: u64,
+    pub records: usize,
+    /// Where the last change is incomplete, and what is dropped.
+    pub tail: Option<LineError>,
+    /// The first of the lines that are dropped.
+    pub dropped: Vec<Vec<u8>>,
 }
 
-impl State {
-    /// Opens and locks a file, and makes it where there is none. Returns also what it
-    /// names, `None` if it is new, and whether its end was torn.
-    pub fn open(path: &Path) -> Result<(State, Option<Vec<Kept>>, bool), LineError> {
-        let wrong = |error: io::Error| whole(format!("cannot open it: {error}"));
+impl StateFile {
+    /// Opens and locks a file, and creates it if there is none.
+    pub fn open(path: &Path) -> Result<StateFile, LineError> {
+        let failed = |error: io::Error| whole_file(format!("cannot open it: {error}"));
         check_kind(path)?;
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).mode(0o600).open(path);
-        // From a disk that takes nothing any more, the list still comes.
+        // From a read-only disk the list can still be read.
         let file = file.or_else(|error| match error.kind() {
             ErrorKind::ReadOnlyFilesystem => File::open(path),
             _ => Err(error),
         });
-        let file = file.map_err(wrong)?;
-        let locked = file.try_lock().is_ok() && same_file(&file, path).map_err(wrong)?;
+        let file = file.map_err(failed)?;
+        let locked = file.try_lock().is_ok() && is_same_file(&file, path).map_err(failed)?;
         if !locked {
-            let message = "another rfw has it; stop that one, or set state.file to another file";
-            return Err(whole(message.into()));
+            let message = "another rfw uses it; stop that one, or set state.file to another file";
+            return Err(whole_file(message.into()));
         }
-        // A link stays: what is put in the file's place goes where it points to.
-        let (path, dirty) = (fs::canonicalize(path).map_err(wrong)?, false);
-        if file.metadata().map_err(wrong)?.len() == 0 {
-            return Ok((State { path, file, size: 0, dirty, limit: 0 }, None, false));
-        }
-        let Content { changes, size, torn } = read(&mut BufReader::new(&file))?;
-        let kept = live(&changes);
-        // What the list takes, its lines being as long as others.
-        let part = size.saturating_mul(kept.len() as u64).checked_div(changes.len() as u64);
-        let limit = limit_of(part.unwrap_or(0));
-        let mut state = State { path, file, size, dirty: torn, limit };
-        let _ = state.clean();
-        Ok((state, Some(kept), torn))
+        // A symbolic link stays: a compacted file replaces the one that it points to.
+        let path = fs::canonicalize(path).map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        Ok(StateFile { path, file, size, needs_repair: false, limit: limit_of(size) })
     }
 
-    /// Looks whether a file, if there is one, can be read.
+    /// Checks whether a file, if there is one, can be read.
     pub fn check(path: &Path) -> Result<(), LineError> {
         check_kind(path)?;
         match File::open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Ok(file) if file.metadata().is_ok_and(|data| data.len() == 0) => Ok(()),
-            Ok(file) => read(&mut BufReader::new(file)).map(|_| ()),
-            Err(error) => Err(whole(format!("cannot open it: {error}"))),
+            Ok(file) => read(&mut BufReader::new(file), |_| ()).map(|_| ()),
+            Err(error) => Err(whole_file(format!("cannot open it: {error}"))),
         }
     }
 
-    /// Where the file ends now, to be cut off there.
-    pub fn mark(&self) -> u64 {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether nothing was ever written to it.
+    pub fn is_new(&self) -> bool {
+        self.size == 0
+    }
+
+    /// Passes what the file holds to `each`, in order, and truncates an incomplete tail. Some of
+    /// that has been replayed by then, so the caller has to begin again.
+    pub fn replay(&mut self, each: impl FnMut(Record)) -> Result<Contents, LineError> {
+        let failed = |error: io::Error| whole_file(format!("cannot read it: {error}"));
+        self.file.rewind().map_err(failed)?;
+        let mut contents = read(&mut BufReader::new((&self.file).take(self.size)), each)?;
+        if contents.tail.is_some() {
+            self.file.seek(SeekFrom::Start(contents.size)).map_err(failed)?;
+            contents.dropped = BufReader::new(&self.file)
+                .split(b'\n')
+                .map_while(Result::ok)
+                .take(MAX_DROPPED)
+                .collect();
+            (self.size, self.needs_repair) = (contents.size, true);
+            // If that fails, the next change does it or is refused.
+            let _ = self.repair_tail();
+        }
+        Ok(contents)
+    }
+
+    /// Where the file ends now, to be truncated to.
+    pub fn offset(&self) -> u64 {
         self.size
     }
 
-    /// Writes changes to the disk, all of them or none; a list, which says how many they
-    /// are, also counts as a whole if power is cut. The error is a sentence.
+    /// Writes records to the disk, all of them or none. With `is_list` they are also all or none
+    /// if power is cut. The error is a sentence that says what to do.
     pub fn append(
         &mut self,
-        changes: impl Iterator<Item = Wanted>,
-        list: Option<usize>,
+        records: impl Iterator<Item = Record> + Clone,
+        is_list: bool,
     ) -> Result<(), String> {
-        let mut changes = changes.peekable();
-        if changes.peek().is_none() {
+        let count = if is_list { records.clone().count() } else { 0 };
+        let mut records = records.peekable();
+        if records.peek().is_none() {
             return Ok(());
         }
-        let written = self.untouched().and_then(|()| self.clean()).and_then(|()| {
-            self.dirty = true;
+        if !self.is_unchanged().map_err(|error| self.sentence(&error))? {
+            let path = self.path.display();
+            return Err(format!("{path} was changed by someone else; restart rfw to read it."));
+        }
+        let written = self.repair_tail().and_then(|()| {
+            self.needs_repair = true;
             let mut out = BufWriter::new(&self.file);
-            if let Some(count) = list {
+            if is_list {
                 writeln!(out, "* {count}")?;
             }
-            for (rule, wanted) in changes {
-                out.write_all(line_of(&rule, wanted).as_bytes())?;
-            }
+            records.try_for_each(|record| out.write_all(line_of(&record).as_bytes()))?;
             out.into_inner().map_err(io::IntoInnerError::into_error)?;
             self.file.sync_data()?;
             self.file.metadata()
         });
         match written {
             Ok(data) => {
-                (self.size, self.dirty) = (data.len(), false);
+                (self.size, self.needs_repair) = (data.len(), false);
                 Ok(())
             }
             Err(error) => {
-                let _ = self.clean();
-                Err(format!("{} cannot be written: {error}.", self.path.display()))
+                let _ = self.repair_tail();
+                Err(self.sentence(&error))
             }
         }
     }
 
-    /// Takes back what was appended since a mark. Where that fails, the next change is
-    /// refused unless it can be done then.
-    pub fn cut(&mut self, mark: u64) {
-        if self.size > mark {
-            (self.size, self.dirty) = (mark, true);
-            let _ = self.clean();
+    fn sentence(&self, error: &io::Error) -> String {
+        let path = self.path.display();
+        format!("{path} cannot be written: {error}; make room there, or check its disk.")
+    }
+
+    /// Removes what was appended since an offset. If that fails, the next change does it or is
+    /// refused.
+    pub fn truncate_to(&mut self, offset: u64) {
+        if self.size > offset {
+            (self.size, self.needs_repair) = (offset, true);
+            let _ = self.repair_tail();
         }
     }
 
-    /// Whether the file is as it was left, in its place.
-    fn untouched(&self) -> io::Result<()> {
-        let whole = self.dirty || self.file.metadata()?.len() == self.size;
-        match same_file(&self.file, &self.path)? && whole {
-            true => Ok(()),
-            false => Err(io::Error::other("others have changed it; start rfw anew")),
-        }
+    /// Whether the file is as rfw left it, under its name.
+    fn is_unchanged(&self) -> io::Result<bool> {
+        let has_size = self.needs_repair || self.file.metadata()?.len() == self.size;
+        Ok(has_size && is_same_file(&self.file, &self.path)?)
     }
 
-    fn clean(&mut self) -> io::Result<()> {
-        if self.dirty {
+    fn repair_tail(&mut self) -> io::Result<()> {
+        if self.needs_repair {
             self.file.set_len(self.size)?;
             self.file.sync_data()?;
             File::open(folder(&self.path))?.sync_all()?;
-            self.dirty = false;
+            self.needs_repair = false;
         }
         Ok(())
     }
@@ -168,75 +204,65 @@ impl State {
         self.size > self.limit
     }
 
-    /// Writes the file anew with what it names and has not expired at `now`, each time of
-    /// expiry moved. The error is a sentence; then the file is as it was.
-    pub fn compact(&mut self, now: u64, moved: impl Fn(u64) -> u64) -> Result<(), String> {
-        let kept = self.kept()?.into_iter().map(|(rule, expires)| (rule, expires.map(&moved)));
-        self.replace(kept.filter(|(_, expires)| expires.is_none_or(|second| second > now)))
-    }
-
-    /// The rules that it names, the oldest first. The error is a sentence.
-    pub fn kept(&self) -> Result<Vec<Kept>, String> {
-        let read = |file: File| {
-            read(&mut BufReader::new(file.take(self.size))).map_err(|error| error.message)
-        };
-        let content = File::open(&self.path).map_err(|error| error.to_string()).and_then(read);
-        let content = content.map_err(|why| format!("{}: {why}", self.path.display()))?;
-        Ok(live(&content.changes))
-    }
-
-    /// Puts a file with these rules, the oldest first, in the place of this one.
-    pub fn replace(&mut self, kept: impl Iterator<Item = Kept>) -> Result<(), String> {
-        // Not at once again, if that fails.
+    /// Replaces the file by one with these rules, the oldest first. The error is a sentence; the
+    /// file is then as it was.
+    pub fn replace(&mut self, rules: impl Iterator<Item = StoredRule>) -> Result<(), String> {
+        // If that fails, it is not tried again at once.
         self.limit = limit_of(self.size);
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
-        let replaced = self.write_beside(new.as_ref(), kept);
+        let replaced = self.write_new(new.as_ref(), rules);
         replaced.map_err(|error| {
             let _ = fs::remove_file(&new);
-            format!("{} cannot be written anew: {error}", self.path.display())
+            format!("{} cannot be compacted: {error}", self.path.display())
         })
     }
 
-    fn write_beside(&mut self, new: &Path, kept: impl Iterator<Item = Kept>) -> io::Result<()> {
+    fn write_new(&mut self, new: &Path, rules: impl Iterator<Item = StoredRule>) -> io::Result<()> {
         let mut options = OpenOptions::new();
         let _ = fs::remove_file(new);
         let file = options.read(true).append(true).create_new(true).mode(0o600).open(new)?;
         file.try_lock()?;
         let mut out = BufWriter::new(&file);
         out.write_all(HEADER.as_bytes())?;
-        for (rule, expires) in kept {
-            out.write_all(line_of(&rule, Some(expires)).as_bytes())?;
+        for (rule, expires) in rules {
+            out.write_all(line_of(&Record::Put(rule, expires)).as_bytes())?;
         }
         out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
         let size = file.metadata()?.len();
         fs::rename(new, &self.path)?;
-        // The old one has no name any more, whatever becomes of the folder.
-        (self.file, self.size, self.dirty) = (file, size, true);
+        // The old one has no name any more, even if the folder cannot be synced.
+        (self.file, self.size, self.needs_repair) = (file, size, true);
         self.limit = limit_of(size);
-        self.clean()
+        self.repair_tail()
+    }
+
+    /// Sets when the file is compacted next, from how much of it the list needs.
+    pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
+        let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
+        self.limit = limit_of(part.unwrap_or(0));
     }
 }
 
-/// How large a file may become whose list takes so many bytes.
+/// How large a file may grow whose list needs so many bytes.
 fn limit_of(needed: u64) -> u64 {
     needed.saturating_mul(2).max(SMALL)
 }
 
-fn whole(message: String) -> LineError {
+fn whole_file(message: String) -> LineError {
     LineError { line: 0, message }
 }
 
-/// A file that decides who is blocked; nothing that could be waited for.
+/// It decides who is blocked, so others must not write it, and reading it must not block.
 fn check_kind(path: &Path) -> Result<(), LineError> {
     match fs::metadata(path) {
-        Ok(data) if !data.is_file() => Err(whole("it is no file".into())),
+        Ok(data) if !data.is_file() => Err(whole_file("it is not a regular file".into())),
         Ok(data) if data.mode() & 0o022 != 0 => {
-            Err(whole("others than its owner may write it; run chmod go-w on it".into()))
+            Err(whole_file("others than its owner may write it; run chmod go-w on it".into()))
         }
         Err(error) if !folder(path).is_dir() => {
-            Err(whole(format!("its folder is not there ({error}); run mkdir -m 700 on it")))
+            Err(whole_file(format!("its folder does not exist ({error}); run mkdir -m 700 on it")))
         }
         _ => Ok(()),
     }
@@ -246,107 +272,159 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
-/// Whether a file that was locked still has that name: another rfw may have put a new one there.
-fn same_file(file: &File, path: &Path) -> io::Result<bool> {
+/// Whether a locked file still has that name: another rfw may have replaced it.
+fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     let (ours, there) = (file.metadata()?, fs::metadata(path)?);
     Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
 }
 
-fn line_of(rule: &Rule, wanted: Option<Option<u64>>) -> String {
-    match wanted {
-        Some(expires) => format!("+ {} {rule}\n", expires.unwrap_or(0)),
-        None => format!("- {rule}\n"),
+fn line_of(record: &Record) -> String {
+    match record {
+        Record::Put(rule, expires) => format!("+ {} {rule}\n", expires.unwrap_or(0)),
+        Record::Delete(rule) => format!("- {rule}\n"),
     }
 }
 
-fn read(source: &mut impl BufRead) -> Result<Content, LineError> {
-    let mut content = Content { changes: Vec::new(), size: 0, torn: false };
-    // A list that is not whole yet: how many changes there are with it, and without
-    // it, and where it begins.
-    let mut list: Option<(usize, usize, u64)> = None;
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let wrong = |message| LineError { line: number, message };
-        let length = source.take(MAX_LINE).read_until(b'\n', &mut line);
-        let length = length.map_err(|error| wrong(error.to_string()))? as u64;
-        if !line.ends_with(b"\n") && length < MAX_LINE {
-            content.torn = length > 0;
+/// A list that is not complete yet.
+struct OpenList {
+    line: usize,
+    offset: u64,
+    count: usize,
+    seen: usize,
+}
+
+fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Contents, LineError> {
+    let mut contents = Contents { size: 0, records: 0, tail: None, dropped: Vec::new() };
+    let mut list: Option<OpenList> = None;
+    let mut bytes = Vec::new();
+    for line in 1.. {
+        bytes.clear();
+        let at = |message| LineError { line, message };
+        let length = source.take(MAX_LINE).read_until(b'\n', &mut bytes);
+        let length = length.map_err(|error| at(error.to_string()))? as u64;
+        if !bytes.ends_with(b"\n") && length < MAX_LINE {
+            let message = format!("the last line is incomplete ({length} bytes) and is dropped");
+            contents.tail = (length > 0).then_some(at(message));
             break;
         }
-        let text = String::from_utf8_lossy(&line);
-        let damaged = || {
-            let what = match number {
-                1 => "not how a state file of rfw's begins; set state.file to another",
-                _ => "no line of rfw's; mend it, or move the file away to begin a new one",
-            };
-            wrong(format!("'{}' is {what}", text.trim_end_matches('\n').escape_default()))
-        };
-        let before = content.changes.len();
-        match (number, list_length(&text)) {
-            (1, _) if text == HEADER => {}
-            (2.., Some(count)) if list.is_none() => {
-                list = Some((before.saturating_add(count), before, content.size));
-            }
-            (2.., None) => content.changes.push(change(&text).ok_or_else(damaged)?),
-            _ => return Err(damaged()),
+        let text = String::from_utf8_lossy(&bytes);
+        if line == 1 && HEADERS.contains(&&*text) {
+            contents.size = length;
+            continue;
         }
-        content.size = content.size.saturating_add(length);
-        list = list.filter(|(end, ..)| content.changes.len() < *end);
+        match (parse_count(&text), parse_record(&text)) {
+            (Some(count), _) if line > 1 && list.is_none() => {
+                list = Some(OpenList { line, offset: contents.size, count, seen: 0 });
+            }
+            (_, Some(record)) if line > 1 => {
+                each(record);
+                contents.records = contents.records.saturating_add(1);
+                list.iter_mut().for_each(|list| list.seen = list.seen.saturating_add(1));
+            }
+            _ => return Err(at(damage(line, &text, list.as_ref()))),
+        }
+        contents.size = contents.size.saturating_add(length);
+        list = list.filter(|list| list.seen < list.count);
     }
-    if content.size == 0 {
-        return Err(LineError { line: 1, message: "the first line must be: rfw state 1".into() });
+    if contents.size == 0 {
+        return Err(LineError { line: 1, message: "the first line must be: rfw state 2".into() });
     }
-    if let Some((_, before, size)) = list {
-        content.changes.truncate(before);
-        (content.size, content.torn) = (size, true);
+    if let Some(OpenList { line, offset, count, seen }) = list {
+        let message = format!(
+            "the list that begins here has {seen} of its {count} changes; it was never \
+             acknowledged, unless the number is damaged, and is dropped"
+        );
+        contents.size = offset;
+        contents.tail = Some(LineError { line, message });
     }
-    Ok(content)
+    Ok(contents)
 }
 
-fn list_length(line: &str) -> Option<usize> {
+fn damage(line: usize, text: &str, list: Option<&OpenList>) -> String {
+    let text = text.trim_end_matches('\n').escape_default();
+    match (line, list) {
+        (1, _) => format!("'{text}' is not how rfw's state file begins; set state.file to another"),
+        (_, Some(list)) if text.to_string().starts_with('*') => {
+            format!(
+                "the list of line {} has fewer changes than it says; repair that line",
+                list.line
+            )
+        }
+        _ => format!(
+            "'{text}' is not a line of rfw's; repair it, or move the file away to begin a new one"
+        ),
+    }
+}
+
+fn parse_count(line: &str) -> Option<usize> {
     let count = line.strip_prefix("* ")?.strip_suffix('\n')?;
     count.parse().ok().filter(|_| is_number(count))
 }
 
-fn change(line: &str) -> Option<Wanted> {
+fn parse_record(line: &str) -> Option<Record> {
     let (verb, rest) = line.strip_suffix('\n')?.split_once(' ')?;
     match verb {
         "+" => {
             let (expires, path) = rest.split_once(' ')?;
             let second: u64 = expires.parse().ok().filter(|_| is_number(expires))?;
-            Some((path.parse().ok()?, Some((second > 0).then_some(second))))
+            Some(Record::Put(path.parse().ok()?, (second > 0).then_some(second)))
         }
-        "-" => Some((rest.parse().ok()?, None)),
+        "-" => Some(Record::Delete(rest.parse().ok()?)),
         _ => None,
     }
-}
-
-/// The rules that changes come to, in the order in which they were last put.
-fn live(changes: &[Wanted]) -> Vec<Kept> {
-    let mut seen = HashSet::new();
-    let last = changes.iter().rev().filter(|(rule, _)| seen.insert(*rule));
-    let mut kept: Vec<Kept> = last.filter_map(|(rule, wanted)| Some((*rule, (*wanted)?))).collect();
-    kept.reverse();
-    kept
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// What a text comes to: its rules, the bytes that count and whether its end is torn;
-    /// or the line that is wrong.
-    fn come_to(text: &str) -> Result<(String, u64, bool), usize> {
-        let content = read(&mut text.as_bytes()).map_err(|error| error.line)?;
-        let show = |(rule, expires): &Kept| format!("{rule} {}", expires.unwrap_or(0));
-        let kept: Vec<String> = live(&content.changes).iter().map(show).collect();
-        Ok((kept.join(", "), content.size, content.torn))
-    }
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     const A: &str = "/drop/input/any/1.1.1.1";
     const B: &str = "/drop/input/any/2.2.2.0/24";
     const C: &str = "/accept/forward/eth0/5::/ppp+/6::/64";
+    const OLD: &str = "rfw state 1\n";
+
+    fn put(path: &str, expires: u64) -> Record {
+        Record::Put(path.parse().unwrap(), (expires > 0).then_some(expires))
+    }
+
+    fn delete(path: &str) -> Record {
+        Record::Delete(path.parse().unwrap())
+    }
+
+    /// What is left of records: `PATH EXPIRES`, the oldest first.
+    fn live(records: &[Record]) -> String {
+        let mut rules: Vec<StoredRule> = Vec::new();
+        for record in records {
+            let (Record::Put(rule, _) | Record::Delete(rule)) = record;
+            rules.retain(|(other, _)| other != rule);
+            if let Record::Put(rule, expires) = record {
+                rules.push((*rule, *expires));
+            }
+        }
+        let show = |(rule, expires): &StoredRule| {
+            assert_ne!(*expires, Some(0), "0 is never");
+            format!("{rule} {}", expires.unwrap_or(0))
+        };
+        rules.iter().map(show).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The rules of a text, the bytes that are valid, and the line at which an incomplete tail
+    /// begins; or the line that is damaged.
+    fn parse(text: &str) -> Result<(String, u64, Option<usize>), usize> {
+        let mut records = Vec::new();
+        let contents = read(&mut text.as_bytes(), |record| records.push(record));
+        let contents = contents.map_err(|error| error.line)?;
+        assert_eq!(contents.records, records.len());
+        let tail = contents.tail.map(|tail| tail.line);
+        if tail.is_some() {
+            // Whoever reads a tail begins again without it.
+            records.clear();
+            let valid = &text.as_bytes()[..contents.size as usize];
+            read(&mut &*valid, |record| records.push(record)).map_err(|error| error.line)?;
+        }
+        Ok((live(&records), contents.size, tail))
+    }
 
     #[test]
     fn files() {
@@ -356,10 +434,14 @@ mod tests {
             (format!("+ 0 {A}\n+ 9 {B}\n+ 7 {A}\n"), format!("{B} 9, {A} 7")),
             (format!("+ 0 {A}\n- {A}\n+ 9 {C}\n- {B}\n"), format!("{C} 9")),
             (format!("* 2\n+ 0 {A}\n- {B}\n* 0\n+ 1 {C}\n"), format!("{A} 0, {C} 1")),
+            (format!("* 1\n+ 0 {A}\n* 1\n+ 1 {B}\n"), format!("{A} 0, {B} 1")),
+            (format!("+ {}9 {A}\n", "0".repeat(512 - 3 - 1 - A.len() - 1)), format!("{A} 9")),
         ];
-        for (lines, kept) in table {
-            let text = format!("{HEADER}{lines}");
-            assert_eq!(come_to(&text), Ok((kept, text.len() as u64, false)), "{text}");
+        for (lines, rules) in table {
+            for header in [HEADER, OLD] {
+                let text = format!("{header}{lines}");
+                assert_eq!(parse(&text), Ok((rules.clone(), text.len() as u64, None)), "{text}");
+            }
         }
     }
 
@@ -367,22 +449,45 @@ mod tests {
     fn a_power_cut_at_every_byte() {
         let text = format!("{HEADER}+ 0 {A}\n* 2\n+ 0 {B}\n- {A}\n+ 9 {C}\n");
         let lines: Vec<usize> = text.match_indices('\n').map(|(at, _)| at + 1).collect();
-        let (a, list) = (lines[1], lines[4]);
-        for end in lines[0]..=text.len() {
-            let (kept, size) = match end {
-                _ if end == text.len() => (format!("{B} 0, {C} 9"), end),
-                _ if end >= list => (format!("{B} 0"), list),
-                _ if end >= a => (format!("{A} 0"), a),
-                _ => (String::new(), lines[0]),
+        let (header, a, list) = (lines[0], lines[1], lines[4]);
+        for end in 0..=text.len() {
+            let (rules, size, line) = match end {
+                // rfw writes the header to another file first.
+                _ if end < header => {
+                    assert_eq!(parse(&text[..end]), Err(1), "{end}");
+                    continue;
+                }
+                _ if end == text.len() => (format!("{B} 0, {C} 9"), end, 6),
+                _ if end >= list => (format!("{B} 0"), list, 6),
+                // The tail begins with the list as soon as its first line is complete.
+                _ if end >= a => (format!("{A} 0"), a, 3),
+                _ => (String::new(), header, 2),
             };
-            let torn = size < end;
-            assert_eq!(come_to(&text[..end]), Ok((kept, size as u64, torn)), "{end}");
+            let tail = (size < end).then_some(line);
+            assert_eq!(parse(&text[..end]), Ok((rules, size as u64, tail)), "{end}");
+        }
+    }
+
+    #[test]
+    fn an_incomplete_tail_is_told() {
+        let table = [
+            ("+ 0 /dr", 2, "the last line is incomplete (7 bytes) and is dropped"),
+            ("* 3\n+ 0 /drop/input/any/1.1.1.1\n", 2, "has 1 of its 3 changes; it was never"),
+            ("* 3\n+ 0 /drop/input/any/1.1.1.1\n+", 2, "has 1 of its 3 changes; it was never"),
+            ("* 3\n", 2, "has 0 of its 3 changes; it was never"),
+        ];
+        for (text, line, message) in table {
+            let contents = read(&mut format!("{HEADER}{text}").as_bytes(), |_| ()).unwrap();
+            let tail = contents.tail.unwrap();
+            assert_eq!(tail.line, line, "{text}");
+            assert!(tail.message.contains(message), "{}", tail.message);
         }
     }
 
     #[test]
     fn damage() {
-        let long = format!("+ 0 {}", "x".repeat(600));
+        let long = format!("+ {} {A}", "0".repeat(512 - 3 - A.len()));
+        let longest = format!("+ 0 {}", "x".repeat(600));
         let table = [
             "x",
             "",
@@ -393,36 +498,283 @@ mod tests {
             "+ 0 /drop/input/any/1.1.1.1 ",
             "+  0 /drop/input/any/1.1.1.1",
             "+ 0 /drop/input/any/1.1.1.1\r",
+            "+ 18446744073709551616 /drop/input/any/1.1.1.1",
             "* x",
             "* +1",
+            "* -1",
             "*",
             "\0\0\0",
+            "rfw state 2",
             "* 2\n* 1",
+            // The number of a list was damaged, or a line of it was lost.
+            "* 9\n+ 0 /drop/input/any/1.1.1.1\n+ 0 /drop/input/any/2.2.2.2\n* 1",
+            "* 3\n+ 0 /drop/input/any/1.1.1.1\nx",
             &long,
+            &longest,
         ];
         for line in table {
-            let wrong = 2 + line.matches('\n').count();
+            let damaged = 2 + line.matches('\n').count();
             let text = format!("{HEADER}{line}\n+ 0 {A}\n");
-            assert_eq!(come_to(&text), Err(wrong), "{line:?}");
+            assert_eq!(parse(&text), Err(damaged), "{line:?}");
         }
-        assert_eq!(come_to("rfw state 2\n"), Err(1));
-        assert_eq!(come_to(&format!("{HEADER}{HEADER}")), Err(2));
+        let firsts = ["rfw state 3\n", "rfw state 2\r\n", "+ 0 /drop/input/any/1.1.1.1\n", "* 1\n"];
+        for first in firsts {
+            assert_eq!(parse(&format!("{first}+ 0 {A}\n")), Err(1), "{first:?}");
+        }
     }
 
-    /// Through a link, and with an end that was refused and could not be cut off.
     #[test]
-    fn compacted_in_its_place() {
-        let folder = std::env::temp_dir().join(format!("rfw-state-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let (path, link) = (folder.join("state"), folder.join("link"));
-        fs::write(&path, format!("{HEADER}+ 0 {A}\n")).unwrap();
-        std::os::unix::fs::symlink(&path, &link).unwrap();
-        let (mut state, ..) = State::open(&link).unwrap();
+    fn damage_says_what_to_do() {
+        let table = [
+            ("#!/bin/sh\n", "'#!/bin/sh' is not how rfw's state file begins; set state.file"),
+            ("rfw", "the first line must be: rfw state 2"),
+            ("rfw state 2\n+ 0 \t\n", "'+ 0 \\t' is not a line of rfw's; repair it"),
+            ("rfw state 2\n* 9\n+ 0 x\n", "'+ 0 x' is not a line of rfw's; repair it"),
+            ("rfw state 2\n*9\n", "'*9' is not a line of rfw's; repair it"),
+            (
+                "rfw state 2\n+ 0 /drop/input/any/1.1.1.1\n* 2\n- /drop/input/any/1.1.1.1\n* 1\n",
+                "the list of line 3 has fewer changes than it says; repair that line",
+            ),
+        ];
+        for (text, message) in table {
+            let error = read(&mut text.as_bytes(), |_| ()).unwrap_err();
+            assert!(error.message.contains(message), "{}", error.message);
+        }
+    }
+
+    /// A folder of its own for each test.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            let id = std::process::id();
+            let folder = std::env::temp_dir().join(format!("rfw-state-{id}-{name}"));
+            fs::create_dir_all(&folder).unwrap();
+            Folder(folder)
+        }
+
+        fn file(&self, text: &str) -> PathBuf {
+            let path = self.0.join("state");
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn replay(state: &mut StateFile) -> (String, Contents) {
+        let mut records = Vec::new();
+        let contents = state.replay(|record| records.push(record)).unwrap();
+        (live(&records), contents)
+    }
+
+    #[test]
+    fn what_is_appended_is_replayed() {
+        let folder = Folder::new("append");
+        let path = folder.0.join("state");
+        let mut state = StateFile::open(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(state.is_new() && state.path() == fs::canonicalize(&path).unwrap());
+        state.replace([("/drop/input/any/3.3.3.3".parse().unwrap(), Some(5))].into_iter()).unwrap();
+        assert!(!state.is_new());
+        state.append([].into_iter(), true).unwrap();
+        state.append([put(A, 0)].into_iter(), false).unwrap();
+        let offset = state.offset();
+        state.append([put(B, 9), delete(A)].into_iter(), true).unwrap();
+        let text = format!("{HEADER}+ 5 /drop/input/any/3.3.3.3\n+ 0 {A}\n");
+        let list = format!("* 2\n+ 9 {B}\n- {A}\n");
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{text}{list}"));
+        let (rules, contents) = replay(&mut state);
+        assert_eq!(rules, format!("/drop/input/any/3.3.3.3 5, {B} 9"));
+        let size = (text.len() + list.len()) as u64;
+        assert_eq!(
+            (contents, state.offset()),
+            (Contents { size, records: 4, tail: None, dropped: Vec::new() }, size)
+        );
+        // What the kernel rejects
+        state.truncate_to(offset);
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        assert_eq!((offset, state.offset()), (text.len() as u64, text.len() as u64));
+        state.truncate_to(offset + 1);
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        state.append([put(C, 1)].into_iter(), false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{text}+ 1 {C}\n"));
+    }
+
+    #[test]
+    fn an_incomplete_tail_is_truncated() {
+        let folder = Folder::new("tail");
+        let complete = format!("{HEADER}+ 0 {A}\n");
+        let path = folder.file(&format!("{complete}* 2\n+ 0 {B}\n"));
+        StateFile::check(&path).unwrap();
+        let mut state = StateFile::open(&path).unwrap();
+        let (rules, contents) = replay(&mut state);
+        assert_eq!(rules, format!("{A} 0, {B} 0"), "the caller begins again");
+        assert_eq!(contents.dropped, ["* 2".into(), format!("+ 0 {B}").into_bytes()]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), complete);
+        let (rules, contents) = replay(&mut state);
+        assert_eq!((rules, contents.tail), (format!("{A} 0"), None));
+        state.append([put(C, 0)].into_iter(), false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{complete}+ 0 {C}\n"));
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_removed_before_the_next_change() {
+        let folder = Folder::new("repair");
+        let path = folder.file(HEADER);
+        let mut state = StateFile::open(&path).unwrap();
+        // From a disk that became read-only
+        let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
+        let error = state.append([put(A, 0)].into_iter(), false).unwrap_err();
+        assert!(error.contains("cannot be written: Bad file descriptor"), "{error}");
+        // Half of it was written, and could not be removed.
+        state.file = file;
+        (&state.file).write_all(b"+ 0 /dr").unwrap();
+        assert!(state.needs_repair);
+        state.append([put(B, 0)].into_iter(), false).unwrap();
+        assert!(!state.needs_repair);
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {B}\n"));
+        // A change that the kernel rejected and that could not be removed either
+        let offset = state.offset();
+        state.append([put(A, 0)].into_iter(), false).unwrap();
+        let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
+        state.truncate_to(state.size);
+        assert!(!state.needs_repair, "nothing to truncate");
+        state.truncate_to(offset);
+        assert!(state.needs_repair);
+        state.file = file;
+        state.append([put(C, 0)].into_iter(), false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {B}\n+ 0 {C}\n"));
+    }
+
+    #[test]
+    fn nobody_else_may_change_it() {
+        let folder = Folder::new("others");
+        let path = folder.file(HEADER);
+        let mut state = StateFile::open(&path).unwrap();
+        let locked = StateFile::open(&path).map(|_| ()).unwrap_err().message;
+        assert!(locked.contains("another rfw uses it"), "{locked}");
+        let mut append = |text| {
+            let result = state.append([put(A, 0)].into_iter(), false);
+            let message = result.unwrap_err();
+            assert!(message.contains(text), "{message}");
+        };
+        let mut other = OpenOptions::new().append(true).open(&path).unwrap();
+        other.write_all(b"+").unwrap();
+        append("was changed by someone else; restart rfw to read it.");
+        other.set_len(HEADER.len() as u64).unwrap();
+        fs::rename(&path, folder.0.join("old")).unwrap();
+        append("No such file");
+        fs::write(&path, HEADER).unwrap();
+        append("was changed by someone else");
+        fs::rename(folder.0.join("old"), &path).unwrap();
+        state.append([put(A, 0)].into_iter(), false).unwrap();
+        // One that was replaced after it was opened
+        let other = folder.0.join("other");
+        fs::write(&other, HEADER).unwrap();
+        assert!(!is_same_file(&File::open(&other).unwrap(), &path).unwrap());
+    }
+
+    #[test]
+    fn which_files_are_read() {
+        let folder = Folder::new("kinds");
+        let path = folder.file(HEADER);
+        let missing = folder.0.join("missing");
+        let fails = |path: &Path, text: &str| {
+            let open = StateFile::open(path).map(|_| ());
+            for error in [open.unwrap_err(), StateFile::check(path).unwrap_err()] {
+                assert!(error.line == 0 && error.message.contains(text), "{}", error.message);
+            }
+        };
+        StateFile::check(&path).unwrap();
+        StateFile::check(&missing).unwrap();
+        assert!(!missing.exists());
+        fs::write(&missing, "").unwrap();
+        StateFile::check(&missing).unwrap();
+        fs::write(&missing, "x\n").unwrap();
+        assert_eq!(StateFile::check(&missing).unwrap_err().line, 1);
+        let turning = folder.0.join("turning");
+        symlink(&turning, &turning).unwrap();
+        fails(&turning, "cannot open it: ");
+        fails(&folder.0, "not a regular file");
+        fails(&folder.0.join("no/state"), "its folder does not exist");
+        for mode in [0o620, 0o602, 0o666] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            fails(&path, "chmod go-w");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        StateFile::open(&path).unwrap();
+        let table = [("state", "."), ("a/state", "a"), ("/state", "/")];
+        for (path, expected) in table {
+            assert_eq!(super::folder(Path::new(path)), Path::new(expected), "{path}");
+        }
+    }
+
+    /// Through a link, and with a tail that was rejected and could not be truncated.
+    #[test]
+    fn compaction_replaces_the_file_that_a_link_points_to() {
+        let folder = Folder::new("compact");
+        let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
+        let link = folder.0.join("link");
+        symlink(&path, &link).unwrap();
+        let mut state = StateFile::open(&link).unwrap();
         (&state.file).write_all(format!("+ 0 {B}\n").as_bytes()).unwrap();
-        state.dirty = true;
-        state.compact(1, |second| second).unwrap();
+        state.needs_repair = true;
+        // What an interrupted compaction has left
+        fs::write(folder.0.join("state.new"), "x").unwrap();
+        state
+            .replace([(A.parse().unwrap(), None), (C.parse().unwrap(), Some(7))].into_iter())
+            .unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        let text = format!("{HEADER}+ 0 {A}\n+ 7 {C}\n");
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(!folder.0.join("state.new").exists());
+        assert_eq!((state.offset(), state.needs_repair), (text.len() as u64, false));
+        assert!(StateFile::open(&path).is_err(), "the new one is locked");
+        state.append([delete(A)].into_iter(), false).unwrap();
+        assert_eq!(replay(&mut state).0, format!("{C} 7"));
+    }
+
+    #[test]
+    fn compaction_that_fails_leaves_the_file() {
+        let folder = Folder::new("failed");
+        let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
+        let mut state = StateFile::open(&path).unwrap();
+        fs::create_dir(folder.0.join("state.new")).unwrap();
+        (state.size, state.limit) = (100_000, 0);
+        let error = state.replace([].into_iter()).unwrap_err();
+        assert!(error.contains("cannot be compacted: "), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {A}\n"));
-        fs::remove_dir_all(&folder).unwrap();
+        assert!(!state.is_large(), "it is not tried again at once");
+    }
+
+    #[test]
+    fn when_it_is_compacted() {
+        let folder = Folder::new("limit");
+        let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
+        let contents = |records| Contents { size: 0, records, tail: None, dropped: Vec::new() };
+        // Its size, how many of its records are needed, the limit
+        let table = [
+            (1_000_000, 5, 10, 1_000_000),
+            (1_000_000, 10, 10, 2_000_000),
+            (1_000_000, 0, 10, 65_536),
+            (300, 9, 9, 65_536),
+            (12, 0, 0, 65_536),
+        ];
+        for (size, rules, records, limit) in table {
+            state.size = size;
+            state.set_needed(rules, &contents(records));
+            assert_eq!(state.limit, limit, "{size} {rules} {records}");
+        }
+        for (size, is_large) in [(65_536, false), (65_537, true)] {
+            state.size = size;
+            assert_eq!(state.is_large(), is_large);
+        }
     }
 }

@@ -82,8 +82,7 @@ impl Refusal {
             }
             Refusal::Full(sentence) => (507, code(507), format!("{sentence} Nothing was applied.")),
             Refusal::State(sentence) => {
-                let todo = "Nothing was applied; make room there or take state.file out.";
-                (507, "state_failed", format!("{sentence} {todo}"))
+                (507, "state_failed", format!("{sentence} Nothing was applied."))
             }
             Refusal::Whitelisted(net) => {
                 (409, "whitelisted", format!("This overlaps {net} of the whitelist."))

@@ -8,7 +8,7 @@
 
 use super::net::Net;
 use super::whitelist::{Permitted, Whitelist};
-use super::{Action, Chain, Change, Place, RuleError, Rules, is_narrow, take_block};
+use super::{Action, Chain, Change, RuleError, RuleTemplate, Rules, is_narrow, take_block};
 
 /// The most blocks in a list; a range counts as the blocks that it comes to.
 pub const MAX_ENTRIES: usize = 1_000_000;
@@ -73,7 +73,7 @@ impl List<'_> {
     /// wrong with it.
     pub fn finish(
         mut self,
-        place: Place,
+        template: RuleTemplate,
         action: Action,
     ) -> Result<Result<(Permitted, LeftOut), Wrong>, TooMany> {
         self.end_line()?;
@@ -84,7 +84,7 @@ impl List<'_> {
             nets.sort_unstable();
             nets.dedup();
         }
-        let change = Change { rules: Rules::List(place, self.nets), action };
+        let change = Change { rules: Rules::List(template, self.nets), action };
         let left_out = LeftOut { count: self.left_out.len(), lines: self.told };
         Ok(Ok((Permitted::sifted(change), left_out)))
     }
@@ -163,12 +163,13 @@ mod tests {
         for bytes in text.as_bytes().chunks(step) {
             list.push(bytes).unwrap();
         }
-        let place = Place::parse(&["drop", "output", "eth0"]).unwrap();
+        let template = RuleTemplate::parse(&["drop", "output", "eth0"]).unwrap();
         let wrong = |wrong: Wrong| {
             let lines = wrong.lines.iter().map(|(line, error)| format!("{line} {error:?}"));
             format!("{}: {}", wrong.count, lines.collect::<Vec<_>>().join(", "))
         };
-        let (permitted, left_out) = list.finish(place, Action::Delete).unwrap().map_err(wrong)?;
+        let (permitted, left_out) =
+            list.finish(template, Action::Delete).unwrap().map_err(wrong)?;
         let Rules::List(_, nets) = permitted.into_change().rules else { panic!("no list") };
         let nets: Vec<String> = nets.iter().map(Net::to_string).collect();
         Ok((nets.join(" "), format!("{}: {}", left_out.count, left_out.lines.join(" "))))

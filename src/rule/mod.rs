@@ -11,7 +11,7 @@
 //! iface  = "any" / name [ "+" ]
 //! ```
 //!
-//! A rule with one address is a [`Place`] and that address.
+//! A rule with one address is a [`RuleTemplate`] and that address.
 
 pub mod interval;
 pub mod list;
@@ -24,7 +24,7 @@ use std::net::IpAddr;
 use std::slice::Iter;
 use std::str::FromStr;
 
-/// The shortest prefixes that a rule may name: wider blocks lock out half the
+/// The shortest prefixes that a rule may name: wider blocks lock out_iface half the
 /// world too easily.
 pub const WIDEST_V4: u8 = 9;
 pub const WIDEST_V6: u8 = 17;
@@ -33,16 +33,16 @@ fn widest(family: Family) -> u8 {
     if family == Family::V4 { WIDEST_V4 } else { WIDEST_V6 }
 }
 
-/// What happens to a packet.
+/// What happens to a packet. Set rules are in this order.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Target {
-    Drop,
     Accept,
     Reject,
+    Drop,
 }
 
 impl Target {
-    pub const ALL: [Target; 3] = [Target::Drop, Target::Accept, Target::Reject];
+    pub const ALL: [Target; 3] = [Target::Accept, Target::Reject, Target::Drop];
 
     /// The name that iptables uses; the API takes it in any letter case.
     pub fn name(self) -> &'static str {
@@ -89,7 +89,7 @@ pub struct Iface([u8; 15]);
 impl Iface {
     pub const ANY: Iface = Iface([0; 15]);
 
-    /// Reads a path segment, in which a name that does not end in a digit is a
+    /// Reads a path segment, in which a name that does not side in a digit is a
     /// prefix, with or without `+`.
     pub fn parse(text: &str) -> Option<Iface> {
         match text {
@@ -125,7 +125,7 @@ impl fmt::Display for Iface {
 
 /// Which packets a rule is about: exactly the fields that the chain has.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum Scope {
+pub enum Match {
     Input {
         iface: Iface,
         source: Net,
@@ -136,8 +136,8 @@ pub enum Scope {
     },
     /// Both blocks are of one family.
     Forward {
-        inp: Iface,
-        out: Iface,
+        in_iface: Iface,
+        out_iface: Iface,
         source: Net,
         destination: Net,
     },
@@ -146,53 +146,57 @@ pub enum Scope {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Rule {
     pub target: Target,
-    pub scope: Scope,
+    pub matches: Match,
 }
 
-/// Which end of a packet an address is compared with.
+/// Which side of a packet an address is compared with.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum End {
+pub enum Side {
     Source,
     Destination,
 }
 
 /// A rule less its one address: where that is looked for, and what happens then.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct Place {
+pub struct RuleTemplate {
     pub target: Target,
     pub chain: Chain,
     /// Incoming and outgoing interface, as far as the chain knows them.
-    pub inp: Iface,
-    pub out: Iface,
+    pub in_iface: Iface,
+    pub out_iface: Iface,
     /// Always the source in INPUT, the destination in OUTPUT.
-    pub end: End,
+    pub side: Side,
 }
 
-impl Place {
+impl RuleTemplate {
     /// Reads the segments of a path that ends at the interface.
-    pub fn parse(segments: &[&str]) -> Result<Place, RuleError> {
+    pub fn parse(segments: &[&str]) -> Result<RuleTemplate, RuleError> {
         let mut rest = segments.iter();
-        let place = take_place(&mut rest)?;
-        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(place) }
+        let template = take_template(&mut rest)?;
+        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(template) }
     }
 
-    /// The rule for one block; for any address it is as wide as the place.
+    /// The rule for one block; for any address it is as wide as the template.
     pub fn rule(self, net: Net) -> Rule {
-        let Place { target, chain, inp, out, end } = self;
+        let RuleTemplate { target, chain, in_iface, out_iface, side } = self;
         let any = Net::any(net.family());
-        let scope = match (chain, end) {
-            (Chain::Input, _) => Scope::Input { iface: inp, source: net },
-            (Chain::Output, _) => Scope::Output { iface: out, destination: net },
-            (_, End::Source) => Scope::Forward { inp, out, source: net, destination: any },
-            (_, End::Destination) => Scope::Forward { inp, out, source: any, destination: net },
+        let matches = match (chain, side) {
+            (Chain::Input, _) => Match::Input { iface: in_iface, source: net },
+            (Chain::Output, _) => Match::Output { iface: out_iface, destination: net },
+            (_, Side::Source) => {
+                Match::Forward { in_iface, out_iface, source: net, destination: any }
+            }
+            (_, Side::Destination) => {
+                Match::Forward { in_iface, out_iface, source: any, destination: net }
+            }
         };
-        Rule { target, scope }
+        Rule { target, matches }
     }
 
-    /// The same place with another target.
-    pub fn others(self) -> impl Iterator<Item = Place> {
+    /// The same template with another target.
+    pub fn others(self) -> impl Iterator<Item = RuleTemplate> {
         let others = Target::ALL.into_iter().filter(move |target| *target != self.target);
-        others.map(move |target| Place { target, ..self })
+        others.map(move |target| RuleTemplate { target, ..self })
     }
 }
 
@@ -204,23 +208,25 @@ pub enum Action {
     Delete,
 }
 
-/// One rule, or a list of blocks that one place has rules for.
+/// One rule, or a list of blocks that one template has rules for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rules {
     One(Rule),
     /// Sorted, none twice.
-    List(Place, Vec<Net>),
+    List(RuleTemplate, Vec<Net>),
 }
 
 impl Rules {
-    /// The rules of one family.
-    pub fn of(&self, family: Family) -> impl Iterator<Item = Rule> {
-        let (one, (place, nets)) = match self {
-            Rules::One(rule) => (Some(*rule), (None, &[][..])),
-            Rules::List(place, nets) => (None, (Some(*place), nets.as_slice())),
+    pub fn iter(&self) -> impl Iterator<Item = Rule> {
+        let (one, template, nets) = match self {
+            Rules::One(rule) => (Some(*rule), None, &[][..]),
+            Rules::List(template, nets) => (None, Some(*template), nets.as_slice()),
         };
-        let listed = nets.iter().filter_map(move |net| Some(place?.rule(*net)));
-        one.into_iter().chain(listed).filter(move |rule| rule.family() == family)
+        one.into_iter().chain(nets.iter().filter_map(move |net| Some(template?.rule(*net))))
+    }
+
+    pub fn has(&self, family: Family) -> bool {
+        self.iter().any(|rule| rule.family() == family)
     }
 }
 
@@ -231,9 +237,13 @@ pub struct Change {
 }
 
 impl Change {
-    /// Whether it is applied as a whole or not at all.
-    pub fn is_list(&self) -> bool {
-        matches!(self.rules, Rules::List(..))
+    /// The family of a single rule; `None` for a list, which may have rules of both and is
+    /// applied as a whole or not at all.
+    pub fn family(&self) -> Option<Family> {
+        match &self.rules {
+            Rules::One(rule) => Some(rule.family()),
+            Rules::List(..) => None,
+        }
     }
 }
 
@@ -262,16 +272,16 @@ impl Rule {
     /// Reads the segments of a path, slashes taken off.
     pub fn parse(segments: &[&str]) -> Result<Rule, RuleError> {
         let mut rest = segments.iter();
-        let place = take_place(&mut rest)?;
-        let block = take_block(place.chain, &mut rest)?;
-        let mut rule = place.rule(block);
-        match &mut rule.scope {
-            Scope::Forward { out, destination, .. } => {
+        let template = take_template(&mut rest)?;
+        let block = take_block(template.chain, &mut rest)?;
+        let mut rule = template.rule(block);
+        match &mut rule.matches {
+            Match::Forward { out_iface, destination, .. } => {
                 if rest.len() > 0 {
-                    *out = take_iface(&mut rest)?;
+                    *out_iface = take_iface(&mut rest)?;
                 }
                 if rest.len() > 0 {
-                    *destination = take_block(place.chain, &mut rest)?;
+                    *destination = take_block(template.chain, &mut rest)?;
                 }
                 if destination.family() != block.family() {
                     return Err(RuleError::Families);
@@ -283,15 +293,18 @@ impl Rule {
         if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(rule) }
     }
 
-    /// The place of a rule that names one address, and that address.
-    pub fn place(&self) -> Option<(Place, Net)> {
-        let ((inp, out), (source, destination)) = (self.ifaces(), self.ends());
-        let (end, net) = match (source.is_any(), destination.is_any()) {
-            (false, true) => (End::Source, source),
-            (true, false) => (End::Destination, destination),
+    /// The template of a rule that names one address, and that address.
+    pub fn template(&self) -> Option<(RuleTemplate, Net)> {
+        let ((in_iface, out_iface), (source, destination)) = (self.ifaces(), self.sides());
+        let (side, net) = match (source.is_any(), destination.is_any()) {
+            (false, true) => (Side::Source, source),
+            (true, false) => (Side::Destination, destination),
             _ => return None,
         };
-        Some((Place { target: self.target, chain: self.chain(), inp, out, end }, net))
+        Some((
+            RuleTemplate { target: self.target, chain: self.chain(), in_iface, out_iface, side },
+            net,
+        ))
     }
 
     /// Whether a path could name it: what the kernel lists need not.
@@ -301,43 +314,43 @@ impl Rule {
     }
 
     pub fn chain(&self) -> Chain {
-        match self.scope {
-            Scope::Input { .. } => Chain::Input,
-            Scope::Output { .. } => Chain::Output,
-            Scope::Forward { .. } => Chain::Forward,
+        match self.matches {
+            Match::Input { .. } => Chain::Input,
+            Match::Output { .. } => Chain::Output,
+            Match::Forward { .. } => Chain::Forward,
         }
     }
 
     pub fn family(&self) -> Family {
-        self.ends().0.family()
+        self.sides().0.family()
     }
 
     /// Incoming and outgoing interface.
     pub fn ifaces(&self) -> (Iface, Iface) {
-        match self.scope {
-            Scope::Input { iface, .. } => (iface, Iface::ANY),
-            Scope::Output { iface, .. } => (Iface::ANY, iface),
-            Scope::Forward { inp, out, .. } => (inp, out),
+        match self.matches {
+            Match::Input { iface, .. } => (iface, Iface::ANY),
+            Match::Output { iface, .. } => (Iface::ANY, iface),
+            Match::Forward { in_iface, out_iface, .. } => (in_iface, out_iface),
         }
     }
 
     /// Source and destination.
-    pub fn ends(&self) -> (Net, Net) {
-        match self.scope {
-            Scope::Input { source, .. } => (source, Net::any(source.family())),
-            Scope::Output { destination, .. } => (Net::any(destination.family()), destination),
-            Scope::Forward { source, destination, .. } => (source, destination),
+    pub fn sides(&self) -> (Net, Net) {
+        match self.matches {
+            Match::Input { source, .. } => (source, Net::any(source.family())),
+            Match::Output { destination, .. } => (Net::any(destination.family()), destination),
+            Match::Forward { source, destination, .. } => (source, destination),
         }
     }
 
     /// The blocks that it names; "any address" is none.
     pub fn addresses(&self) -> impl Iterator<Item = Net> {
-        <[Net; 2]>::from(self.ends()).into_iter().filter(|net| !net.is_any())
+        <[Net; 2]>::from(self.sides()).into_iter().filter(|net| !net.is_any())
     }
 
     /// Whether both rules may be about the same packet, interfaces aside.
     pub fn overlaps(&self, other: &Rule) -> bool {
-        let ((from, to), (other_from, other_to)) = (self.ends(), other.ends());
+        let ((from, to), (other_from, other_to)) = (self.sides(), other.sides());
         self.chain() == other.chain() && from.overlaps(&other_from) && to.overlaps(&other_to)
     }
 }
@@ -347,18 +360,18 @@ fn is_narrow(net: &Net) -> bool {
     net.prefix() >= widest(net.family()) && !net.is_unspecified()
 }
 
-fn take_place(rest: &mut Iter<'_, &str>) -> Result<Place, RuleError> {
+fn take_template(rest: &mut Iter<'_, &str>) -> Result<RuleTemplate, RuleError> {
     let target = rest.next().ok_or(RuleError::Shape)?;
     let known = Target::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(target));
     let target = known.ok_or(RuleError::Unknown)?;
     let chain = rest.next().ok_or(RuleError::Shape)?;
     let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
     let iface = take_iface(rest)?;
-    let (inp, out, end) = match chain {
-        Chain::Output => (Iface::ANY, iface, End::Destination),
-        _ => (iface, Iface::ANY, End::Source),
+    let (in_iface, out_iface, side) = match chain {
+        Chain::Output => (Iface::ANY, iface, Side::Destination),
+        _ => (iface, Iface::ANY, Side::Source),
     };
-    Ok(Place { target, chain, inp, out, end })
+    Ok(RuleTemplate { target, chain, in_iface, out_iface, side })
 }
 
 fn take_iface(rest: &mut Iter<'_, &str>) -> Result<Iface, RuleError> {
@@ -407,20 +420,20 @@ impl fmt::Display for Rule {
         };
         let (target, chain) = (self.target.name(), self.chain().name());
         let start = format!("/{target}/{chain}").to_ascii_lowercase();
-        match self.scope {
-            Scope::Input { iface, source: net } | Scope::Output { iface, destination: net } => {
+        match self.matches {
+            Match::Input { iface, source: net } | Match::Output { iface, destination: net } => {
                 write!(f, "{start}/{iface}/{}", block(net))
             }
-            Scope::Forward { inp, out, source, destination } => {
-                write!(f, "{start}/{inp}/{}", block(source))?;
+            Match::Forward { in_iface, out_iface, source, destination } => {
+                write!(f, "{start}/{in_iface}/{}", block(source))?;
                 // An interface may be called `24`: only behind a prefix is it one.
-                if source.is_host() && is_number(&out.to_string()) {
+                if source.is_host() && is_number(&out_iface.to_string()) {
                     write!(f, "/{}", source.prefix())?;
                 }
-                match (out, destination.is_any()) {
+                match (out_iface, destination.is_any()) {
                     (Iface::ANY, true) => Ok(()),
-                    (_, true) => write!(f, "/{out}"),
-                    _ => write!(f, "/{out}/{destination}"),
+                    (_, true) => write!(f, "/{out_iface}"),
+                    _ => write!(f, "/{out_iface}/{destination}"),
                 }
             }
         }
@@ -529,7 +542,7 @@ mod tests {
 
     #[test]
     fn places() {
-        let parse = |path: &str| Place::parse(&path.split('/').collect::<Vec<_>>());
+        let parse = |path: &str| RuleTemplate::parse(&path.split('/').collect::<Vec<_>>());
         let table = [
             ("drop/input/eth0", "/drop/input/eth0/1.2.3.4"),
             ("Accept/OUTPUT/ppp", "/accept/output/ppp+/1.2.3.4"),
@@ -537,23 +550,26 @@ mod tests {
         ];
         let net = Net::parse("1.2.3.4").unwrap();
         for (path, rule) in table {
-            let place = parse(path).unwrap();
-            assert_eq!(place.rule(net).to_string(), rule);
-            assert_eq!(place.rule(net).place(), Some((place, net)));
-            let others: Vec<Place> = place.others().collect();
+            let template = parse(path).unwrap();
+            assert_eq!(template.rule(net).to_string(), rule);
+            assert_eq!(template.rule(net).template(), Some((template, net)));
+            let others: Vec<RuleTemplate> = template.others().collect();
             assert_eq!(others.len(), 2);
             for other in others {
-                assert!(other.target != place.target);
-                assert_eq!(Place { target: place.target, ..other }, place);
+                assert!(other.target != template.target);
+                assert_eq!(RuleTemplate { target: template.target, ..other }, template);
             }
         }
-        // Behind the other end of a forwarded packet.
+        // Behind the other side of a forwarded packet.
         let rule: Rule = "/drop/forward/any/0.0.0.0/eth1/1.2.3.4".parse().unwrap();
-        let (place, found) = rule.place().unwrap();
-        assert_eq!((place.end, place.out.to_string()), (End::Destination, "eth1".into()));
-        assert_eq!((found, place.rule(net)), (net, rule));
+        let (template, found) = rule.template().unwrap();
+        assert_eq!(
+            (template.side, template.out_iface.to_string()),
+            (Side::Destination, "eth1".into())
+        );
+        assert_eq!((found, template.rule(net)), (net, rule));
         for path in ["/drop/forward/any/0.0.0.0", "/drop/forward/any/1.2.3.4/any/5.6.7.8"] {
-            assert_eq!(path.parse::<Rule>().unwrap().place(), None, "{path}");
+            assert_eq!(path.parse::<Rule>().unwrap().template(), None, "{path}");
         }
         for path in ["drop/input", "drop/input/any/1.2.3.4", "drop/input/any/"] {
             assert_eq!(parse(path), Err(RuleError::Shape), "{path}");
@@ -562,17 +578,20 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_a_family() {
+    fn rules_of_a_change() {
         let nets = ["1.2.3.4", "2.0.0.0/9", "5::"].map(|net| Net::parse(net).unwrap());
-        let place = Place::parse(&["drop", "input", "any"]).unwrap();
-        let show = |rules: &Rules, family| {
-            rules.of(family).map(|rule| rule.to_string()).collect::<Vec<_>>().join(" ")
-        };
-        let list = Rules::List(place, nets.into());
-        assert_eq!(show(&list, Family::V4), "/drop/input/any/1.2.3.4 /drop/input/any/2.0.0.0/9");
-        assert_eq!(show(&list, Family::V6), "/drop/input/any/5::");
-        let one = Rules::One(place.rule(nets[2]));
-        assert_eq!(show(&one, Family::V4), "");
-        assert_eq!(show(&one, Family::V6), "/drop/input/any/5::");
+        let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
+        let one = Rules::One(template.rule(nets[2]));
+        let list = Rules::List(template, nets.into());
+        let table = [
+            (&list, "/drop/input/any/1.2.3.4 /drop/input/any/2.0.0.0/9 /drop/input/any/5::"),
+            (&one, "/drop/input/any/5::"),
+        ];
+        for (rules, paths) in table {
+            let shown: Vec<String> = rules.iter().map(|rule| rule.to_string()).collect();
+            assert_eq!(shown.join(" "), paths);
+        }
+        assert!(list.has(Family::V4) && list.has(Family::V6));
+        assert!(!one.has(Family::V4) && one.has(Family::V6));
     }
 }

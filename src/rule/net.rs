@@ -20,6 +20,12 @@ impl Family {
     }
 }
 
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Family::V4 { "IPv4" } else { "IPv6" })
+    }
+}
+
 /// A CIDR block. Host bits are zero and an IPv4-mapped IPv6 address
 /// (RFC 4291, 2.5.5.2) is the IPv4 address, so equal blocks compare equal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

@@ -1,111 +1,117 @@
-//! What rfw owns, as the kernel's tools write and read it, and those tools.
+//! rfw's rules as iptables writes and reads them, and the programs that do it.
 //!
-//! Every rule of rfw's carries a comment: `rfw`, `rfw:UNIXSECONDS` where it
-//! expires, `rfw:guard` for rfw's own port. A rule without one, or of a shape that
-//! rfw does not make, is somebody else's and stays untouched.
+//! ```text
+//! comment = "rfw" [ ":" UNIXSECONDS ]     ; a rule, and when it expires
+//!         / "rfw:guard"                   ; a rule for the port of rfw's own server
+//! ```
+//!
+//! A rule without such a comment, or of a form that rfw does not write, belongs to someone else
+//! and stays untouched.
 
-use super::exec::{self, Failure, Presence};
 use super::ipset::set_name;
+use super::process::{self, InstanceLock, ToolError};
 use crate::rule::net::{Family, Net};
-use crate::rule::{Chain, End, Iface, Place, Rule, Scope, Target, is_number};
+use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target, is_number};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long one command may take, how much more a batch gets for each line,
-/// and how long the listing at start may take, when nobody waits yet.
-pub const LIMIT: Duration = Duration::from_secs(10);
-const PER_LINE: Duration = Duration::from_millis(10);
-const LONGEST_LIMIT: Duration = Duration::from_secs(600);
-pub const START_LIMIT: Duration = Duration::from_secs(60);
-/// The most rules of all that a family may have: a listing that does not end must
-/// not take all memory.
+/// The most rules that the built-in chains of one family may hold, other people's included: a
+/// listing without end must not exhaust memory.
 const MAX_LISTED: usize = 300_000;
-/// Seconds that the tools wait for the xtables lock.
+/// How many seconds the programs wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
 
-/// What else is in one of rfw's rules.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum Kind {
+pub enum RuleKind {
     Plain,
-    /// Only this TCP port, rfw's own.
+    /// It matches one TCP port only: that of rfw's own server.
     Guard(u16),
-    /// Only the addresses of its place's set. The rule is for any address.
-    Set(End),
+    /// It matches the addresses of a set only; its rule is for any address.
+    Set(Side),
 }
 
-/// A rule as the kernel knows it, whenever it expires.
+/// A rule as the kernel distinguishes it, apart from its expiry.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct Line {
+pub struct KernelRule {
     pub rule: Rule,
-    pub kind: Kind,
+    pub kind: RuleKind,
 }
 
-impl Line {
-    pub fn plain(rule: Rule) -> Line {
-        Line { rule, kind: Kind::Plain }
+impl KernelRule {
+    pub fn plain(rule: Rule) -> KernelRule {
+        KernelRule { rule, kind: RuleKind::Plain }
     }
 
-    /// The rule for the set of a place.
-    pub fn set(place: Place, family: Family) -> Line {
-        Line { rule: place.rule(Net::any(family)), kind: Kind::Set(place.end) }
+    /// The rule for a template's set.
+    pub fn set(template: RuleTemplate, family: Family) -> KernelRule {
+        let kind = RuleKind::Set(template.side);
+        KernelRule { rule: template.rule(Net::any(family)), kind }
     }
 
-    /// The place of a set's rule.
-    pub fn place(&self) -> Option<Place> {
-        let Kind::Set(end) = self.kind else { return None };
-        let (inp, out) = self.rule.ifaces();
-        Some(Place { target: self.rule.target, chain: self.rule.chain(), inp, out, end })
-    }
-
-    pub fn is_guard(&self) -> bool {
-        matches!(self.kind, Kind::Guard(_))
+    /// The template of a set's rule.
+    pub fn template(&self) -> Option<RuleTemplate> {
+        let RuleKind::Set(side) = self.kind else { return None };
+        let (in_iface, out_iface) = self.rule.ifaces();
+        let (target, chain) = (self.rule.target, self.rule.chain());
+        Some(RuleTemplate { target, chain, in_iface, out_iface, side })
     }
 }
 
-/// For the log: a path, or the name of a set.
-impl fmt::Display for Line {
+/// For messages: a path, the name of a set, or what a guard rule does.
+impl fmt::Display for KernelRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.place() {
-            Some(place) => f.write_str(&set_name(&place, self.rule.family())),
-            None => self.rule.fmt(f),
+        match (self.kind, self.template()) {
+            (RuleKind::Guard(port), _) => {
+                let (target, chain) = (self.rule.target.name(), self.rule.chain().name());
+                write!(f, "guard rule for port {port} ({chain}, {target}")?;
+                self.rule.addresses().try_for_each(|net| write!(f, " {net}"))?;
+                f.write_str(")")
+            }
+            (_, Some(template)) => f.write_str(&set_name(&template, self.rule.family())),
+            _ => self.rule.fmt(f),
         }
     }
 }
 
-/// A rule as it stands in the kernel.
+/// A rule with rfw's comment, as the kernel holds it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Owned {
-    pub line: Line,
-    /// Unix seconds, kept in the comment; only plain rules expire.
+pub struct TaggedRule {
+    pub rule: KernelRule,
+    /// Unix seconds; only plain rules expire.
     pub expires: Option<u64>,
-    /// Packets and bytes that it has met.
+    /// Packets and bytes that it has matched.
     pub counters: (u64, u64),
 }
 
-impl Owned {
-    /// A rule that has met no packet yet.
-    pub fn new(line: Line, expires: Option<u64>) -> Owned {
-        Owned { line, expires, counters: (0, 0) }
+impl TaggedRule {
+    /// A rule that has matched no packet yet.
+    pub fn new(rule: KernelRule, expires: Option<u64>) -> TaggedRule {
+        TaggedRule { rule, expires, counters: (0, 0) }
+    }
+
+    /// What tells two rules in the kernel apart.
+    pub fn key(&self) -> (KernelRule, Option<u64>) {
+        (self.rule, self.expires)
     }
 }
 
-/// One change of a chain, shown as iptables takes it.
+/// One change to a chain; `Display` writes it as an iptables command.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Edit {
-    Delete(Owned),
-    /// It becomes the chain's rule of this number; 1 is the front.
-    Insert(usize, Owned),
+pub enum RuleEdit {
+    Delete(TaggedRule),
+    /// It becomes the chain's rule of this number, counted from 1.
+    Insert(usize, TaggedRule),
 }
 
-impl fmt::Display for Edit {
+impl fmt::Display for RuleEdit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Edit::Delete(owned) => owned.write(f, "-D", 1),
-            Edit::Insert(place, owned) => {
-                owned.write(f, "-I", *place)?;
-                match owned.counters {
+            RuleEdit::Delete(tagged) => tagged.write(f, "-D", 1),
+            RuleEdit::Insert(number, tagged) => {
+                tagged.write(f, "-I", *number)?;
+                match tagged.counters {
                     (0, 0) => Ok(()),
                     (packets, bytes) => write!(f, " -c {packets} {bytes}"),
                 }
@@ -114,17 +120,16 @@ impl fmt::Display for Edit {
     }
 }
 
-impl Owned {
-    /// No word of it holds a space or a quote: names, numbers and addresses alone
-    /// can get here.
-    fn write(&self, f: &mut fmt::Formatter<'_>, verb: &str, place: usize) -> fmt::Result {
-        let Line { rule, kind } = self.line;
+impl TaggedRule {
+    /// No word contains a space or a quote: only names, numbers and addresses get here.
+    fn write(&self, f: &mut fmt::Formatter<'_>, verb: &str, number: usize) -> fmt::Result {
+        let KernelRule { rule, kind } = self.rule;
         write!(f, "{verb} {}", rule.chain().name())?;
-        if place > 1 {
-            write!(f, " {place}")?;
+        if number > 1 {
+            write!(f, " {number}")?;
         }
-        let ((inp, out), (source, destination)) = (rule.ifaces(), rule.ends());
-        for (option, iface) in [("-i", inp), ("-o", out)] {
+        let ((in_iface, out_iface), (source, destination)) = (rule.ifaces(), rule.sides());
+        for (option, iface) in [("-i", in_iface), ("-o", out_iface)] {
             if iface != Iface::ANY {
                 write!(f, " {option} {iface}")?;
             }
@@ -135,19 +140,19 @@ impl Owned {
             }
         }
         match kind {
-            Kind::Plain => {}
-            Kind::Guard(port) => {
+            RuleKind::Plain => {}
+            RuleKind::Guard(port) => {
                 let option = if rule.chain() == Chain::Output { "--sport" } else { "--dport" };
                 write!(f, " -p tcp -m tcp {option} {port}")?;
             }
-            Kind::Set(end) => {
-                let end = if end == End::Source { "src" } else { "dst" };
-                write!(f, " -m set --match-set {} {end}", self.line)?;
+            RuleKind::Set(side) => {
+                let side = if side == Side::Source { "src" } else { "dst" };
+                write!(f, " -m set --match-set {} {side}", self.rule)?;
             }
         }
         f.write_str(" -m comment --comment rfw")?;
         match (kind, self.expires) {
-            (Kind::Guard(_), _) => f.write_str(":guard")?,
+            (RuleKind::Guard(_), _) => f.write_str(":guard")?,
             (_, Some(second)) => write!(f, ":{second}")?,
             _ => {}
         }
@@ -155,20 +160,17 @@ impl Owned {
     }
 }
 
-/// One rule of a listing: one of rfw's, or anybody else's.
-pub type Row = Option<Owned>;
-
-/// Reads a line of `iptables -v -S`; `None` if it is no rule of a built-in
-/// chain. The order of the options varies with the version.
-pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Row)> {
+/// Reads a line of `iptables -v -S`; `None` if it is not a rule of a built-in chain. The order of
+/// the options varies with the version.
+pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule>)> {
     let (chain, spec) = line.trim_end().strip_prefix("-A ")?.split_once(' ')?;
     let chain = Chain::ALL.into_iter().find(|known| known.name() == chain)?;
-    let ours = spec.contains("rfw").then(|| parse_owned(chain, spec, family));
+    let ours = spec.contains("rfw").then(|| parse_tagged(chain, spec, family));
     Some((chain, ours.flatten()))
 }
 
-/// `None` where an option is left over that no rule of rfw's has.
-fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
+/// `None` if an option is left over: rfw did not write this rule.
+fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> {
     let mut words = spec.split(' ');
     let (mut options, mut matches) = (Vec::new(), Vec::new());
     let (mut counters, mut set) = ((0, 0), None);
@@ -192,22 +194,22 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
     };
     let comment = take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
     let (kind, expires) = match (comment, take("-p"), port, set) {
-        ("", None, None, None) => (Kind::Plain, None),
-        ("", None, None, Some((_, "src"))) => (Kind::Set(End::Source), None),
-        ("", None, None, Some((_, "dst"))) => (Kind::Set(End::Destination), None),
-        (":guard", Some("tcp"), Some(port), None) => (Kind::Guard(port.parse().ok()?), None),
+        ("", None, None, None) => (RuleKind::Plain, None),
+        ("", None, None, Some((_, "src"))) => (RuleKind::Set(Side::Source), None),
+        ("", None, None, Some((_, "dst"))) => (RuleKind::Set(Side::Destination), None),
+        (":guard", Some("tcp"), Some(port), None) => (RuleKind::Guard(port.parse().ok()?), None),
         (second, None, None, None) => {
             let second = second.strip_prefix(':').filter(|second| is_number(second))?;
             let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
-            (Kind::Plain, Some(expires))
+            (RuleKind::Plain, Some(expires))
         }
         _ => return None,
     };
-    // In another order our own line would not find the rule again.
+    // In another order, a `-D` that rfw writes would not match the rule.
     let expected: &[&str] = match kind {
-        Kind::Plain => &["comment"],
-        Kind::Guard(_) => &["tcp", "comment"],
-        Kind::Set(_) => &["set", "comment"],
+        RuleKind::Plain => &["comment"],
+        RuleKind::Guard(_) => &["tcp", "comment"],
+        RuleKind::Set(_) => &["set", "comment"],
     };
     if matches != expected {
         return None;
@@ -218,100 +220,104 @@ fn parse_owned(chain: Chain, spec: &str, family: Family) -> Option<Owned> {
         Iface::parse(name).filter(|iface| *iface != Iface::ANY && iface.to_string() == name)
     };
     let mut iface = |option| take(option).map_or(Some(Iface::ANY), same);
-    let (inp, out) = (iface("-i")?, iface("-o")?);
+    let (in_iface, out_iface) = (iface("-i")?, iface("-o")?);
     let of_family = |text| Net::parse(text).filter(|net| net.family() == family);
     let mut net = |option| take(option).map_or(Some(Net::any(family)), of_family);
     let (source, destination) = (net("-s")?, net("-d")?);
-    let scope = match (chain, (inp, source.is_any()), (out, destination.is_any())) {
-        (Chain::Forward, ..) => Scope::Forward { inp, out, source, destination },
-        (Chain::Input, _, (Iface::ANY, true)) => Scope::Input { iface: inp, source },
-        (Chain::Output, (Iface::ANY, true), _) => Scope::Output { iface: out, destination },
+    let matches = match (chain, (in_iface, source.is_any()), (out_iface, destination.is_any())) {
+        (Chain::Forward, ..) => Match::Forward { in_iface, out_iface, source, destination },
+        (Chain::Input, _, (Iface::ANY, true)) => Match::Input { iface: in_iface, source },
+        (Chain::Output, (Iface::ANY, true), _) => Match::Output { iface: out_iface, destination },
         _ => return None,
     };
-    let line = Line { rule: Rule { target, scope }, kind };
+    let rule = KernelRule { rule: Rule { target, matches }, kind };
     let ours = match (kind, set) {
-        (Kind::Plain, _) => line.rule.is_wellformed(),
-        (Kind::Guard(_), _) => true,
-        // The name says all that the rule says.
-        (Kind::Set(end), set) => {
-            let ends = [(Chain::Input, End::Destination), (Chain::Output, End::Source)];
-            let named = set.is_some_and(|(name, _)| name == line.to_string());
-            named && !ends.contains(&(chain, end)) && line.rule.addresses().next().is_none()
+        (RuleKind::Plain, _) => rule.rule.is_wellformed(),
+        (RuleKind::Guard(_), _) => true,
+        // The name says everything that the rule says.
+        (RuleKind::Set(side), set) => {
+            let never = [(Chain::Input, Side::Destination), (Chain::Output, Side::Source)];
+            let named = set.is_some_and(|(name, _)| name == rule.to_string());
+            named && !never.contains(&(chain, side)) && rule.rule.addresses().next().is_none()
         }
     };
-    (ours && options.is_empty()).then_some(Owned { line, expires, counters })
+    (ours && options.is_empty()).then_some(TaggedRule { rule, expires, counters })
 }
 
-/// How long a batch of so many lines may take.
-pub fn limit_of(lines: usize) -> Duration {
-    let more = PER_LINE.saturating_mul(u32::try_from(lines).unwrap_or(u32::MAX));
-    LIMIT.saturating_add(more).min(LONGEST_LIMIT)
-}
-
-/// The programs of one family: `iptables`, and `iptables-restore` beside it.
+/// The programs of one family: `iptables`, and `iptables-restore` next to it.
 #[derive(Clone)]
-pub struct Tools {
+pub struct Iptables {
     pub family: Family,
     iptables: PathBuf,
     restore: PathBuf,
-    pub presence: Arc<Presence>,
+    lock: Arc<InstanceLock>,
 }
 
-/// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` beside it.
+/// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` next to it.
 pub fn restore_beside(iptables: &Path) -> PathBuf {
     let mut restore = iptables.as_os_str().to_owned();
     restore.push("-restore");
     restore.into()
 }
 
-impl Tools {
+impl Iptables {
     /// `iptables` is an absolute path.
-    pub fn new(family: Family, iptables: PathBuf, presence: Arc<Presence>) -> Tools {
-        Tools { family, restore: restore_beside(&iptables), iptables, presence }
+    pub fn new(family: Family, iptables: PathBuf, lock: Arc<InstanceLock>) -> Iptables {
+        Iptables { family, restore: restore_beside(&iptables), iptables, lock }
     }
 
-    /// Commits edits in order, all or none: one alone as the command that it is
-    /// shown as, several in one transaction.
-    pub fn commit(&self, edits: &[Edit]) -> Result<(), Failure> {
-        if let [edit] = edits {
-            let line = edit.to_string();
-            let args: Vec<&str> = ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-            return exec::run(&self.presence, &self.iptables, &args, LIMIT, |_| Ok(()));
+    /// Commits edits in order, all or none: a single one as the command that its `Display`
+    /// shows, several in one transaction.
+    pub fn write(&self, edits: &[RuleEdit], limit: Duration) -> Result<(), ToolError> {
+        match edits {
+            [] => Ok(()),
+            [edit] => {
+                let line = edit.to_string();
+                let args: Vec<&str> =
+                    ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
+                process::run(&self.lock, &self.iptables, &args, limit, |_| Ok(()))
+            }
+            _ => {
+                let args = ["--noflush", "-w", LOCK_WAIT];
+                process::run(&self.lock, &self.restore, &args, limit, |stdin| {
+                    stdin.line("*filter")?;
+                    edits.iter().try_for_each(|edit| stdin.line(edit))?;
+                    stdin.line("COMMIT")
+                })
+            }
         }
-        if edits.is_empty() {
-            return Ok(());
-        }
-        let args = ["--noflush", "-w", LOCK_WAIT];
-        exec::run(&self.presence, &self.restore, &args, limit_of(edits.len()), |input| {
-            input.line("*filter")?;
-            edits.iter().try_for_each(|edit| input.line(edit))?;
-            input.line("COMMIT")
-        })
     }
 
-    /// Reads every rule of the built-in chains, or of one, until `each` says
-    /// `false`; the counters take a tenth longer.
-    pub fn list(
+    /// Passes each rule of the built-in chains, or of one of them, to `each`, with its line. iptables exits with 0 even if it could not read everything, so a listing without
+    /// the policy of each chain is an error; even one with all policies may lack rules.
+    pub fn read(
         &self,
         chain: Option<Chain>,
-        counters: bool,
         limit: Duration,
-        mut each: impl FnMut(Chain, Row) -> bool,
-    ) -> Result<(), Failure> {
-        let mut args = vec!["-w", LOCK_WAIT];
-        args.extend(counters.then_some("-v"));
-        args.push("-S");
+        mut each: impl FnMut(Chain, Option<TaggedRule>, &str),
+    ) -> Result<(), ToolError> {
+        let mut args = vec!["-w", LOCK_WAIT, "-v", "-S"];
         args.extend(chain.map(Chain::name));
-        let mut left = MAX_LISTED;
-        exec::lines(&self.iptables, &args, limit, |line| match parse_row(line, self.family) {
-            Some((chain, row)) if left > 0 => {
-                left = left.saturating_sub(1);
-                each(chain, row)
+        let (mut policies, mut count) = (0_usize, 0_usize);
+        process::read_lines(&self.iptables, &args, limit, |line| {
+            policies = policies.saturating_add(usize::from(line.starts_with("-P ")));
+            if let Some((chain, rule)) = parse_row(line, self.family) {
+                count = count.saturating_add(1);
+                each(chain, rule, line.trim_end());
             }
-            row => row.is_none(),
+            count < MAX_LISTED
         })?;
-        match left {
-            0 => Err(Failure::Passing(format!("There are {MAX_LISTED} rules and more."))),
+        let expected = if chain.is_some() { 1 } else { Chain::ALL.len() };
+        let program = self.iptables.display();
+        match (count, policies) {
+            (MAX_LISTED.., _) => {
+                let message = format!("{program} lists {MAX_LISTED} rules or more.");
+                Err(ToolError::Transient(message))
+            }
+            (_, policies) if policies < expected => {
+                let message = format!("{program} exited with 0 after an incomplete listing.");
+                Err(ToolError::Transient(message))
+            }
             _ => Ok(()),
         }
     }
@@ -326,12 +332,9 @@ mod tests {
         match parse_row(line, family) {
             None => "none".into(),
             Some((_, None)) => "foreign".into(),
-            Some((_, Some(o))) => {
-                let tag = match o.line.kind {
-                    Kind::Guard(port) => format!("guard {port}"),
-                    _ => o.expires.map_or("rfw".into(), |second| format!("rfw:{second}")),
-                };
-                format!("{} {tag} {:?}", o.line, o.counters)
+            Some((_, Some(TaggedRule { rule, expires, counters }))) => {
+                let tag = expires.map_or("rfw".into(), |second| format!("rfw:{second}"));
+                format!("{rule} {tag} {counters:?}")
             }
         }
     }
@@ -359,11 +362,11 @@ mod tests {
             ),
             (
                 r#"-A INPUT -s 9.9.9.9/32 -p tcp -m tcp --dport 7393 -m comment --comment "rfw:guard" -j ACCEPT"#,
-                "/accept/input/any/9.9.9.9 guard 7393 (0, 0)",
+                "guard rule for port 7393 (INPUT, ACCEPT 9.9.9.9) rfw (0, 0)",
             ),
             (
                 r#"-A OUTPUT -p tcp -m tcp --sport 7393 -m comment --comment "rfw:guard" -j DROP"#,
-                "/drop/output/any/0.0.0.0 guard 7393 (0, 0)",
+                "guard rule for port 7393 (OUTPUT, DROP) rfw (0, 0)",
             ),
             (
                 "-A INPUT -i a+ -m set --match-set rfw4:drop:in:a+ src -m comment --comment rfw -j DROP",
@@ -454,33 +457,33 @@ mod tests {
             ),
         ];
         for (path, line) in rules {
-            let owned = Owned::new(Line::plain(path.parse().unwrap()), None);
-            assert_eq!(Edit::Delete(owned).to_string(), line);
-            read_back(owned);
+            let tagged = TaggedRule::new(KernelRule::plain(path.parse().unwrap()), None);
+            assert_eq!(RuleEdit::Delete(tagged).to_string(), line);
+            read_back(tagged);
         }
         for path in ["drop/input/any", "reject/output/a", "accept/forward/br-lan"] {
             let segments: Vec<&str> = path.split('/').collect();
-            let place = Place::parse(&segments).unwrap();
-            for place in [place, Place { end: End::Destination, ..place }] {
-                if place.chain != Chain::Input || place.end == End::Source {
-                    read_back(Owned::new(Line::set(place, Family::V4), None));
-                    read_back(Owned::new(Line::set(place, Family::V6), None));
+            let template = RuleTemplate::parse(&segments).unwrap();
+            for template in [template, RuleTemplate { side: Side::Destination, ..template }] {
+                if template.chain != Chain::Input || template.side == Side::Source {
+                    read_back(TaggedRule::new(KernelRule::set(template, Family::V4), None));
+                    read_back(TaggedRule::new(KernelRule::set(template, Family::V6), None));
                 }
             }
         }
-        let mut owned =
-            Owned::new(Line::plain("/drop/input/any/1.2.3.4".parse().unwrap()), Some(9));
-        owned.counters = (5, 7);
+        let mut tagged =
+            TaggedRule::new(KernelRule::plain("/drop/input/any/1.2.3.4".parse().unwrap()), Some(9));
+        tagged.counters = (5, 7);
         let line = "-I INPUT 3 -s 1.2.3.4 -m comment --comment rfw:9 -j DROP -c 5 7";
-        assert_eq!(Edit::Insert(3, owned).to_string(), line);
+        assert_eq!(RuleEdit::Insert(3, tagged).to_string(), line);
     }
 
-    fn read_back(owned: Owned) {
-        let rule = owned.line.rule;
-        let listed = Edit::Insert(1, owned).to_string().replace("-I ", "-A ");
+    fn read_back(tagged: TaggedRule) {
+        let rule = tagged.rule.rule;
+        let listed = RuleEdit::Insert(1, tagged).to_string().replace("-I ", "-A ");
         assert_eq!(
             parse_row(&listed, rule.family()),
-            Some((rule.chain(), Some(owned))),
+            Some((rule.chain(), Some(tagged))),
             "{listed}"
         );
     }

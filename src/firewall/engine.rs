@@ -1,0 +1,891 @@
+//! The engine: from a change to the list, to the state file, to the kernel, and back.
+//!
+//! Goals, which the parts below refer to:
+//!
+//! 1. What was acknowledged is in the list, on the disk and in the kernel. What was refused is
+//!    in none of them, or is removed from the kernel as soon as that can be changed.
+//! 2. After any error only a listing shows what the kernel holds. Until then it is distrusted.
+//! 3. Nothing is concluded from one listing: iptables and ipset exit with 0 after an incomplete
+//!    one. Two listings in a row must agree before anything is inserted again or deleted.
+//! 4. There is one way to repair: read, compare, rewrite. A batch that fails is repaired with
+//!    its change in the list, which retries it, and then without.
+//! 5. No batch takes longer than [`BATCH_LIMIT`].
+
+use super::ipset::{SetEdit, SetHeader, replacement_name};
+use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
+use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
+use super::process::ToolError;
+use super::reconcile::{Listing, Plan, plan};
+use super::sets;
+use crate::clock::{self, Clock};
+use crate::log::{Level, Log};
+use crate::metrics::Metrics;
+use crate::rule::net::{Family, Net};
+use crate::rule::{Chain, Change, Target};
+use crate::state::StateFile;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::iter;
+use std::mem;
+use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+/// The longest time that one batch may take, repairs included.
+pub const BATCH_LIMIT: Duration = Duration::from_secs(30);
+/// How long one program may take, and how much more for each edit: ten times what a healthy
+/// kernel needs.
+pub const TOOL_LIMIT: Duration = Duration::from_secs(10);
+const EDIT_LIMIT: Duration = Duration::from_micros(20);
+/// The least time between two checks of the kernel, and how many times as long as a check takes
+/// the pause after it is: checks take less than 5 % of one processor.
+const PAUSE: Duration = Duration::from_millis(900);
+const PAUSE_FACTOR: u32 = 20;
+/// The longest pause after a check that failed.
+const FAILED_PAUSE: Duration = Duration::from_secs(10);
+/// The least time between two checks of every address in sets; each check compares their sizes.
+const SETS_PAUSE: Duration = Duration::from_secs(30);
+/// How many times a listing is read until it agrees with the one before.
+const MAX_READS: usize = 5;
+/// How many times a repair is tried: sets and rules of two families may each fail after their
+/// work.
+const MAX_REPAIRS: usize = 5;
+/// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
+const MAX_DELETIONS: usize = 64;
+/// How often rfw moves to the front at once within [`OVERTAKEN_WINDOW`]; after that, once a
+/// minute, because two programs that both want to be first would fight forever.
+const MAX_OVERTAKEN: usize = 10;
+const OVERTAKEN_WINDOW: Duration = Duration::from_secs(600);
+const OVERTAKEN_PAUSE: Duration = Duration::from_secs(60);
+/// How many rules of one family rfw keeps without sets: iptables-nft needs seconds to list more.
+const MAX_RULES: usize = 100_000;
+const TOO_MANY_RULES: &str =
+    "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
+const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
+const UNRESTORED: &str = " What was done of it is undone as soon as that is possible.";
+/// How many rules of one event are logged one by one.
+const MAX_LOGGED: usize = 1_000;
+
+/// The kernel, by six verbs. Each fails after `limit`.
+pub trait Kernel: Sync {
+    fn families(&self) -> &[Family];
+    fn read_rules(
+        &self,
+        family: Family,
+        chain: Option<Chain>,
+        limit: Duration,
+    ) -> Result<Listing, ToolError>;
+    /// All edits or none.
+    fn write_rules(
+        &self,
+        family: Family,
+        edits: &[RuleEdit],
+        limit: Duration,
+    ) -> Result<(), ToolError>;
+    fn read_headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError>;
+    /// Each address of a set, with its timeout, sorted; `None` if there is no such set.
+    fn read_set(&self, name: &str, limit: Duration) -> Result<Option<Vec<(Net, u32)>>, ToolError>;
+    /// The edits before the one that fails remain in effect.
+    fn write_sets(
+        &self,
+        edits: &mut dyn Iterator<Item = SetEdit<'_>>,
+        limit: Duration,
+    ) -> Result<(), ToolError>;
+}
+
+/// Why a change is not in effect.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ApplyError {
+    Tool(ToolError),
+    /// There is no room for so many; what to do.
+    Full(&'static str),
+    /// The state file does not take it; what to do.
+    State(String),
+}
+
+impl From<ToolError> for ApplyError {
+    fn from(error: ToolError) -> ApplyError {
+        ApplyError::Tool(error)
+    }
+}
+
+impl ApplyError {
+    fn with_note(self, note: &str) -> ApplyError {
+        match self {
+            ApplyError::Tool(error) => ApplyError::Tool(error.with_note(note)),
+            error => error,
+        }
+    }
+
+    pub fn is_transient(&self) -> bool {
+        matches!(self, ApplyError::Tool(error) if error.is_transient())
+    }
+}
+
+/// What rfw.conf says about what the engine keeps.
+pub struct Settings {
+    /// The rules for the port of rfw's own server, the first of each chain first.
+    pub guards: Vec<TaggedRule>,
+    /// Whether addresses are kept in sets.
+    pub sets: bool,
+    /// The most addresses in a set.
+    pub maxelem: usize,
+}
+
+pub struct Engine<K> {
+    pub(super) kernel: K,
+    pub(super) list: List,
+    pub(super) state: Option<StateFile>,
+    pub(super) settings: Settings,
+    pub(super) clock: Clock,
+    pub(super) log: Arc<Log>,
+    pub(super) metrics: Arc<Metrics>,
+    /// What must be read before it is changed.
+    pub(super) distrusted_rules: BTreeSet<Family>,
+    pub(super) distrusted_sets: BTreeSet<Family>,
+    /// When the batch in progress must have ended.
+    pub(super) deadline: Instant,
+    pub(super) next_check: Instant,
+    pub(super) next_sets_check: Instant,
+    /// When others came before rfw's rules, the last ten times.
+    pub(super) overtaken: VecDeque<Instant>,
+    /// Why the last check failed; a change of that is logged.
+    pub(super) outage: Option<ToolError>,
+    /// Whether anything was repaired since the last check.
+    pub(super) has_repaired: bool,
+    /// How long a program may take; more while rfw starts, when no request waits.
+    pub(super) tool_limit: Duration,
+    pub(super) is_starting: bool,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Carries out changes, in order, and returns a result for each. A list is a batch of its
+    /// own, because it is applied as a whole or not at all.
+    pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
+        self.begin();
+        self.expire();
+        let mut results = vec![Ok(Outcome::default()); changes.len()];
+        for family in Family::ALL {
+            let own = |change: &Change| change.family() == Some(family);
+            let (slots, batch): (Vec<_>, Vec<_>) =
+                results.iter_mut().zip(changes).filter(|(_, change)| own(change)).unzip();
+            let committed = self.commit_batch(&batch);
+            slots.into_iter().zip(committed).for_each(|(slot, result)| *slot = result);
+        }
+        for (slot, list) in results.iter_mut().zip(changes).filter(|(_, c)| c.family().is_none()) {
+            *slot = self.attempt(&[list]).map(|mut outcomes| outcomes.pop().unwrap_or_default());
+        }
+        self.metrics.batches.add(1);
+        self.metrics.kernel_failures.add(results.iter().filter(|result| result.is_err()).count());
+        results
+    }
+
+    /// If the kernel rejects a batch, each half of it is tried, so that only bad changes fail.
+    fn commit_batch(&mut self, changes: &[&Change]) -> Vec<Result<Outcome, ApplyError>> {
+        match self.attempt(changes) {
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Err(error) if changes.len() > 1 && !error.is_transient() => {
+                let (first, second) = changes.split_at(changes.len() / 2);
+                let mut results = self.commit_batch(first);
+                results.extend(self.commit_batch(second));
+                results
+            }
+            Err(error) => vec![Err(error); changes.len()],
+        }
+    }
+
+    /// Commits changes, all or none: list, disk, kernel (goal 1).
+    fn attempt(&mut self, changes: &[&Change]) -> Result<Vec<Outcome>, ApplyError> {
+        if changes.is_empty() {
+            return Ok(Vec::new());
+        }
+        // What is distrusted is repaired before the list changes, or it would be written twice.
+        let of_family = |family: &Family| changes.iter().any(|c| c.rules.has(*family));
+        let families: Vec<Family> =
+            self.kernel.families().iter().copied().filter(of_family).collect();
+        self.settle(&families, None)?;
+        let batch = self.list.apply(changes, self.now());
+        let offset = self.state.as_ref().map(StateFile::offset);
+        let is_list = changes.iter().any(|change| change.family().is_none());
+        let mut written = self.check_room(&batch);
+        if let (Ok(()), Some(state)) = (&written, &mut self.state) {
+            let records = self.list.records(&batch);
+            written = state.append(records, is_list).map_err(ApplyError::State);
+        }
+        let written = written.and_then(|()| Ok(self.write_through(&batch)?));
+        if let Err(error) = written {
+            self.list.undo(&batch);
+            if let (Some(state), Some(offset)) = (&mut self.state, offset) {
+                state.truncate_to(offset);
+            }
+            let is_restored = self.has_time() && self.settle(&families, None).is_ok();
+            self.destroy_sets(&batch.created);
+            return Err(if is_restored { error } else { error.with_note(UNRESTORED) });
+        }
+        Ok(batch.outcomes)
+    }
+
+    /// Destroys sets that were made for nothing. The next start does what fails here.
+    fn destroy_sets(&self, groups: &[Group]) {
+        for set in groups.iter().filter(|group| self.list.is_in_set(group)).filter_map(Group::set) {
+            let name = set.to_string();
+            let edit = SetEdit::Destroy(&name);
+            let _ = self.kernel.write_sets(&mut iter::once(edit), self.limit(0));
+        }
+    }
+
+    fn check_room(&self, batch: &Batch) -> Result<(), ApplyError> {
+        let inserted: HashSet<Group> = self
+            .list
+            .differences(batch)
+            .filter(|difference| difference.before.is_none())
+            .map(|difference| difference.group)
+            .collect();
+        for group in &inserted {
+            let members = self.list.members(group).map_or(0, Members::len);
+            if self.list.is_in_set(group) && members > self.settings.maxelem {
+                return Err(ApplyError::Full(SET_FULL));
+            }
+            if !self.list.is_in_set(group) && self.list.count_rules(group.family) > MAX_RULES {
+                return Err(ApplyError::Full(TOO_MANY_RULES));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the kernel follow a batch that the list has already. What fails may have been done
+    /// all the same, so it is repaired first (goals 2 and 4).
+    fn write_through(&mut self, batch: &Batch) -> Result<(), ToolError> {
+        let families = self.families_of(batch);
+        let mut written = self.write(batch);
+        if written.is_err() {
+            self.distrust(batch, &families);
+            if self.has_time() {
+                written = self.settle(&families, Some(batch));
+            }
+        }
+        if written.is_err() {
+            // A part may have been repaired with the batch, which is undone now.
+            self.distrust(batch, &families);
+        }
+        written
+    }
+
+    fn families_of(&self, batch: &Batch) -> Vec<Family> {
+        let has = |family: &Family| batch.groups.iter().any(|group| group.family == *family);
+        self.kernel.families().iter().copied().filter(has).collect()
+    }
+
+    fn distrust(&mut self, batch: &Batch, families: &[Family]) {
+        self.distrusted_rules.extend(families);
+        if batch.groups.iter().any(|group| self.list.is_in_set(group)) {
+            self.distrusted_sets.extend(families);
+        }
+    }
+
+    /// Reads and repairs what is distrusted of some families. Sets come first, because a rule
+    /// cannot name a set that does not exist.
+    fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
+        // A repair that fails may have done its work all the same: the next one sees that.
+        let mut settled = Ok(());
+        for _ in 0..MAX_REPAIRS {
+            settled = self.try_to_settle(families, batch);
+            if settled.is_ok() || !self.has_time() {
+                break;
+            }
+        }
+        settled
+    }
+
+    fn try_to_settle(
+        &mut self,
+        families: &[Family],
+        batch: Option<&Batch>,
+    ) -> Result<(), ToolError> {
+        for family in families {
+            if self.distrusted_sets.contains(family) {
+                self.repair_sets(*family, batch)?;
+            }
+            if self.distrusted_rules.contains(family) {
+                self.repair_rules(*family, batch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An address that moves to another set is in both for a moment rather than in none, so it
+    /// leaves the old one when the rule of the new one is in the kernel.
+    fn write(&mut self, batch: &Batch) -> Result<(), ToolError> {
+        let created = &batch.created;
+        let (first, last): (&[bool], &[bool]) = match created.is_empty() {
+            true => (&[true, false], &[]),
+            false => (&[true], &[false]),
+        };
+        let relied = self.relied_on(batch);
+        // Whether the rules of the sets are there can be read meanwhile.
+        let (written, listings) = thread::scope(|scope| {
+            let engine = &*self;
+            let read = |(family, chain): &(Family, Option<Chain>)| {
+                let (family, chain) = (*family, *chain);
+                scope.spawn(move || engine.kernel.read_rules(family, chain, engine.limit(0)))
+            };
+            let reads: Vec<_> = relied.iter().filter(|_| self.settings.sets).map(read).collect();
+            let written = self.write_sets(batch, created, first);
+            let listings = reads.into_iter().flat_map(ScopedJoinHandle::join);
+            (written, listings.collect::<Result<Vec<_>, _>>())
+        });
+        written?;
+        let mut listings = listings?.into_iter();
+        for family in self.families_of(batch) {
+            let relied = relied.iter().find(|(relied, _)| *relied == family);
+            let listing = relied.and_then(|_| listings.next());
+            match self.rule_edits(batch, family) {
+                Some(edits) if !created.iter().any(|group| group.family == family) => {
+                    self.kernel.write_rules(family, &edits, self.limit(edits.len()))?;
+                    if let Some((_, chain)) = relied {
+                        self.check_rules(family, *chain, listing, Some(batch))?;
+                    }
+                }
+                _ => self.repair_rules(family, Some(batch))?,
+            }
+        }
+        self.write_sets(batch, &[], last)
+    }
+
+    /// Creates sets, and adds (`true`) or deletes (`false`) the addresses of a batch.
+    fn write_sets(
+        &self,
+        batch: &Batch,
+        created: &[Group],
+        parts: &[bool],
+    ) -> Result<(), ToolError> {
+        let (now, maxelem) = (self.seconds(), self.settings.maxelem);
+        let is_kept = |group: &&Group| {
+            self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
+        };
+        let named = batch.groups.iter().filter(is_kept);
+        let named: Vec<(Group, String)> =
+            named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
+        let creations = named.iter().filter(|(group, _)| created.contains(group));
+        // A set of that name may be there, because someone else's rule uses it.
+        let creations = creations.flat_map(|(group, name)| {
+            let (family, entries) =
+                (group.family, self.list.members(group).map_or(0, Members::len));
+            [SetEdit::Create { name, family, entries, maxelem }, SetEdit::Flush(name)]
+        });
+        let changes = parts.iter().flat_map(|is_put| {
+            let part = self.list.differences(batch).filter(|d| d.after.is_some() == *is_put);
+            part.filter_map(|difference| {
+                let (_, name) = named.iter().find(|(group, _)| *group == difference.group)?;
+                Some(sets::edit(name, &difference, now))
+            })
+        });
+        self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
+    }
+
+    /// The edits that do to the kernel's rules what a batch did to the list: first the deletions
+    /// in the order of the chain, because then the walk to each is shortest, then the insertions,
+    /// the newest last. `None` if reading the chain finds a faster way.
+    fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
+        let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
+        for difference in self.list.differences(batch) {
+            let is_rule = !self.list.is_in_set(&difference.group);
+            if difference.group.family != family
+                || difference.before == difference.after
+                || !is_rule
+            {
+                continue;
+            }
+            let rule = KernelRule::plain(difference.rule());
+            let tagged = |expires| TaggedRule::new(rule, expires);
+            deleted.extend(difference.before.map(|e| (Reverse(e.age), tagged(e.expires()))));
+            inserted.extend(difference.after.map(|e| (e.age, tagged(e.expires()))));
+        }
+        if deleted.len() > MAX_DELETIONS {
+            return None;
+        }
+        deleted.sort_unstable_by_key(|(order, _)| *order);
+        inserted.sort_unstable_by_key(|(order, _)| *order);
+        let deleted = deleted.into_iter().map(|(_, tagged)| RuleEdit::Delete(tagged));
+        let fronts = Chain::ALL.map(|chain| self.front(family, chain).count().saturating_add(1));
+        let inserted = inserted.into_iter().map(|(_, tagged)| {
+            let chain = tagged.rule.rule.chain();
+            let front = Chain::ALL.iter().zip(fronts).find(|(known, _)| **known == chain);
+            RuleEdit::Insert(front.map_or(1, |(_, number)| number), tagged)
+        });
+        Some(deleted.chain(inserted).collect())
+    }
+
+    /// The families, and the chain if it is one, where a batch relies on rules that it does not
+    /// write: because they exist, because they are those of sets, or because the guards must
+    /// precede an ACCEPT rule.
+    fn relied_on(&self, batch: &Batch) -> Vec<(Family, Option<Chain>)> {
+        let mut relied: Vec<(Family, Option<Chain>)> = Vec::new();
+        for Difference { group, before, after, .. } in self.list.differences(batch) {
+            let (family, chain) = (group.family, Some(group.template.chain));
+            let is_accept =
+                group.template.target == Target::Accept && !self.settings.guards.is_empty();
+            let is_unwritten = self.list.is_in_set(&group) || before == after;
+            let is_relied = after.is_some() && (is_unwritten || is_accept);
+            match relied.iter_mut().find(|(known, _)| *known == family) {
+                _ if !is_relied || !self.kernel.families().contains(&family) => {}
+                Some((_, known)) if *known != chain => *known = None,
+                Some(_) => {}
+                None => relied.push((family, chain)),
+            }
+        }
+        relied.sort_unstable();
+        relied
+    }
+
+    /// The rules that precede all others in a chain: guards, then those of sets.
+    fn front(&self, family: Family, chain: Chain) -> impl Iterator<Item = TaggedRule> {
+        let is_here =
+            move |rule: &KernelRule| (rule.rule.family(), rule.rule.chain()) == (family, chain);
+        let guards = self.settings.guards.iter().filter(move |guard| is_here(&guard.rule)).copied();
+        let sets = self.list.sets().map(|(rule, ..)| rule).filter(is_here);
+        guards.chain(sets.map(|rule| TaggedRule::new(rule, None)))
+    }
+
+    /// Everything that a chain should hold of rfw's, in order.
+    fn wanted(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
+        self.front(family, chain).chain(self.list.rules(family, chain)).collect()
+    }
+
+    /// Repairs the rules if a listing differs from what they should be.
+    fn check_rules(
+        &mut self,
+        family: Family,
+        chain: Option<Chain>,
+        listing: Option<Listing>,
+        batch: Option<&Batch>,
+    ) -> Result<(), ToolError> {
+        let read = || self.kernel.read_rules(family, chain, self.limit(0));
+        let listing = listing.map_or_else(read, Ok)?;
+        let chains = chain.map_or(Chain::ALL.to_vec(), |chain| vec![chain]);
+        let plans = chains.iter().map(|c| plan(listing.chain(*c), &self.wanted(family, *c)));
+        let wrong: Vec<Plan> = plans.filter(|plan| !plan.edits.is_empty()).collect();
+        // The ticker does not always fight for the first place; a request gets it.
+        let may_wait = batch.is_none() && self.is_overtaken_often();
+        let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
+        // A listing that lacks what an error has left behind would look right.
+        match is_right && !self.distrusted_rules.contains(&family) {
+            true => Ok(()),
+            false => self.repair_rules(family, batch),
+        }
+    }
+
+    fn is_overtaken_often(&self) -> bool {
+        let is_within = |at: Option<&Instant>, window| at.is_some_and(|at| at.elapsed() < window);
+        self.overtaken.len() >= MAX_OVERTAKEN
+            && is_within(self.overtaken.front(), OVERTAKEN_WINDOW)
+            && is_within(self.overtaken.back(), OVERTAKEN_PAUSE)
+    }
+
+    /// Reads the rules and makes them what they should be (goals 3 and 4).
+    pub fn repair_rules(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
+        let listing = self.read_rules(family)?;
+        self.rewrite_rules(family, &listing, batch)
+    }
+
+    pub fn rewrite_rules(
+        &mut self,
+        family: Family,
+        listing: &Listing,
+        batch: Option<&Batch>,
+    ) -> Result<(), ToolError> {
+        let chains = Chain::ALL.iter();
+        let plans = chains.map(|c| plan(listing.chain(*c), &self.wanted(family, *c)));
+        let mut plans: Vec<Plan> = plans.collect();
+        let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
+        self.has_repaired |= !edits.is_empty();
+        self.distrusted_rules.remove(&family);
+        if let Err(error) = self.kernel.write_rules(family, &edits, self.limit(edits.len())) {
+            self.distrusted_rules.insert(family);
+            // It may be a set that the kernel lacks.
+            self.distrusted_sets.extend(self.settings.sets.then_some(family));
+            return Err(error);
+        }
+        self.report_rules(plans, batch);
+        Ok(())
+    }
+
+    /// Two listings in a row that agree.
+    pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
+        let read = || self.kernel.read_rules(family, None, self.limit(0));
+        read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
+    }
+
+    fn report_rules(&mut self, plans: Vec<Plan>, batch: Option<&Batch>) {
+        let changed: HashSet<KernelRule> = batch
+            .into_iter()
+            .flat_map(|batch| self.list.differences(batch))
+            .filter(|difference| !self.list.is_in_set(&difference.group))
+            .map(|difference| KernelRule::plain(difference.rule()))
+            .collect();
+        let created = |rule: &KernelRule| {
+            let sets = batch.into_iter().flat_map(|batch| &batch.created);
+            sets.filter_map(Group::set).any(|set| set == *rule)
+        };
+        let others = |rule: &KernelRule| !changed.contains(rule) && !created(rule);
+        let missing: Vec<KernelRule> =
+            plans.iter().flat_map(|plan| &plan.missing).copied().filter(others).collect();
+        self.report_restored(missing.len());
+        if !self.is_starting {
+            self.log_each(Level::Info, "restored", &missing);
+        }
+        let now = self.now();
+        for plan in plans {
+            let unknown = plan.unknown.iter().filter(|tagged| others(&tagged.rule));
+            let (expired, unknown): (Vec<_>, Vec<_>) =
+                unknown.partition(|tagged| tagged.expires.is_some_and(|second| second <= now));
+            let rules =
+                |tagged: Vec<&TaggedRule>| tagged.into_iter().map(|t| t.rule).collect::<Vec<_>>();
+            self.metrics.expired.add(expired.len());
+            self.log_each(Level::Info, "expired", &rules(expired));
+            self.log_each(
+                Level::Warning,
+                "removed, because it is not in the list:",
+                &rules(unknown),
+            );
+            if let Some(line) = plan.overtaken_by {
+                self.report_overtaken(&line);
+            }
+        }
+    }
+
+    fn report_restored(&self, count: usize) {
+        if count > 0 && !self.is_starting {
+            self.metrics.restored.add(count);
+            self.log.warning(format_args!(
+                "rules restored that someone else had removed: {count}; to remove a rule for \
+                 good, DELETE it"
+            ));
+        }
+    }
+
+    fn report_overtaken(&mut self, line: &str) {
+        self.metrics.overtaken.add(1);
+        self.overtaken.push_back(Instant::now());
+        if self.overtaken.len() > MAX_OVERTAKEN {
+            self.overtaken.pop_front();
+        }
+        self.log.warning(format_args!(
+            "moved rfw's rules back to the front; someone else's rule was before them: {line}"
+        ));
+    }
+
+    fn log_each(&self, level: Level, what: &str, rules: &[KernelRule]) {
+        for rule in rules.iter().take(MAX_LOGGED) {
+            self.log.write(level, format_args!("{what} {rule}"));
+        }
+        if let Some(more) = rules.len().checked_sub(MAX_LOGGED).filter(|more| *more > 0) {
+            self.log.write(level, format_args!("{what} {more} more"));
+        }
+    }
+
+    /// Reads the sets of a family and makes them what they should be (goals 3 and 4).
+    pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
+        let headers = self.read_headers()?;
+        let now = self.seconds();
+        let mut restored = 0_usize;
+        // A listing that lacks what an error has left behind would look right.
+        let one_is_enough = self.distrusted_sets.insert(family);
+        for (rule, group, members) in self.sets(family) {
+            let name = rule.to_string();
+            let header = headers.iter().find(|header| header.name == name);
+            // ipset says so if there is no such set; an incomplete listing just lacks it.
+            let actual = self.read_set(&name, one_is_enough.then_some((members, now)))?;
+            let is_made = actual.is_some();
+            if let (Some(actual), Some(header)) = (&actual, header)
+                && self.is_usable(header, members)
+            {
+                let edits = sets::repair(&name, members, actual, now);
+                let count = edits.len();
+                self.kernel.write_sets(&mut edits.into_iter(), self.limit(count))?;
+                restored = restored.saturating_add(count);
+                continue;
+            }
+            if is_made != header.is_some() {
+                return Err(ToolError::Transient("ipset lists other sets each time.".into()));
+            }
+            let replacement = replacement_name(&name);
+            if headers.iter().any(|header| header.name == replacement) {
+                let edit = SetEdit::Destroy(&replacement);
+                self.kernel.write_sets(&mut iter::once(edit), self.limit(0))?;
+            }
+            self.make_set(&name, group, members, is_made, now)?;
+            restored = restored.saturating_add(members.len());
+        }
+        self.distrusted_sets.remove(&family);
+        self.has_repaired |= restored > 0;
+        let changed = batch.map_or(0, Batch::len);
+        self.report_restored(restored.saturating_sub(changed));
+        Ok(())
+    }
+
+    fn sets(&self, family: Family) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
+        self.list.sets().filter(move |(_, group, _)| group.family == family)
+    }
+
+    /// A list from the state file may have more addresses than a set may have now.
+    fn is_usable(&self, header: &SetHeader, members: &Members) -> bool {
+        let maxelem = self.settings.maxelem;
+        header.is_compatible
+            && header.maxelem >= members.len()
+            && (header.maxelem == maxelem || members.len() > maxelem)
+    }
+
+    /// Makes a set with its addresses. One that replaces another is complete before it does.
+    fn make_set(
+        &self,
+        name: &str,
+        group: &Group,
+        members: &Members,
+        replaces: bool,
+        now: u64,
+    ) -> Result<(), ToolError> {
+        let replacement = replacement_name(name);
+        let new = if replaces { &replacement } else { name };
+        let (family, entries, maxelem) = (group.family, members.len(), self.settings.maxelem);
+        let create = SetEdit::Create { name: new, family, entries, maxelem };
+        let add = |(net, entry): (&Net, &Entry)| SetEdit::Add {
+            name: new,
+            net: *net,
+            timeout: sets::timeout(entry.expires(), now),
+        };
+        let swap = [SetEdit::Swap(new, name), SetEdit::Destroy(new)].into_iter();
+        let swap = swap.filter(|_| replaces);
+        let mut edits = iter::once(create).chain(members.iter().map(add)).chain(swap);
+        self.kernel.write_sets(&mut edits, self.limit(entries))
+    }
+
+    /// What a set holds: two listings in a row that agree, or one that shows what it should be.
+    /// `None` if there is no such set.
+    pub fn read_set(
+        &self,
+        name: &str,
+        expected: Option<(&Members, u64)>,
+    ) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
+        let read = || self.kernel.read_set(name, self.limit(0));
+        let first = read()?;
+        let is_expected = |(members, now): (&Members, u64)| {
+            first.as_ref().is_none_or(|first| sets::repair(name, members, first, now).is_empty())
+        };
+        if expected.is_some_and(is_expected) {
+            return Ok(first);
+        }
+        drop(first);
+        let nets = |listing: &Option<Vec<(Net, u32)>>| {
+            listing.as_ref().map(|entries| entries.iter().map(|(net, _)| *net).collect::<Vec<_>>())
+        };
+        let agree = |a: &Option<_>, b: &Option<_>| nets(a) == nets(b);
+        read_until_agreed(read, agree, "ipset lists other addresses")
+    }
+
+    /// Two listings of the sets in a row that agree.
+    pub fn read_headers(&self) -> Result<Vec<SetHeader>, ToolError> {
+        let read = || self.kernel.read_headers(self.limit(0));
+        let agree = |headers: &Vec<SetHeader>, last: &Vec<SetHeader>| {
+            headers.iter().map(|header| &header.name).eq(last.iter().map(|header| &header.name))
+        };
+        read_until_agreed(read, agree, "ipset lists other sets")
+    }
+
+    /// What has to be done every second. The error is that of a program that hung.
+    pub fn tick(&mut self) -> Option<ToolError> {
+        self.begin();
+        self.follow_clock();
+        self.expire();
+        if self.state.as_ref().is_some_and(StateFile::is_large) {
+            self.compact();
+        }
+        let started = Instant::now();
+        if started < self.next_check {
+            return None;
+        }
+        let failure = self.check().err();
+        if let Some(error) = failure.as_ref().filter(|_| failure != self.outage) {
+            self.log.error(format_args!("cannot check what the kernel holds: {error}"));
+        }
+        self.metrics.kernel_failures.add(usize::from(failure.is_some()));
+        self.count_rules();
+        // What was repaired is soon checked again.
+        let factor = if mem::take(&mut self.has_repaired) { 0 } else { PAUSE_FACTOR };
+        let longest = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
+        let pause = started.elapsed().saturating_mul(factor).min(longest).max(PAUSE);
+        self.next_check = Instant::now().checked_add(pause).unwrap_or(started);
+        self.outage = failure.clone();
+        failure.filter(|_| !self.has_time())
+    }
+
+    /// Compares the kernel with the list, and repairs it. What fails does not keep the rest from
+    /// being checked, unless a program hung.
+    fn check(&mut self) -> Result<(), ToolError> {
+        let mut result = self.check_sets();
+        for family in self.kernel.families().to_vec() {
+            if self.has_time() {
+                result = result.and(self.check_rules(family, None, None, None));
+            }
+        }
+        result
+    }
+
+    fn check_sets(&mut self) -> Result<(), ToolError> {
+        if !self.settings.sets {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let is_due = started >= self.next_sets_check;
+        let (now, headers) = (self.seconds(), self.kernel.read_headers(self.limit(0))?);
+        let is_right = |(rule, _, members): (KernelRule, &Group, &Members)| {
+            let name = rule.to_string();
+            let header = headers.iter().find(|header| header.name == name);
+            header.is_some_and(|header| sets::has_right_size(members, header.entries, now))
+        };
+        let mut result = Ok(());
+        for family in self.kernel.families().to_vec() {
+            let is_trusted = !is_due && !self.distrusted_sets.contains(&family);
+            if !(is_trusted && self.sets(family).all(is_right)) && self.has_time() {
+                result = result.and(self.repair_sets(family, None));
+            }
+        }
+        if is_due && result.is_ok() {
+            let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(SETS_PAUSE);
+            self.next_sets_check = Instant::now().checked_add(pause).unwrap_or(started);
+        }
+        result
+    }
+
+    /// Deletes what is due. The state file shows by itself what has expired.
+    fn expire(&mut self) {
+        // What failed is tried again with the next check.
+        if self.outage.is_some() && Instant::now() < self.next_check {
+            return;
+        }
+        for family in Family::ALL {
+            self.expire_family(family);
+        }
+    }
+
+    fn expire_family(&mut self, family: Family) {
+        let batch = self.list.expire(family, self.seconds());
+        if batch.is_empty() {
+            return;
+        }
+        match self.write_through(&batch) {
+            Ok(()) => {
+                let rules = self.list.differences(&batch).map(|d| KernelRule::plain(d.rule()));
+                let rules: Vec<_> = rules.collect();
+                self.metrics.expired.add(rules.len());
+                self.log_each(Level::Info, "expired", &rules);
+            }
+            Err(error) => {
+                self.list.undo(&batch);
+                let count = batch.len();
+                self.log.error(format_args!("{count} rules are due but remain: {error}"));
+                self.outage = Some(error);
+            }
+        }
+    }
+
+    /// If the wall clock was set, all expiries move with it, in the kernel and on the disk, too.
+    fn follow_clock(&mut self) {
+        let before = self.clock.now().as_secs();
+        let Some(seconds) = self.clock.follow(clock::wall()) else { return };
+        self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
+        self.list.shift(before, seconds);
+        self.distrusted_rules.extend(self.kernel.families());
+        if self.settings.sets {
+            self.distrusted_sets.extend(self.kernel.families());
+        }
+        self.next_check = Instant::now();
+        self.compact();
+    }
+
+    /// Writes the state file afresh.
+    pub fn compact(&mut self) {
+        let Some(state) = &mut self.state else { return };
+        if let Err(sentence) = state.replace(self.list.stored()) {
+            self.log.error(format_args!("{sentence}"));
+        }
+    }
+
+    fn count_rules(&self) {
+        for (chain, row) in Chain::ALL.iter().zip(&self.metrics.rules) {
+            for (target, number) in Target::ALL.iter().zip(row) {
+                number.set(self.list.count(*chain, *target));
+            }
+        }
+    }
+
+    /// rfw's rules but the guards, from the kernel, each with its number among all rules of its
+    /// chain. A listing that shows a rule twice, or something else than the list, is read again
+    /// until two agree.
+    pub fn listing(&mut self, chain: Option<Chain>) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
+        self.begin();
+        let mut rules = Vec::new();
+        for family in self.kernel.families() {
+            let mut listing = self.kernel.read_rules(*family, chain, self.limit(0))?;
+            let chains = chain.map_or(Chain::ALL.to_vec(), |chain| vec![chain]);
+            let is_right = |chain: &Chain| {
+                plan(listing.chain(*chain), &self.wanted(*family, *chain)).edits.is_empty()
+            };
+            if !chains.iter().all(is_right) {
+                listing = self.read_rules(*family)?;
+            }
+            let own = chains.iter().flat_map(|chain| listing.chain(*chain).own());
+            let listed = own.filter(|(_, tagged)| !matches!(tagged.rule.kind, RuleKind::Guard(_)));
+            rules.extend(listed.map(|(number, tagged)| (number, *tagged)));
+        }
+        Ok(rules)
+    }
+
+    /// Unix seconds, rounded up: no rule lives shorter than it was asked to.
+    fn now(&self) -> u64 {
+        self.clock.now().saturating_add(Duration::from_nanos(999_999_999)).as_secs()
+    }
+
+    /// Unix seconds. A timeout that is counted from here is not shorter than the expiry either.
+    fn seconds(&self) -> u64 {
+        self.clock.now().as_secs()
+    }
+
+    fn begin(&mut self) {
+        let now = Instant::now();
+        self.deadline = now.checked_add(BATCH_LIMIT).unwrap_or(now);
+    }
+
+    /// Whether no program of this batch has hung: who hangs once is not asked again at once.
+    pub fn has_time(&self) -> bool {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)
+    }
+
+    /// How long a program with so many edits may take (goal 5).
+    fn limit(&self, edits: usize) -> Duration {
+        let more = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        self.tool_limit.saturating_add(more).min(left)
+    }
+}
+
+/// Reads until two listings in a row agree (goal 3).
+fn read_until_agreed<T>(
+    read: impl Fn() -> Result<T, ToolError>,
+    agree: impl Fn(&T, &T) -> bool,
+    what: &str,
+) -> Result<T, ToolError> {
+    let mut last = read()?;
+    for _ in 1..MAX_READS {
+        let listing = read()?;
+        if agree(&listing, &last) {
+            return Ok(listing);
+        }
+        last = listing;
+    }
+    Err(ToolError::Transient(format!("{what} each time; another program keeps changing them.")))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,1825 @@
+//! The engine against a kernel that fails in every way at every step, and against a model.
+//!
+//! [`FakeKernel`] holds chains and sets in memory and fails as a [`Fault`] says. [`World`] is that
+//! kernel, the engine, the state file and the [`Model`]: the rules that were acknowledged. After
+//! any sequence of changes, faults, damage and restarts, all of them must agree.
+
+use super::super::guards;
+use super::super::list::{Tally, Verdict};
+use super::super::start::{self, StartError};
+use super::*;
+use crate::rule::whitelist::Whitelist;
+use crate::rule::{Action, Match, Rule, RuleTemplate, Rules};
+use crate::state::Record;
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+// ---------------------------------------------------------------------------------------------
+// The fake kernel
+
+#[derive(Clone, PartialEq, Debug)]
+enum FakeRow {
+    Own(TaggedRule),
+    Foreign(String),
+}
+
+#[derive(Clone, PartialEq, Debug)]
+struct FakeSet {
+    maxelem: usize,
+    /// When each entry expires.
+    entries: BTreeMap<Net, Option<u64>>,
+}
+
+/// How a call fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    Reject,
+    Interrupt,
+    DoAndReject,
+    DoAndInterrupt,
+    /// Only for sets: so many edits are carried out.
+    PartAndReject(usize),
+    PartAndInterrupt(usize),
+    /// Only for listings: exit status 0 after a wrong one.
+    Lie(Lie),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lie {
+    Empty,
+    FirstHalf,
+    WithoutSecond,
+    Twice,
+}
+
+const READ_WAYS: [Way; 6] = [
+    Way::Reject,
+    Way::Interrupt,
+    Way::Lie(Lie::Empty),
+    Way::Lie(Lie::FirstHalf),
+    Way::Lie(Lie::WithoutSecond),
+    Way::Lie(Lie::Twice),
+];
+
+const WRITE_WAYS: [Way; 8] = [
+    Way::Reject,
+    Way::Interrupt,
+    Way::DoAndReject,
+    Way::DoAndInterrupt,
+    Way::PartAndReject(1),
+    Way::PartAndInterrupt(1),
+    Way::PartAndReject(2),
+    Way::PartAndInterrupt(2),
+];
+
+/// What programs work on. Calls are counted for each, because some run at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    Rules(Family),
+    Sets,
+}
+
+/// Which calls fail, counted from 1 in each part, and how.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    part: Option<Part>,
+    first: usize,
+    count: usize,
+    way: Way,
+    family: Option<Family>,
+    only_writes: bool,
+}
+
+impl Fault {
+    fn new(first: usize, count: usize, way: Way) -> Fault {
+        Fault { part: None, first, count, way, family: None, only_writes: false }
+    }
+
+    fn always(way: Way) -> Fault {
+        Fault::new(1, usize::MAX, way)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Call {
+    Read,
+    WriteRules,
+    WriteSets,
+}
+
+impl Call {
+    /// The ways that differ for this call.
+    fn ways(self) -> &'static [Way] {
+        match self {
+            Call::Read => &READ_WAYS,
+            Call::WriteRules => &WRITE_WAYS[..4],
+            Call::WriteSets => &WRITE_WAYS,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Memory {
+    chains: BTreeMap<(Family, Chain), Vec<FakeRow>>,
+    sets: BTreeMap<String, FakeSet>,
+    faults: Vec<Fault>,
+    /// A rule or entry with this address is always rejected.
+    bad: Option<Net>,
+    calls: Vec<(Part, Call)>,
+    /// The longest time that a call was allowed.
+    limit: Duration,
+}
+
+#[derive(Clone, Default)]
+struct FakeKernel(Arc<Mutex<Memory>>);
+
+fn rejected<T>(why: &str) -> Result<T, ToolError> {
+    Err(ToolError::Rejected(why.into()))
+}
+
+fn interrupted<T>() -> Result<T, ToolError> {
+    Err(ToolError::Transient("killed by a signal".into()))
+}
+
+impl Memory {
+    fn chain(&mut self, family: Family, chain: Chain) -> &mut Vec<FakeRow> {
+        self.chains.entry((family, chain)).or_default()
+    }
+
+    /// Records a call, and returns how it fails.
+    fn begin(
+        &mut self,
+        part: Part,
+        call: Call,
+        family: Option<Family>,
+        limit: Duration,
+    ) -> Option<Way> {
+        self.calls.push((part, call));
+        self.limit = self.limit.max(limit);
+        if limit.is_zero() {
+            return Some(Way::Interrupt);
+        }
+        let number = self.calls.iter().filter(|(known, _)| *known == part).count();
+        let is_write = call != Call::Read;
+        let applies = |fault: &&Fault| {
+            (fault.first..fault.first.saturating_add(fault.count)).contains(&number)
+                && fault.part.is_none_or(|wanted| wanted == part)
+                && (fault.family.is_none() || fault.family == family)
+                && (is_write || !fault.only_writes)
+                && !(is_write && matches!(fault.way, Way::Lie(_)))
+        };
+        self.faults.iter().find(applies).map(|fault| fault.way)
+    }
+
+    fn writes(&self) -> usize {
+        self.calls.iter().filter(|(_, call)| *call != Call::Read).count()
+    }
+
+    fn is_referenced(&self, set: &str) -> bool {
+        self.chains.values().flatten().any(|row| match row {
+            FakeRow::Own(tagged) => {
+                tagged.rule.template().is_some() && tagged.rule.to_string() == set
+            }
+            FakeRow::Foreign(line) => line.split(' ').any(|word| word == set),
+        })
+    }
+
+    fn edit_rule(&mut self, family: Family, edit: &RuleEdit) -> Result<(), ToolError> {
+        let (RuleEdit::Delete(tagged) | RuleEdit::Insert(_, tagged)) = edit;
+        assert_eq!(tagged.rule.rule.family(), family);
+        if tagged.rule.rule.addresses().any(|net| Some(net) == self.bad) {
+            return rejected("bad address");
+        }
+        let name = tagged.rule.template().map(|_| tagged.rule.to_string());
+        if name.is_some_and(|name| !self.sets.contains_key(&name)) {
+            return rejected("set does not exist");
+        }
+        let chain = self.chain(family, tagged.rule.rule.chain());
+        match edit {
+            RuleEdit::Delete(tagged) => {
+                let is_it =
+                    |row: &FakeRow| matches!(row, FakeRow::Own(o) if o.key() == tagged.key());
+                let Some(at) = chain.iter().position(is_it) else {
+                    return rejected("no such rule");
+                };
+                chain.remove(at);
+            }
+            RuleEdit::Insert(number, tagged) => {
+                if *number > chain.len() + 1 {
+                    return rejected("index of insertion too big");
+                }
+                chain.insert(number - 1, FakeRow::Own(*tagged));
+            }
+        }
+        Ok(())
+    }
+
+    fn edit_set(&mut self, edit: &SetEdit) -> Result<(), ToolError> {
+        let now = clock::wall().as_secs();
+        let is_bad = |net: &Net| Some(*net) == self.bad;
+        let missing = || rejected("set does not exist");
+        match edit {
+            SetEdit::Create { name, entries, maxelem, .. } => {
+                let maxelem = *maxelem.max(entries);
+                match self.sets.get(*name) {
+                    Some(set) if set.maxelem != maxelem => return rejected("set exists"),
+                    Some(_) => {}
+                    None => {
+                        let set = FakeSet { maxelem, entries: BTreeMap::new() };
+                        self.sets.insert(name.to_string(), set);
+                    }
+                }
+            }
+            SetEdit::Add { name, net, timeout } => {
+                if is_bad(net) {
+                    return rejected("bad address");
+                }
+                let Some(set) = self.sets.get_mut(*name) else { return missing() };
+                set.entries.retain(|_, expires| expires.is_none_or(|second| second > now));
+                if set.entries.len() >= set.maxelem && !set.entries.contains_key(net) {
+                    return rejected("set is full");
+                }
+                let expires = (*timeout > 0).then(|| now + u64::from(*timeout));
+                set.entries.insert(*net, expires);
+            }
+            SetEdit::Delete { name, net } => {
+                let Some(set) = self.sets.get_mut(*name) else { return missing() };
+                set.entries.remove(net);
+            }
+            SetEdit::Flush(name) => {
+                let Some(set) = self.sets.get_mut(*name) else { return missing() };
+                set.entries.clear();
+            }
+            SetEdit::Swap(a, b) => {
+                let (Some(first), Some(second)) = (self.sets.remove(*a), self.sets.remove(*b))
+                else {
+                    panic!("swap of {a} and {b}, of which one does not exist");
+                };
+                self.sets.insert(a.to_string(), second);
+                self.sets.insert(b.to_string(), first);
+            }
+            SetEdit::Destroy(name) => {
+                if self.is_referenced(name) {
+                    return rejected("set is in use");
+                }
+                if self.sets.remove(*name).is_none() {
+                    return missing();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lie<T: Clone>(lie: Lie, rows: &mut Vec<T>) {
+    match lie {
+        Lie::Empty => rows.clear(),
+        Lie::FirstHalf => rows.truncate(rows.len() / 2),
+        Lie::WithoutSecond if rows.len() > 1 => drop(rows.remove(1)),
+        Lie::WithoutSecond => {}
+        Lie::Twice => *rows = rows.iter().flat_map(|row| [row.clone(), row.clone()]).collect(),
+    }
+}
+
+/// What a listing shows of `rows`.
+fn listed<T: Clone>(way: Option<Way>, mut rows: Vec<T>) -> Result<Vec<T>, ToolError> {
+    match way {
+        Some(Way::Reject | Way::DoAndReject | Way::PartAndReject(_)) => rejected("failed"),
+        Some(Way::Interrupt | Way::DoAndInterrupt | Way::PartAndInterrupt(_)) => interrupted(),
+        Some(Way::Lie(wrong)) => {
+            lie(wrong, &mut rows);
+            Ok(rows)
+        }
+        None => Ok(rows),
+    }
+}
+
+fn family_of_set(name: &str) -> Option<Family> {
+    Some(if name.starts_with("rfw4") { Family::V4 } else { Family::V6 })
+}
+
+fn name_of<'a>(edit: &SetEdit<'a>) -> &'a str {
+    match edit {
+        SetEdit::Create { name, .. } | SetEdit::Add { name, .. } | SetEdit::Delete { name, .. } => {
+            name
+        }
+        SetEdit::Flush(name) | SetEdit::Swap(name, _) | SetEdit::Destroy(name) => name,
+    }
+}
+
+impl FakeKernel {
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl Kernel for FakeKernel {
+    fn families(&self) -> &[Family] {
+        &Family::ALL
+    }
+
+    fn read_rules(
+        &self,
+        family: Family,
+        chain: Option<Chain>,
+        limit: Duration,
+    ) -> Result<Listing, ToolError> {
+        let mut memory = self.lock();
+        let way = memory.begin(Part::Rules(family), Call::Read, Some(family), limit);
+        let mut rows = Vec::new();
+        for known in Chain::ALL.into_iter().filter(|known| chain.is_none_or(|c| c == *known)) {
+            rows.extend(memory.chain(family, known).iter().map(|row| (known, row.clone())));
+        }
+        let mut listing = Listing::default();
+        for (chain, row) in listed(way, rows)? {
+            match row {
+                FakeRow::Own(tagged) => listing.push(chain, Some(tagged), ""),
+                FakeRow::Foreign(line) => listing.push(chain, None, &line),
+            }
+        }
+        Ok(listing)
+    }
+
+    fn write_rules(
+        &self,
+        family: Family,
+        edits: &[RuleEdit],
+        limit: Duration,
+    ) -> Result<(), ToolError> {
+        if edits.is_empty() {
+            return Ok(());
+        }
+        let mut memory = self.lock();
+        let way = memory.begin(Part::Rules(family), Call::WriteRules, Some(family), limit);
+        match way {
+            Some(Way::Reject | Way::PartAndReject(_)) => return rejected("failed"),
+            Some(Way::Interrupt | Way::PartAndInterrupt(_)) => return interrupted(),
+            _ => {}
+        }
+        let before = memory.chains.clone();
+        if let Err(error) = edits.iter().try_for_each(|edit| memory.edit_rule(family, edit)) {
+            memory.chains = before;
+            return Err(error);
+        }
+        match way {
+            Some(Way::DoAndReject) => rejected("failed after COMMIT"),
+            Some(_) => interrupted(),
+            None => Ok(()),
+        }
+    }
+
+    fn read_headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
+        let mut memory = self.lock();
+        let way = memory.begin(Part::Sets, Call::Read, None, limit);
+        let now = clock::wall().as_secs();
+        let header = |(name, set): (&String, &FakeSet)| {
+            let live = set.entries.values().filter(|e| e.is_none_or(|second| second > now));
+            let (name, entries) = (name.clone(), Some(live.count()));
+            SetHeader { name, is_compatible: true, maxelem: set.maxelem, entries }
+        };
+        let headers = memory.sets.iter().map(header).collect();
+        listed(way, headers)
+    }
+
+    fn read_set(&self, name: &str, limit: Duration) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
+        let mut memory = self.lock();
+        let way = memory.begin(Part::Sets, Call::Read, family_of_set(name), limit);
+        let now = clock::wall().as_secs();
+        let left = |expires: &Option<u64>| match expires {
+            None => Some(0),
+            Some(second) if *second > now => Some((*second - now) as u32),
+            Some(_) => None,
+        };
+        let entries = memory.sets.get(name).map(|set| {
+            let entries = set.entries.iter();
+            entries.filter_map(|(net, expires)| Some((*net, left(expires)?))).collect()
+        });
+        let exists = entries.is_some();
+        Ok(Some(listed(way, entries.unwrap_or_default())?).filter(|_| exists))
+    }
+
+    fn write_sets(
+        &self,
+        edits: &mut dyn Iterator<Item = SetEdit<'_>>,
+        limit: Duration,
+    ) -> Result<(), ToolError> {
+        let mut edits = edits.peekable();
+        let Some(first) = edits.peek() else { return Ok(()) };
+        let family = family_of_set(name_of(first));
+        let mut memory = self.lock();
+        let way = memory.begin(Part::Sets, Call::WriteSets, family, limit);
+        let count = match way {
+            Some(Way::Reject | Way::Interrupt) => 0,
+            Some(Way::PartAndReject(count) | Way::PartAndInterrupt(count)) => count,
+            _ => usize::MAX,
+        };
+        for edit in edits.take(count) {
+            memory.edit_set(&edit)?;
+        }
+        match way {
+            Some(Way::Reject | Way::DoAndReject | Way::PartAndReject(_)) => rejected("failed"),
+            Some(_) => interrupted(),
+            None => Ok(()),
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The model: what was acknowledged
+
+/// The rules, the oldest first.
+#[derive(Clone, Default, Debug)]
+struct Model {
+    sets: bool,
+    rules: Vec<(Rule, Option<u64>)>,
+}
+
+impl Model {
+    fn is_in_set(&self, rule: &Rule) -> bool {
+        self.sets && rule.template().is_some()
+    }
+
+    /// Carries out a change that was acknowledged, and returns what the response should say.
+    fn apply(&mut self, change: &Change, expires: Option<u64>) -> Tally {
+        let mut tally = Tally::default();
+        for rule in change.rules.iter() {
+            let known = self.rules.iter().position(|(known, _)| *known == rule);
+            let verdict = match (change.action, known) {
+                (Action::Delete, None) => Verdict::Absent,
+                (Action::Delete, Some(at)) => {
+                    self.rules.remove(at);
+                    Verdict::Deleted
+                }
+                (Action::Put(_), Some(at)) if self.is_right(at, expires) => Verdict::Exists,
+                (Action::Put(_), _) => {
+                    self.put(rule, expires);
+                    if known.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
+                }
+            };
+            tally.add(verdict, 1);
+        }
+        tally
+    }
+
+    /// With sets, an address keeps its newest target.
+    fn set_sets(&mut self, sets: bool) {
+        self.sets = sets;
+        for (rule, expires) in mem::take(&mut self.rules) {
+            self.put(rule, expires);
+        }
+    }
+
+    fn put(&mut self, rule: Rule, expires: Option<u64>) {
+        let is_in_set = self.is_in_set(&rule);
+        let is_replaced =
+            |known: &Rule| known.matches == rule.matches && is_in_set || *known == rule;
+        self.rules.retain(|(known, _)| !is_replaced(known));
+        self.rules.push((rule, expires));
+    }
+
+    /// Whether a rule has that expiry and decides about its packets.
+    fn is_right(&self, at: usize, expires: Option<u64>) -> bool {
+        let (rule, old) = self.rules[at];
+        let decides = |(newer, _): &(Rule, _)| {
+            newer.target != rule.target && newer.family() == rule.family() && newer.overlaps(&rule)
+        };
+        old == expires && (self.is_in_set(&rule) || !self.rules[at + 1..].iter().any(decides))
+    }
+
+    fn expire(&mut self, family: Family, now: u64) {
+        let is_due = |expires: &Option<u64>| expires.is_some_and(|second| second <= now);
+        self.rules.retain(|(rule, expires)| rule.family() != family || !is_due(expires));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The world: kernel, engine, state file, model
+
+const MAXELEM: usize = 6;
+/// That of sets, in seconds.
+const TOLERANCE: u64 = 3;
+const PORT: u16 = 7393;
+
+fn whitelist() -> Whitelist {
+    Whitelist::parse("192.0.2.1\n2001:db8:ffff::1").unwrap()
+}
+
+fn folder() -> PathBuf {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    // In memory where that is possible: a disk takes milliseconds for each of many fsyncs.
+    let shm = PathBuf::from("/dev/shm");
+    let parent = if shm.is_dir() { shm } else { std::env::temp_dir() };
+    let folder = parent.join(format!("rfw-engine-{}-{number}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+struct World {
+    kernel: FakeKernel,
+    engine: Option<Engine<FakeKernel>>,
+    model: Model,
+    folder: Option<PathBuf>,
+    metrics: Arc<Metrics>,
+    /// Other people's rules as they must be.
+    foreign: BTreeMap<(Family, Chain), Vec<String>>,
+    /// Since all was quiet: whether someone else changed what is rfw's, and what changes were
+    /// refused. Until it is quiet again, the kernel may hold a part of those.
+    is_damaged: bool,
+    refused: Vec<Match>,
+    /// The steps of a random sequence.
+    trace: Vec<String>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.folder.iter().for_each(|folder| fs::remove_dir_all(folder).unwrap());
+    }
+}
+
+impl World {
+    fn new(sets: bool, has_file: bool) -> World {
+        let mut world = World {
+            kernel: FakeKernel::default(),
+            engine: None,
+            model: Model { sets, rules: Vec::new() },
+            folder: has_file.then(folder),
+            metrics: Arc::default(),
+            foreign: BTreeMap::new(),
+            is_damaged: false,
+            refused: Vec::new(),
+            trace: Vec::new(),
+        };
+        assert!(world.start().is_ok());
+        world
+    }
+
+    fn start(&mut self) -> Result<(), String> {
+        self.engine = None;
+        let open = |folder: &PathBuf| StateFile::open(&folder.join("state"));
+        let state = self.folder.as_ref().map(|folder| open(folder).map_err(|e| e.message).unwrap());
+        let whitelist = whitelist();
+        let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
+        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM };
+        let log = Arc::new(Log { file: None, stderr: None });
+        let metrics = self.metrics.clone();
+        let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
+        let message = |error| match error {
+            StartError::Message(message) => message,
+            StartError::State(error) => error.message,
+        };
+        self.engine = Some(engine.map_err(message)?);
+        Ok(())
+    }
+
+    fn engine(&mut self) -> &mut Engine<FakeKernel> {
+        self.engine.as_mut().unwrap()
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.kernel.lock()
+    }
+
+    fn chain(&self, family: Family, chain: Chain) -> Vec<FakeRow> {
+        self.memory().chain(family, chain).clone()
+    }
+
+    /// From the next call on.
+    fn set_faults(&self, faults: &[Fault]) {
+        let mut memory = self.memory();
+        (memory.calls, memory.faults) = (Vec::new(), faults.to_vec());
+    }
+
+    /// Inserts someone else's rule, at the front with number 1.
+    fn insert_foreign(&mut self, family: Family, chain: Chain, number: usize, line: &str) {
+        let mut memory = self.kernel.lock();
+        let rows = memory.chain(family, chain);
+        rows.insert((number - 1).min(rows.len()), FakeRow::Foreign(line.into()));
+        drop(memory);
+        self.foreign = self.foreign_rows();
+    }
+
+    fn foreign_rows(&self) -> BTreeMap<(Family, Chain), Vec<String>> {
+        let line = |row: &FakeRow| match row {
+            FakeRow::Foreign(line) => Some(line.clone()),
+            FakeRow::Own(_) => None,
+        };
+        let memory = self.memory();
+        let lines = |rows: &Vec<FakeRow>| rows.iter().filter_map(line).collect::<Vec<_>>();
+        let chains = memory.chains.iter().map(|(key, rows)| (*key, lines(rows)));
+        chains.filter(|(_, lines)| !lines.is_empty()).collect()
+    }
+
+    /// Commits one batch and checks each response.
+    fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
+        let results = self.engine().commit(changes);
+        self.follow(changes, &results);
+        let (made, refused): (Vec<_>, Vec<_>) =
+            changes.iter().zip(&results).partition(|(_, result)| result.is_ok());
+        let refused = refused.iter().flat_map(|(change, _)| change.rules.iter());
+        self.refused.extend(refused.map(|rule| rule.matches));
+        made.iter().for_each(|(change, _)| self.check_in_effect(change));
+        if results.iter().all(Result::is_ok) && !self.is_damaged {
+            self.check_guards_first();
+        }
+        assert_eq!(self.foreign_rows(), self.foreign, "other people's rules");
+        results
+    }
+
+    /// Takes acknowledged changes into the model. What was due before may have been deleted or,
+    /// if that failed, not.
+    fn follow(&mut self, changes: &[Change], results: &[Result<Outcome, ApplyError>]) {
+        let stored: Vec<_> = self.engine().list.stored().collect();
+        let now = clock::wall().as_secs();
+        for due in [&Family::ALL[..], &[], &[Family::V4], &[Family::V6]] {
+            let mut model = self.model.clone();
+            due.iter().for_each(|family| model.expire(*family, now));
+            let mut is_right = true;
+            for family in [Some(Family::V4), Some(Family::V6), None] {
+                let own = changes.iter().zip(results).filter(|(c, _)| c.family() == family);
+                for (change, outcome) in own.filter_map(|(c, r)| Some((c, r.as_ref().ok()?))) {
+                    is_right &= model.apply(change, outcome.expires) == outcome.tally;
+                }
+            }
+            if is_right && model.rules == stored {
+                self.model = model;
+                return;
+            }
+        }
+        panic!(
+            "{results:?} for {changes:?}\nafter {}\nlist  {}",
+            shown(&self.model.rules),
+            shown(&stored)
+        );
+    }
+
+    /// Commits changes without faults, each as a batch of its own.
+    fn put(&mut self, text: &str) {
+        for batch in parse(text) {
+            for result in self.commit(&batch) {
+                assert!(result.is_ok(), "{text}: {result:?}");
+            }
+        }
+    }
+
+    fn check_list(&mut self) {
+        let stored: Vec<_> = self.engine().list.stored().collect();
+        let (list, model) = (shown(&stored), shown(&self.model.rules));
+        assert_eq!(list, model, "the list is not what was acknowledged");
+    }
+
+    /// A change that was acknowledged is in effect, unless a refused one about the same packets
+    /// still is in part.
+    fn check_in_effect(&self, change: &Change) {
+        let enforced = self.enforced();
+        for rule in change.rules.iter().filter(|rule| !self.refused.contains(&rule.matches)) {
+            let wanted = self.model.rules.iter().find(|(known, _)| *known == rule);
+            let mut found = enforced.iter().filter(|(known, _)| *known == rule);
+            match wanted {
+                Some((_, wanted)) => {
+                    let is_found = found.any(|(_, expires)| is_near(*wanted, *expires));
+                    assert!(is_found, "{rule} {wanted:?} is not in effect: {}", shown(&enforced));
+                }
+                None => assert!(self.is_damaged || found.count() == 0, "{rule} is in effect"),
+            }
+        }
+    }
+
+    /// What the kernel enforces of rfw's, chain by chain from the front, with expiries.
+    fn enforced(&self) -> Vec<(Rule, Option<u64>)> {
+        let memory = self.memory();
+        let mut rules = Vec::new();
+        for row in memory.chains.values().flatten() {
+            let FakeRow::Own(TaggedRule { rule, expires, .. }) = row else { continue };
+            match (rule.kind, rule.template()) {
+                (_, Some(template)) => {
+                    let set = &memory.sets[&rule.to_string()];
+                    let rule =
+                        |(net, expires): (&Net, &Option<u64>)| (template.rule(*net), *expires);
+                    let now = clock::wall().as_secs() + TOLERANCE;
+                    let live = |(_, expires): &(&Net, &Option<u64>)| {
+                        expires.is_none_or(|second| second > now)
+                    };
+                    rules.extend(set.entries.iter().filter(live).map(rule));
+                }
+                (RuleKind::Guard(_), _) => {}
+                _ => rules.push((rule.rule, *expires)),
+            }
+        }
+        rules
+    }
+
+    /// No ACCEPT rule precedes a guard rule.
+    fn check_guards_first(&self) {
+        for ((family, chain), rows) in &self.memory().chains {
+            let own = rows.iter().filter_map(|row| match row {
+                FakeRow::Own(tagged) => Some(tagged.rule),
+                FakeRow::Foreign(_) => None,
+            });
+            let behind: Vec<_> =
+                own.skip_while(|rule| matches!(rule.kind, RuleKind::Guard(_))).collect();
+            let last = behind.iter().rposition(|rule| matches!(rule.kind, RuleKind::Guard(_)));
+            let accepts = behind.iter().take(last.unwrap_or(0));
+            let accepts = accepts.filter(|rule| rule.rule.target == Target::Accept);
+            let accepts: Vec<_> =
+                accepts.filter(|rule| !matches!(rule.kind, RuleKind::Guard(_))).collect();
+            assert!(accepts.is_empty(), "{family} {chain:?}: {accepts:?} before the guards");
+        }
+    }
+
+    /// A tick that checks everything. Returns whether it failed.
+    fn tick(&mut self) -> bool {
+        let engine = self.engine();
+        (engine.next_check, engine.next_sets_check) = (Instant::now(), Instant::now());
+        let has_failed = engine.tick().is_some() || engine.outage.is_some();
+        self.follow(&[], &[]);
+        has_failed
+    }
+
+    /// Lets the engine tick until it neither writes nor fails.
+    fn settle(&mut self) {
+        for _ in 0..20 {
+            let writes = self.memory().writes();
+            self.engine().overtaken.clear();
+            if !self.tick() && self.memory().writes() == writes {
+                (self.is_damaged, self.refused) = (false, Vec::new());
+                return self.check();
+            }
+        }
+        panic!("never quiet: {:?}", self.engine().outage);
+    }
+
+    /// List, kernel and state file hold what was acknowledged.
+    fn check(&mut self) {
+        Family::ALL.iter().for_each(|family| self.model.expire(*family, clock::wall().as_secs()));
+        self.check_list();
+        self.check_kernel();
+        self.check_file();
+    }
+
+    fn check_kernel(&mut self) {
+        assert_eq!(self.foreign_rows(), self.foreign, "other people's rules");
+        for family in Family::ALL {
+            for chain in Chain::ALL {
+                let rows = self.chain(family, chain);
+                let key = |row: &FakeRow| match row {
+                    FakeRow::Own(tagged) => Some(tagged.key()),
+                    FakeRow::Foreign(_) => None,
+                };
+                let wanted = self.engine().wanted(family, chain);
+                let front = rows.iter().map_while(key);
+                assert!(
+                    front.eq(wanted.iter().map(TaggedRule::key)),
+                    "{family} {chain:?}: {rows:#?} are not {wanted:#?}"
+                );
+                let count = rows.iter().filter_map(key).count();
+                assert_eq!(count, wanted.len(), "rfw's rules among others: {rows:#?}");
+            }
+        }
+        self.check_guards_first();
+        // What is about to expire may be left to expire.
+        let now = clock::wall().as_secs() + TOLERANCE;
+        for (rule, _, members) in self.engine.as_ref().unwrap().list.sets() {
+            let memory = self.kernel.lock();
+            let Some(set) = memory.sets.get(&rule.to_string()) else { panic!("{rule} is missing") };
+            let wanted: Vec<_> = members.iter().map(|(net, e)| (*net, e.expires())).collect();
+            let found = set.entries.iter().filter(|(_, e)| e.is_none_or(|second| second > now));
+            let found: Vec<_> = found.map(|(net, expires)| (*net, *expires)).collect();
+            let nets =
+                |entries: &[(Net, _)]| entries.iter().map(|(net, _)| *net).collect::<Vec<_>>();
+            assert_eq!(nets(&found), nets(&wanted), "{rule}");
+            let near = found.iter().zip(&wanted).all(|((_, a), (_, b))| is_near(*a, *b));
+            assert!(near, "{rule}: {found:?} {wanted:?}");
+        }
+        let mut enforced = self.enforced();
+        let mut wanted = self.model.rules.clone();
+        enforced.sort_unstable_by_key(|(rule, _)| *rule);
+        wanted.sort_unstable_by_key(|(rule, _)| *rule);
+        let rules = |all: &[(Rule, _)]| all.iter().map(|(rule, _)| *rule).collect::<Vec<_>>();
+        assert_eq!(rules(&enforced), rules(&wanted), "the kernel enforces what was acknowledged");
+        // The list of a client shows the same.
+        let faults = mem::take(&mut self.memory().faults);
+        let listed = self.engine().listing(None).unwrap();
+        self.memory().faults = faults;
+        let own: usize = Family::ALL
+            .iter()
+            .flat_map(|family| Chain::ALL.map(|chain| self.chain(*family, chain)))
+            .flatten()
+            .filter(
+                |row| matches!(row, FakeRow::Own(t) if !matches!(t.rule.kind, RuleKind::Guard(_))),
+            )
+            .count();
+        assert_eq!(listed.len(), own);
+    }
+
+    /// The state file, replayed, is the list.
+    fn check_file(&mut self) {
+        let Some(folder) = &self.folder else { return };
+        let copy = folder.join("copy");
+        fs::copy(folder.join("state"), &copy).unwrap();
+        let mut state = StateFile::open(&copy).map_err(|e| e.message).unwrap();
+        let mut list = List::new(self.model.sets);
+        let replayed = state.replay(|record| match record {
+            Record::Put(rule, expires) => list.insert(&rule, expires),
+            Record::Delete(rule) => list.remove(&rule),
+        });
+        assert!(replayed.map_err(|e| e.message).unwrap().tail.is_none());
+        let now = clock::wall().as_secs();
+        Family::ALL.iter().for_each(|family| drop(list.expire(*family, now)));
+        let stored: Vec<_> = list.stored().collect();
+        let (file, model) = (shown(&stored), shown(&self.model.rules));
+        assert_eq!(file, model, "the state file is not what was acknowledged");
+    }
+
+    /// Starts again until it succeeds, from the state file or from the kernel.
+    fn restart(&mut self) {
+        let mut last = String::new();
+        for _ in 0..20 {
+            match self.start() {
+                Ok(()) => return,
+                Err(message) => last = message,
+            }
+        }
+        panic!("does not start: {last}");
+    }
+
+    /// Restarts, perhaps with sets instead of rules, and takes into the model what that may lose:
+    /// with a state file, nothing; without one, what others removed, or a part of what was refused.
+    fn restart_with(&mut self, sets: bool) {
+        let now = clock::wall().as_secs();
+        Family::ALL.iter().for_each(|family| self.model.expire(*family, now));
+        self.model.set_sets(sets);
+        self.restart();
+        let stored: Vec<_> = self.engine().list.stored().collect();
+        if self.folder.is_none() {
+            let is_sure = |rule: &Rule| !self.is_damaged && !self.refused.contains(&rule.matches);
+            for (a, b) in [(&self.model.rules, &stored), (&stored, &self.model.rules)] {
+                for (rule, expires) in a.iter().filter(|(rule, _)| is_sure(rule)) {
+                    let same =
+                        |(other, second): &(Rule, _)| other == rule && is_near(*expires, *second);
+                    let (model, list) = (shown(&self.model.rules), shown(&stored));
+                    assert!(b.iter().any(same), "{rule}: model {model}, list {list}");
+                }
+            }
+            self.model.rules = stored;
+        }
+        self.check_list();
+    }
+
+    /// Restarts while everything agrees.
+    fn check_restart(&mut self) {
+        self.restart_with(self.model.sets);
+        self.check();
+    }
+
+    /// Lets time pass: every expiry, in the list, the kernel and on the disk, is earlier now.
+    fn pass(&mut self, seconds: u64) {
+        let earlier = |expires: Option<u64>| expires.map(|second| second.saturating_sub(seconds));
+        let engine = self.engine.as_mut().unwrap();
+        engine.list.shift(clock::wall().as_secs(), -i64::try_from(seconds).unwrap());
+        self.model.rules.iter_mut().for_each(|(_, expires)| *expires = earlier(*expires));
+        let mut memory = self.kernel.lock();
+        for row in memory.chains.values_mut().flatten() {
+            if let FakeRow::Own(tagged) = row {
+                tagged.expires = earlier(tagged.expires);
+            }
+        }
+        for set in memory.sets.values_mut() {
+            set.entries.values_mut().for_each(|expires| *expires = earlier(*expires));
+        }
+        drop(memory);
+        // In place, because the engine has it open: all numbers have ten digits.
+        let Some(folder) = &self.folder else { return };
+        let path = folder.join("state");
+        let text = fs::read_to_string(&path).unwrap();
+        let line = |line: &str| match line.split(' ').collect::<Vec<_>>()[..] {
+            ["+", second, path] if second != "0" => {
+                let second = earlier(second.parse().ok()).unwrap();
+                format!("+ {second:010} {path}\n")
+            }
+            _ => format!("{line}\n"),
+        };
+        let shifted: String = text.lines().map(line).collect();
+        assert_eq!(shifted.len(), text.len());
+        fs::write(&path, shifted).unwrap();
+    }
+}
+
+fn shown(rules: &[(Rule, Option<u64>)]) -> String {
+    let shown = |(rule, expires): &(Rule, Option<u64>)| format!("{rule} {}", expires.unwrap_or(0));
+    rules.iter().map(shown).collect::<Vec<_>>().join(", ")
+}
+
+/// The parts of a second that sets and lists do not show.
+fn is_near(a: Option<u64>, b: Option<u64>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => a.abs_diff(b) <= 4,
+        _ => a == b,
+    }
+}
+
+/// Batches separated by `;`, their changes by `,`. A change is `+ PATH`, `+60 PATH` with an
+/// expiry, `- PATH`, or a list: `+ /drop/input/any: ADDRESS ADDRESS`.
+fn parse(text: &str) -> Vec<Vec<Change>> {
+    let batches = text.split(';').map(str::trim).filter(|batch| !batch.is_empty());
+    batches
+        .map(|batch| batch.split(',').map(|change| parse_change(change.trim())).collect())
+        .collect()
+}
+
+fn parse_change(text: &str) -> Change {
+    let (verb, what) = text.split_once(' ').unwrap();
+    let action = match verb {
+        "-" => Action::Delete,
+        _ => Action::Put(verb[1..].parse().unwrap_or(0)),
+    };
+    let rules = match what.split_once(": ") {
+        None => Rules::One(what.parse().unwrap()),
+        Some((template, nets)) => {
+            let segments: Vec<&str> = template.split('/').skip(1).collect();
+            let mut nets: Vec<Net> = nets.split(' ').map(|net| Net::parse(net).unwrap()).collect();
+            nets.sort_unstable();
+            Rules::List(RuleTemplate::parse(&segments).unwrap(), nets)
+        }
+    };
+    Change { rules, action }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Every fault at every step
+
+type Damage = fn(&mut World);
+
+struct Scenario {
+    name: &'static str,
+    sets: bool,
+    before: &'static str,
+    /// What happens to the kernel before the changes.
+    damage: Damage,
+    changes: &'static str,
+    /// An address that the kernel always rejects.
+    bad: Option<&'static str>,
+}
+
+fn none(_: &mut World) {}
+
+fn flush(world: &mut World) {
+    world.memory().chains.clear();
+    world.foreign.clear();
+}
+
+fn flush_and_destroy(world: &mut World) {
+    flush(world);
+    world.memory().sets.clear();
+}
+
+fn empty_sets(world: &mut World) {
+    world.memory().sets.values_mut().for_each(|set| set.entries.clear());
+}
+
+fn overtake(world: &mut World) {
+    world.insert_foreign(Family::V4, Chain::Input, 1, "-j ACCEPT");
+    world.insert_foreign(Family::V4, Chain::Input, 4, "-j DOCKER");
+}
+
+fn minutes_pass(world: &mut World) {
+    world.pass(120);
+}
+
+const fn rules(name: &'static str, before: &'static str, changes: &'static str) -> Scenario {
+    Scenario { name, sets: false, before, damage: none, changes, bad: None }
+}
+
+const fn sets(name: &'static str, before: &'static str, changes: &'static str) -> Scenario {
+    Scenario { sets: true, ..rules(name, before, changes) }
+}
+
+const fn after(damage: Damage, scenario: Scenario) -> Scenario {
+    Scenario { damage, ..scenario }
+}
+
+const fn with_bad(bad: &'static str, scenario: Scenario) -> Scenario {
+    Scenario { bad: Some(bad), ..scenario }
+}
+
+fn scenarios() -> Vec<Scenario> {
+    let two = "+ /drop/input/any/1.1.1.1; +600 /drop/input/eth0/2.2.2.2";
+    let in_sets = "+ /drop/input/any/1.1.1.1; +600 /drop/input/any/2.2.2.2; \
+                   + /accept/forward/eth0/3.3.3.3/eth1/4.4.4.4";
+    let lists = "+ /drop/input/any: 1.1.1.1 2.2.2.2 2001:db8::1 2001:db8::2";
+    let due = "+60 /drop/input/any/1.1.1.1; +600 /drop/input/any/2.2.2.2; \
+               +60 /drop/input/any/2001:db8::1";
+    vec![
+        rules("first", "", "+ /drop/input/any/1.1.1.1"),
+        rules("put", two, "+60 /reject/output/any/5.5.5.5"),
+        rules("accept", two, "+ /accept/input/any/5.5.5.5"),
+        rules("delete", two, "- /drop/input/any/1.1.1.1"),
+        rules(
+            "delete the last of a group and put another",
+            two,
+            "- /drop/input/any/1.1.1.1, + /drop/input/any/5.5.5.5",
+        ),
+        rules("refresh", two, "+ /drop/input/eth0/2.2.2.2"),
+        rules("exists", two, "+ /drop/input/any/1.1.1.1"),
+        rules("absent", two, "- /drop/input/any/5.5.5.5"),
+        rules(
+            "shadowed",
+            "+ /accept/input/any/1.1.1.1; + /drop/input/any/1.1.1.0/24",
+            "+ /accept/input/any/1.1.1.1",
+        ),
+        rules(
+            "batch",
+            two,
+            "+ /drop/input/any/5.5.5.5, - /drop/input/any/1.1.1.1, \
+            + /drop/input/any/2001:db8::5, + /drop/input/any/5.5.5.5, + /drop/forward/any/6.6.6.6",
+        ),
+        with_bad(
+            "7.7.7.7",
+            rules(
+                "one of a batch is bad",
+                two,
+                "- /drop/input/any/1.1.1.1, + /drop/input/any/7.7.7.7, \
+             + /drop/input/any/5.5.5.5, +60 /drop/input/any/6.6.6.6",
+            ),
+        ),
+        with_bad("7.7.7.7", rules("bad", two, "+ /drop/input/any/7.7.7.7")),
+        rules("list", two, "+ /drop/input/any: 1.1.1.1 5.5.5.5 2001:db8::1"),
+        rules("list again", lists, "+ /drop/input/any: 1.1.1.1 2.2.2.2 2001:db8::1 2001:db8::2"),
+        rules(
+            "list with a new expiry",
+            lists,
+            "+60 /drop/input/any: 1.1.1.1 2.2.2.2 2001:db8::1 2001:db8::2",
+        ),
+        rules("list deleted", lists, "- /drop/input/any: 1.1.1.1 5.5.5.5 2001:db8::2"),
+        with_bad(
+            "2001:db8::7",
+            rules(
+                "list with a bad address",
+                lists,
+                "+60 /drop/input/any: 1.1.1.1 5.5.5.5 2001:db8::7",
+            ),
+        ),
+        after(flush, rules("put after a flush", two, "+ /drop/input/any/5.5.5.5")),
+        after(flush, rules("exists after a flush", two, "+ /drop/input/any/1.1.1.1")),
+        after(flush, rules("delete after a flush", two, "- /drop/input/any/1.1.1.1")),
+        after(overtake, rules("put behind others", two, "+ /accept/input/any/5.5.5.5")),
+        after(overtake, rules("exists behind others", two, "+ /drop/input/any/1.1.1.1")),
+        after(minutes_pass, rules("expiry", due, "+ /drop/input/any/5.5.5.5")),
+        after(minutes_pass, rules("put of what is due", due, "+60 /drop/input/any/1.1.1.1")),
+        sets("first in a set", "", "+ /drop/input/any/1.1.1.1"),
+        sets("put in a set", in_sets, "+60 /drop/input/any/5.5.5.5"),
+        sets("new set", in_sets, "+60 /reject/output/any/5.5.5.5"),
+        sets("delete from a set", in_sets, "- /drop/input/any/1.1.1.1"),
+        sets("refresh in a set", in_sets, "+ /drop/input/any/2.2.2.2"),
+        sets("exists in a set", in_sets, "+ /drop/input/any/1.1.1.1"),
+        sets("move to a new set", in_sets, "+60 /accept/input/any/1.1.1.1"),
+        sets(
+            "move back",
+            "+ /drop/input/any/1.1.1.1; + /accept/input/any/1.1.1.1",
+            "+ /drop/input/any/1.1.1.1",
+        ),
+        sets("two addresses", in_sets, "+60 /drop/forward/any/5.5.5.5/any/6.6.6.6"),
+        sets("delete two addresses", in_sets, "- /accept/forward/eth0/3.3.3.3/eth1/4.4.4.4"),
+        sets(
+            "batch in sets",
+            in_sets,
+            "+ /drop/input/any/5.5.5.5, - /drop/input/any/1.1.1.1, \
+            + /drop/input/any/2001:db8::5, + /accept/input/any/5.5.5.5, \
+            + /drop/forward/any/5.5.5.5/any/6.6.6.6",
+        ),
+        with_bad(
+            "7.7.7.7",
+            sets(
+                "one of a batch in sets is bad",
+                in_sets,
+                "- /drop/input/any/1.1.1.1, + /reject/input/any/7.7.7.7, \
+             + /drop/input/any/5.5.5.5, + /reject/input/any/2.2.2.2",
+            ),
+        ),
+        sets("list in sets", in_sets, "+60 /drop/input/any: 1.1.1.1 5.5.5.5 2001:db8::1"),
+        sets("list moves", lists, "+60 /accept/input/any: 1.1.1.1 2.2.2.2 2001:db8::1"),
+        with_bad(
+            "2.2.2.7",
+            sets(
+                "list with a bad address in sets",
+                lists,
+                "+60 /accept/input/any: 1.1.1.1 2.2.2.2 2.2.2.7 2001:db8::1",
+            ),
+        ),
+        sets("list deleted from sets", lists, "- /drop/input/any: 1.1.1.1 5.5.5.5 2001:db8::2"),
+        sets(
+            "full set",
+            "+ /drop/input/any: 1.1.1.1 1.1.1.2 1.1.1.3 1.1.1.4 1.1.1.5",
+            "+ /drop/input/any/1.1.1.6, + /drop/input/any/1.1.1.7, - /drop/input/any/1.1.1.1",
+        ),
+        sets(
+            "full list",
+            "+ /drop/input/any: 1.1.1.1 1.1.1.2 1.1.1.3",
+            "+60 /drop/input/any: 1.1.1.3 1.1.1.4 1.1.1.5 1.1.1.6 1.1.1.7",
+        ),
+        after(flush, sets("put in a set after a flush", in_sets, "+ /drop/input/any/5.5.5.5")),
+        after(
+            flush_and_destroy,
+            sets("put in a set that was destroyed", in_sets, "+ /drop/input/any/5.5.5.5"),
+        ),
+        after(
+            flush_and_destroy,
+            sets(
+                "two sets of one family destroyed at once",
+                "+ /drop/input/any/1.1.1.1; + /accept/output/any/2.2.2.2",
+                "- /drop/input/any/1.1.1.1",
+            ),
+        ),
+        after(
+            empty_sets,
+            sets("exists in a set that was emptied", in_sets, "+ /drop/input/any/1.1.1.1"),
+        ),
+        after(
+            empty_sets,
+            sets("move from a set that was emptied", in_sets, "+ /accept/input/any/1.1.1.1"),
+        ),
+        after(overtake, sets("put in a set behind others", in_sets, "+ /drop/input/any/5.5.5.5")),
+        after(minutes_pass, sets("expiry in sets", due, "+ /drop/input/any/5.5.5.5")),
+        after(
+            minutes_pass,
+            sets("put of what is due in sets", due, "+60 /accept/input/any/1.1.1.1"),
+        ),
+    ]
+}
+
+impl Scenario {
+    fn world(&self, has_file: bool) -> World {
+        let mut world = World::new(self.sets, has_file);
+        world.insert_foreign(Family::V4, Chain::Input, 99, "-s 9.9.9.9 -j ACCEPT");
+        world.insert_foreign(Family::V6, Chain::Input, 99, "-p icmpv6 -j ACCEPT");
+        world.put(self.before);
+        world.settle();
+        (self.damage)(&mut world);
+        world.memory().bad = self.bad.map(|net| Net::parse(net).unwrap());
+        world
+    }
+
+    /// The calls of the changes and of the next check.
+    fn run(&self, has_file: bool, faults: &[Fault]) -> Vec<(Part, Call)> {
+        let mut world = self.world(has_file);
+        world.set_faults(faults);
+        for batch in parse(self.changes) {
+            world.commit(&batch);
+        }
+        world.tick();
+        let calls = world.memory().calls.clone();
+        world.settle();
+        if faults.is_empty() {
+            world.check_restart();
+        }
+        calls
+    }
+}
+
+/// Every call fails in every way, once, and several times in a row, alone or with the other parts.
+fn faults_of(calls: &[(Part, Call)], only_writes: bool) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for (number, (part, call)) in calls.iter().enumerate() {
+        if only_writes && *call == Call::Read {
+            continue;
+        }
+        let first = 1 + calls[..number].iter().filter(|(known, _)| known == part).count();
+        let alone = |fault| Fault { part: Some(*part), ..fault };
+        faults.extend(call.ways().iter().map(|way| alone(Fault::new(first, 1, *way))));
+        let often = [Way::Reject, Way::DoAndInterrupt, Way::PartAndReject(1)];
+        for way in often.into_iter().take(if *call == Call::Read { 1 } else { 3 }) {
+            faults.extend([alone(Fault::new(first, 3, way)), Fault::new(first, 7, way)]);
+        }
+    }
+    faults
+}
+
+fn check_scenarios(sets: bool, has_file: bool) {
+    let mut failed = Vec::new();
+    for scenario in scenarios().iter().filter(|scenario| scenario.sets == sets) {
+        let calls = scenario.run(has_file, &[]);
+        // The file has nothing to do with what is read.
+        for fault in faults_of(&calls, has_file) {
+            let run = panic::catch_unwind(|| scenario.run(has_file, &[fault]));
+            if run.is_err() {
+                failed.push(format!("{}: {fault:?}", scenario.name));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} failed: {failed:#?}", failed.len());
+}
+
+#[test]
+fn every_fault_at_every_step_with_rules() {
+    check_scenarios(false, false);
+}
+
+#[test]
+fn every_fault_at_every_step_with_rules_and_state_file() {
+    check_scenarios(false, true);
+}
+
+#[test]
+fn every_fault_at_every_step_with_sets() {
+    check_scenarios(true, false);
+}
+
+#[test]
+fn every_fault_at_every_step_with_sets_and_state_file() {
+    check_scenarios(true, true);
+}
+
+/// A start that fails, or that ends halfway, loses nothing; nor does one in the other form.
+#[test]
+fn every_fault_at_every_step_of_a_start() {
+    let before = "+ /accept/input/any/1.1.1.1; +600 /drop/input/any/1.1.1.0/24; \
+                  + /drop/output/eth0/2001:db8::1; + /drop/forward/any/1.1.1.1/any/2.2.2.2";
+    for (sets, then) in [(false, false), (true, true), (false, true), (true, false)] {
+        for has_file in [false, true] {
+            let run = |faults: &[Fault]| {
+                let mut world = World::new(sets, has_file);
+                world.insert_foreign(Family::V4, Chain::Input, 99, "-s 9.9.9.9 -j ACCEPT");
+                world.put(before);
+                world.set_faults(faults);
+                world.restart_with(then);
+                let calls = mem::take(&mut world.memory().calls);
+                world.settle();
+                calls
+            };
+            for fault in faults_of(&run(&[]), has_file) {
+                run(&[fault]);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// One test for each defect
+
+fn verdict(result: &Result<Outcome, ApplyError>) -> Result<Verdict, &ApplyError> {
+    result.as_ref().map(|outcome| outcome.tally.single().unwrap())
+}
+
+/// The error after which rfw answered 500 while the rule remained.
+#[test]
+fn committed_then_exit_1() {
+    for way in [Way::DoAndReject, Way::DoAndInterrupt] {
+        let mut world = World::new(false, true);
+        world.set_faults(&[Fault::new(1, 1, way)]);
+        let results = world.commit(&parse("+ /drop/input/any/1.1.1.1")[0]);
+        assert_eq!(verdict(&results[0]), Ok(Verdict::Inserted), "{way:?}");
+        world.check();
+        // The half of a list for IPv6 is committed, and nothing can be read after that.
+        let list = &parse("+ /drop/input/any: 1.1.1.2 2001:db8::2")[0];
+        let half = Fault { part: Some(Part::Rules(Family::V6)), ..Fault::new(1, 1, way) };
+        world.set_faults(&[half, Fault::new(2, 20, Way::Reject)]);
+        assert!(world.commit(list)[0].is_err());
+        world.set_faults(&[]);
+        let results = world.commit(&parse("- /drop/input/any/2001:db8::2")[0]);
+        assert_eq!(verdict(&results[0]), Ok(Verdict::Absent));
+        assert!(!shown(&world.enforced()).contains("2001:db8::2"));
+        world.put("+ /drop/input/any: 1.1.1.2 2001:db8::2");
+        world.settle();
+    }
+}
+
+/// A change of sets that fails for good after any of its edits leaves what was there before.
+#[test]
+fn half_applied_set_changes() {
+    let before = "+ /drop/input/any/1.1.1.1; + /accept/input/any/2.2.2.2";
+    let changes = [
+        "+ /accept/input/any/1.1.1.1",
+        "+60 /reject/input/any/1.1.1.1",
+        "+ /accept/input/any: 1.1.1.1 1.1.1.2 2001:db8::1",
+        "- /drop/input/any: 1.1.1.1 1.1.1.2",
+    ];
+    for (change, has_file) in changes.iter().flat_map(|c| [(c, false), (c, true)]) {
+        for count in 0..7 {
+            for way in [Way::PartAndReject(count), Way::PartAndInterrupt(count)] {
+                let mut world = World::new(true, has_file);
+                world.put(before);
+                let fault = Fault { only_writes: true, ..Fault::always(way) };
+                world.set_faults(&[fault]);
+                let is_made = world.commit(&parse(change)[0])[0].is_ok();
+                if has_file {
+                    // rfw is killed.
+                    world.set_faults(&[]);
+                    world.check_restart();
+                }
+                world.set_faults(&[]);
+                world.settle();
+                let kept = "/accept/input/any/2.2.2.2 0, /drop/input/any/1.1.1.1 0";
+                assert_eq!(shown(&world.enforced()) == kept, !is_made, "{change} {way:?}");
+            }
+        }
+    }
+}
+
+/// ipset was killed after its last line: the response was 503, and a restart brought back what
+/// the list had deleted.
+#[test]
+fn a_list_applied_but_reported_failed() {
+    let mut world = World::new(true, true);
+    world.put("+ /drop/input/any: 1.1.1.1 1.1.1.2 1.1.1.3");
+    world.set_faults(&[Fault::new(1, 1, Way::DoAndInterrupt)]);
+    let results = world.commit(&parse("- /drop/input/any: 1.1.1.1 1.1.1.2")[0]);
+    assert_eq!(verdict(&results[0]), Ok(Verdict::Deleted));
+    world.check_restart();
+    world.set_faults(&[Fault::always(Way::DoAndInterrupt)]);
+    assert!(world.commit(&parse("- /drop/input/any: 1.1.1.3")[0])[0].is_err());
+    world.set_faults(&[]);
+    world.check_restart();
+    assert_eq!(shown(&world.enforced()), "/drop/input/any/1.1.1.3 0");
+}
+
+/// Each listing is false once, with exit status 0: nothing is removed, repeated or "restored".
+#[test]
+fn a_false_listing_while_running() {
+    let before = "+ /drop/input/any/1.1.1.1; + /accept/input/any/1.1.1.2; \
+                  + /drop/input/any/2001:db8::1; + /drop/forward/any/1.1.1.1/any/2.2.2.2";
+    for (sets, way) in [false, true].iter().flat_map(|sets| READ_WAYS.map(|way| (*sets, way))) {
+        for first in 1..20 {
+            let mut world = World::new(sets, false);
+            world.put(before);
+            world.settle();
+            world.set_faults(&[Fault::new(first, 1, way)]);
+            world.settle();
+            assert_eq!(world.memory().writes(), 0, "{way:?} {first}");
+            assert_eq!(world.metrics.restored.to_string(), "0", "{way:?} {first}");
+        }
+    }
+}
+
+/// A listing that lacked what an error had left behind looked right, and the change counted as
+/// undone.
+#[test]
+fn a_false_listing_after_an_error() {
+    for sets in [false, true] {
+        for (first, lie) in (1..20).flat_map(|n| [(n, Lie::Empty), (n, Lie::FirstHalf)]) {
+            let mut world = World::new(sets, false);
+            world.put("+ /accept/output/any/2.2.2.2");
+            let write = Fault::new(1, 3, Way::PartAndInterrupt(0));
+            world.set_faults(&[Fault::new(first, 1, Way::Lie(lie)), write]);
+            world.commit(&parse("- /accept/output/any/2.2.2.2")[0]);
+            world.settle();
+        }
+    }
+}
+
+/// `iptables -F; ipset destroy` left rfw stuck until a restart.
+#[test]
+fn two_sets_destroyed_at_once() {
+    let changes = [
+        "+ /drop/input/any/1.1.1.3",
+        "- /drop/input/any/1.1.1.1",
+        "+ /drop/forward/any/1.1.1.1/any/2.2.2.2",
+        "",
+    ];
+    for change in changes {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any/1.1.1.1; + /accept/output/any/1.1.1.2");
+        flush_and_destroy(&mut world);
+        world.put(change);
+        world.settle();
+    }
+}
+
+/// rfw's port was open for whoever an ACCEPT rule named.
+#[test]
+fn an_accept_rule_never_precedes_the_guards() {
+    let damages: [(&str, Damage); 4] = [
+        ("none", none),
+        ("flush", flush),
+        ("foreign rules", overtake),
+        ("guards behind", |world| {
+            world.memory().chain(Family::V4, Chain::Input).reverse();
+        }),
+    ];
+    for (sets, (what, damage)) in [false, true].iter().flat_map(|s| damages.map(|d| (*s, d))) {
+        for change in ["+ /accept/input/any/5.5.5.5", "+ /accept/input/any: 5.5.5.5 5.5.5.6"] {
+            let mut world = World::new(sets, false);
+            world.put("+ /drop/input/any/1.1.1.1");
+            damage(&mut world);
+            world.put(change);
+            world.check_guards_first();
+            let front = world.chain(Family::V4, Chain::Input);
+            let is_guard = |row: &FakeRow| matches!(row, FakeRow::Own(t) if matches!(t.rule.kind, RuleKind::Guard(PORT)));
+            // Two whitelisted ranges, one of them loopback, and the rest.
+            assert!(front.iter().take(3).all(is_guard), "{what} {change}: {front:#?}");
+            world.settle();
+        }
+    }
+}
+
+#[test]
+fn overtaken_at_once_ten_times_then_once_a_minute() {
+    let mut world = World::new(false, false);
+    world.put("+ /drop/input/any/1.1.1.1");
+    let is_first = |world: &mut World| {
+        let engine = world.engine();
+        engine.next_check = Instant::now();
+        assert_eq!(engine.tick(), None);
+        matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Own(_))
+    };
+    for number in 1..=10 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+        assert!(is_first(&mut world), "{number}");
+        assert_eq!(world.metrics.overtaken.to_string(), number.to_string());
+    }
+    world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+    assert!(!is_first(&mut world));
+    // A missing rule is restored all the same, and a request gets the first place.
+    world.memory().chain(Family::V6, Chain::Input).clear();
+    assert!(!is_first(&mut world));
+    assert!(!world.chain(Family::V6, Chain::Input).is_empty());
+    world.put("+ /drop/input/any/1.1.1.1");
+    assert!(is_first(&mut world));
+    // A minute after the last time
+    let earlier = |world: &mut World, seconds| {
+        for at in &mut world.engine().overtaken {
+            *at = at.checked_sub(Duration::from_secs(seconds)).unwrap();
+        }
+    };
+    world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+    earlier(&mut world, 59);
+    assert!(!is_first(&mut world));
+    earlier(&mut world, 1);
+    assert!(is_first(&mut world));
+    // Ten minutes after the first of the last ten times
+    world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+    assert!(!is_first(&mut world));
+    world.engine().overtaken.clear();
+    assert!(is_first(&mut world));
+}
+
+#[test]
+fn one_family_failing_does_not_block_the_other() {
+    let before = "+ /drop/input/any/1.1.1.1; + /drop/input/any/2001:db8::1; \
+                  +60 /drop/input/any/1.1.1.2; +60 /drop/input/any/2001:db8::2";
+    let addresses = [(Family::V4, "1.1.1"), (Family::V6, "2001:db8:")];
+    for (sets, way) in [false, true].iter().flat_map(|sets| WRITE_WAYS.map(|way| (*sets, way))) {
+        for (only_writes, index) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
+            let (good, bad) = (addresses[index], addresses[1 - index]);
+            let point = if good.0 == Family::V4 { "." } else { ":" };
+            let mut world = World::new(sets, false);
+            world.put(before);
+            world.settle();
+            let fault = Fault { family: Some(bad.0), only_writes, ..Fault::always(way) };
+            let what = format!("{way:?} {} sets {sets}, only writes {only_writes}", bad.0);
+            // Something to repair in both, which makes the bad one fail all the time.
+            for family in Family::ALL {
+                world.memory().chain(family, Chain::Input).clear();
+            }
+            world.is_damaged = true;
+            world.pass(70);
+            world.set_faults(&[fault]);
+            for _ in 0..2 {
+                world.tick();
+            }
+            let enforced = shown(&world.enforced());
+            assert!(enforced.contains(&format!("{}{point}1", good.1)), "{what}: {enforced}");
+            assert!(!enforced.contains(&format!("{}{point}2", good.1)), "{what}: {enforced}");
+            let change = format!("+ /accept/output/any/{}{point}3", good.1);
+            let results = world.commit(&parse(&change)[0]);
+            assert!(results[0].is_ok(), "{what}: {results:?}");
+            world.set_faults(&[]);
+            world.settle();
+        }
+    }
+}
+
+/// A program that hung is not started again in the same batch, and no batch exceeds its limit.
+#[test]
+fn time_limit() {
+    let changes = parse("+ /drop/input/any/1.1.1.2");
+    let changes: Vec<&Change> = changes[0].iter().collect();
+    // What is left of the batch; the calls in it: one, and two times five repairs
+    let table = [(30, 11), (21, 11), (20, 1), (1, 1), (0, 1)];
+    for (left, calls) in table {
+        let mut world = World::new(false, true);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.set_faults(&[Fault::always(Way::Interrupt)]);
+        world.memory().limit = Duration::ZERO;
+        let left = Duration::from_secs(left);
+        let engine = world.engine();
+        engine.deadline = Instant::now() + left;
+        assert!(engine.attempt(&changes).is_err());
+        assert_eq!(world.memory().calls.len(), calls, "{left:?}");
+        assert!(world.memory().limit <= left.min(TOOL_LIMIT + EDIT_LIMIT), "{left:?}");
+        world.set_faults(&[]);
+        world.settle();
+    }
+    let mut world = World::new(false, false);
+    let engine = world.engine();
+    engine.begin();
+    assert_eq!(engine.limit(0), TOOL_LIMIT);
+    assert_eq!(engine.limit(100_000), TOOL_LIMIT + Duration::from_secs(2));
+    assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
+}
+
+/// The state file recorded that a drop replaced an accept, which was back when the drop expired.
+#[test]
+fn an_expired_target_does_not_take_another_one_with_it() {
+    let mut world = World::new(false, true);
+    world.put("+ /accept/input/any/1.1.1.1; +60 /drop/input/any/1.1.1.1");
+    world.pass(70);
+    world.restart_with(true);
+    world.settle();
+    assert_eq!(shown(&world.enforced()), "/accept/input/any/1.1.1.1 0");
+    world.check_restart();
+}
+
+/// An address keeps its newest target, after the next start too.
+#[test]
+fn rules_with_two_targets_become_sets() {
+    let mut world = World::new(false, true);
+    world.put("+ /accept/input/any/1.1.1.1; + /drop/input/any/1.1.1.1");
+    world.restart_with(true);
+    world.put("- /drop/input/any/1.1.1.1");
+    world.check_restart();
+    assert_eq!(shown(&world.enforced()), "");
+}
+
+/// Sets accept before they drop. As rules, what was in them has to be in that order.
+#[test]
+fn sets_become_rules_in_their_order() {
+    let mut world = World::new(true, false);
+    world.put(
+        "+ /accept/input/any/1.1.1.1; + /reject/input/any/1.1.1.2; \
+               + /drop/input/any/1.1.1.0/24; + /accept/forward/any/1.1.1.1; \
+               + /drop/forward/any/1.1.1.1/any/2.2.2.2",
+    );
+    let before = shown(&world.enforced());
+    world.restart_with(false);
+    assert_eq!(shown(&world.enforced()), before);
+}
+
+/// A list of rules may be longer than a set may be, and an old set of that name may be there.
+#[test]
+fn a_set_that_is_too_small_is_replaced() {
+    let mut world = World::new(false, true);
+    world.put("+ /drop/input/any: 1.1.1.1 1.1.1.2 1.1.1.3 1.1.1.4 1.1.1.5 1.1.1.6 1.1.1.7");
+    for name in ["rfw4:drop:in:any", "rfw4?drop:in:any"] {
+        let set = FakeSet { maxelem: MAXELEM, entries: BTreeMap::new() };
+        world.memory().sets.insert(name.into(), set);
+    }
+    world.restart_with(true);
+    world.settle();
+}
+
+/// A set outlived its rule because someone else's rule used it, and held what had been in it
+/// when rfw needed it again.
+#[test]
+fn a_new_set_is_empty() {
+    let mut world = World::new(true, true);
+    world.put("+ /drop/input/any/1.1.1.1; + /accept/output/any/1.1.1.1");
+    let line = "-m set --match-set rfw4:drop:in:any src -j LOG";
+    world.insert_foreign(Family::V4, Chain::Forward, 1, line);
+    world.put("- /drop/input/any/1.1.1.1");
+    world.settle();
+    let seven = Net::parse("7.7.7.7").unwrap();
+    world.restart();
+    world.memory().sets.get_mut("rfw4:drop:in:any").unwrap().entries.insert(seven, None);
+    world.put("+ /drop/input/any/1.1.1.2");
+    world.check();
+}
+
+#[test]
+fn a_state_file_that_cannot_be_written() {
+    for sets in [false, true] {
+        let mut world = World::new(sets, true);
+        world.put("+ /drop/input/any/1.1.1.1");
+        let path = world.folder.as_ref().unwrap().join("state");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{text}x")).unwrap();
+        world.set_faults(&[]);
+        let results =
+            world.commit(&parse("+ /drop/input/any/1.1.1.2, - /drop/input/any/1.1.1.1")[0]);
+        let is_refused = |result: &Result<_, _>| matches!(result, Err(ApplyError::State(_)));
+        assert!(results.iter().all(is_refused), "{results:?}");
+        assert_eq!(world.memory().writes(), 0);
+        fs::write(&path, text).unwrap();
+        world.put("+ /drop/input/any/1.1.1.2");
+        world.settle();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Random sequences
+
+/// Xorshift.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % limit
+    }
+
+    fn pick<T: Copy>(&mut self, items: &[T]) -> T {
+        items[self.below(items.len())]
+    }
+
+    fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
+    }
+
+    fn change(&mut self) -> Change {
+        let verb = self.pick(&["+", "+", "+60", "+600", "-"]);
+        if !self.one_in(5) {
+            return parse_change(&format!("{verb} {}", self.pick(&RULES)));
+        }
+        let template = self.pick(&["/drop/input/any", "/accept/input/any", "/drop/forward/eth0"]);
+        let nets: Vec<&str> = NETS.iter().copied().filter(|_| self.one_in(3)).collect();
+        if nets.is_empty() {
+            return self.change();
+        }
+        parse_change(&format!("{verb} {template}: {}", nets.join(" ")))
+    }
+
+    /// Some calls from now on; at most one lie, because two in a row may agree.
+    fn faults(&mut self) -> Vec<Fault> {
+        let (first, count) = (1 + self.below(10), 1 + self.below(7));
+        let mut fault = Fault::new(first, count, self.pick(&WRITE_WAYS));
+        fault.only_writes = self.one_in(3);
+        fault.family = self.pick(&[None, None, Some(Family::V4), Some(Family::V6)]);
+        let part = self.pick(&[Part::Sets, Part::Rules(Family::V4), Part::Rules(Family::V6)]);
+        let mut lie = Fault::new(1 + self.below(6), 1, self.pick(&READ_WAYS));
+        lie.part = Some(part);
+        match self.below(6) {
+            0 | 1 => vec![],
+            2 => vec![lie],
+            3 => vec![lie, fault],
+            _ => vec![fault],
+        }
+    }
+}
+
+const RULES: [&str; 18] = [
+    "/drop/input/any/1.1.1.1",
+    "/accept/input/any/1.1.1.1",
+    "/reject/input/any/1.1.1.1",
+    "/drop/input/any/1.1.1.0/24",
+    "/accept/input/any/1.1.1.2",
+    "/drop/input/eth0/1.1.1.1",
+    "/drop/output/any/1.1.1.1",
+    "/accept/output/any/2.2.2.2",
+    "/drop/input/any/2001:db8::1",
+    "/accept/input/any/2001:db8::1",
+    "/drop/input/any/2001:db8::/64",
+    "/drop/forward/any/1.1.1.1",
+    "/accept/forward/any/1.1.1.1/any/2.2.2.2",
+    "/drop/forward/any/1.1.1.1/any/2.2.2.2",
+    "/drop/forward/any/0.0.0.0/any/2.2.2.2",
+    "/accept/forward/eth0/0.0.0.0",
+    "/drop/forward/any/2001:db8::1/any/2001:db8::2",
+    "/reject/forward/eth0/2001:db8::1",
+];
+
+const NETS: [&str; 9] = [
+    "1.1.1.1",
+    "1.1.1.2",
+    "1.1.1.3",
+    "1.1.1.4",
+    "1.1.1.5",
+    "1.1.1.6",
+    "1.1.1.7",
+    "2001:db8::1",
+    "2001:db8::2",
+];
+
+impl World {
+    /// What other programs and people do to the kernel.
+    fn damage(&mut self, random: &mut Random) -> usize {
+        let (family, chain) = (random.pick(&Family::ALL), random.pick(&Chain::ALL));
+        let mut memory = self.kernel.lock();
+        let set = match memory.sets.len() {
+            0 => None,
+            count => memory.sets.keys().nth(random.below(count)).cloned(),
+        };
+        let rows = memory.chain(family, chain);
+        let at = random.below(rows.len() + 1);
+        let own = |line: &str| {
+            let rule: Rule = line.parse().unwrap();
+            let is_here = rule.family() == family && rule.chain() == chain;
+            is_here.then(|| FakeRow::Own(TaggedRule::new(KernelRule::plain(rule), None)))
+        };
+        let what = random.below(13);
+        match (what, set) {
+            (0, _) => memory.chains.retain(|(known, _), _| *known != family),
+            (1, _) => {
+                memory.chains.clear();
+                memory.sets.clear();
+            }
+            (2, Some(name)) => memory.sets.get_mut(&name).unwrap().entries.clear(),
+            (3, _) if at < rows.len() => drop(rows.remove(at)),
+            (4, _) if at < rows.len() => rows.insert(random.below(at + 1), rows[at].clone()),
+            (5 | 6, _) => rows.insert(at, FakeRow::Foreign("-j ACCEPT".into())),
+            (7, _) => rows.insert(0, FakeRow::Foreign("-j DOCKER".into())),
+            (8, Some(name)) => {
+                let net = Net::parse(random.pick(&["9.9.9.9", "1.1.1.1"])).unwrap();
+                memory.sets.get_mut(&name).unwrap().entries.insert(net, None);
+            }
+            (9, _) => rows.extend(own(random.pick(&RULES))),
+            (10, _) if rows.len() > 1 => rows.reverse(),
+            // Nobody knows the name of a set that only replaces another one.
+            (11, Some(name)) if !name.contains('?') => {
+                rows.insert(at, FakeRow::Foreign(format!("--match-set {name} src")))
+            }
+            (12, _) => {
+                let names = ["rfw4:drop:in:any", "rfw4?drop:in:any", "rfw6:accept:in:any"];
+                let maxelem = random.pick(&[MAXELEM, MAXELEM + 1]);
+                let entries = [(Net::parse("7.7.7.7").unwrap(), None)].into();
+                let name = random.pick(&names).to_string();
+                memory.sets.entry(name).or_insert(FakeSet { maxelem, entries });
+            }
+            _ => {}
+        }
+        drop(memory);
+        self.foreign = self.foreign_rows();
+        self.is_damaged = true;
+        what
+    }
+
+    fn step(&mut self, random: &mut Random) {
+        let faults = random.faults();
+        match random.below(12) {
+            0 => {
+                self.trace("settle", &[]);
+                self.settle();
+            }
+            1 => {
+                let damage = self.damage(random);
+                self.trace(&format!("damage {damage}"), &[]);
+            }
+            2 => {
+                self.trace("time passes", &[]);
+                self.pass(random.pick(&[70, 700]));
+            }
+            3 => {
+                let sets = self.model.sets != random.one_in(4);
+                self.trace(&format!("restart, sets {sets}"), &faults);
+                self.restart_with(sets);
+            }
+            4 => {
+                self.trace("tick", &faults);
+                self.tick();
+            }
+            _ => {
+                let changes: Vec<Change> = (0..=random.below(4)).map(|_| random.change()).collect();
+                let shown = |change: &Change| {
+                    let rules = change.rules.iter().map(|rule| rule.to_string());
+                    format!("{:?} {}", change.action, rules.collect::<Vec<_>>().join(" "))
+                };
+                self.trace(&changes.iter().map(shown).collect::<Vec<_>>().join(", "), &faults);
+                let results = self.commit(&changes);
+                let shown = |result: &Result<Outcome, ApplyError>| match result {
+                    Ok(outcome) => outcome.tally.single().map_or("nothing", Verdict::name).into(),
+                    Err(error) => format!("{error:?}"),
+                };
+                let results: Vec<String> = results.iter().map(shown).collect();
+                self.trace.push(format!("    {}", results.join(", ")));
+                // Without a fault, whatever happened before, only a full set is a reason to refuse.
+                let is_fine = |result: &String| !faults.is_empty() || !result.starts_with("Tool");
+                assert!(results.iter().all(is_fine), "{results:?}");
+            }
+        }
+    }
+
+    /// Installs faults and records the step that has them.
+    fn trace(&mut self, step: &str, faults: &[Fault]) {
+        self.set_faults(faults);
+        let shown = |fault: &Fault| {
+            let Fault { part, first, count, way, family, only_writes } = fault;
+            format!(" [{part:?} {way:?} {first}+{count} {family:?} {only_writes}]")
+        };
+        self.trace.push(format!("{step}{}", faults.iter().map(shown).collect::<String>()));
+    }
+}
+
+/// After any sequence of changes, faults, damage and restarts, the kernel holds what was answered.
+fn check_random(seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut world = World::new(random.one_in(2), random.one_in(2));
+        let run = panic::catch_unwind(panic::AssertUnwindSafe(|| {
+            (0..100).for_each(|_| world.step(&mut random));
+            world.trace("the end", &[]);
+            world.settle();
+            world.check_restart();
+        }));
+        let steps = &world.trace[world.trace.len().saturating_sub(40)..];
+        assert!(run.is_ok(), "seed {seed}, file {:?}:\n{}", world.folder, steps.join("\n"));
+    }
+}
+
+#[test]
+fn random_sequences() {
+    check_random(0..40);
+}

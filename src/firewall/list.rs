@@ -1,0 +1,1126 @@
+//! The list: every rule that rfw keeps, with its age and its expiry. Pure: no process, no clock.
+//!
+//! While rfw runs, this is the truth; the kernel and the state file are made to match it. A rule
+//! is kept as its [`Group`] and one address, because most rules differ only in that, and because
+//! with sets each group is one set.
+
+use super::iptables::{KernelRule, TaggedRule};
+use crate::rule::net::{Family, Net};
+use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side, Target};
+use crate::state::{Record, StoredRule};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::num::NonZeroU64;
+
+/// Unix seconds of 2026-01-01. No correct clock shows less.
+const REAL_TIME: u64 = 1_767_225_600;
+/// With more addresses than this, a group that has none is filled at once.
+const MANY: usize = 4_096;
+
+/// What became of one rule.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    Inserted,
+    /// It existed; it has a new expiry and precedes all older rules.
+    Refreshed,
+    Exists,
+    Deleted,
+    Absent,
+}
+
+impl Verdict {
+    const ALL: [Verdict; 5] =
+        [Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted, Verdict::Absent];
+
+    /// The word in responses and in the log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Inserted => "inserted",
+            Verdict::Refreshed => "refreshed",
+            Verdict::Exists => "exists",
+            Verdict::Deleted => "deleted",
+            Verdict::Absent => "absent",
+        }
+    }
+}
+
+/// How many rules of a change got which verdict.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Tally([usize; 5]);
+
+impl Tally {
+    pub fn of(&self, verdict: Verdict) -> usize {
+        self.0.get(verdict as usize).copied().unwrap_or(0)
+    }
+
+    /// That of a single rule.
+    pub fn single(&self) -> Option<Verdict> {
+        Verdict::ALL.into_iter().find(|verdict| self.of(*verdict) > 0)
+    }
+
+    pub fn add(&mut self, verdict: Verdict, count: usize) {
+        if let Some(sum) = self.0.get_mut(verdict as usize) {
+            *sum = sum.saturating_add(count);
+        }
+    }
+}
+
+/// The response to a change that is in effect.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Outcome {
+    pub tally: Tally,
+    /// Unix seconds.
+    pub expires: Option<u64>,
+}
+
+/// All of a rule but its first address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Group {
+    pub template: RuleTemplate,
+    pub family: Family,
+    /// The destination of a rule that names two addresses or none.
+    second: Option<Net>,
+}
+
+impl Group {
+    /// The group of a rule, and its address there.
+    pub fn of(rule: &Rule) -> (Group, Net) {
+        if let Some((template, net)) = rule.template() {
+            return (Group { template, family: net.family(), second: None }, net);
+        }
+        let ((in_iface, out_iface), (source, destination)) = (rule.ifaces(), rule.sides());
+        let (target, chain, side) = (rule.target, rule.chain(), Side::Source);
+        let template = RuleTemplate { target, chain, in_iface, out_iface, side };
+        (Group { template, family: source.family(), second: Some(destination) }, source)
+    }
+
+    pub fn rule(&self, net: Net) -> Rule {
+        let mut rule = self.template.rule(net);
+        if let (Match::Forward { destination, .. }, Some(second)) = (&mut rule.matches, self.second)
+        {
+            *destination = second;
+        }
+        rule
+    }
+
+    /// The rule of its set; `None` if its addresses cannot be in one.
+    pub fn set(&self) -> Option<KernelRule> {
+        self.second.is_none().then(|| KernelRule::set(self.template, self.family))
+    }
+
+    /// The groups that differ in their target only.
+    fn rivals(self) -> impl Iterator<Item = Group> {
+        self.template.others().map(move |template| Group { template, ..self })
+    }
+}
+
+/// A rule of a group.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Greater is newer. A newer rule precedes older ones.
+    pub age: NonZeroU64,
+    /// Unix seconds.
+    expires: Option<NonZeroU64>,
+}
+
+impl Entry {
+    pub fn expires(&self) -> Option<u64> {
+        self.expires.map(NonZeroU64::get)
+    }
+}
+
+/// The rules of one group, by address.
+pub type Members = BTreeMap<Net, Entry>;
+
+/// Those that share an address with `net`. A block sorts directly before the blocks that it
+/// contains.
+fn overlapping(members: &Members, net: Net) -> impl Iterator<Item = (&Net, &Entry)> {
+    let wider = (0..net.prefix()).filter_map(move |prefix| Net::new(net.addr(), prefix));
+    let wider = wider.filter_map(|net| members.get_key_value(&net));
+    wider.chain(members.range(net..).take_while(move |(inner, _)| net.contains(inner)))
+}
+
+/// One rule that a batch changed or confirmed.
+struct Step {
+    /// Which of the batch's groups.
+    group: u32,
+    net: Net,
+    before: Option<Entry>,
+}
+
+/// What changes have done to the list, so that it can be written and undone.
+#[derive(Default)]
+pub struct Batch {
+    pub groups: Vec<Group>,
+    /// The sets that did not exist before.
+    pub created: Vec<Group>,
+    /// Each rule once, in the order of their ages.
+    steps: Vec<Step>,
+    /// One for each change, in order.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// A rule before and after a batch.
+#[derive(Clone, Copy)]
+pub struct Difference {
+    pub group: Group,
+    pub net: Net,
+    pub before: Option<Entry>,
+    pub after: Option<Entry>,
+}
+
+impl Difference {
+    pub fn rule(&self) -> Rule {
+        self.group.rule(self.net)
+    }
+}
+
+impl Batch {
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    fn push(&mut self, group: Group, net: Net, before: Option<Entry>) {
+        let known = self.groups.iter().rposition(|known| *known == group);
+        let group = known.unwrap_or_else(|| {
+            self.groups.push(group);
+            self.groups.len().saturating_sub(1)
+        });
+        // A batch has fewer groups than lines, and far fewer than 2^32.
+        self.steps.push(Step { group: group as u32, net, before });
+    }
+
+    fn group(&self, step: &Step) -> Option<Group> {
+        self.groups.get(step.group as usize).copied()
+    }
+}
+
+/// Every rule that rfw keeps.
+#[derive(Default)]
+pub struct List {
+    groups: BTreeMap<Group, Members>,
+    youngest: u64,
+    /// The seconds at which rules may be due, each once. A rule that was refreshed or deleted
+    /// meanwhile is just not found then.
+    due: BTreeSet<(Family, NonZeroU64)>,
+    /// Whether addresses are kept in sets, where an address has one target at a time.
+    sets: bool,
+}
+
+impl List {
+    pub fn new(sets: bool) -> List {
+        List { sets, ..List::default() }
+    }
+
+    /// Puts or replaces a rule, without a record of it.
+    pub fn insert(&mut self, rule: &Rule, expires: Option<u64>) {
+        let (group, net) = Group::of(rule);
+        let entry = self.newest(expires.and_then(NonZeroU64::new));
+        self.set(group, net, Some(entry));
+    }
+
+    /// Removes a rule, without a record of it.
+    pub fn remove(&mut self, rule: &Rule) {
+        let (group, net) = Group::of(rule);
+        self.set(group, net, None);
+    }
+
+    /// Has a group even if it is empty. Only sets can be.
+    pub fn ensure(&mut self, template: RuleTemplate, family: Family) {
+        self.groups.entry(Group { template, family, second: None }).or_default();
+    }
+
+    /// Forgets the groups that are empty.
+    pub fn drop_empty(&mut self) {
+        self.groups.retain(|_, members| !members.is_empty());
+    }
+
+    /// Where an address has several targets but is kept in sets, removes all but the newest.
+    /// Returns whether there were any: rfw kept rules before.
+    pub fn drop_rivals(&mut self) -> bool {
+        let mut older = Vec::new();
+        for (group, members) in &self.groups {
+            for rivals in self.rivals(*group).filter_map(|rival| self.members(&rival)) {
+                let is_older = |(net, entry): &(&Net, &Entry)| {
+                    rivals.get(net).is_some_and(|rival| rival.age > entry.age)
+                };
+                let nets = members.iter().filter(is_older);
+                older.extend(nets.map(|(net, _)| (*group, *net)));
+            }
+        }
+        for (group, net) in &older {
+            self.set(*group, *net, None);
+        }
+        !older.is_empty()
+    }
+
+    /// Carries out changes, one after the other. `now` is in Unix seconds.
+    pub fn apply(&mut self, changes: &[&Change], now: u64) -> Batch {
+        let mut batch = Batch::default();
+        for change in changes {
+            let expires = match change.action {
+                Action::Put(seconds) if seconds > 0 => NonZeroU64::new(now.saturating_add(seconds)),
+                _ => None,
+            };
+            let mut tally = Tally::default();
+            for_each_group(&change.rules, |group, nets| match change.action {
+                Action::Put(_) if nets.len() > MANY && self.is_vacant(group) => {
+                    self.fill(group, nets, expires, &mut batch);
+                    tally.add(Verdict::Inserted, nets.len());
+                }
+                Action::Put(_) => nets.iter().for_each(|net| {
+                    tally.add(self.put(group, *net, expires, &mut batch), 1);
+                }),
+                Action::Delete => nets.iter().for_each(|net| {
+                    tally.add(self.delete(group, *net, &mut batch), 1);
+                }),
+            });
+            batch.outcomes.push(Outcome { tally, expires: expires.map(NonZeroU64::get) });
+        }
+        // Within one change no rule occurs twice, but in several it may.
+        if changes.len() > 1 {
+            let mut seen = HashSet::new();
+            batch.steps.retain(|step| seen.insert((step.group, step.net)));
+            let groups = &batch.groups;
+            batch.steps.sort_by_key(|step| {
+                let group = groups.get(step.group as usize)?;
+                Some(self.entry(*group, &step.net)?.age)
+            });
+        }
+        batch
+    }
+
+    fn put(
+        &mut self,
+        group: Group,
+        net: Net,
+        expires: Option<NonZeroU64>,
+        batch: &mut Batch,
+    ) -> Verdict {
+        let before = self.entry(group, &net);
+        let is_same = |old: &Entry| old.expires == expires && !self.is_shadowed(group, net, old);
+        if before.as_ref().is_some_and(is_same) {
+            batch.push(group, net, before);
+            return Verdict::Exists;
+        }
+        for rival in self.rivals(group) {
+            if let Some(entry) = self.set(rival, net, None) {
+                batch.push(rival, net, Some(entry));
+            }
+        }
+        if self.is_in_set(&group) && !self.groups.contains_key(&group) {
+            batch.created.push(group);
+        }
+        let entry = self.newest(expires);
+        self.set(group, net, Some(entry));
+        batch.push(group, net, before);
+        if before.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
+    }
+
+    /// Whether neither a group nor its rivals have any rules.
+    fn is_vacant(&self, group: Group) -> bool {
+        let is_empty = |group| self.groups.get(&group).is_none_or(Members::is_empty);
+        is_empty(group) && self.rivals(group).all(is_empty)
+    }
+
+    /// Puts many rules where there are none: a map that grew one by one is half empty.
+    fn fill(&mut self, group: Group, nets: &[Net], expires: Option<NonZeroU64>, batch: &mut Batch) {
+        if self.is_in_set(&group) && !self.groups.contains_key(&group) {
+            batch.created.push(group);
+        }
+        self.due.extend(expires.map(|second| (group.family, second)));
+        let members = nets.iter().map(|net| (*net, self.newest(expires))).collect();
+        self.groups.insert(group, members);
+        nets.iter().for_each(|net| batch.push(group, *net, None));
+    }
+
+    fn delete(&mut self, group: Group, net: Net, batch: &mut Batch) -> Verdict {
+        let before = self.set(group, net, None);
+        if before.is_none() {
+            return Verdict::Absent;
+        }
+        batch.push(group, net, before);
+        Verdict::Deleted
+    }
+
+    /// Removes the rules of a family that are due.
+    pub fn expire(&mut self, family: Family, now: u64) -> Batch {
+        let mut batch = Batch::default();
+        let is_over =
+            |(known, second): &(Family, NonZeroU64)| *known == family && second.get() <= now;
+        if !self.due.range((family, NonZeroU64::MIN)..).next().is_some_and(is_over) {
+            return batch;
+        }
+        self.due.retain(|due| !is_over(due));
+        let is_due = |entry: &Entry| entry.expires().is_some_and(|second| second <= now);
+        let groups = self.groups.iter().filter(|(group, _)| group.family == family);
+        let due = groups.flat_map(|(group, members)| members.iter().map(move |m| (*group, m)));
+        let due = due.filter(|(_, (_, entry))| is_due(entry));
+        let due: Vec<_> = due.map(|(group, (net, _))| (group, *net)).collect();
+        for (group, net) in due {
+            self.delete(group, net, &mut batch);
+        }
+        batch
+    }
+
+    pub fn undo(&mut self, batch: &Batch) {
+        for step in batch.steps.iter().rev() {
+            if let Some(group) = batch.group(step) {
+                self.set(group, step.net, step.before);
+            }
+        }
+        for group in &batch.created {
+            self.groups.remove(group);
+        }
+    }
+
+    /// Moves every expiry after the wall clock, which had shown `before`, was set by so many
+    /// seconds. If `before` was no real time, as on a router that has just booted, an expiry in
+    /// real time is of an earlier run, and right.
+    pub fn shift(&mut self, before: u64, seconds: i64) {
+        let shifted = |second: NonZeroU64| match before >= REAL_TIME || second.get() < REAL_TIME {
+            true => NonZeroU64::new(second.get().saturating_add_signed(seconds).max(1)),
+            false => Some(second),
+        };
+        for entry in self.groups.values_mut().flat_map(Members::values_mut) {
+            entry.expires = entry.expires.and_then(shifted);
+        }
+        let due = self.due.iter().filter_map(|(family, second)| Some((*family, shifted(*second)?)));
+        self.due = due.collect();
+    }
+
+    /// What a batch changed or confirmed.
+    pub fn differences(&self, batch: &Batch) -> impl Iterator<Item = Difference> + Clone {
+        batch.steps.iter().filter_map(|step| {
+            let (group, net, before) = (batch.group(step)?, step.net, step.before);
+            Some(Difference { group, net, before, after: self.entry(group, &net) })
+        })
+    }
+
+    /// What a batch changed, for the state file: the newest last.
+    pub fn records(&self, batch: &Batch) -> impl Iterator<Item = Record> + Clone {
+        let changed = self.differences(batch).filter(|d| d.before != d.after);
+        changed.map(|difference| match difference.after {
+            Some(entry) => Record::Put(difference.rule(), entry.expires()),
+            None => Record::Delete(difference.rule()),
+        })
+    }
+
+    /// Every rule, the oldest first.
+    pub fn stored(&self) -> impl Iterator<Item = StoredRule> {
+        let rules = self.groups.iter().flat_map(|(group, members)| {
+            members.iter().map(move |(net, entry)| (entry.age, group, net, entry))
+        });
+        let mut rules: Vec<_> = rules.collect();
+        rules.sort_unstable_by_key(|(age, ..)| *age);
+        rules.into_iter().map(|(_, group, net, entry)| (group.rule(*net), entry.expires()))
+    }
+
+    /// The rules of a chain that are not kept in sets, the newest first.
+    pub fn rules(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
+        let groups = self.groups.iter().filter(|(group, _)| {
+            (group.family, group.template.chain) == (family, chain) && !self.is_in_set(group)
+        });
+        let rules = groups.flat_map(|(group, members)| {
+            members.iter().map(|(net, entry)| (entry, group.rule(*net)))
+        });
+        let mut rules: Vec<_> = rules.collect();
+        rules.sort_unstable_by_key(|(entry, _)| Reverse(entry.age));
+        let tagged =
+            |(entry, rule): (&Entry, _)| TaggedRule::new(KernelRule::plain(rule), entry.expires());
+        rules.into_iter().map(tagged).collect()
+    }
+
+    /// The groups that are kept in sets, with the rule of each set, in the order of these rules.
+    pub fn sets(&self) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
+        let groups = self.groups.iter().filter(|_| self.sets);
+        groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
+    }
+
+    pub fn has_sets(&self) -> bool {
+        self.sets
+    }
+
+    pub fn is_in_set(&self, group: &Group) -> bool {
+        self.sets && group.second.is_none()
+    }
+
+    pub fn members(&self, group: &Group) -> Option<&Members> {
+        self.groups.get(group)
+    }
+
+    pub fn len(&self) -> usize {
+        self.groups.values().map(Members::len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.groups.values().all(Members::is_empty)
+    }
+
+    /// How many rules of a family are not kept in sets.
+    pub fn count_rules(&self, family: Family) -> usize {
+        let groups = self.groups.iter();
+        let rules = groups.filter(|(group, _)| group.family == family && !self.is_in_set(group));
+        rules.map(|(_, members)| members.len()).sum()
+    }
+
+    /// How many rules there are for a chain and a target.
+    pub fn count(&self, chain: Chain, target: Target) -> usize {
+        let here = |group: &Group| (group.template.chain, group.template.target) == (chain, target);
+        let groups = self.groups.iter().filter(|(group, _)| here(group));
+        groups.map(|(_, members)| members.len()).sum()
+    }
+
+    fn entry(&self, group: Group, net: &Net) -> Option<Entry> {
+        self.groups.get(&group)?.get(net).copied()
+    }
+
+    fn newest(&mut self, expires: Option<NonZeroU64>) -> Entry {
+        self.youngest = self.youngest.saturating_add(1);
+        Entry { age: NonZeroU64::new(self.youngest).unwrap_or(NonZeroU64::MIN), expires }
+    }
+
+    /// The groups that must not have an address that this one gets.
+    fn rivals(&self, group: Group) -> impl Iterator<Item = Group> + use<> {
+        let is_in_set = self.is_in_set(&group);
+        group.rivals().filter(move |_| is_in_set)
+    }
+
+    /// Returns what was there.
+    fn set(&mut self, group: Group, net: Net, entry: Option<Entry>) -> Option<Entry> {
+        if let Some(entry) = entry {
+            self.due.extend(entry.expires.map(|second| (group.family, second)));
+            return self.groups.entry(group).or_default().insert(net, entry);
+        }
+        let members = self.groups.get_mut(&group)?;
+        let old = members.remove(&net);
+        // An empty set stays until the next start.
+        if members.is_empty() && !self.is_in_set(&group) {
+            self.groups.remove(&group);
+        }
+        old
+    }
+
+    /// Whether a newer rule with another target is about some of the same packets.
+    fn is_shadowed(&self, group: Group, net: Net, entry: &Entry) -> bool {
+        if self.is_in_set(&group) {
+            return false;
+        }
+        let rule = group.rule(net);
+        let others = self.groups.iter().filter(|(other, _)| {
+            let same = (other.family, other.template.chain) == (group.family, group.template.chain);
+            same && other.template.target != group.template.target
+        });
+        others.into_iter().any(|(other, members)| {
+            let decides = |(net, rival): (&Net, &Entry)| {
+                rival.age > entry.age && other.rule(*net).overlaps(&rule)
+            };
+            match other.template.side == group.template.side {
+                true => overlapping(members, net).any(decides),
+                false => members.iter().any(decides),
+            }
+        })
+    }
+}
+
+/// The rules of a change, group by group.
+fn for_each_group(rules: &Rules, mut each: impl FnMut(Group, &[Net])) {
+    match rules {
+        Rules::One(rule) => {
+            let (group, net) = Group::of(rule);
+            each(group, &[net]);
+        }
+        Rules::List(template, nets) => {
+            for nets in nets.chunk_by(|a, b| a.family() == b.family()) {
+                let family = nets.first().map_or(Family::V4, Net::family);
+                each(Group { template: *template, family, second: None }, nets);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::iter;
+
+    const NOW: u64 = 2_000_000_000;
+
+    type Lines = &'static [&'static str];
+
+    fn rule(path: &str) -> Rule {
+        path.parse().expect(path)
+    }
+
+    /// `+PATH` is a PUT for ever, `+PATH 60` for 60 seconds, `-PATH` a DELETE. A path that ends
+    /// in `/{A,B}` is a list.
+    fn change(text: &str) -> Change {
+        let (verb, rest) = text.split_at(1);
+        let (path, seconds) = rest.split_once(' ').unwrap_or((rest, "0"));
+        let put = Action::Put(seconds.parse().unwrap());
+        let action = if verb == "+" { put } else { Action::Delete };
+        let Some((template, nets)) = path.split_once("/{") else {
+            return Change { rules: Rules::One(rule(path)), action };
+        };
+        let segments: Vec<&str> = template.split('/').skip(1).collect();
+        let template = RuleTemplate::parse(&segments).unwrap();
+        let nets = nets.trim_end_matches('}').split(',').map(|net| Net::parse(net).unwrap());
+        let nets: BTreeSet<Net> = nets.collect();
+        Change { rules: Rules::List(template, nets.into_iter().collect()), action }
+    }
+
+    fn apply(list: &mut List, texts: &[&str]) -> Batch {
+        let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
+        list.apply(&changes.iter().collect::<Vec<_>>(), NOW)
+    }
+
+    fn list(sets: bool, texts: &[&str]) -> List {
+        let mut list = List::new(sets);
+        for text in texts {
+            apply(&mut list, &[text]);
+        }
+        list
+    }
+
+    /// As in [`change`].
+    fn show((rule, expires): StoredRule) -> String {
+        expires.map_or(format!("+{rule}"), |second| format!("+{rule} {}", second - NOW))
+    }
+
+    /// The oldest first.
+    fn stored(list: &List) -> Vec<String> {
+        list.stored().map(show).collect()
+    }
+
+    fn records(list: &List, batch: &Batch) -> Vec<String> {
+        let show = |record| match record {
+            Record::Put(rule, expires) => show((rule, expires)),
+            Record::Delete(rule) => format!("-{rule}"),
+        };
+        list.records(batch).map(show).collect()
+    }
+
+    /// The verdicts of each change with their counts, which are left out where they are 1.
+    fn verdicts(batch: &Batch) -> String {
+        let count = |tally: &Tally, verdict: Verdict| match tally.of(verdict) {
+            0 => None,
+            1 => Some(verdict.name().to_string()),
+            count => Some(format!("{} {count}", verdict.name())),
+        };
+        let one = |Outcome { tally, .. }: &Outcome| {
+            let all = Verdict::ALL.into_iter().filter_map(|verdict| count(tally, verdict));
+            all.collect::<Vec<_>>().join("+")
+        };
+        batch.outcomes.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    fn content(list: &List) -> BTreeMap<Group, Members> {
+        list.groups.clone()
+    }
+
+    /// What must always hold.
+    fn check(list: &List) {
+        let mut ages = HashSet::new();
+        for (group, members) in &list.groups {
+            assert!(!members.is_empty() || list.is_in_set(group), "{group:?}");
+            assert_eq!(list.members(group), Some(members));
+            for (net, entry) in members {
+                assert!(
+                    entry.expires.is_none_or(|second| list.due.contains(&(group.family, second)))
+                );
+                assert!(ages.insert(entry.age) && entry.age.get() <= list.youngest);
+                assert_eq!(Group::of(&group.rule(*net)), (*group, *net));
+                for rival in list.rivals(*group) {
+                    assert_eq!(list.entry(rival, net), None, "one target at a time");
+                }
+            }
+        }
+    }
+
+    /// Applies a batch, and checks that what the state file and `undo` make of it is right.
+    fn apply_and_check(list: &mut List, texts: &[&str]) -> Batch {
+        let mut replayed = List::new(list.sets);
+        list.stored().for_each(|(rule, expires)| replayed.insert(&rule, expires));
+        let before = content(list);
+        let batch = apply(list, texts);
+        check(list);
+        for record in list.records(&batch) {
+            match record {
+                Record::Put(rule, expires) => replayed.insert(&rule, expires),
+                Record::Delete(rule) => replayed.remove(&rule),
+            }
+        }
+        check(&replayed);
+        assert_eq!(stored(&replayed), stored(list), "{texts:?}");
+        list.undo(&batch);
+        check(list);
+        assert_eq!(content(list), before, "{texts:?}");
+        apply(list, texts)
+    }
+
+    const A: &str = "+/drop/input/any/1.1.1.1";
+    const B: &str = "+/drop/input/any/2.2.2.2";
+    const C: &str = "+/drop/input/any/3.3.3.3";
+    const A60: &str = "+/drop/input/any/1.1.1.1 60";
+    const NO_A: &str = "-/drop/input/any/1.1.1.1";
+    const NO_B: &str = "-/drop/input/any/2.2.2.2";
+    const ACCEPT_A: &str = "+/accept/input/any/1.1.1.1";
+    const NO_ACCEPT_A: &str = "-/accept/input/any/1.1.1.1";
+
+    #[test]
+    fn batches() {
+        const LIST: &str = "+/drop/input/any/{3.3.3.3,1.1.1.1,2.2.2.2,1.1.1.1}";
+        // What there is, the batch, the verdicts, the records
+        let table: &[(Lines, Lines, &str, Lines)] = &[
+            (&[], &[], "", &[]),
+            (&[], &[A], "inserted", &[A]),
+            (&[], &[A60], "inserted", &[A60]),
+            (&[A], &[A], "exists", &[]),
+            (&[A60], &[A60], "exists", &[]),
+            (&[A], &[A60], "refreshed", &[A60]),
+            (&[A60], &[A], "refreshed", &[A]),
+            (&[A], &[NO_A], "deleted", &[NO_A]),
+            (&[], &[NO_A], "absent", &[]),
+            (&[B], &[NO_A], "absent", &[]),
+            // Several about one rule
+            (&[], &[A, A], "inserted, exists", &[A]),
+            (&[], &[A, NO_A], "inserted, deleted", &[]),
+            (&[A], &[NO_A, A], "deleted, inserted", &[A]),
+            (&[A], &[NO_A, A, NO_A], "deleted, inserted, deleted", &[NO_A]),
+            (&[A, B], &[A60, B, A], "refreshed, exists, refreshed", &[A]),
+            // Deletions first, then the newest last
+            (&[A, B], &[C, NO_B, A60], "inserted, deleted, refreshed", &[NO_B, C, A60]),
+            (&[], &[A, B, A60], "inserted, inserted, refreshed", &[B, A60]),
+            // Lists
+            (&[B], &[LIST], "inserted 2+exists", &[A, C]),
+            (&[B], &["-/drop/input/any/{1.1.1.1,2.2.2.2}"], "deleted+absent", &[NO_B]),
+            (
+                &[],
+                &["+/drop/input/any/{1.1.1.1,2001:db8::/64} 60"],
+                "inserted 2",
+                &[A60, "+/drop/input/any/2001:db8::/64 60"],
+            ),
+            (
+                &[],
+                &["+/drop/output/eth0/{1.1.1.1}", A],
+                "inserted, inserted",
+                &["+/drop/output/eth0/1.1.1.1", A],
+            ),
+        ];
+        for (before, texts, expected, expected_records) in table {
+            for sets in [false, true] {
+                let mut list = list(sets, before);
+                let batch = apply_and_check(&mut list, texts);
+                let records = records(&list, &batch);
+                assert_eq!(verdicts(&batch), *expected, "{sets} {before:?} {texts:?}");
+                assert_eq!(records, *expected_records, "{sets} {before:?} {texts:?}");
+            }
+        }
+    }
+
+    /// A newer rule with another target decides about some of the same packets, so a PUT has to
+    /// move the older one before it.
+    #[test]
+    fn what_is_shadowed_is_refreshed() {
+        // The two rules, the older one first; whether a PUT of that moves it
+        let table = [
+            ("/drop/input/any/1.1.1.1", "/accept/input/any/1.1.1.1", true),
+            ("/drop/input/any/1.1.1.1", "/reject/input/any/1.1.1.0/24", true),
+            ("/drop/input/any/1.1.1.0/24", "/accept/input/any/1.1.1.1", true),
+            ("/drop/input/any/1.1.1.0/24", "/accept/input/any/1.1.1.255", true),
+            ("/drop/input/any/1.1.1.1", "/accept/input/eth0/1.1.0.0/16", true),
+            ("/drop/input/any/2001:db8::1", "/accept/input/any/2001:db8::/32", true),
+            ("/drop/input/any/1.1.1.1", "/drop/input/eth0/1.1.1.0/24", false),
+            ("/drop/input/any/1.1.1.1", "/accept/input/any/1.1.1.2", false),
+            ("/drop/input/any/1.1.1.0/24", "/accept/input/any/1.1.2.0/24", false),
+            ("/drop/input/any/1.1.2.0/24", "/accept/input/any/1.1.1.0/24", false),
+            ("/drop/input/any/1.1.1.1", "/accept/output/any/1.1.1.1", false),
+            ("/drop/input/any/1.1.1.1", "/accept/forward/any/1.1.1.1", false),
+            // Two addresses, or none
+            ("/drop/forward/any/1.1.1.1", "/accept/forward/any/0.0.0.0", true),
+            ("/drop/forward/any/0.0.0.0", "/accept/forward/any/1.1.1.1", true),
+            ("/drop/forward/any/1.1.1.1", "/accept/forward/any/0.0.0.0/any/2.2.2.2", true),
+            ("/drop/forward/any/0.0.0.0/any/2.2.2.2", "/accept/forward/any/1.1.1.1", true),
+            ("/drop/forward/any/1.1.1.1", "/accept/forward/any/1.1.1.1/any/2.2.2.2", true),
+            (
+                "/drop/forward/any/1.1.1.1/any/2.2.2.2",
+                "/accept/forward/any/1.1.1.1/any/2.2.2.0/24",
+                true,
+            ),
+            (
+                "/drop/forward/any/1.1.1.1/any/2.2.2.2",
+                "/accept/forward/any/1.1.1.1/any/3.3.3.3",
+                false,
+            ),
+            (
+                "/drop/forward/any/1.1.1.1/any/2.2.2.2",
+                "/accept/forward/any/3.3.3.3/any/2.2.2.2",
+                false,
+            ),
+            ("/drop/forward/any/::", "/accept/forward/any/0.0.0.0", false),
+        ];
+        for (older, newer, is_shadowed) in table {
+            let (older, newer) = (format!("+{older}"), format!("+{newer}"));
+            let mut list = list(false, &[&older, &newer]);
+            let verdict = |is_shadowed| if is_shadowed { "refreshed" } else { "exists" };
+            let batch = apply_and_check(&mut list, &[&newer]);
+            assert_eq!(verdicts(&batch), "exists", "{newer}");
+            let batch = apply_and_check(&mut list, &[&older]);
+            assert_eq!(verdicts(&batch), verdict(is_shadowed), "{older} {newer}");
+            let expected = if is_shadowed { [newer, older] } else { [older, newer] };
+            assert_eq!(stored(&list), expected);
+        }
+    }
+
+    #[test]
+    fn an_address_in_sets_has_one_target() {
+        let table: &[(Lines, Lines, &str, Lines)] = &[
+            (&[A], &[ACCEPT_A], "inserted", &[NO_A, ACCEPT_A]),
+            (&[A60], &[ACCEPT_A], "inserted", &[NO_A, ACCEPT_A]),
+            (&[A], &[ACCEPT_A, A], "inserted, inserted", &[A]),
+            (&[], &[ACCEPT_A, A], "inserted, inserted", &[A]),
+            (
+                &[A, B],
+                &["+/reject/input/any/{1.1.1.1,2.2.2.2}"],
+                "inserted 2",
+                &[NO_A, "+/reject/input/any/1.1.1.1", NO_B, "+/reject/input/any/2.2.2.2"],
+            ),
+            (&[ACCEPT_A], &[NO_A], "absent", &[]),
+            (&[ACCEPT_A], &[A, NO_A], "inserted, deleted", &[NO_ACCEPT_A]),
+            // Another interface, block or chain is another address; age does not matter
+            (&[A], &["+/accept/input/eth0/1.1.1.1"], "inserted", &["+/accept/input/eth0/1.1.1.1"]),
+            (
+                &[A],
+                &["+/accept/input/any/1.1.1.0/24"],
+                "inserted",
+                &["+/accept/input/any/1.1.1.0/24"],
+            ),
+            (&[A, "+/accept/input/any/1.1.1.0/24"], &[A], "exists", &[]),
+            (
+                &["+/drop/forward/any/1.1.1.1"],
+                &["+/accept/forward/any/0.0.0.0/any/1.1.1.1"],
+                "inserted",
+                &["+/accept/forward/any/0.0.0.0/any/1.1.1.1"],
+            ),
+            // Rules with two addresses or none are not in sets
+            (
+                &["+/drop/forward/any/1.1.1.1/any/2.2.2.2", "+/accept/forward/any/0.0.0.0"],
+                &["+/accept/forward/any/1.1.1.1/any/2.2.2.2"],
+                "inserted",
+                &["+/accept/forward/any/1.1.1.1/any/2.2.2.2"],
+            ),
+            (
+                &["+/drop/forward/any/0.0.0.0", "+/accept/forward/any/0.0.0.0"],
+                &["+/drop/forward/any/0.0.0.0"],
+                "refreshed",
+                &["+/drop/forward/any/0.0.0.0"],
+            ),
+        ];
+        for (before, texts, expected, expected_records) in table {
+            let mut list = list(true, before);
+            let batch = apply_and_check(&mut list, texts);
+            let records = records(&list, &batch);
+            assert_eq!(verdicts(&batch), *expected, "{before:?} {texts:?}");
+            assert_eq!(records, *expected_records, "{before:?} {texts:?}");
+        }
+    }
+
+    #[test]
+    fn outcomes_tell_the_expiry() {
+        let batch = apply(&mut List::new(false), &[A60, NO_A, B]);
+        let expiries: Vec<_> = batch.outcomes.iter().map(|outcome| outcome.expires).collect();
+        assert_eq!(expiries, [Some(NOW + 60), None, None]);
+        let single: Vec<_> = batch.outcomes.iter().map(|outcome| outcome.tally.single()).collect();
+        let [inserted, deleted] = [Some(Verdict::Inserted), Some(Verdict::Deleted)];
+        assert_eq!(single, [inserted, deleted, inserted]);
+        assert_eq!(Tally::default().single(), None);
+    }
+
+    /// A group that a batch empties and fills again is not one that it created.
+    #[test]
+    fn undo_of_a_rule_that_is_deleted_and_put_again() {
+        for sets in [false, true] {
+            let mut list = list(sets, &[A60]);
+            let batch = apply(&mut list, &[NO_A, A]);
+            list.undo(&batch);
+            assert_eq!(stored(&list), [A60]);
+            check(&list);
+        }
+    }
+
+    #[test]
+    fn created_sets() {
+        let mut list = list(true, &[A, NO_A]);
+        let pair = "+/drop/forward/any/1.1.1.1/any/2.2.2.2";
+        let batch = apply(&mut list, &[B, ACCEPT_A, "+/accept/input/any/2.2.2.2", pair]);
+        let names = |groups: &[Group]| {
+            let name = |group: &Group| Some(group.set()?.to_string());
+            groups.iter().filter_map(name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&batch.created), ["rfw4:accept:in:any"]);
+        assert_eq!(names(&batch.groups), ["rfw4:drop:in:any", "rfw4:accept:in:any"]);
+        assert_eq!((batch.groups.len(), batch.len(), batch.is_empty()), (3, 4, false));
+        assert_eq!(list.sets().count(), 2);
+        list.undo(&batch);
+        assert_eq!(list.sets().count(), 1, "an empty set stays, a new one does not");
+        list.drop_empty();
+        assert_eq!(list.sets().count(), 0);
+        list.ensure(RuleTemplate::parse(&["drop", "input", "any"]).unwrap(), Family::V6);
+        let sets = list.sets().map(|(rule, group, members)| {
+            (rule.to_string(), group.family, group.template.chain, members.len())
+        });
+        let expected = ("rfw6:drop:in:any".to_string(), Family::V6, Chain::Input, 0);
+        assert_eq!(sets.collect::<Vec<_>>(), [expected]);
+        assert!(list.is_empty() && list.has_sets());
+        let targets =
+            ["drop", "reject", "accept"].map(|t| format!("+/{t}/input/any/{{1.1.1.1,::1}}"));
+        let names: Vec<String> = self::list(true, &targets.each_ref().map(String::as_str))
+            .sets()
+            .map(|(rule, ..)| rule.to_string())
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "rfw4:accept:in:any",
+                "rfw6:accept:in:any",
+                "rfw4:reject:in:any",
+                "rfw6:reject:in:any",
+                "rfw4:drop:in:any",
+                "rfw6:drop:in:any"
+            ]
+        );
+        // Without sets there are none.
+        let list = self::list(false, &[A]);
+        assert_eq!((list.sets().count(), list.has_sets()), (0, false));
+    }
+
+    #[test]
+    fn expiry() {
+        for sets in [false, true] {
+            let (b90, c5) = ("+/drop/output/any/2.2.2.2 90", "+/drop/input/any/3.3.3.3 5");
+            let mut list = list(sets, &[A60, b90, c5, "+/drop/input/any/4.4.4.4"]);
+            // Refreshed, deleted, and put again
+            apply(&mut list, &["+/drop/input/any/1.1.1.1 70", "-/drop/input/any/3.3.3.3"]);
+            apply(&mut list, &["+/drop/input/any/3.3.3.3 60"]);
+            let due = |list: &mut List, second| {
+                let before = content(list);
+                let batch = list.expire(Family::V4, NOW + second);
+                check(list);
+                let records = records(list, &batch);
+                list.undo(&batch);
+                check(list);
+                assert_eq!(content(list), before, "at {second}");
+                list.expire(Family::V4, NOW + second);
+                records.join(" ")
+            };
+            assert_eq!(due(&mut list, 4), "");
+            assert!(list.expire(Family::V4, NOW + 4).is_empty());
+            assert_eq!(due(&mut list, 59), "");
+            assert_eq!(due(&mut list, 60), "-/drop/input/any/3.3.3.3");
+            assert_eq!(due(&mut list, 60), "");
+            assert_eq!(due(&mut list, 69), "");
+            assert_eq!(due(&mut list, 90), "-/drop/input/any/1.1.1.1 -/drop/output/any/2.2.2.2");
+            assert_eq!(due(&mut list, u64::MAX - NOW), "");
+            assert_eq!(stored(&list), ["+/drop/input/any/4.4.4.4"]);
+        }
+    }
+
+    #[test]
+    fn a_set_clock_moves_every_expiry() {
+        let expiries = |list: &List| -> Vec<Option<u64>> {
+            list.stored().map(|(_, expires)| expires).collect()
+        };
+        let mut list = List::new(false);
+        list.insert(&rule("/drop/input/any/1.1.1.1"), None);
+        list.insert(&rule("/drop/input/any/2.2.2.2"), Some(NOW + 60));
+        list.shift(NOW, -500);
+        assert_eq!(expiries(&list), [None, Some(NOW - 440)]);
+        list.shift(NOW - 500, 500);
+        assert_eq!(expiries(&list), [None, Some(NOW + 60)]);
+        check(&list);
+        // Into the past it is due, but not permanent.
+        list.shift(NOW, -3_000_000_000);
+        assert_eq!(expiries(&list), [None, Some(1)]);
+        check(&list);
+        // Booted in 1970, with a rule of an earlier run beside one of this run.
+        let mut list = List::new(false);
+        list.insert(&rule("/drop/input/any/1.1.1.1"), Some(REAL_TIME - 1));
+        list.insert(&rule("/drop/input/any/2.2.2.2"), Some(160));
+        list.insert(&rule("/drop/input/any/3.3.3.3"), Some(REAL_TIME));
+        list.shift(100, 1_000);
+        assert_eq!(expiries(&list), [Some(REAL_TIME + 999), Some(1_160), Some(REAL_TIME)]);
+        check(&list);
+        // From then on, all of them are in real time.
+        list.shift(REAL_TIME, 10);
+        assert_eq!(expiries(&list), [Some(REAL_TIME + 1_009), Some(1_170), Some(REAL_TIME + 10)]);
+        check(&list);
+    }
+
+    #[test]
+    fn overlapping_blocks() {
+        let nets = ["0.0.0.0/0", "1.0.0.0/9", "1.1.1.0/24", "1.1.1.1", "1.1.1.2", "1.1.2.0/24"];
+        let mut members = Members::default();
+        let entry = Entry { age: NonZeroU64::MIN, expires: None };
+        for net in nets.iter().chain(&["2001:db8::/32", "2001:db8::1"]) {
+            members.insert(Net::parse(net).unwrap(), entry);
+        }
+        let table = [
+            ("1.1.1.1", "0.0.0.0/0 1.0.0.0/9 1.1.1.0/24 1.1.1.1"),
+            ("1.1.1.3", "0.0.0.0/0 1.0.0.0/9 1.1.1.0/24"),
+            ("1.1.1.0/24", "0.0.0.0/0 1.0.0.0/9 1.1.1.0/24 1.1.1.1 1.1.1.2"),
+            ("1.1.0.0/16", "0.0.0.0/0 1.0.0.0/9 1.1.1.0/24 1.1.1.1 1.1.1.2 1.1.2.0/24"),
+            ("9.9.9.9", "0.0.0.0/0"),
+            ("2001:db8::1", "2001:db8::/32 2001:db8::1"),
+            ("2001:db8::/16", "2001:db8::/32 2001:db8::1"),
+            ("2001:db9::1", ""),
+        ];
+        for (net, expected) in table {
+            let found = overlapping(&members, Net::parse(net).unwrap());
+            let found: Vec<String> = found.map(|(net, _)| net.to_string()).collect();
+            assert_eq!(found.join(" "), expected, "{net}");
+        }
+    }
+
+    #[test]
+    fn rules_of_a_chain_newest_first() {
+        let texts = [
+            A60,
+            "+/drop/forward/any/1.1.1.1",
+            "+/accept/input/eth0/2.2.2.0/24",
+            "+/accept/forward/any/1.1.1.1/any/2.2.2.2 60",
+            "+/drop/input/any/::1",
+            "+/reject/forward/eth0/0.0.0.0",
+            "+/drop/output/any/1.1.1.1",
+            B,
+        ];
+        let rules = |sets, family, chain| {
+            let rules = list(sets, &texts).rules(family, chain).into_iter();
+            let shown = rules.map(|tagged| {
+                assert_eq!(
+                    (tagged.counters, tagged.rule),
+                    ((0, 0), KernelRule::plain(tagged.rule.rule))
+                );
+                show((tagged.rule.rule, tagged.expires))
+            });
+            shown.collect::<Vec<String>>()
+        };
+        assert_eq!(rules(false, Family::V4, Chain::Input), [texts[7], texts[2], texts[0]]);
+        assert_eq!(rules(false, Family::V6, Chain::Input), [texts[4]]);
+        assert_eq!(rules(false, Family::V4, Chain::Forward), [texts[5], texts[3], texts[1]]);
+        assert_eq!(rules(true, Family::V4, Chain::Forward), [texts[5], texts[3]]);
+        assert_eq!(rules(true, Family::V4, Chain::Input), [""; 0]);
+        let list = list(true, &texts);
+        assert_eq!((list.len(), list.is_empty()), (8, false));
+        assert_eq!((list.count_rules(Family::V4), list.count_rules(Family::V6)), (2, 0));
+        assert_eq!(list.count(Chain::Input, Target::Drop), 3);
+        assert_eq!(list.count(Chain::Forward, Target::Reject), 1);
+        assert_eq!(list.count(Chain::Output, Target::Accept), 0);
+        assert_eq!(self::list(false, &texts).count_rules(Family::V4), 7);
+    }
+
+    #[test]
+    fn a_large_list_is_compacted_and_keeps_its_content() {
+        let nets = |range: std::ops::Range<usize>| -> String {
+            let nets = range.map(|n| format!("10.0.{}.{}", n / 256, n % 256));
+            format!("/drop/input/any/{{{}}}", nets.collect::<Vec<_>>().join(","))
+        };
+        for sets in [false, true] {
+            let mut list = list(sets, &[A60]);
+            let large = format!("+{} 9", nets(0..MANY + 1));
+            let batch = apply_and_check(&mut list, &[&large]);
+            assert_eq!(verdicts(&batch), format!("inserted {}", MANY + 1));
+            assert_eq!((list.len(), stored(&list)[0].as_str()), (MANY + 2, A60));
+            let batch = apply_and_check(&mut list, &[&format!("-{}", nets(1..MANY + 1))]);
+            assert_eq!(verdicts(&batch), format!("deleted {MANY}"));
+            assert_eq!(stored(&list), [A60, "+/drop/input/any/10.0.0.0 9"]);
+        }
+    }
+
+    /// Numbers that only look random.
+    pub fn numbers(seed: u64) -> impl FnMut(usize) -> usize {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        move |below| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as usize % below
+        }
+    }
+
+    /// Whatever happens, the list is as a vector of rules, the oldest first, would be.
+    #[test]
+    fn as_a_plain_vector_would_be() {
+        let addresses = [
+            "input/any/1.1.1.1",
+            "input/any/1.1.1.0/24",
+            "input/eth0/1.1.1.1",
+            "forward/any/1.1.1.1",
+            "forward/any/1.1.1.1/any/2.2.2.2",
+            "forward/any/0.0.0.0",
+            "input/any/::1",
+        ];
+        for seed in 0..200 {
+            let mut below = numbers(seed);
+            let sets = seed % 2 == 0;
+            let (mut list, mut model) = (List::new(sets), Vec::<StoredRule>::new());
+            let mut now = NOW;
+            for _ in 0..30 {
+                let text = |below: &mut dyn FnMut(usize) -> usize| {
+                    let target = ["drop", "accept", "reject"][below(3)];
+                    let path = format!("/{target}/{}", addresses[below(addresses.len())]);
+                    ["+", "+", "-"][below(3)].to_string() + &path + ["", " 5", " 9"][below(3)]
+                };
+                let texts: Vec<String> =
+                    iter::repeat_with(|| text(&mut below)).take(1 + seed as usize % 3).collect();
+                let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
+                let before = (content(&list), model.clone());
+                let batch = list.apply(&changes.iter().collect::<Vec<_>>(), now);
+                let verdicts: Vec<_> =
+                    changes.iter().map(|c| follow(&mut model, c, sets, now)).collect();
+                let actual = batch.outcomes.iter().map(|outcome| outcome.tally.single().unwrap());
+                assert_eq!(actual.collect::<Vec<_>>(), verdicts, "{seed} {texts:?}");
+                assert_eq!(list.stored().collect::<Vec<_>>(), model, "{seed} {texts:?}");
+                check(&list);
+                if below(3) == 0 {
+                    list.undo(&batch);
+                    assert_eq!(content(&list), before.0, "{seed} {texts:?}");
+                    model = before.1;
+                }
+                now += below(3) as u64;
+                if below(3) == 0 {
+                    Family::ALL.iter().for_each(|family| drop(list.expire(*family, now)));
+                    model.retain(|(_, expires)| expires.is_none_or(|second| second > now));
+                    assert_eq!(list.stored().collect::<Vec<_>>(), model, "{seed} at {now}");
+                    check(&list);
+                }
+            }
+        }
+    }
+
+    fn follow(model: &mut Vec<StoredRule>, change: &Change, sets: bool, now: u64) -> Verdict {
+        let Rules::One(rule) = &change.rules else { unreachable!() };
+        let at = model.iter().position(|(other, _)| other == rule);
+        let Action::Put(seconds) = change.action else {
+            at.map(|at| model.remove(at));
+            return if at.is_some() { Verdict::Deleted } else { Verdict::Absent };
+        };
+        let is_in_set = sets && rule.template().is_some();
+        let expires = (seconds > 0).then_some(now + seconds);
+        if let Some(at) = at {
+            let decides =
+                |(newer, _): &StoredRule| newer.target != rule.target && newer.overlaps(rule);
+            let is_shadowed = !is_in_set && model[at + 1..].iter().any(decides);
+            if model[at].1 == expires && !is_shadowed {
+                return Verdict::Exists;
+            }
+        }
+        let same = |other: &Rule| *other == Rule { target: other.target, ..*rule };
+        model.retain(|(other, _)| other != rule && !(is_in_set && same(other)));
+        model.push((*rule, expires));
+        if at.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
+    }
+}

@@ -1,0 +1,371 @@
+//! The only file that starts a process.
+//!
+//! A program runs by absolute path, with an argument array and an empty environment. Its input
+//! and output pass through socket pairs, because those, unlike pipes, take a time limit.
+
+use std::fmt::{self, Write as _};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How many bytes of a program's standard error are kept.
+const MAX_STDERR: u64 = 4 * 1024;
+/// The longest line of a listing in bytes; rfw never writes a longer one.
+const MAX_LINE: u64 = 64 * 1024;
+/// How many bytes of a program's input are sent at a time.
+const PIECE: usize = 16 * 1024;
+/// The longest time between two looks at whether a silent child has ended. It may have left its
+/// end of a socket to a child of its own.
+const POLL: Duration = Duration::from_millis(50);
+/// By how much each pause grows while rfw waits for a child to end.
+const STEP: Duration = Duration::from_micros(20);
+
+/// What went wrong with a program, as a sentence. After either, only a listing shows what the
+/// kernel has accepted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ToolError {
+    /// The same may work in a moment: the program could not be started, was killed, printed an
+    /// incomplete listing or did not get the xtables lock.
+    Transient(String),
+    /// The program reported an error, in these words.
+    Rejected(String),
+}
+
+impl ToolError {
+    /// With another sentence.
+    pub fn with_note(self, note: &str) -> ToolError {
+        match self {
+            ToolError::Transient(sentence) => ToolError::Transient(sentence + note),
+            ToolError::Rejected(sentence) => ToolError::Rejected(sentence + note),
+        }
+    }
+
+    pub fn is_transient(&self) -> bool {
+        matches!(self, ToolError::Transient(_))
+    }
+}
+
+impl fmt::Display for ToolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ToolError::Transient(sentence) | ToolError::Rejected(sentence)) = self;
+        f.write_str(sentence)
+    }
+}
+
+/// Held by rfw and, as their standard output, by the programs that change rules: while one of
+/// them lives, no other rfw starts in this network namespace. So a program that outlives a
+/// killed rfw is waited for before the kernel is read. An abstract socket vanishes with its last
+/// holder.
+pub struct InstanceLock(UnixDatagram);
+
+impl InstanceLock {
+    /// Waits until no other rfw, nor a program of a killed one, holds the lock. The error is a
+    /// sentence.
+    pub fn take(limit: Duration) -> Result<InstanceLock, String> {
+        let failed = |error: io::Error| format!("cannot create a socket: {error}");
+        let name = SocketAddr::from_abstract_name("rfw").map_err(failed)?;
+        let started = Instant::now();
+        loop {
+            match UnixDatagram::bind_addr(&name) {
+                Ok(socket) => return Ok(InstanceLock(socket)),
+                Err(error) if error.kind() != ErrorKind::AddrInUse => return Err(failed(error)),
+                Err(_) if started.elapsed() < limit => thread::sleep(Duration::from_millis(1)),
+                Err(_) => return Err("another rfw runs here; stop it first".into()),
+            }
+        }
+    }
+}
+
+/// Runs a program to its end on what `input` writes. `limit` is for all of it.
+pub fn run(
+    lock: &InstanceLock,
+    program: &Path,
+    args: &[&str],
+    limit: Duration,
+    input: impl FnOnce(&mut StdinWriter) -> io::Result<()>,
+) -> Result<(), ToolError> {
+    let held = lock.0.try_clone().map_err(|error| cannot_start(program, &error))?;
+    let (socket, theirs) = pair(program)?;
+    let (stdin, stdout) = (Stdio::from(theirs), Stdio::from(OwnedFd::from(held)));
+    let child = ChildProcess::start(program, args, stdin, stdout, limit)?;
+    let mut stdin = StdinWriter { socket, pending: String::new(), deadline: child.deadline };
+    let written = input(&mut stdin).and_then(|()| stdin.flush());
+    drop(stdin);
+    // A program that does not read to the end says why. One that got only a part of its input,
+    // or nothing, may take that for all and exit with 0.
+    child.finish()?;
+    let unwritten = |error| format!("{} did not get its input: {error}.", program.display());
+    written.map_err(|error| ToolError::Transient(unwritten(error)))
+}
+
+/// The input of a program, line by line. It is sent in pieces that end with a line, each so
+/// small that a socket accepts it as a whole: if rfw is killed, no program gets half a line.
+pub struct StdinWriter {
+    socket: UnixStream,
+    pending: String,
+    deadline: Instant,
+}
+
+impl StdinWriter {
+    pub fn line(&mut self, line: impl fmt::Display) -> io::Result<()> {
+        // Writing to a String never fails.
+        let _ = writeln!(self.pending, "{line}");
+        if self.pending.len() > PIECE { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut rest = self.pending.as_bytes();
+        while !rest.is_empty() {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            // The shortest timeout; zero would mean none.
+            self.socket.set_write_timeout(Some(left.max(Duration::from_millis(1))))?;
+            let count = self.socket.write(rest)?;
+            rest = rest.get(count..).unwrap_or_default();
+        }
+        self.pending.clear();
+        Ok(())
+    }
+}
+
+/// Runs a program and passes each line of its output to `each`, until that returns `false`:
+/// then the program is killed, and that is no error.
+pub fn read_lines(
+    program: &Path,
+    args: &[&str],
+    limit: Duration,
+    mut each: impl FnMut(&str) -> bool,
+) -> Result<(), ToolError> {
+    let (socket, theirs) = pair(program)?;
+    let mut child = ChildProcess::start(program, args, Stdio::null(), theirs.into(), limit)?;
+    let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut output).take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(0) => return child.finish(),
+            Ok(_) if each(&String::from_utf8_lossy(&line)) => {}
+            Ok(_) => {
+                child.kill();
+                return Ok(());
+            }
+            Err(error) => return Err(child.unreadable(&error)),
+        }
+    }
+}
+
+fn pair(program: &Path) -> Result<(UnixStream, OwnedFd), ToolError> {
+    let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+        ours.set_read_timeout(Some(POLL))?;
+        Ok((ours, OwnedFd::from(theirs)))
+    });
+    pair.map_err(|error| cannot_start(program, &error))
+}
+
+fn cannot_start(program: &Path, error: &io::Error) -> ToolError {
+    ToolError::Transient(format!("{} could not be started: {error}.", program.display()))
+}
+
+/// A child, to be killed at its deadline.
+struct ChildProcess {
+    name: String,
+    child: Child,
+    stderr: UnixStream,
+    deadline: Instant,
+}
+
+impl ChildProcess {
+    fn start(
+        program: &Path,
+        args: &[&str],
+        stdin: Stdio,
+        stdout: Stdio,
+        limit: Duration,
+    ) -> Result<ChildProcess, ToolError> {
+        let (stderr, theirs) = pair(program)?;
+        let mut command = Command::new(program);
+        command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(theirs);
+        let child = command.spawn().map_err(|error| cannot_start(program, &error))?;
+        let now = Instant::now();
+        let deadline = now.checked_add(limit).unwrap_or(now);
+        Ok(ChildProcess { name: program.display().to_string(), child, stderr, deadline })
+    }
+
+    fn output<'a>(&'a mut self, socket: &'a UnixStream) -> ChildOutput<'a> {
+        ChildOutput { socket, child: &mut self.child, deadline: self.deadline }
+    }
+
+    /// Reads the child's standard error, waits for its end and interprets both.
+    fn finish(mut self) -> Result<(), ToolError> {
+        let mut stderr = Vec::new();
+        let mut output =
+            ChildOutput { socket: &self.stderr, child: &mut self.child, deadline: self.deadline };
+        let read = (&mut output)
+            .take(MAX_STDERR)
+            .read_to_end(&mut stderr)
+            .and_then(|_| io::copy(&mut output, &mut io::sink()));
+        let status = match read.and_then(|_| self.wait()) {
+            Ok(status) => status,
+            Err(error) => return Err(self.unreadable(&error)),
+        };
+        let text = String::from_utf8_lossy(&stderr);
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        interpret(&self.name, status, text)
+    }
+
+    /// Waits for a child that has closed its end of a socket and is about to exit.
+    fn wait(&mut self) -> io::Result<ExitStatus> {
+        let mut pause = STEP;
+        loop {
+            match self.child.try_wait()? {
+                Some(status) => return Ok(status),
+                None if Instant::now() < self.deadline => thread::sleep(pause),
+                None => return Err(ErrorKind::TimedOut.into()),
+            }
+            pause = pause.saturating_add(STEP).min(POLL);
+        }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn unreadable(mut self, error: &io::Error) -> ToolError {
+        self.kill();
+        ToolError::Transient(match error.kind() {
+            ErrorKind::TimedOut => format!("{} hung and was killed.", self.name),
+            _ => format!("{} could not be read and was killed: {error}.", self.name),
+        })
+    }
+}
+
+fn interpret(name: &str, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
+    match status.code() {
+        Some(0) => Ok(()),
+        None => Err(ToolError::Transient(format!("{name} was killed by a signal ({status})."))),
+        // iptables(8): 4 is a resource problem. iptables-nft uses it also when the kernel rejects
+        // a rule, and then prints a message.
+        Some(4) if stderr.is_empty() || stderr.contains("xtables lock") => {
+            Err(ToolError::Transient(format!("{name}: another program holds the xtables lock.")))
+        }
+        Some(_) if stderr.is_empty() => {
+            Err(ToolError::Rejected(format!("{name} failed without a message ({status}).")))
+        }
+        Some(_) => Err(ToolError::Rejected(stderr)),
+    }
+}
+
+/// The child's end of a socket: it has ended when the child closes it, or when the child is
+/// gone and the process that inherited it is silent.
+struct ChildOutput<'a> {
+    socket: &'a UnixStream,
+    child: &'a mut Child,
+    deadline: Instant,
+}
+
+impl Read for ChildOutput<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if Instant::now() >= self.deadline {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            let gone = self.child.try_wait()?.is_some();
+            match self.socket.read(buffer) {
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                Err(_) if gone => return Ok(0),
+                Err(_) => {}
+                Ok(count) => return Ok(count),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that excludes nobody.
+    fn lock() -> InstanceLock {
+        InstanceLock(UnixDatagram::unbound().unwrap())
+    }
+
+    fn sh(script: &str, input: &str, limit: u64) -> Result<(), ToolError> {
+        let limit = Duration::from_millis(limit);
+        run(&lock(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| match input {
+            "" => Ok(()),
+            _ => stdin.line(input),
+        })
+    }
+
+    #[test]
+    fn how_programs_end() {
+        let rejected = |words: &str| Err(ToolError::Rejected(words.into()));
+        let transient = |words: &str| Err(ToolError::Transient(format!("/bin/sh {words}.")));
+        let locked =
+            || Err(ToolError::Transient("/bin/sh: another program holds the xtables lock.".into()));
+        let table = [
+            ("exit 0", Ok(())),
+            ("read a; test \"$a\" = hello", Ok(())),
+            ("echo noise; echo noise >&2", Ok(())),
+            ("test -z \"$HOME$LANG$USER\"", Ok(())),
+            ("exec >&- 2>&-; sleep 0.1; exit 0", Ok(())),
+            ("sleep 3 & exit 0", Ok(())),
+            ("echo 'No  such' >&2; echo rule >&2; exit 1", rejected("No such rule")),
+            ("exit 2", rejected("/bin/sh failed without a message (exit status: 2).")),
+            ("exit 4", locked()),
+            ("echo RULE_INSERT failed >&2; exit 4", rejected("RULE_INSERT failed")),
+            ("echo held: xtables lock >&2; exit 4", locked()),
+            ("kill -9 $$", transient("was killed by a signal (signal: 9 (SIGKILL))")),
+        ];
+        for (script, end) in table {
+            let input = if script.starts_with("read") { "hello" } else { "" };
+            assert_eq!(sh(script, input, 2_000), end, "{script}");
+        }
+        let unread = sh("exit 0", &"x".repeat(4 << 20), 2_000).unwrap_err();
+        assert!(unread.is_transient() && unread.to_string().contains("its input"), "{unread}");
+    }
+
+    #[test]
+    fn a_child_past_its_limit_is_killed() {
+        let big = "x".repeat(4 << 20);
+        for script in ["exec sleep 9", "exec yes >&2", "exec 2>&-; exec sleep 9"] {
+            let started = Instant::now();
+            let hung = ToolError::Transient("/bin/sh hung and was killed.".into());
+            assert_eq!(sh(script, &big, 200), Err(hung), "{script}");
+            assert!(started.elapsed() < Duration::from_secs(4), "{script}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_started() {
+        let failure = run(&lock(), Path::new("/no/such"), &[], POLL, |_| Ok(())).unwrap_err();
+        assert!(failure.is_transient() && failure.to_string().contains("/no/such"), "{failure}");
+    }
+
+    #[test]
+    fn listings_are_read_line_by_line() {
+        let list = |script: &str, most: usize| {
+            let mut seen = Vec::new();
+            let each = |line: &str| {
+                seen.push(line.trim_end().len());
+                seen.len() < most
+            };
+            let end =
+                read_lines(Path::new("/bin/sh"), &["-c", script], Duration::from_secs(2), each);
+            (seen, end)
+        };
+        assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
+        assert_eq!(list("yes", 3), (vec![1, 1, 1], Ok(())));
+        assert_eq!(
+            list("echo a; echo why >&2; exit 1", 9).1,
+            Err(ToolError::Rejected("why".into()))
+        );
+        let long = format!("printf '%0{}d' 1", MAX_LINE + 1);
+        assert_eq!(list(&long, 9).0, vec![65_536, 1]);
+    }
+}

@@ -1,0 +1,245 @@
+//! Which thread commits for which.
+//!
+//! A thread that submits a job while none is being committed becomes the leader: it takes the
+//! Mutex of the worker, commits everything that is waiting by then as one batch, hands out the
+//! results, and passes the lead to the next thread that waits. A long job is a batch of its own.
+//! Short jobs overtake long ones that wait, but after each batch of short jobs one long job has
+//! its turn.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What a waiting thread gets.
+enum Turn<R> {
+    Lead,
+    Result(R),
+}
+
+struct Job<J, R> {
+    job: J,
+    is_long: bool,
+    waiter: Sender<Turn<R>>,
+}
+
+struct Waiting<J, R> {
+    jobs: VecDeque<Job<J, R>>,
+    /// Whether some thread leads; it will pass the lead on.
+    is_led: bool,
+    /// Whether the last batch was of short jobs.
+    was_short: bool,
+}
+
+/// A worker, which one thread at a time may use, and the jobs that wait for it.
+pub struct Queue<W, J, R> {
+    worker: Mutex<W>,
+    waiting: Mutex<Waiting<J, R>>,
+}
+
+/// What a batch has come to: a result for each job and, if a program hung, the result of all jobs
+/// that were submitted meanwhile: nobody waits for a time limit twice.
+pub struct Done<R> {
+    pub results: Vec<R>,
+    pub outage: Option<R>,
+}
+
+impl<W, J, R: Clone> Queue<W, J, R> {
+    pub fn new(worker: W) -> Queue<W, J, R> {
+        let waiting = Waiting { jobs: VecDeque::new(), is_led: false, was_short: false };
+        Queue { worker: Mutex::new(worker), waiting: Mutex::new(waiting) }
+    }
+
+    /// Has a job committed, by this thread or by another one, and returns its result. `None`
+    /// means that `commit` gave none.
+    pub fn submit(
+        &self,
+        job: J,
+        is_long: bool,
+        commit: impl Fn(&mut W, Vec<J>) -> Done<R>,
+    ) -> Option<R> {
+        let (waiter, turns) = mpsc::channel();
+        let mut waiting = lock(&self.waiting);
+        waiting.jobs.push_back(Job { job, is_long, waiter });
+        let mut leads = !mem::replace(&mut waiting.is_led, true);
+        drop(waiting);
+        loop {
+            if leads {
+                self.lead(&commit);
+            }
+            match turns.recv().ok()? {
+                Turn::Lead => leads = true,
+                Turn::Result(result) => return Some(result),
+            }
+        }
+    }
+
+    /// Uses the worker for something else. What it returns besides is an outage, as in [`Done`].
+    pub fn with<T>(&self, work: impl FnOnce(&mut W) -> (T, Option<R>)) -> T {
+        let mut worker = lock(&self.worker);
+        let (result, outage) = work(&mut worker);
+        self.give_up(outage);
+        result
+    }
+
+    fn lead(&self, commit: &impl Fn(&mut W, Vec<J>) -> Done<R>) {
+        let mut worker = lock(&self.worker);
+        let (jobs, waiters) = self.take();
+        let Done { results, outage } = commit(&mut worker, jobs);
+        for (waiter, result) in waiters.iter().zip(results) {
+            let _ = waiter.send(Turn::Result(result));
+        }
+        self.give_up(outage);
+        drop(worker);
+        let mut waiting = lock(&self.waiting);
+        let next = waiting.jobs.front();
+        waiting.is_led = next.is_some_and(|next| next.waiter.send(Turn::Lead).is_ok());
+    }
+
+    /// All short jobs, or one long one.
+    fn take(&self) -> (Vec<J>, Vec<Sender<Turn<R>>>) {
+        let mut waiting = lock(&self.waiting);
+        let short = waiting.jobs.iter().filter(|job| !job.is_long).count();
+        let all = waiting.jobs.len();
+        waiting.was_short = short > 0 && (short == all || !waiting.was_short);
+        let mut taken = VecDeque::new();
+        if waiting.was_short {
+            let jobs = mem::take(&mut waiting.jobs);
+            (waiting.jobs, taken) = jobs.into_iter().partition(|job| job.is_long);
+        } else if let Some(long) = waiting.jobs.iter().position(|job| job.is_long) {
+            taken.extend(waiting.jobs.remove(long));
+        }
+        taken.into_iter().map(|job| (job.job, job.waiter)).unzip()
+    }
+
+    fn give_up(&self, outage: Option<R>) {
+        let Some(result) = outage else { return };
+        for job in mem::take(&mut lock(&self.waiting).jobs) {
+            let _ = job.waiter.send(Turn::Result(result.clone()));
+        }
+    }
+}
+
+/// A thread that panics ends the process, so no lock is ever poisoned.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread::{self, Scope};
+
+    /// The worker is the list of the batches that were committed.
+    struct Test {
+        queue: Queue<Vec<String>, &'static str, String>,
+        /// What is submitted while each batch is being committed, in order.
+        steps: Mutex<VecDeque<&'static str>>,
+        /// As far as they are not "done".
+        results: Mutex<Vec<String>>,
+    }
+
+    impl Test {
+        fn new(steps: &[&'static str]) -> Test {
+            let steps = Mutex::new(steps.iter().copied().collect());
+            Test { queue: Queue::new(Vec::new()), steps, results: Mutex::default() }
+        }
+
+        fn count(&self) -> usize {
+            lock(&self.queue.waiting).jobs.len()
+        }
+
+        /// Submits jobs, one after the other, to a worker that is in use.
+        fn submit<'s>(&'s self, scope: &'s Scope<'s, '_>, jobs: &'static str) {
+            for job in jobs.split_whitespace() {
+                let before = self.count();
+                scope.spawn(move || self.commit(scope, job));
+                while self.count() == before {
+                    thread::yield_now();
+                }
+            }
+        }
+
+        /// A job whose name starts with L is long; one with X hangs, so it is an outage; one with
+        /// N and those behind it get no result.
+        fn commit<'s>(&'s self, scope: &'s Scope<'s, '_>, job: &'static str) {
+            let result = self.queue.submit(job, job.starts_with('L'), |batches, jobs| {
+                batches.push(jobs.join(" "));
+                let step = lock(&self.steps).pop_front();
+                self.submit(scope, step.unwrap_or_default());
+                let with_result = jobs.iter().take_while(|job| !job.starts_with('N'));
+                let results = with_result.map(|job| format!("{job} done")).collect();
+                let is_hung = jobs.iter().any(|job| job.starts_with('X'));
+                Done { results, outage: is_hung.then(|| "outage".to_string()) }
+            });
+            if result != Some(format!("{job} done")) {
+                let result = result.unwrap_or("none".into());
+                lock(&self.results).push(format!("{job}: {result}"));
+            }
+        }
+
+        fn end(self) -> (String, String) {
+            let mut results = lock(&self.results);
+            results.sort();
+            (lock(&self.queue.worker).join(", "), results.join(", "))
+        }
+    }
+
+    #[test]
+    fn batches() {
+        // The first job, what is submitted while each batch is committed, the batches and the
+        // results
+        let table: &[(&str, &[&str], &str, &str)] = &[
+            ("a", &[], "a", ""),
+            ("L", &[], "L", ""),
+            ("a", &["b c d", "e"], "a, b c d, e", ""),
+            // A long job is alone; after each batch of short ones one of them has its turn.
+            ("a", &["L1 b"], "a, L1, b", ""),
+            ("L0", &["L1 b c"], "L0, b c, L1", ""),
+            ("L0", &["L1 L2 b"], "L0, b, L1, L2", ""),
+            ("a", &["L1 L2 b", "c", "d", "e"], "a, L1, b c, L2, d e", ""),
+            ("L0", &["b", "c", "L1 d", "L2", "e"], "L0, b, c, L1, d, L2, e", ""),
+            // Whoever waited during an outage has it as a result, whoever comes later does not.
+            ("X", &["a L1 b"], "X", "L1: outage, a: outage, b: outage"),
+            ("a", &["X b L1", "c", "d"], "a, L1, X b c", "d: outage"),
+            ("a", &["N b", "c"], "a, N b, c", "N: none, b: none"),
+            ("a", &["b N", "L1"], "a, b N, L1", "N: none"),
+        ];
+        for (first, steps, batches, results) in table {
+            let test = Test::new(steps);
+            thread::scope(|scope| test.commit(scope, first));
+            assert_eq!(test.end(), (batches.to_string(), results.to_string()), "{first} {steps:?}");
+        }
+    }
+
+    #[test]
+    fn after_an_outage_all_is_as_before() {
+        let test = Test::new(&["a b", "c"]);
+        thread::scope(|scope| test.commit(scope, "X"));
+        thread::scope(|scope| test.commit(scope, "d"));
+        assert_eq!(test.end(), ("X, d, c".into(), "a: outage, b: outage".into()));
+    }
+
+    #[test]
+    fn with_the_worker() {
+        let test = Test::new(&[]);
+        thread::scope(|scope| {
+            let number = test.queue.with(|batches| {
+                test.submit(scope, "a b");
+                assert!(batches.is_empty(), "the worker is in use");
+                (7, None)
+            });
+            assert_eq!(number, 7);
+        });
+        thread::scope(|scope| {
+            test.queue.with(|_| {
+                test.submit(scope, "c L");
+                ((), Some("outage".into()))
+            });
+        });
+        let (batches, results) = test.end();
+        // The thread that was to lead finds nothing to commit.
+        assert_eq!(batches, "a b, ");
+        assert_eq!(results, "L: outage, c: outage");
+    }
+}

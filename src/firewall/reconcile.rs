@@ -1,0 +1,438 @@
+//! A listing of the kernel against what it should hold: from differences to edits. Pure.
+//!
+//! Goals:
+//!
+//! 1. The wanted rules are at the front of the chain, each once, in their order.
+//! 2. Other people's rules stay, in their order. No edit names one of them.
+//! 3. Rules that are right already stay, with their counters; one that moves keeps its counters.
+//! 4. The edits of one chain take little more time than reading it.
+
+use super::iptables::{KernelRule, RuleEdit, TaggedRule};
+use crate::rule::Chain;
+use std::collections::{HashMap, HashSet};
+
+/// To delete a rule, iptables walks to it. If the walks of the edits add up to more than this
+/// many times all rules of the chain, it is cheaper to delete all of rfw's from the front, which
+/// takes no walk, and to insert them again.
+const WALKS: usize = 64;
+
+/// One rule in a listing; `None` is someone else's.
+pub type Row = Option<TaggedRule>;
+
+/// The rules of one chain, from the front.
+#[derive(Clone, Default, Debug)]
+pub struct ChainListing {
+    rows: Vec<Row>,
+    /// The first of other people's rules.
+    first_foreign: Option<String>,
+}
+
+impl ChainListing {
+    pub fn push(&mut self, row: Row, line: &str) {
+        if row.is_none() && self.first_foreign.is_none() {
+            self.first_foreign = Some(without_counters(line));
+        }
+        self.rows.push(row);
+    }
+
+    /// rfw's rules, each with its number in the chain, counted from 1.
+    pub fn own(&self) -> impl Iterator<Item = (usize, &TaggedRule)> {
+        (1..).zip(&self.rows).filter_map(|(number, row)| Some((number, row.as_ref()?)))
+    }
+}
+
+/// The line of a rule without `-c PACKETS BYTES`, which differ from one listing to the next.
+fn without_counters(line: &str) -> String {
+    let mut words: Vec<&str> = line.split(' ').collect();
+    if let Some(at) = words.iter().position(|word| *word == "-c") {
+        words.drain(at..words.len().min(at.saturating_add(3)));
+    }
+    words.join(" ")
+}
+
+/// The rules of all built-in chains of one family.
+#[derive(Clone, Default, Debug)]
+pub struct Listing([ChainListing; Chain::ALL.len()]);
+
+impl Listing {
+    pub fn chain(&self, chain: Chain) -> &ChainListing {
+        let [input, forward, output] = &self.0;
+        match chain {
+            Chain::Input => input,
+            Chain::Forward => forward,
+            Chain::Output => output,
+        }
+    }
+
+    pub fn push(&mut self, chain: Chain, row: Row, line: &str) {
+        let [input, forward, output] = &mut self.0;
+        let chain = match chain {
+            Chain::Input => input,
+            Chain::Forward => forward,
+            Chain::Output => output,
+        };
+        chain.push(row, line);
+    }
+
+    /// Whether another listing shows the same rules; counters may differ. Of other people's rules
+    /// it matters only where they are.
+    pub fn agrees_with(&self, other: &Listing) -> bool {
+        let keys = |chain: &ChainListing| -> Vec<_> {
+            chain.rows.iter().map(|row| row.map(|tagged| tagged.key())).collect()
+        };
+        self.0.iter().map(keys).eq(other.0.iter().map(keys))
+    }
+}
+
+/// How to make one chain hold what it should.
+#[derive(Default, Debug)]
+pub struct Plan {
+    /// To be committed in one transaction.
+    pub edits: Vec<RuleEdit>,
+    /// Wanted rules that the chain lacked.
+    pub missing: Vec<KernelRule>,
+    /// rfw's rules that are not wanted.
+    pub unknown: Vec<TaggedRule>,
+    /// Someone else's rule that preceded one of rfw's.
+    pub overtaken_by: Option<String>,
+}
+
+impl Plan {
+    /// Whether nothing is wrong but that other people's rules come first.
+    pub fn is_only_overtaken(&self) -> bool {
+        self.overtaken_by.is_some() && self.missing.is_empty() && self.unknown.is_empty()
+    }
+}
+
+/// Works out how a chain comes to hold the wanted rules, from the front.
+pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
+    let key = |tagged: &TaggedRule| tagged.key();
+    let front = chain.rows.iter().map_while(Option::as_ref).map(key);
+    if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
+        return Plan::default();
+    }
+    let numbers: HashMap<_, usize> = wanted.iter().map(key).zip(0..).collect();
+    let mut stays = rows_that_stay(chain, &numbers);
+    if walks(&stays, chain) > chain.rows.len().saturating_mul(WALKS) {
+        stays.fill(None);
+    }
+    let rules: HashSet<KernelRule> = wanted.iter().map(|tagged| tagged.rule).collect();
+    let listed: HashMap<KernelRule, (u64, u64)> =
+        chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
+    let missing = wanted.iter().map(|tagged| tagged.rule);
+    let unknown = chain.own().map(|(_, tagged)| *tagged);
+    Plan {
+        edits: edits(chain, wanted, &stays, &listed),
+        missing: missing.filter(|rule| !listed.contains_key(rule)).collect(),
+        unknown: unknown.filter(|tagged| !rules.contains(&tagged.rule)).collect(),
+        overtaken_by: overtaken_by(chain),
+    }
+}
+
+/// For each row the wanted rule that it is, if it is in its place: before other people's rules,
+/// behind the wanted rules that precede it, and there once.
+fn rows_that_stay(
+    chain: &ChainListing,
+    numbers: &HashMap<(KernelRule, Option<u64>), usize>,
+) -> Vec<Option<usize>> {
+    let (mut seen, mut twice) = (HashSet::new(), HashSet::new());
+    for (_, tagged) in chain.own() {
+        if !seen.insert(tagged.key()) {
+            twice.insert(tagged.key());
+        }
+    }
+    let mut next = 0_usize;
+    let mut before_others = true;
+    let mut stays = |row: &Row| {
+        before_others &= row.is_some();
+        let tagged = row.filter(|tagged| before_others && !twice.contains(&tagged.key()))?;
+        let number = numbers.get(&tagged.key()).filter(|number| **number >= next)?;
+        next = number.saturating_add(1);
+        Some(*number)
+    };
+    chain.rows.iter().map(&mut stays).collect()
+}
+
+/// How many rules iptables passes on its way to those that are deleted.
+fn walks(stays: &[Option<usize>], chain: &ChainListing) -> usize {
+    let (mut passed, mut walks) = (0_usize, 0_usize);
+    for (row, stays) in chain.rows.iter().zip(stays) {
+        match (row, stays) {
+            (Some(_), None) => walks = walks.saturating_add(passed),
+            _ => passed = passed.saturating_add(1),
+        }
+    }
+    walks
+}
+
+/// First the deletions in the order of the chain, so that each walk is short; then the
+/// insertions from the last to the first, each behind the rules that stay before it.
+fn edits(
+    chain: &ChainListing,
+    wanted: &[TaggedRule],
+    stays: &[Option<usize>],
+    counters: &HashMap<KernelRule, (u64, u64)>,
+) -> Vec<RuleEdit> {
+    let gone = chain.rows.iter().zip(stays).filter(|(_, stays)| stays.is_none());
+    let mut edits: Vec<_> = gone.filter_map(|(row, _)| row.map(RuleEdit::Delete)).collect();
+    let mut staying = stays.iter().flatten().peekable();
+    let mut insertions = Vec::new();
+    let mut number = 1_usize;
+    for (wanted, tagged) in wanted.iter().enumerate() {
+        if staying.next_if_eq(&&wanted).is_some() {
+            number = number.saturating_add(1);
+        } else {
+            let counters = counters.get(&tagged.rule).copied().unwrap_or_default();
+            insertions.push(RuleEdit::Insert(number, TaggedRule { counters, ..*tagged }));
+        }
+    }
+    edits.extend(insertions.into_iter().rev());
+    edits
+}
+
+fn overtaken_by(chain: &ChainListing) -> Option<String> {
+    let foreign = chain.rows.iter().position(Option::is_none)?;
+    let is_before_own = chain.rows.iter().skip(foreign).any(Option::is_some);
+    chain.first_foreign.clone().filter(|_| is_before_own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::iptables::parse_row;
+    use super::super::list::tests::numbers;
+    use super::*;
+    use crate::rule::net::Family;
+
+    const FOREIGN: &str = "-A INPUT -j LOG";
+
+    /// `A` is a rule, `a` the same with an old expiry.
+    fn tagged(letter: char) -> TaggedRule {
+        let path = format!("/drop/input/any/{0}.{0}.{0}.{0}", letter.to_ascii_uppercase() as u32);
+        let expires = letter.is_lowercase().then_some(7_000);
+        TaggedRule::new(KernelRule::plain(path.parse().unwrap()), expires)
+    }
+
+    fn letter(tagged: &TaggedRule) -> char {
+        let letters = ('A'..='Z').chain('a'..='z');
+        letters.into_iter().find(|letter| self::tagged(*letter).key() == tagged.key()).unwrap()
+    }
+
+    /// A letter for each rule, a dot for someone else's; the line of each is its number.
+    fn chain(rows: &str) -> ChainListing {
+        let mut chain = ChainListing::default();
+        for (number, row) in rows.chars().enumerate() {
+            chain.push((row != '.').then(|| tagged(row)), &number.to_string());
+        }
+        chain
+    }
+
+    fn wanted(letters: &str) -> Vec<TaggedRule> {
+        letters.chars().map(tagged).collect()
+    }
+
+    /// What iptables does with edits. A row of someone else's is told apart by its number.
+    fn perform<T: Clone>(edits: &[RuleEdit], rows: &mut Vec<Result<TaggedRule, T>>) {
+        for edit in edits {
+            match edit {
+                RuleEdit::Insert(number, tagged) => rows.insert(number - 1, Ok(*tagged)),
+                RuleEdit::Delete(tagged) => {
+                    let is_it = |row: &Result<TaggedRule, T>| {
+                        row.as_ref().is_ok_and(|row| row.key() == tagged.key())
+                    };
+                    let at = rows.iter().position(is_it).expect("a rule to delete");
+                    let _ = rows.remove(at);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn plans() {
+        // What is wanted, what the kernel holds, the edits, what is missing, what is not known,
+        // whether someone else's rule was in front
+        let table = [
+            ("", "", "", "", "", false),
+            ("", "..", "", "", "", false),
+            ("ABC", "ABC", "", "", "", false),
+            ("ABC", "ABC.", "", "", "", false),
+            // A flush
+            ("ABC", "", "+1C +1B +1A", "ABC", "", false),
+            ("ABC", ".", "+1C +1B +1A", "ABC", "", false),
+            // Single ones removed
+            ("ABC", "BC", "+1A", "A", "", false),
+            ("ABC", "AC.", "+2B", "B", "", false),
+            ("ABC", "AB..", "+3C", "C", "", false),
+            ("ABCD", "BD", "+2C +1A", "AC", "", false),
+            ("ABCD", "AD.", "+2C +2B", "BC", "", false),
+            // Someone else's in front or between
+            ("AB", ".AB", "-A -B +1B +1A", "", "", true),
+            ("AB", "A.B", "-B +2B", "", "", true),
+            ("ABC", ".AB", "-A -B +1C +1B +1A", "C", "", true),
+            ("ABC", "A.B.C", "-B -C +2C +2B", "", "", true),
+            // Others have changed the order
+            ("AB", "BA", "-A +1A", "", "", false),
+            ("ABC", "CAB", "-A -B +1B +1A", "", "", false),
+            ("ABC", "BAC", "-A +1A", "", "", false),
+            // Twice
+            ("AB", "AAB", "-A -A +1A", "", "", false),
+            ("AB", "ABA", "-A -A +1A", "", "", false),
+            ("AB", "AB.B", "-B -B +2B", "", "", true),
+            // Old expiries
+            ("AB", "aB", "-a +1A", "", "", false),
+            ("AB", "aAB", "-a", "", "", false),
+            ("AB", "ABa", "-a", "", "", false),
+            ("a", "A", "-A +1a", "", "", false),
+            // Not in the list
+            ("", "AB", "-A -B", "", "AB", false),
+            ("B", "AB", "-A", "", "A", false),
+            ("A", "ABcB.", "-B -c -B", "", "BcB", false),
+            ("A", "A.B", "-B", "", "B", true),
+            ("AC", "CX.A", "-X -A +1A", "", "X", true),
+            // All at once
+            ("ABCD", "b.A.DAx", "-b -A -D -A -x +1D +1C +1B +1A", "C", "x", true),
+        ];
+        for (wanted_rules, rows, edits, missing, unknown, is_overtaken) in table {
+            let plan = plan(&chain(rows), &wanted(wanted_rules));
+            let show = |edit: &RuleEdit| match edit {
+                RuleEdit::Delete(tagged) => format!("-{}", letter(tagged)),
+                RuleEdit::Insert(number, tagged) => format!("+{number}{}", letter(tagged)),
+            };
+            let shown: Vec<String> = plan.edits.iter().map(show).collect();
+            let case = format!("{wanted_rules} {rows}");
+            assert_eq!(shown.join(" "), edits, "{case}");
+            let rules = |letters: &str| wanted(letters).iter().map(|t| t.rule).collect::<Vec<_>>();
+            assert_eq!(plan.missing, rules(missing), "{case}");
+            assert_eq!(plan.unknown.iter().map(letter).collect::<String>(), unknown, "{case}");
+            let first = rows.find('.').filter(|_| is_overtaken).map(|number| number.to_string());
+            assert_eq!(plan.overtaken_by, first, "{case}");
+            let only = is_overtaken && missing.is_empty() && unknown.is_empty();
+            assert_eq!(plan.is_only_overtaken(), only, "{case}");
+        }
+    }
+
+    /// Whatever the kernel holds, the edits make rfw's rules the first, in order, each once and
+    /// with its counters, and leave everything else as it was.
+    #[test]
+    fn edits_lead_to_the_wanted_rules() {
+        for seed in 0..3_000 {
+            let mut below = numbers(seed);
+            let pool: Vec<char> = ".ABCDEFabc".chars().take(2 + below(9)).collect();
+            let length = below(13);
+            let mut rows: Vec<Result<TaggedRule, usize>> = Vec::new();
+            let mut chain = ChainListing::default();
+            for number in 0..length {
+                let row = match pool[below(pool.len())] {
+                    '.' => Err(number),
+                    letter => Ok(TaggedRule { counters: (number as u64 + 1, 7), ..tagged(letter) }),
+                };
+                chain.push(row.ok(), FOREIGN);
+                rows.push(row);
+            }
+            let mut letters: Vec<char> = "ABCDEFGH".chars().collect();
+            for at in 0..letters.len() {
+                letters.swap(at, below(8));
+            }
+            let wanted: Vec<_> = letters.into_iter().take(below(9)).map(tagged).collect();
+            let before = rows.clone();
+            let plan = plan(&chain, &wanted);
+            perform(&plan.edits, &mut rows);
+            let (own, others) = rows.split_at(wanted.len());
+            let keys = |rules: &[TaggedRule]| rules.iter().map(|t| t.key()).collect::<Vec<_>>();
+            let own: Vec<TaggedRule> = own.iter().map(|row| row.unwrap()).collect();
+            assert_eq!(keys(&own), keys(&wanted), "{seed}");
+            let foreign = before.iter().filter(|row| row.is_err());
+            assert!(others.iter().eq(foreign), "{seed}: {before:?} {rows:?}");
+            for tagged in &own {
+                let listed = before.iter().flatten().filter(|other| other.rule == tagged.rule);
+                let counters: Vec<_> = listed.map(|other| other.counters).collect();
+                let is_missing = plan.missing.contains(&tagged.rule);
+                assert_eq!(counters.is_empty(), is_missing, "{seed}");
+                let is_kept = counters.contains(&tagged.counters);
+                assert!(is_kept || is_missing && tagged.counters == (0, 0), "{seed}");
+            }
+            // Afterwards nothing is left to do.
+            let mut again = ChainListing::default();
+            rows.iter().for_each(|row| again.push(row.ok(), FOREIGN));
+            let again = super::plan(&again, &wanted);
+            assert!(again.edits.is_empty() && again.overtaken_by.is_none(), "{seed}");
+        }
+    }
+
+    /// One deletion behind many rules costs iptables a walk past each of them.
+    #[test]
+    fn many_deletions_rewrite_the_chain_with_its_counters() {
+        let rule = |number: usize| {
+            let path = format!("/drop/input/any/10.0.{}.{}", number / 256, number % 256);
+            let counters = (number as u64, 1);
+            TaggedRule {
+                counters,
+                ..TaggedRule::new(KernelRule::plain(path.parse().unwrap()), None)
+            }
+        };
+        // Those that stay, other people's, and those that are deleted behind both: 128 * 128 is 64
+        // times 256 rules, 129 * 129 is more than 64 times 258.
+        let table = [
+            (128, 0, 128, false),
+            (129, 0, 129, true),
+            (100, 28, 128, false),
+            (100, 29, 129, true),
+        ];
+        for (staying, foreign, deleted, is_rewritten) in table {
+            let mut chain = ChainListing::default();
+            let wanted: Vec<TaggedRule> = (0..staying).map(rule).collect();
+            let unknown: Vec<TaggedRule> = (staying..staying + deleted).map(rule).collect();
+            wanted.iter().for_each(|tagged| chain.push(Some(*tagged), ""));
+            (0..foreign).for_each(|_| chain.push(None, FOREIGN));
+            unknown.iter().for_each(|tagged| chain.push(Some(*tagged), ""));
+            let plan = plan(&chain, &wanted);
+            assert_eq!(plan.unknown, unknown);
+            let moved = wanted.iter().filter(|_| is_rewritten);
+            let deletions = moved.clone().chain(&unknown).map(|tagged| RuleEdit::Delete(*tagged));
+            let insertions = moved.rev().map(|tagged| RuleEdit::Insert(1, *tagged));
+            assert_eq!(plan.edits, deletions.chain(insertions).collect::<Vec<_>>());
+        }
+    }
+
+    fn listing(lines: &[&str]) -> Listing {
+        let mut listing = Listing::default();
+        for line in lines {
+            let (chain, row) = parse_row(line, Family::V4).unwrap();
+            listing.push(chain, row, line);
+        }
+        listing
+    }
+
+    #[test]
+    fn listings() {
+        const A: &str = "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -c 5 7 -j DROP";
+        const B: &str = "-A FORWARD -s 2.2.2.2/32 -m comment --comment rfw -c 5 7 -j DROP";
+        const C: &str = "-A OUTPUT -d 3.3.3.3/32 -m comment --comment rfw:7 -c 5 7 -j DROP";
+        let both = listing(&["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG", C]);
+        let own = |chain| both.chain(chain).own().map(|(number, t)| format!("{number} {}", t.rule));
+        assert_eq!(own(Chain::Input).collect::<Vec<_>>(), ["2 /drop/input/any/1.1.1.1"]);
+        assert_eq!(own(Chain::Forward).collect::<Vec<_>>(), ["1 /drop/forward/any/2.2.2.2"]);
+        assert_eq!(own(Chain::Output).collect::<Vec<_>>(), ["1 /drop/output/any/3.3.3.3"]);
+        let counted = |line: &str| line.replace("-c 5 7", "-c 6 9");
+        let table: &[(&[&str], bool)] = &[
+            (&["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG", C], true),
+            // Packets have passed
+            (&["-A INPUT -c 3 4 -j LOG", A, B, "-A INPUT -c 3 4 -j LOG", C], true),
+            (
+                &["-A INPUT -c 1 2 -j LOG", &counted(A), B, "-A INPUT -c 1 2 -j LOG", &counted(C)],
+                true,
+            ),
+            (&[A, "-A INPUT -c 1 2 -j LOG", B, "-A INPUT -c 1 2 -j LOG", C], false),
+            (&["-A INPUT -c 1 2 -j LOG", A, B, C], false),
+            (&["-A INPUT -c 1 2 -j LOG", A, A, B, "-A INPUT -c 1 2 -j LOG", C], false),
+            (&["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG"], false),
+            (
+                &["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG", &C.replace(":7", ":8")],
+                false,
+            ),
+            (&[], false),
+        ];
+        for (lines, agrees) in table {
+            assert_eq!(listing(lines).agrees_with(&both), *agrees, "{lines:?}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The start, in order: the list from the state file or, without one, from the kernel; then the
+//! kernel made to match it. Nothing here knows in which form rfw kept its rules before.
+
+use super::engine::{Engine, Kernel, Settings};
+use super::ipset::SetEdit;
+use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
+use super::list::List;
+use super::process::ToolError;
+use super::reconcile::Listing;
+use crate::clock::Clock;
+use crate::log::{Log, printable};
+use crate::metrics::Metrics;
+use crate::rule::net::{Family, Net};
+use crate::rule::whitelist::{LineError, Whitelist};
+use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target};
+use crate::state::{Record, StateFile};
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::iter;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long one program may take while no request waits, and how long all of them.
+const TOOL_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(600);
+
+/// Why rfw cannot start.
+pub enum StartError {
+    /// A sentence.
+    Message(String),
+    State(LineError),
+}
+
+impl From<String> for StartError {
+    fn from(message: String) -> StartError {
+        StartError::Message(message)
+    }
+}
+
+/// Reads what rfw keeps, and makes the kernel hold it.
+pub fn start<K: Kernel>(
+    kernel: K,
+    state: Option<StateFile>,
+    settings: Settings,
+    whitelist: &Whitelist,
+    log: Arc<Log>,
+    metrics: Arc<Metrics>,
+) -> Result<Engine<K>, StartError> {
+    let (sets, now) = (settings.sets, Instant::now());
+    let mut engine = Engine {
+        kernel,
+        list: List::new(sets),
+        state,
+        settings,
+        clock: Clock::start(),
+        log: log.clone(),
+        metrics,
+        distrusted_rules: BTreeSet::new(),
+        distrusted_sets: BTreeSet::new(),
+        deadline: now.checked_add(START_LIMIT).unwrap_or(now),
+        next_check: now,
+        next_sets_check: now,
+        overtaken: VecDeque::new(),
+        outage: None,
+        has_repaired: false,
+        tool_limit: TOOL_LIMIT,
+        is_starting: true,
+    };
+    let listings = read_rules(&engine)?;
+    let is_new = engine.state.as_ref().is_none_or(StateFile::is_new);
+    engine.list = match &mut engine.state {
+        Some(state) if !is_new => replay(state, sets, &log).map_err(StartError::State)?,
+        _ => adopt(&engine, &listings, sets).map_err(|error| no_sets(&error))?,
+    };
+    let now = engine.clock.now().as_secs();
+    Family::ALL.iter().for_each(|family| drop(engine.list.expire(*family, now)));
+    let mut has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
+    has_dropped |= engine.list.drop_rivals();
+    engine.list.drop_empty();
+    // An empty set and its rule show whether the kernel has sets at all.
+    let is_trial = sets && engine.list.is_empty();
+    if is_trial {
+        let families = engine.kernel.families().iter();
+        families.for_each(|family| engine.list.ensure(first_set(), *family));
+    }
+    for (family, listing) in &listings {
+        if sets {
+            engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
+        }
+        let written = try_rules(&engine, *family, listing)
+            .and_then(|()| engine.rewrite_rules(*family, listing, None));
+        written.map_err(|error| if is_trial { no_sets(&error) } else { not_accepted(&error) })?;
+        let count = engine.list.count_rules(*family);
+        log.info(format_args!("{family}: {count} rules"));
+    }
+    if is_trial {
+        engine.list.drop_empty();
+        for (family, _) in &listings {
+            engine.repair_rules(*family, None).map_err(|error| not_accepted(&error))?;
+        }
+    }
+    destroy_leftovers(&engine, is_trial, &log).map_err(|error| no_sets(&error))?;
+    if let Some(state) = engine.state.as_mut().filter(|_| is_new) {
+        state.replace(engine.list.stored())?;
+    } else if has_dropped {
+        engine.compact();
+    }
+    engine.tool_limit = super::engine::TOOL_LIMIT;
+    engine.is_starting = false;
+    Ok(engine)
+}
+
+/// All families at once: with many rules, this is what a start waits for.
+fn read_rules<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
+    let listings = thread::scope(|scope| {
+        let read = |family: &Family| {
+            let family = *family;
+            (family, scope.spawn(move || engine.read_rules(family)))
+        };
+        let threads: Vec<_> = engine.kernel.families().iter().map(read).collect();
+        let listings = threads.into_iter().filter_map(|(family, thread)| {
+            Some(thread.join().ok()?.map(|listing| (family, listing)))
+        });
+        listings.collect::<Result<Vec<_>, ToolError>>()
+    });
+    listings.map_err(|error| {
+        let advice = match error.is_transient() {
+            true => "find out which program that is, or what holds it up, and start rfw again",
+            false => "run rfw as root or with CAP_NET_ADMIN, and check iptables.path",
+        };
+        format!("cannot read the kernel's rules ({error}); {advice}")
+    })
+}
+
+/// The list from the state file. Where its last change is incomplete, that is dropped.
+fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineError> {
+    loop {
+        let mut list = List::new(sets);
+        let contents = state.replay(|record| match record {
+            Record::Put(rule, expires) => list.insert(&rule, expires),
+            Record::Delete(rule) => list.remove(&rule),
+        })?;
+        state.set_needed(list.len(), &contents);
+        let Some(LineError { line, message }) = contents.tail else { return Ok(list) };
+        log.warning(format_args!("{}:{line}: {message}", state.path().display()));
+        for line in contents.dropped {
+            log.warning(format_args!("dropped: {}", printable(&line)));
+        }
+    }
+}
+
+/// The list from the kernel. What is nearer to the front of a chain is newer.
+fn adopt<K: Kernel>(
+    engine: &Engine<K>,
+    listings: &[(Family, Listing)],
+    sets: bool,
+) -> Result<List, ToolError> {
+    let mut list = List::new(sets);
+    let now = engine.clock.now().as_secs();
+    for chain in listings.iter().flat_map(|(_, l)| Chain::ALL.map(|chain| l.chain(chain))) {
+        let own: Vec<&TaggedRule> = chain.own().map(|(_, tagged)| tagged).collect();
+        for TaggedRule { rule, expires, .. } in own.into_iter().rev() {
+            let Some(template) = rule.template() else {
+                if rule.kind == RuleKind::Plain {
+                    list.insert(&rule.rule, *expires);
+                }
+                continue;
+            };
+            // The set of a listed rule exists.
+            let missing = || ToolError::Transient(format!("ipset does not list {rule}."));
+            for (net, left) in engine.read_set(&rule.to_string(), None)?.ok_or_else(missing)? {
+                let expires = (left > 0).then(|| now.saturating_add(left.into()).saturating_add(1));
+                list.insert(&template.rule(net), expires);
+            }
+        }
+    }
+    Ok(list)
+}
+
+fn drop_whitelisted(list: &mut List, whitelist: &Whitelist, log: &Log) -> bool {
+    let rules = list.stored().map(|(rule, _)| rule);
+    let dropped: Vec<Rule> = rules.filter(|rule| whitelist.conflict(rule).is_some()).collect();
+    for rule in &dropped {
+        list.remove(rule);
+        log.warning(format_args!("removed {rule}: whitelisted"));
+    }
+    !dropped.is_empty()
+}
+
+fn first_set() -> RuleTemplate {
+    let (in_iface, out_iface, side) = (Iface::ANY, Iface::ANY, Side::Source);
+    RuleTemplate { target: Target::Drop, chain: Chain::Input, in_iface, out_iface, side }
+}
+
+/// Sees whether the kernel accepts rfw's rules where it holds none: inserts and deletes one, in
+/// one transaction.
+fn try_rules<K: Kernel>(
+    engine: &Engine<K>,
+    family: Family,
+    listing: &Listing,
+) -> Result<(), ToolError> {
+    if Chain::ALL.iter().any(|chain| listing.chain(*chain).own().next().is_some()) {
+        return Ok(());
+    }
+    let matches = Match::Input { iface: Iface::ANY, source: Net::any(family) };
+    let rule = Rule { target: Target::Accept, matches };
+    let tagged = TaggedRule::new(KernelRule { rule, kind: RuleKind::Guard(0) }, None);
+    let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
+    engine.kernel.write_rules(family, &edits, TOOL_LIMIT)
+}
+
+/// Destroys rfw's sets that no rule of rfw's uses any more. What is in a set without a rule is
+/// not enforced, so it is no rule. After a trial this is not worth a line.
+fn destroy_leftovers<K: Kernel>(
+    engine: &Engine<K>,
+    is_trial: bool,
+    log: &Log,
+) -> Result<(), ToolError> {
+    let headers = match engine.read_headers() {
+        // Without sets, ipset need not be there.
+        Err(_) if !engine.list.has_sets() => return Ok(()),
+        headers => headers?,
+    };
+    let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
+    for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
+        match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), TOOL_LIMIT) {
+            Ok(()) if is_trial => {}
+            Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
+            Err(error) => {
+                log.warning(format_args!("cannot destroy the unused set {name}: {error}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn not_accepted(error: &ToolError) -> String {
+    let advice = match error.is_transient() {
+        true => "start rfw again",
+        false => {
+            "the kernel must have the comment match (xt_comment), and rfw must run as root \
+                  or with CAP_NET_ADMIN"
+        }
+    };
+    format!("the kernel did not accept rfw's rules ({error}); {advice}")
+}
+
+/// Why sets do not work.
+fn no_sets(error: &ToolError) -> String {
+    format!(
+        "sets do not work here ({error}); rfw must run as root or with CAP_NET_ADMIN and \
+         CAP_NET_RAW, and the kernel must have ip_set_hash_net and xt_set; or remove ipset.path \
+         from rfw.conf"
+    )
+}
