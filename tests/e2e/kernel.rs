@@ -510,22 +510,32 @@ fn a_held_xtables_lock_gives_503() {
 }
 
 #[test]
-fn without_ip6tables_ipv4_works() {
+fn without_ip6tables_or_ipv6_ipv4_works() {
     once(|lab| {
-        let no_ipv6 = "echo \"can't initialize ip6tables table\" >&2; exit 3";
-        for missing in [false, true] {
-            lab.stand_in(&format!("case $me in ip6*) {no_ipv6};; esac"));
-            if missing {
+        // As /proc is where the kernel has no IPv6.
+        let proc =
+            "mount -t tmpfs proc /proc; mkdir /proc/net; touch /proc/net/dev; exec \"$0\" \"$@\"";
+        for prefix in [&[][..], &["unshare", "-m", "/bin/sh", "-c", proc]] {
+            lab.stand_in("");
+            if prefix.is_empty() {
                 sh("rm lab/bin/ip6*");
             }
             lab.write("rfw.log", "");
-            let _rfw = lab.start("local.server");
+            lab.configure("local.server");
+            let mut rfw = lab.launch(prefix);
+            rfw.await_ready();
             assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
             assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
             assert_eq!(ask("GET /list").body.matches("source").count(), 1);
             let log = lab.read("rfw.log");
             assert_eq!(log.lines().filter(|line| line.contains(" WARNING ")).count(), 1, "{log}");
         }
+        // An ip6tables that fails is another matter: IPv6 would be open.
+        lab.stand_in(
+            "case $me in ip6*) echo \"can't initialize ip6tables table\" >&2; exit 3;; esac",
+        );
+        let (status, output) = lab.rfw("-f rfw.conf --logfile -");
+        assert!(status == 1 && output.contains("can't initialize ip6tables"), "{output}");
     });
 }
 

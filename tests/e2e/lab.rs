@@ -20,7 +20,7 @@ pub const SETS: &str = "ipset.path = /usr/sbin/ipset";
 /// Seconds that a busy machine may add to any time that the contract names.
 pub const SLACK: u64 = 4;
 
-const TEST_SECONDS: &str = "150";
+const TEST_SECONDS: &str = "240";
 
 /// Runs `body` with iptables-nft and with iptables-legacy.
 pub fn both<F: Fn(&Lab)>(body: F) {
@@ -89,7 +89,7 @@ fn run_inside(name: &str, variant: &str) {
     );
     assert!(
         out.status.success() && said.contains("1 passed"),
-        "{name} with iptables-{variant}: {} (150 s at most)\n{said}",
+        "{name} with iptables-{variant}: {} ({TEST_SECONDS} s at most)\n{said}",
         out.status
     );
     for line in said.lines().filter(|line| line.starts_with("SKIPPED: ")) {
@@ -141,8 +141,13 @@ impl Lab {
         fs::read_to_string(self.dir.join(name)).unwrap_or_default()
     }
 
+    /// Empties rfw.log under a running rfw.
+    pub fn clear_log(&self) {
+        fs::write(self.dir.join("rfw.log"), "").unwrap();
+    }
+
     /// The real program: "iptables" → /usr/sbin/iptables-nft.
-    fn real(&self, program: &str) -> String {
+    pub fn real(&self, program: &str) -> String {
         if program == "ipset" {
             return "/usr/sbin/ipset".into();
         }
@@ -265,6 +270,29 @@ impl Lab {
         self.dump().into_iter().filter(|line| tag(line).is_none()).collect()
     }
 
+    /// Whether rfw's rules stand before all others, in every chain of both families.
+    pub fn is_first(&self) -> bool {
+        let chain =
+            |listing: String| listing.lines().skip(1).map(|line| tag(line).is_none()).is_sorted();
+        let chains = ["-S INPUT", "-S FORWARD", "-S OUTPUT"];
+        chains.iter().all(|list| chain(self.iptables(list)) && chain(self.ip6tables(list)))
+    }
+
+    /// rfw's rules with what each has met, `-c PACKETS BYTES`, where a rule can be inserted so:
+    /// ip6tables-nft 1.8.9 ignores it.
+    pub fn counted(&self) -> Vec<String> {
+        let listing = |family| {
+            let iptables = format!("{} -w", self.real(family));
+            let listing = sh(&format!(
+                "{iptables} -N probe; {iptables} -A probe -c 3 3 -j RETURN; {iptables} -v -S
+                 {iptables} -F probe; {iptables} -X probe"
+            ));
+            if listing.contains("-A probe -c 3 3 ") { listing } else { String::new() }
+        };
+        let both = listing("iptables") + &listing("ip6tables");
+        both.lines().filter(|line| tag(line).is_some()).map(String::from).collect()
+    }
+
     fn dump(&self) -> Vec<String> {
         let both = self.iptables("-S") + &self.ip6tables("-S");
         both.lines().map(String::from).collect()
@@ -380,12 +408,21 @@ pub struct Rfw<'l> {
 
 impl Rfw<'_> {
     pub fn await_ready(&mut self) {
-        await_true("rfw answers", 10 + SLACK, || {
-            let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none(), "rfw ended: {}", self.lab.read("stderr"));
-            let local = Conn::to(LOCAL).and_then(|mut conn| conn.try_ask("GET /", ""));
-            local.is_ok() || curl("-k", "GET /", "https://127.0.0.1:7393").ends_with("401")
+        let ended = self.await_start(10 + SLACK);
+        assert_eq!(ended, None, "rfw ended: {}", self.lab.read("stderr"));
+    }
+
+    /// Waits until it answers (`None`) or ends; then its exit status.
+    pub fn await_start(&mut self, seconds: u64) -> Option<i32> {
+        let mut ended = None;
+        await_true("rfw answers", seconds, || {
+            ended = self.child.try_wait().unwrap();
+            let local = || Conn::to(LOCAL).and_then(|mut conn| conn.try_ask("GET /", ""));
+            ended.is_some()
+                || local().is_ok()
+                || curl("-k", "GET /", "https://127.0.0.1:7393").ends_with("401")
         });
+        ended.map(|status| status.code().expect("an exit status"))
     }
 
     pub fn pid(&self) -> u32 {
@@ -414,9 +451,15 @@ impl Rfw<'_> {
     }
 
     pub fn restart(&mut self) {
+        let ended = self.try_restart(10 + SLACK);
+        assert_eq!(ended, None, "rfw ended: {}", self.lab.read("stderr"));
+    }
+
+    /// The same, as `await_start` has it.
+    pub fn try_restart(&mut self, seconds: u64) -> Option<i32> {
         self.kill();
         self.child = self.lab.launch(&[]).into_child();
-        self.await_ready();
+        self.await_start(seconds)
     }
 
     fn into_child(self) -> Child {

@@ -2,8 +2,8 @@
 //!
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
 //! order: the harness, the program as a command, its API, what it does to the kernel, lists, sets
-//! and the state file, then HTTP, TLS, the client, packets, kill -9, and the defects of rfw 0.2.2
-//! that must not return.
+//! and the state file, then HTTP, TLS, the client, packets, kill -9, and the defects that must not
+//! return: of rfw 0.2.2 (`regressions`), and of 0.3 (`repair`, `commits`).
 
 #![allow(
     clippy::arithmetic_side_effects,
@@ -17,6 +17,7 @@ mod lab;
 
 mod api;
 mod client;
+mod commits;
 mod crash;
 mod faults;
 mod http;
@@ -26,6 +27,7 @@ mod packets;
 mod program;
 mod readme;
 mod regressions;
+mod repair;
 mod sets;
 mod state;
 mod tls;
