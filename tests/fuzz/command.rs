@@ -4,10 +4,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use rfw::api::{Command, Grammar};
-use rfw::firewall::kernel::{Edit, Line, Owned, parse_row};
+use rfw::firewall::iptables::{KernelRule, RuleEdit, TaggedRule, parse_row};
 use rfw::http::request::Request;
 use rfw::rule::net::{Family, Net};
-use rfw::rule::{Action, Place, Rule, WIDEST_V4, WIDEST_V6};
+use rfw::rule::{Action, Rule, RuleTemplate, WIDEST_V4, WIDEST_V6};
 
 /// Method, body and configuration are in the first byte.
 fn parse(bits: u8, target: &str) -> Option<Command> {
@@ -41,14 +41,14 @@ fuzz_target!(|input: (u8, &str)| {
                 _ => assert_eq!(again, Some(Command::Change(rule, action))),
             }
         }
-        Some(Command::ChangeAll(place, _)) => {
+        Some(Command::ChangeAll(template, _)) => {
             let net = Net::parse("192.0.2.7").expect("an address");
-            let rule = place.rule(net);
+            let rule = template.rule(net);
             check(rule);
-            assert_eq!(rule.place(), Some((place, net)));
+            assert_eq!(rule.template(), Some((template, net)));
             let path = rule.to_string();
             let segments: Vec<&str> = path.split('/').skip(1).take(3).collect();
-            assert_eq!(Place::parse(&segments), Ok(place));
+            assert_eq!(RuleTemplate::parse(&segments), Ok(template));
         }
         _ => {}
     }
@@ -60,10 +60,10 @@ fn check(rule: Rule) {
         let widest = if net.family() == Family::V4 { WIDEST_V4 } else { WIDEST_V6 };
         assert!(net.prefix() >= widest && net.family() == rule.family());
     }
-    let owned = Owned::new(Line::plain(rule), Some(1));
-    let line = Edit::Insert(1, owned).to_string();
+    let tagged = TaggedRule::new(KernelRule::plain(rule), Some(1));
+    let line = RuleEdit::Insert(1, tagged).to_string();
     let plain = |b: u8| b.is_ascii_alphanumeric() || b" .:/+-_@".contains(&b);
     assert!(line.bytes().all(plain), "{line}");
     let listed = line.replacen("-I ", "-A ", 1);
-    assert_eq!(parse_row(&listed, rule.family()), Some((rule.chain(), Some(owned))));
+    assert_eq!(parse_row(&listed, rule.family()), Some((rule.chain(), Some(tagged))));
 }

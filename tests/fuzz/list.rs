@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use rfw::rule::list::{LeftOut, List, MAX_LINE, TooMany, Wrong};
 use rfw::rule::net::Net;
 use rfw::rule::whitelist::Whitelist;
-use rfw::rule::{Action, Place, Rule, Rules};
+use rfw::rule::{Action, Rule, RuleTemplate, Rules};
 use std::sync::LazyLock;
 
 static WHITELIST: LazyLock<Whitelist> = LazyLock::new(|| {
@@ -18,8 +18,8 @@ type Outcome = Result<Result<(Vec<Net>, LeftOut), Wrong>, TooMany>;
 fn read(bytes: &[u8], piece: usize) -> Outcome {
     let mut list = List::new(&WHITELIST);
     bytes.chunks(piece).try_for_each(|bytes| list.push(bytes))?;
-    let place = Place::parse(&["drop", "input", "any"]).expect("a place");
-    let read = list.finish(place, Action::Delete)?;
+    let template = RuleTemplate::parse(&["drop", "input", "any"]).expect("a template");
+    let read = list.finish(template, Action::Delete)?;
     Ok(read.map(|(permitted, left_out)| match permitted.into_change().rules {
         Rules::List(_, nets) => (nets, left_out),
         Rules::One(_) => unreachable!("a list is no single rule"),
@@ -52,7 +52,7 @@ fn single(line: &[u8], outcome: &Outcome) {
         return;
     }
     let rule = format!("/drop/input/any/{text}").parse::<Rule>();
-    let net = rule.ok().and_then(|rule| rule.place()).map(|(_, net)| net);
+    let net = rule.ok().and_then(|rule| rule.template()).map(|(_, net)| net);
     let read = outcome.as_ref().expect("one line").as_ref().ok();
     let read = read.map(|(nets, left_out)| (nets.clone(), left_out.lines.clone()));
     assert_eq!(
