@@ -28,7 +28,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv soak conformance fail2ban static static-test \
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban static static-test \
     run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
@@ -73,6 +73,10 @@ hostile: $(rfw) ## an honest client among 4,000 hostile ones, in a network of it
 argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a quarter of an hour
 	contrib/deps.sh bench
 	python3 tests/argv.py $(rfw) $(or $(COUNT),100000) $(SEED)
+
+chaos: $(rfw) ## random requests, kills and faults against a model; COUNT=, SEED=, FLAGS=; a quarter of an hour
+	contrib/deps.sh bench
+	python3 tests/chaos.py $(rfw) $(or $(COUNT),200) $(SEED) $(FLAGS)
 
 soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
 	contrib/deps.sh bench

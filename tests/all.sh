@@ -69,6 +69,8 @@ step 'cargo clippy' 'cargo clippy --version' 'this Rust has none' \
 step shellcheck 'command -v shellcheck' 'not installed' shellcheck "$@"
 step mandoc 'command -v mandoc' 'not installed' mandoc -Tlint -Wwarning contrib/man/*
 step tests/argv.py 'command -v python3' 'no python3' python3 tests/argv.py "$rfw" 3000
+step tests/chaos.py 'command -v python3' 'no python3' \
+	python3 tests/chaos.py "$rfw" 16 1 --without hang
 step tests/deb.sh has_systemd 'needs root, dpkg and systemd' make deb-test
 cargo_test
 step fuzzing 'cargo +nightly fuzz --version && command -v c++' \
