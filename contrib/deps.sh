@@ -4,9 +4,9 @@
 #   contrib/deps.sh build|demo|test|bench|conformance|static|std|static-test
 #
 # As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
-# missing, and fails. What only `make test` can do without (cargo fmt, cargo clippy, shellcheck,
-# mandoc, strace, python3) is installed where apt has it, and never a reason to fail. `std` is a
-# Rust with the source of its std.
+# missing, and fails. What `make test` can do without (cargo fmt, cargo clippy, shellcheck, mandoc,
+# strace, python3), and `make bench` (strace, iperf3), is installed where apt has it, and never a
+# reason to fail. `std` is a Rust with the source of its std.
 set -eu
 cd "$(dirname "$0")/.."
 least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -84,8 +84,10 @@ if [ -n "$missing" ]; then
 	exit 1
 fi
 
-if [ "$1" = test ] && [ -n "$apt" ]; then
-	optional=
+[ -n "$apt" ] || exit 0
+optional=
+case $1 in
+test)
 	has shellcheck || optional=shellcheck
 	has mandoc || optional="$optional mandoc"
 	has strace || optional="$optional strace"
@@ -95,7 +97,12 @@ if [ "$1" = test ] && [ -n "$apt" ]; then
 	case $package in
 	rustc*) optional="$optional rustfmt${package#rustc} rust-clippy${package#rustc}" ;;
 	esac
-	for tool in $optional; do
-		dpkg -s "$tool" >/dev/null 2>&1 || [ -z "$(candidate "$tool")" ] || install "$tool" || true
-	done
-fi
+	;;
+bench)
+	has strace || optional=strace
+	has iperf3 || optional="$optional iperf3"
+	;;
+esac
+for tool in $optional; do
+	dpkg -s "$tool" >/dev/null 2>&1 || [ -z "$(candidate "$tool")" ] || install "$tool" || true
+done
