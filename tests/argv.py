@@ -201,7 +201,9 @@ def changes(calls):
     """The single changes among them: (program, words), whether by argument or by input."""
     for name, args, lines in calls:
         if name == "ipset" and args[-1] != "restore":
-            yield name, args
+            if args[:1] != ["-exist"]:
+                yield name, ["not -exist:", *args]
+            yield name, args[1:]
         elif name == "ipset":
             yield from ((name, line.split(" ")) for line in lines)
         elif name.endswith("-restore"):
@@ -332,7 +334,7 @@ def expected(m, sets, first):
 
 
 FRAME = (  # what sets are made, looked at and taken away with
-    r"ipset create rfw[46]:\S+ hash:net family inet6? hashsize 1024 maxelem 1048576 timeout 0 counters|ipset destroy rfw[46]:\S+"
+    r"ipset create rfw[46]:\S+ hash:net family inet6? hashsize 1024 maxelem 1048576 timeout 0 counters|ipset (destroy|flush) rfw[46]:\S+"
     r"|ip6?tables -[ID] (INPUT|OUTPUT|FORWARD)( \d+)?( -i \S+)?( -o \S+)? -m set --match-set rfw[46]:\S+ (src|dst)"
     r" -m comment --comment (TAG|rfw) -j (DROP|ACCEPT|REJECT)")
 
@@ -343,6 +345,8 @@ def reached(recorder, m, sets, since):
     if not sets or not m:
         return made
     made = [re.sub(r"fwd:~[0-9a-f]{14}", "fwd:~HASH", line) for line in made]
+    # An expiry is rounded up, and the time to it, too.
+    made = [re.sub(f" timeout {m.expire + 1}$", f" timeout {m.expire}", line) if m.expire else line for line in made]
     if not in_set(m):  # behind the rules of sets
         return [re.sub(r"^(\S+ -I [A-Z]+) \d+", r"\1", line) for line in made]
     # An address moves out of the sets of the other targets at its place.
