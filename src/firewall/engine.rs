@@ -516,42 +516,36 @@ impl<K: Kernel> Engine<K> {
         read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
     }
 
+    /// Logs what was wrong, apart from what the batch in progress changes.
     fn report_rules(&mut self, plans: Vec<Plan>, batch: Option<&Batch>) {
-        let changed: HashSet<KernelRule> = batch
-            .into_iter()
-            .flat_map(|batch| self.list.differences(batch))
-            .filter(|difference| !self.list.is_in_set(&difference.group))
-            .map(|difference| KernelRule::plain(difference.rule()))
-            .collect();
-        let created = |rule: &KernelRule| {
-            let sets = batch.into_iter().flat_map(|batch| &batch.created);
-            sets.filter_map(Group::set).any(|set| set == *rule)
-        };
-        let others = |rule: &KernelRule| !changed.contains(rule) && !created(rule);
-        let missing: Vec<KernelRule> =
-            plans.iter().flat_map(|plan| &plan.missing).copied().filter(others).collect();
-        self.report_restored(missing.len());
-        if !self.is_starting {
-            self.log_each(Level::Info, "restored", &missing);
+        let mut changed: HashSet<KernelRule> = HashSet::new();
+        if let Some(batch) = batch {
+            changed.extend(batch.created.iter().filter_map(Group::set));
+            let rules = self.list.differences(batch).filter(|d| !self.list.is_in_set(&d.group));
+            changed.extend(rules.map(|difference| KernelRule::plain(difference.rule())));
         }
         let now = self.now();
+        let (mut missing, mut expired, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         for plan in plans {
-            let unknown = plan.unknown.iter().filter(|tagged| others(&tagged.rule));
-            let (expired, unknown): (Vec<_>, Vec<_>) =
-                unknown.partition(|tagged| tagged.expires.is_some_and(|second| second <= now));
-            let rules =
-                |tagged: Vec<&TaggedRule>| tagged.into_iter().map(|t| t.rule).collect::<Vec<_>>();
-            self.metrics.expired.add(expired.len());
-            self.log_each(Level::Info, "expired", &rules(expired));
-            self.log_each(
-                Level::Warning,
-                "removed, because it is not in the list:",
-                &rules(unknown),
-            );
+            missing.extend(plan.missing.into_iter().filter(|rule| !changed.contains(rule)));
+            for TaggedRule { rule, expires, .. } in plan.unknown {
+                match expires.is_some_and(|second| second <= now) {
+                    _ if changed.contains(&rule) => {}
+                    true => expired.push(rule),
+                    false => unknown.push(rule),
+                }
+            }
             if let Some(line) = plan.overtaken_by {
                 self.report_overtaken(&line);
             }
         }
+        self.report_restored(missing.len());
+        if !self.is_starting {
+            self.log_each(Level::Info, "restored", &missing);
+        }
+        self.metrics.expired.add(expired.len());
+        self.log_each(Level::Info, "expired", &expired);
+        self.log_each(Level::Warning, "removed, because it is not in the list:", &unknown);
     }
 
     fn report_restored(&self, count: usize) {
