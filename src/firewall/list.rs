@@ -333,6 +333,8 @@ impl List {
             batch.created.push(group);
         }
         self.due.extend(expires.map(|second| (group.family, second)));
+        // At once and first, so that the allocator can give all of it back.
+        batch.steps.reserve_exact(nets.len());
         let members = nets.iter().map(|net| (*net, self.newest(expires))).collect();
         self.groups.insert(group, members);
         nets.iter().for_each(|net| batch.push(group, *net, None));
