@@ -1492,6 +1492,68 @@ fn one_family_failing_does_not_block_the_other() {
     }
 }
 
+/// What a healthy kernel is asked for a change. A wrong edit would be repaired, but that costs more.
+#[test]
+fn what_a_change_costs() {
+    let list = |verb: &str, last: usize| {
+        let nets: Vec<String> = (1..=last).map(|n| format!("3.3.3.{n}")).collect();
+        format!("{verb} /drop/input/any: {}", nets.join(" "))
+    };
+    let (few, many) = (list("-", MAX_DELETIONS), list("-", MAX_DELETIONS + 1));
+    let before = format!(
+        "{}; + /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.1; \
+         + /drop/forward/any/1.1.1.1/any/2.2.2.2; + /accept/input/any/1.1.1.3",
+        list("+", 70)
+    );
+    // r and w: rules are read and written, R and W: sets; in this order, IPv4 and then IPv6
+    let table = [
+        (false, "+ /drop/input/any/5.5.5.5", "w"),
+        (false, "+ /drop/forward/any/5.5.5.5", "w"),
+        (false, "+ /accept/input/any/5.5.5.5", "rw"),
+        (false, "+60 /drop/input/any/1.1.1.1", "w"),
+        (false, "- /drop/input/any/1.1.1.1", "w"),
+        (false, "- /accept/input/any/1.1.1.3", "w"),
+        (false, "+ /drop/input/any/1.1.1.1", "r"),
+        (false, "- /drop/input/any/5.5.5.5", ""),
+        (false, "+60 /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "w"),
+        (false, "+ /drop/input/any/1.1.1.1, + /drop/output/any/1.1.1.1", "r"),
+        (false, "+ /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "rw"),
+        (false, "+ /drop/input/any: 5.5.5.5 2001:db8::5", "w w"),
+        (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r w"),
+        (false, &few, "w"),
+        (false, &many, "rrw"),
+        (true, "+ /drop/output/any/5.5.5.5", "Wr"),
+        (true, "+60 /drop/output/any/1.1.1.1", "Wr"),
+        (true, "- /drop/output/any/1.1.1.1", "W"),
+        (true, "+ /drop/input/any/1.1.1.3", "Wr"),
+        (true, "+ /drop/output/any/1.1.1.1, + /drop/output/any/5.5.5.5", "Wr"),
+        (true, "+ /reject/output/any/1.1.1.1", "WWrrrw"),
+        (true, "+ /drop/forward/any/5.5.5.5/any/2.2.2.2", "w"),
+        (true, "- /drop/forward/any/1.1.1.1/any/2.2.2.2", "w"),
+    ];
+    for (sets, changes, cost) in table {
+        let mut world = World::new(sets, false);
+        world.engine().settings.maxelem = 100;
+        world.put(&before);
+        world.settle();
+        world.set_faults(&[]);
+        world.put(changes);
+        let calls = mem::take(&mut world.memory().calls);
+        let letter = |(part, call): &(Part, Call)| match (part, call) {
+            (Part::Rules(family), Call::Read) => (*family, 'r'),
+            (Part::Rules(family), _) => (*family, 'w'),
+            (Part::Sets, Call::Read) => (Family::V4, 'R'),
+            (Part::Sets, _) => (Family::V4, 'W'),
+        };
+        let mut letters: Vec<_> = calls.iter().map(letter).collect();
+        letters.sort_unstable();
+        let of = |family| letters.iter().filter(move |(known, _)| *known == family);
+        let of = |family| of(family).map(|(_, letter)| *letter).collect::<String>();
+        let found = format!("{} {}", of(Family::V4), of(Family::V6));
+        assert_eq!(found.trim_end(), cost, "{changes}");
+    }
+}
+
 /// A program that hung is not started again in the same batch, and no batch exceeds its limit.
 #[test]
 fn time_limit() {
