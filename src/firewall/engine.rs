@@ -24,7 +24,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Target};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -35,7 +35,8 @@ use std::time::{Duration, Instant};
 pub const BATCH_LIMIT: Duration = Duration::from_secs(30);
 /// How long one program may take, and how much more for each edit: ten times what a healthy
 /// kernel needs.
-pub const TOOL_LIMIT: Duration = Duration::from_secs(10);
+const TOOL_LIMIT: Duration = Duration::from_secs(10);
+pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
 /// The least time between two checks of the kernel, and how many times as long as a check takes
 /// the pause after it is: checks take less than 5 % of one processor.
@@ -69,12 +70,7 @@ const MAX_LOGGED: usize = 1_000;
 /// The kernel, by six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> &[Family];
-    fn read_rules(
-        &self,
-        family: Family,
-        chain: Option<Chain>,
-        limit: Duration,
-    ) -> Result<Listing, ToolError>;
+    fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError>;
     /// All edits or none.
     fn write_rules(
         &self,
@@ -153,8 +149,7 @@ pub struct Engine<K> {
     pub(super) outage: Option<ToolError>,
     /// Whether anything was repaired since the last check.
     pub(super) has_repaired: bool,
-    /// How long a program may take; more while rfw starts, when no request waits.
-    pub(super) tool_limit: Duration,
+    /// While rfw starts, no request waits, so a program may take longer.
     pub(super) is_starting: bool,
 }
 
@@ -323,27 +318,26 @@ impl<K: Kernel> Engine<K> {
         };
         let relied = self.relied_on(batch);
         // Whether the rules of the sets are there can be read meanwhile.
-        let (written, listings) = thread::scope(|scope| {
+        let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
-            let read = |(family, chain): &(Family, Option<Chain>)| {
-                let (family, chain) = (*family, *chain);
-                scope.spawn(move || engine.kernel.read_rules(family, chain, engine.limit(0)))
+            let read = |family: &Family| {
+                let family = *family;
+                (family, scope.spawn(move || engine.kernel.read_rules(family, engine.limit(0))))
             };
             let reads: Vec<_> = relied.iter().filter(|_| self.settings.sets).map(read).collect();
             let written = self.write_sets(batch, created, first);
-            let listings = reads.into_iter().flat_map(ScopedJoinHandle::join);
-            (written, listings.collect::<Result<Vec<_>, _>>())
+            let join =
+                |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));
+            (written, reads.into_iter().filter_map(join).collect::<BTreeMap<_, _>>())
         });
         written?;
-        let mut listings = listings?.into_iter();
         for family in self.families_of(batch) {
-            let relied = relied.iter().find(|(relied, _)| *relied == family);
-            let listing = relied.and_then(|_| listings.next());
             match self.rule_edits(batch, family) {
                 Some(edits) if !created.iter().any(|group| group.family == family) => {
                     self.kernel.write_rules(family, &edits, self.limit(edits.len()))?;
-                    if let Some((_, chain)) = relied {
-                        self.check_rules(family, *chain, listing, Some(batch))?;
+                    if relied.contains(&family) {
+                        let listing = listings.remove(&family).transpose()?;
+                        self.check_rules(family, listing, Some(batch))?;
                     }
                 }
                 _ => self.repair_rules(family, Some(batch))?,
@@ -416,26 +410,16 @@ impl<K: Kernel> Engine<K> {
         Some(deleted.chain(inserted).collect())
     }
 
-    /// The families, and the chain if it is one, where a batch relies on rules that it does not
-    /// write: because they exist, because they are those of sets, or because the guards must
-    /// precede an ACCEPT rule.
-    fn relied_on(&self, batch: &Batch) -> Vec<(Family, Option<Chain>)> {
-        let mut relied: Vec<(Family, Option<Chain>)> = Vec::new();
-        for Difference { group, before, after, .. } in self.list.differences(batch) {
-            let (family, chain) = (group.family, Some(group.template.chain));
-            let is_accept =
-                group.template.target == Target::Accept && !self.settings.guards.is_empty();
-            let is_unwritten = self.list.is_in_set(&group) || before == after;
-            let is_relied = after.is_some() && (is_unwritten || is_accept);
-            match relied.iter_mut().find(|(known, _)| *known == family) {
-                _ if !is_relied || !self.kernel.families().contains(&family) => {}
-                Some((_, known)) if *known != chain => *known = None,
-                Some(_) => {}
-                None => relied.push((family, chain)),
-            }
-        }
-        relied.sort_unstable();
-        relied
+    /// The families where a batch relies on rules that it does not write: because they exist,
+    /// because they are those of sets, or because the guards must precede an ACCEPT rule.
+    fn relied_on(&self, batch: &Batch) -> BTreeSet<Family> {
+        let has_guards = !self.settings.guards.is_empty();
+        let is_relied = |Difference { group, before, after, .. }: &Difference| {
+            let is_accept = has_guards && group.template.target == Target::Accept;
+            after.is_some() && (is_accept || self.list.is_in_set(group) || before == after)
+        };
+        let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
+        relied.filter(|family| self.kernel.families().contains(family)).collect()
     }
 
     /// The rules that precede all others in a chain: guards, then those of sets.
@@ -452,19 +436,21 @@ impl<K: Kernel> Engine<K> {
         self.front(family, chain).chain(self.list.rules(family, chain)).collect()
     }
 
+    fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
+        let plan = |chain: &Chain| plan(listing.chain(*chain), &self.wanted(family, *chain));
+        Chain::ALL.iter().map(plan).collect()
+    }
+
     /// Repairs the rules if a listing differs from what they should be.
     fn check_rules(
         &mut self,
         family: Family,
-        chain: Option<Chain>,
         listing: Option<Listing>,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
-        let read = || self.kernel.read_rules(family, chain, self.limit(0));
-        let listing = listing.map_or_else(read, Ok)?;
-        let chains = chain.map_or(Chain::ALL.to_vec(), |chain| vec![chain]);
-        let plans = chains.iter().map(|c| plan(listing.chain(*c), &self.wanted(family, *c)));
-        let wrong: Vec<Plan> = plans.filter(|plan| !plan.edits.is_empty()).collect();
+        let read = || self.kernel.read_rules(family, self.limit(0));
+        let mut wrong = self.plans(family, &listing.map_or_else(read, Ok)?);
+        wrong.retain(|plan| !plan.edits.is_empty());
         // The ticker does not always fight for the first place; a request gets it.
         let may_wait = batch.is_none() && self.is_overtaken_often();
         let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
@@ -494,9 +480,7 @@ impl<K: Kernel> Engine<K> {
         listing: &Listing,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
-        let chains = Chain::ALL.iter();
-        let plans = chains.map(|c| plan(listing.chain(*c), &self.wanted(family, *c)));
-        let mut plans: Vec<Plan> = plans.collect();
+        let mut plans = self.plans(family, listing);
         let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
         self.has_repaired |= !edits.is_empty();
         self.distrusted_rules.remove(&family);
@@ -512,7 +496,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Two listings in a row that agree.
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
-        let read = || self.kernel.read_rules(family, None, self.limit(0));
+        let read = || self.kernel.read_rules(family, self.limit(0));
         read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
     }
 
@@ -719,7 +703,7 @@ impl<K: Kernel> Engine<K> {
         let mut result = self.check_sets();
         for family in self.kernel.families().to_vec() {
             if self.has_time() {
-                result = result.and(self.check_rules(family, None, None, None));
+                result = result.and(self.check_rules(family, None, None));
             }
         }
         result
@@ -820,15 +804,12 @@ impl<K: Kernel> Engine<K> {
         self.begin();
         let mut rules = Vec::new();
         for family in self.kernel.families() {
-            let mut listing = self.kernel.read_rules(*family, chain, self.limit(0))?;
-            let chains = chain.map_or(Chain::ALL.to_vec(), |chain| vec![chain]);
-            let is_right = |chain: &Chain| {
-                plan(listing.chain(*chain), &self.wanted(*family, *chain)).edits.is_empty()
-            };
-            if !chains.iter().all(is_right) {
+            let mut listing = self.kernel.read_rules(*family, self.limit(0))?;
+            if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
                 listing = self.read_rules(*family)?;
             }
-            let own = chains.iter().flat_map(|chain| listing.chain(*chain).own());
+            let chains = Chain::ALL.iter().filter(|known| chain.is_none_or(|c| c == **known));
+            let own = chains.flat_map(|chain| listing.chain(*chain).own());
             let listed = own.filter(|(_, tagged)| !matches!(tagged.rule.kind, RuleKind::Guard(_)));
             rules.extend(listed.map(|(number, tagged)| (number, *tagged)));
         }
@@ -860,7 +841,8 @@ impl<K: Kernel> Engine<K> {
     fn limit(&self, edits: usize) -> Duration {
         let more = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
         let left = self.deadline.saturating_duration_since(Instant::now());
-        self.tool_limit.saturating_add(more).min(left)
+        let limit = if self.is_starting { START_TOOL_LIMIT } else { TOOL_LIMIT };
+        limit.saturating_add(more).min(left)
     }
 }
 

@@ -288,16 +288,14 @@ impl Iptables {
         }
     }
 
-    /// Passes each rule of the built-in chains, or of one of them, to `each`, with its line. iptables exits with 0 even if it could not read everything, so a listing without
+    /// Passes each rule of the built-in chains to `each`, with its line. iptables exits with 0 even if it could not read everything, so a listing without
     /// the policy of each chain is an error; even one with all policies may lack rules.
     pub fn read(
         &self,
-        chain: Option<Chain>,
         limit: Duration,
         mut each: impl FnMut(Chain, Option<TaggedRule>, &str),
     ) -> Result<(), ToolError> {
-        let mut args = vec!["-w", LOCK_WAIT, "-v", "-S"];
-        args.extend(chain.map(Chain::name));
+        let args = ["-w", LOCK_WAIT, "-v", "-S"];
         let (mut policies, mut count) = (0_usize, 0_usize);
         process::read_lines(&self.iptables, &args, limit, |line| {
             policies = policies.saturating_add(usize::from(line.starts_with("-P ")));
@@ -307,14 +305,13 @@ impl Iptables {
             }
             count < MAX_LISTED
         })?;
-        let expected = if chain.is_some() { 1 } else { Chain::ALL.len() };
         let program = self.iptables.display();
         match (count, policies) {
             (MAX_LISTED.., _) => {
                 let message = format!("{program} lists {MAX_LISTED} rules or more.");
                 Err(ToolError::Transient(message))
             }
-            (_, policies) if policies < expected => {
+            (_, policies) if policies < Chain::ALL.len() => {
                 let message = format!("{program} exited with 0 after an incomplete listing.");
                 Err(ToolError::Transient(message))
             }

@@ -64,15 +64,10 @@ impl Kernel for Tools {
         &self.families
     }
 
-    fn read_rules(
-        &self,
-        family: Family,
-        chain: Option<Chain>,
-        limit: Duration,
-    ) -> Result<Listing, ToolError> {
+    fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError> {
         let mut listing = Listing::default();
         let push = |chain, row, line: &str| listing.push(chain, row, line);
-        self.iptables(family)?.read(chain, limit, push)?;
+        self.iptables(family)?.read(limit, push)?;
         Ok(listing)
     }
 

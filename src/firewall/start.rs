@@ -1,7 +1,7 @@
 //! The start, in order: the list from the state file or, without one, from the kernel; then the
 //! kernel made to match it. Nothing here knows in which form rfw kept its rules before.
 
-use super::engine::{Engine, Kernel, Settings};
+use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::List;
@@ -20,8 +20,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long one program may take while no request waits, and how long all of them.
-const TOOL_LIMIT: Duration = Duration::from_secs(60);
+/// How long all programs may take while rfw starts.
 const START_LIMIT: Duration = Duration::from_secs(600);
 
 /// Why rfw cannot start.
@@ -63,7 +62,6 @@ pub fn start<K: Kernel>(
         overtaken: VecDeque::new(),
         outage: None,
         has_repaired: false,
-        tool_limit: TOOL_LIMIT,
         is_starting: true,
     };
     let listings = read_rules(&engine)?;
@@ -105,7 +103,6 @@ pub fn start<K: Kernel>(
     } else if has_dropped {
         engine.compact();
     }
-    engine.tool_limit = super::engine::TOOL_LIMIT;
     engine.is_starting = false;
     Ok(engine)
 }
@@ -206,7 +203,7 @@ fn try_rules<K: Kernel>(
     let rule = Rule { target: Target::Accept, matches };
     let tagged = TaggedRule::new(KernelRule { rule, kind: RuleKind::Guard(0) }, None);
     let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
-    engine.kernel.write_rules(family, &edits, TOOL_LIMIT)
+    engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
 }
 
 /// Destroys rfw's sets that no rule of rfw's uses any more. What is in a set without a rule is
@@ -223,7 +220,7 @@ fn destroy_leftovers<K: Kernel>(
     };
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
     for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
-        match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), TOOL_LIMIT) {
+        match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
             Ok(()) if is_trial => {}
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
             Err(error) => {

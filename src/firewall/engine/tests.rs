@@ -322,17 +322,12 @@ impl Kernel for FakeKernel {
         &Family::ALL
     }
 
-    fn read_rules(
-        &self,
-        family: Family,
-        chain: Option<Chain>,
-        limit: Duration,
-    ) -> Result<Listing, ToolError> {
+    fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError> {
         let mut memory = self.lock();
         let way = memory.begin(Part::Rules(family), Call::Read, Some(family), limit);
         let mut rows = Vec::new();
-        for known in Chain::ALL.into_iter().filter(|known| chain.is_none_or(|c| c == *known)) {
-            rows.extend(memory.chain(family, known).iter().map(|row| (known, row.clone())));
+        for chain in Chain::ALL {
+            rows.extend(memory.chain(family, chain).iter().map(|row| (chain, row.clone())));
         }
         let mut listing = Listing::default();
         for (chain, row) in listed(way, rows)? {
