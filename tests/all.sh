@@ -52,7 +52,8 @@ cargo_test() {
 	status=0
 	run cargo test --locked --no-fail-fast || status=$?
 	sed -n '/ignored, not a test/d; s/^test \(.*\) \.\.\. \(ignored.*\)/\1 (\2)/p' "$dir/log" >>"$dir/skipped"
-	sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$dir/log" >>"$dir/failed"
+	# What a test prints when it fails, it prints again from its inner run.
+	sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$dir/log" | sort -u >>"$dir/failed"
 	if [ $status != 0 ] && [ "$(lines failed)" = "$before" ]; then
 		echo 'cargo test' >>"$dir/failed"
 	fi

@@ -70,7 +70,8 @@ const FAULTS: [(&str, &str, &str); 12] = [
     ("accept4:error=ECONNABORTED", "200 inserted", "waits"),
     ("accept4:error=ENOBUFS", "200 inserted", "waits"),
     ("sendto:error=EPIPE", "", ""),
-    ("recvfrom:error=ECONNRESET", "", ""),
+    // Of a kept connection the call may have begun before: then the programs cannot be read.
+    ("recvfrom:error=ECONNRESET", "|503 busy", ""),
     // The log, and what the programs print: nothing shows rfw that the rule exists.
     ("write:error=ENOSPC", "200 inserted", "200 exists|500 iptables_failed|503 busy"),
 ];
@@ -93,7 +94,8 @@ fn system_calls_that_fail() {
             let tracer = inject(&rfw, fault);
             let from = Instant::now();
             let brief = |answer: std::io::Result<Answer>| answer.map_or("".into(), |a| a.brief());
-            assert_eq!(brief(kept.try_ask(&PUT.replace("=1h", "=9h"), "")), kept_gets, "{fault}");
+            let got = brief(kept.try_ask(&PUT.replace("=1h", "=9h"), ""));
+            assert!(kept_gets.split('|').any(|want| want == got), "{fault}: {got}");
             let mut new = Conn::open();
             new.send(format!("{}{HEAD}", PUT.replace("?expire=1h", "")));
             if new_gets != "waits" {
