@@ -13,7 +13,7 @@ round of a failed run. CLASSES below are what --without and --only name. In name
 with the real iptables and ipset behind scripts that fail on demand. Exit status 1 if a round fails.
 """
 
-import argparse, collections, contextlib, difflib, http.client, ipaddress, json, random, re, shlex, signal, sys, threading, time, traceback
+import argparse, collections, contextlib, difflib, http.client, ipaddress, json, random, re, shlex, sys, threading, time, traceback
 from faults import *
 from lab import *
 from model import *
@@ -111,7 +111,8 @@ class Round:
         self.program, self.classes, self.tools, self.mode = options.program, options.classes, tools, mode
         self.kernel, self.model, self.lock = Kernel(mode.variant), Model(), threading.Lock()
         self.log, self.begin, self.rfw, self.sets = [], time.monotonic(), None, mode.sets
-        self.faulty = self.damaged = self.full = False
+        self.faulty = self.damaged = self.full = False  # since all was equal
+        self.failed = False  # since rfw was started
         self.front = self.serial = 0
         self.saved, self.slowest, self.outward, self.drift = {}, 0, False, 2 if mode.sets else 0  # drift: seconds by which a set may round
 
@@ -225,6 +226,8 @@ class Round:
         """One change; where it is answered with 200, the kernel holds it now."""
         change, calm = some_change(self.r, self.timed), self.calm()
         status, result = self.change(change)
+        if change.method == "DELETE" and result != "deleted" and not calm:
+            return  # others may have added it a moment ago
         if status != 200 or change.expire and change.expire < 60 or not calm and "now" not in self.classes:
             return
         for _ in range(2):  # iptables-nft may list wrongly while rfw changes other rules
@@ -232,7 +235,7 @@ class Round:
             rows = {row.key: row for row in view.rows}
             wrong = [key for key in keys_of(change) if (key in rows) != (change.method == "PUT")]
             what = "not so in the kernel"
-            if not wrong and result in ("exists", "refreshed") and "front" in self.classes:
+            if not wrong and result == "exists" and "front" in self.classes:
                 wrong = [key for key in keys_of(change) if rows[key].num > view.first.get((version(key), key.chain), rows[key].num)]
                 what = "behind a rule of others"
             if not wrong:
@@ -288,9 +291,7 @@ class Round:
             self.rfw.kill()
             self.rfw.wait()
         self.rfw = None
-        with contextlib.suppress(OSError), open(FAULTS + "/hung") as f:
-            [os.kill(int(pid), signal.SIGKILL) for pid in f if os.path.exists(f"/proc/{pid.strip()}")]
-        await_true("the programs that rfw left behind end", 20, lambda: not children())
+        await_true("the programs that rfw left behind end", 20, lambda: self.tools.end_hung() or not children())
 
     def launch(self):
         lines = "ipset.path = " + RUN + "/bin/ipset\n" if self.sets else ""
@@ -302,6 +303,7 @@ class Round:
 
     def start(self):
         """-> whether it answers: a tool that fails may keep it from starting."""
+        self.failed = self.faulty
         self.launch()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -340,6 +342,7 @@ class Round:
             self.launch()
             time.sleep(self.r.random() * 0.1)
             self.stop()
+        self.tools.lift("hang")  # a start waits for a minute
         self.front, tries = 0, 0
         while not self.start():
             tries += 1
@@ -504,7 +507,7 @@ class Round:
     # Faults
 
     def fault(self, wait=True):
-        kinds = [kind for kind in FAULT if kind in self.classes and (kind != "hang" or self.r.random() < 0.08)]
+        kinds = [kind for kind in FAULT if kind in self.classes and (kind != "hang" or wait and self.r.random() < 0.08)]
         for _ in range(self.r.randrange(1, 4)):
             if not kinds:
                 return
@@ -514,7 +517,7 @@ class Round:
             always = fault.repeatable and self.r.random() < 0.3
             self.note(f"{program} will, {'from here on' if always else 'once'}: {fault.script.replace('K', str(k))}")
             path = self.tools.add(kind, fault, program, k, always)
-            self.faulty = True
+            self.faulty = self.failed = True
             if wait and fault.kind == "read" and not always and self.r.random() < 0.5:
                 deadline = time.monotonic() + 1.5  # rfw lists when it answers GET /list and, by itself, once a second
                 while os.path.exists(path) and time.monotonic() < deadline:
@@ -577,6 +580,8 @@ class Round:
         wrong = self.differences("the kernel", self.found, now) + view.wrong
         plain_rows = [row.key for row in view.rows if not self.sets or not in_set(row.key)]
         wrong += self.model.misordered(plain_rows) + self.wrong_guards(view)
+        # What could not be destroyed may stay until the next start, if it is empty.
+        wrong += [f"a set without a rule: {name} {list(view.sets[name])}" for name in view.unused if view.sets[name] or not self.failed]
         for v in 4, 6:
             if view.foreign[v] != self.foreign[v]:
                 wrong.append(f"rules of others, IPv{v}:\n" + diff(self.foreign[v], view.foreign[v]))
@@ -694,10 +699,9 @@ def report(options, number, round_, error):
 def in_processes_of_its_own():
     """Starts this program as the first process of a PID namespace: whatever it starts ends with it."""
     if "RFW_LAB_OUTSIDE" not in os.environ and os.environ.get("RFW_CHAOS") is None:
-        os.environ["RFW_CHAOS"] = "1"
         user = [] if os.getuid() == 0 else ["-r"]
-        os.execvp("unshare", ["unshare", *user, "-p", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        unshare = ["unshare", *user, "-p", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv]
+        sys.exit(subprocess.call(unshare, env={**os.environ, "RFW_CHAOS": "1"}, preexec_fn=die_with_parent))
 
 
 def main(options):

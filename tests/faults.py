@@ -89,7 +89,7 @@ class Tools:
 
     def count(self):
         """Adds up the faults that were met, by class, and begins anew."""
-        self.met.update(line.split()[1] for line in self.calls() if line.startswith("***"))
+        self.met.update(line.split()[2] for line in self.calls() if line.startswith("***"))
         write("faults/calls", "")
 
     def add(self, kind, fault, program, k, always):
@@ -99,13 +99,18 @@ class Tools:
         os.rename(write("faults/new", f"# {kind}\n{fault.script.replace('K', str(k))}\n"), f"{FAULTS}/{name}")
         return f"{FAULTS}/{name}"
 
-    def lift(self):
-        """No tool fails from here on; those that hang end."""
+    def lift(self, kind=""):
+        """No tool fails from here on, or not so; those that hang end."""
         for folder in FAULTS, FAULTS + "/honest":
             for entry in os.scandir(folder):
                 if entry.is_file() and entry.name not in ("calls", "hung"):
-                    os.unlink(entry.path)
-        with contextlib.suppress(OSError):
+                    with open(entry.path) as f:
+                        if f.readline().endswith(kind + "\n") or not kind:
+                            os.unlink(entry.path)
+        self.end_hung()
+
+    def end_hung(self):
+        with contextlib.suppress(FileNotFoundError):
             with open(FAULTS + "/hung") as f:
                 for pid in f:
                     with contextlib.suppress(ProcessLookupError):

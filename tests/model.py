@@ -87,7 +87,7 @@ def set_name(key):
 # --- What the kernel holds -------------------------------------------------------------------------
 
 Row = collections.namedtuple("Row", "version chain num key expires")
-View = collections.namedtuple("View", "rows guards foreign sets first wrong")  # first: {(version, chain): num of the first foreign rule}
+View = collections.namedtuple("View", "rows guards foreign sets unused first wrong")  # first: {(version, chain): num of the first foreign rule}
 
 
 def run(*words, input=None, check=True):
@@ -132,7 +132,7 @@ class Kernel:
 
     def view(self, with_sets):
         """What rfw keeps and what others keep, and what is not in the form or place that it must have."""
-        view, now, used, borrowed = View([], {}, {4: [], 6: []}, self.sets(), {}, []), time.time(), set(), set()
+        view, now, used, borrowed = View([], {}, {4: [], 6: []}, self.sets(), [], {}, []), time.time(), set(), set()
         for v in 4, 6:
             position, last = collections.Counter(), {}
             for line in self.rules(v):
@@ -149,7 +149,7 @@ class Kernel:
                     if rank < last.get(chain, (0, ""))[0]:
                         view.wrong.append(f"IPv{v}: out of place: {line}\n      behind        {last[chain][1]}")
                     last[chain] = rank, line
-        view.wrong.extend(f"a set without a rule: {name} {list(view.sets[name])}" for name in view.sets.keys() - used - borrowed)
+        view.unused.extend(view.sets.keys() - used - borrowed)
         return view
 
     def take(self, view, v, chain, num, found, line, now, with_sets, used):
