@@ -831,7 +831,7 @@ impl<K: Kernel> Engine<K> {
         self.deadline = now.checked_add(BATCH_LIMIT).unwrap_or(now);
     }
 
-    /// Whether no program of this batch has hung: who hangs once is not asked again at once.
+    /// Whether no program of this batch has hung. After a hang nothing is tried again in the batch.
     pub fn has_time(&self) -> bool {
         let left = self.deadline.saturating_duration_since(Instant::now());
         left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)

@@ -3,6 +3,8 @@
 //! [`FakeKernel`] holds chains and sets in memory and fails as a [`Fault`] says. [`World`] is that
 //! kernel, the engine, the state file and the [`Model`]: the rules that were acknowledged. After
 //! any sequence of changes, faults, damage and restarts, all of them must agree.
+//!
+//! `#[cfg(test)]` in engine.rs includes this file.
 
 use super::super::guards;
 use super::super::list::{Tally, Verdict};
