@@ -147,6 +147,8 @@ pub struct Engine<K> {
     pub(super) overtaken: VecDeque<Instant>,
     /// Why the last check failed; a change of that is logged.
     pub(super) outage: Option<ToolError>,
+    /// How many checks have met a program that hung.
+    pub(super) hung_checks: usize,
     /// Whether anything was repaired since the last check.
     pub(super) has_repaired: bool,
     /// While rfw starts, no request waits, so a program may take longer.
@@ -697,15 +699,24 @@ impl<K: Kernel> Engine<K> {
         failure.filter(|_| !self.has_time())
     }
 
-    /// Compares the kernel with the list, and repairs it. What fails does not keep the rest from
-    /// being checked, unless a program hung.
+    /// Compares the kernel with the list, and repairs it: the sets (`None`), then the rules of
+    /// each family. What fails does not keep the rest from being checked. After a hang there is
+    /// no time for the rest, so the next check begins elsewhere.
     fn check(&mut self) -> Result<(), ToolError> {
-        let mut result = self.check_sets();
-        for family in self.kernel.families().to_vec() {
+        let families = self.kernel.families().iter().copied().map(Some);
+        let mut parts: Vec<Option<Family>> = iter::once(None).chain(families).collect();
+        let first = self.hung_checks.checked_rem(parts.len()).unwrap_or(0);
+        parts.rotate_left(first);
+        let mut result = Ok(());
+        for part in parts {
             if self.has_time() {
-                result = result.and(self.check_rules(family, None, None));
+                result = result.and(match part {
+                    None => self.check_sets(),
+                    Some(family) => self.check_rules(family, None, None),
+                });
             }
         }
+        self.hung_checks = self.hung_checks.wrapping_add(usize::from(!self.has_time()));
         result
     }
 

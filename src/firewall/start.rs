@@ -61,6 +61,7 @@ pub fn start<K: Kernel>(
         next_sets_check: now,
         overtaken: VecDeque::new(),
         outage: None,
+        hung_checks: 0,
         has_repaired: false,
         is_starting: true,
     };

@@ -539,6 +539,19 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
     });
 }
 
+/// Each check has time for one program that hangs, and the next one begins with another.
+#[test]
+fn an_iptables_that_hangs_does_not_keep_ipv6_from_being_repaired() {
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 200);
+        lab.stand_in("case $me in iptables*) exec /bin/sleep 60;; esac");
+        lab.ip6tables("-F");
+        await_true("IPv6 is repaired", 60 + SLACK, || lab.rules().len() == 1);
+    });
+}
+
 #[test]
 fn children_have_an_empty_environment() {
     once(|lab| {
