@@ -13,7 +13,8 @@ round of a failed run. CLASSES below are what --without and --only name. In name
 with the real iptables and ipset behind scripts that fail on demand. Exit status 1 if a round fails.
 """
 
-import argparse, collections, contextlib, difflib, http.client, ipaddress, json, random, re, shlex, sys, threading, time, traceback
+import argparse, contextlib, http.client, itertools, json, os, random, shlex, subprocess, sys, threading, time
+import traceback
 from faults import *
 from lab import *
 from model import *
@@ -50,26 +51,25 @@ FRONT_MOST = 8  # rfw fights for the first position ten times in ten minutes, th
 WHITE = {4: ["127.0.0.0/8", "192.0.2.1"], 6: ["::1"]}
 
 
-class Failure(Exception):
-    """The contract is broken: what differs."""
-
-
 # --- Requests --------------------------------------------------------------------------------------
 
 PLACES = [  # what follows the target in a path; T is the number of a client
-    "input/any/10.T.0.1", "input/any/10.T.0.2", "input/any/10.T.0.0/24", "input/any/10.T.0.2/31", "input/eth0/10.T.0.1",
-    "input/eth0/10.T.0.0/24", "input/ppp/10.T.0.2", "input/any/2001:db8:T::1", "input/any/2001:db8:T::/48",
-    "input/eth0/2001:db8:T::1", "output/any/10.T.0.1", "output/any/10.T.0.0/24", "output/eth1/2001:db8:T::1",
-    "output/any/2001:db8:T::/48", "forward/any/10.T.0.1", "forward/eth0/10.T.0.1/eth1", "forward/any/0.0.0.0/eth1/10.T.0.9",
-    "forward/any/10.T.0.1/any/10.T.1.9", "forward/any/10.T.0.0/24/any/10.T.1.0/24", "forward/any/2001:db8:T::/48",
-    "forward/eth0/2001:db8:T::1/any/2001:db8:T:1::/64", "forward/abcdefghijklmn7/10.T.0.1/abcdefghijklmn8",
+    "input/any/10.T.0.1", "input/any/10.T.0.2", "input/any/10.T.0.0/24", "input/any/10.T.0.2/31",
+    "input/eth0/10.T.0.1", "input/eth0/10.T.0.0/24", "input/ppp/10.T.0.2",
+    "input/any/2001:db8:T::1", "input/any/2001:db8:T::/48", "input/eth0/2001:db8:T::1",
+    "output/any/10.T.0.1", "output/any/10.T.0.0/24", "output/any/2001:db8:T::/48", "output/eth1/2001:db8:T::1",
+    "forward/any/10.T.0.1", "forward/any/2001:db8:T::/48", "forward/eth0/10.T.0.1/eth1",
+    "forward/abcdefghijklmn7/10.T.0.1/abcdefghijklmn8", "forward/any/0.0.0.0/eth1/10.T.0.9",
+    "forward/any/10.T.0.1/any/10.T.1.9", "forward/any/10.T.0.0/24/any/10.T.1.0/24",
+    "forward/eth0/2001:db8:T::1/any/2001:db8:T:1::/64",
 ]
 LIST_PLACES = ["input/any", "input/eth0", "output/any", "forward/any"]
 LIST_LINES = ["10.T.0.1", "10.T.0.2 # a comment", "10.T.0.0/24", "10.T.2.0-10.T.2.3", "2001:db8:T::1", "2001:db8:T::/48"]
-REFUSED = [("PUT", "/drop/input/any/192.0.2.1", "", 409), ("PUT", "/drop/input/any/10.0.0.0/8", "", 400), ("DELETE", "/drop/input/any/::1", "", 409),
-           ("PUT", "/drop/input/any/10.0.0.1?expire=x", "", 400), ("PUT", "/drop/input/any", "10.0.0.1\n10.0.0.300\n", 400)]
-
-Change = collections.namedtuple("Change", "method path expire body")
+REFUSED = [
+    ("PUT", "/drop/input/any/192.0.2.1", "", 409), ("DELETE", "/drop/input/any/::1", "", 409),
+    ("PUT", "/drop/input/any/10.0.0.0/8", "", 400), ("PUT", "/drop/input/any/10.0.0.1?expire=x", "", 400),
+    ("PUT", "/drop/input/any", "10.0.0.1\n10.0.0.300\n", 400),
+]
 
 
 def some_change(r, classes, client=0, size=12):
@@ -82,26 +82,19 @@ def some_change(r, classes, client=0, size=12):
     else:
         hosts = [f"10.{client}.3.{r.randrange(40)}" for _ in range(r.randrange(size))]
         hosts += [f"2001:db8:{client}:3::{r.randrange(20):x}" for _ in range(r.randrange(size))]
-        path, body = r.choice(LIST_PLACES), "\n".join(hosts + r.sample(LIST_LINES, r.randrange(1, 5))).replace("T", str(client)) + "\n"
+        lines = hosts + r.sample(LIST_LINES, r.randrange(1, 5))
+        path, body = r.choice(LIST_PLACES), "".join(line.replace("T", str(client)) + "\n" for line in lines)
     return Change("PUT" if put else "DELETE", f"/{target}/{path.replace('T', str(client))}", expire, body)
-
-
-def keys_of(change):
-    if change.body is None:
-        return [key_of_path(change.path)]
-    keys = []
-    for line in change.body.split("\n")[:-1]:
-        first, _, last = line.partition("#")[0].strip().partition("-")
-        nets = [first] if not last else ipaddress.summarize_address_range(ipaddress.ip_address(first), ipaddress.ip_address(last))
-        keys += [key_of_path(f"{change.path}/{net}") for net in nets]
-    return list(dict.fromkeys(keys))
 
 
 # --- A round ---------------------------------------------------------------------------------------
 
 Mode = collections.namedtuple("Mode", "variant sets file")
-FOREIGN = ["-s 198.51.100.{n} -j DROP", "-p tcp -m tcp --dport {n} -j ACCEPT", "-s 10.0.0.0/16 -m comment --comment hers{n} -j ACCEPT",
-           "-p udp -m udp --dport {n} -m comment --comment rfw -j DROP", "-i docker{n} -j HERS"]
+FOREIGN = [
+    "-s 198.51.100.{n} -j DROP", "-p tcp -m tcp --dport {n} -j ACCEPT", "-i docker{n} -j HERS",
+    "-s 10.0.0.0/16 -m comment --comment hers{n} -j ACCEPT",
+    "-p udp -m udp --dport {n} -m comment --comment rfw -j DROP",  # rfw could not have made it
+]
 
 
 class Round:
@@ -113,8 +106,9 @@ class Round:
         self.log, self.begin, self.rfw, self.sets = [], time.monotonic(), None, mode.sets
         self.faulty = self.damaged = self.full = False  # since all was equal
         self.failed = False  # since rfw was started
-        self.front = self.serial = 0
-        self.saved, self.slowest, self.outward, self.drift = {}, 0, False, 2 if mode.sets else 0  # drift: seconds by which a set may round
+        self.front = self.serial = self.slowest = 0
+        self.saved, self.outward = {}, False
+        self.drift = 0  # seconds by which an expiry may be rounded: sets know what is left
 
     def note(self, *words):
         self.log.append(f"{time.monotonic() - self.begin:8.3f} {' '.join(map(str, words))}")
@@ -128,15 +122,16 @@ class Round:
             self.outward = "outward" in self.classes and r.random() < 0.3
         if fresh or self.sets != self.mode.sets:
             self.restart("ipset.path as configured" if self.rfw else "start", sets=self.mode.sets)
-        steps = r.choices([step for step, *_ in STEPS], [weight if self.may(needs) else 0 for _, weight, needs in STEPS], k=r.randrange(10, 41))
-        for step in steps:
+        weights = [weight if self.may(needs) else 0 for _, weight, needs in STEPS]
+        for step, *_ in r.choices(STEPS, weights, k=r.randrange(10, 41)):
             step(self)
         self.settle("the end of the round")
         self.await_look()
         self.settle("a look of rfw's later")
 
     def may(self, needs):
-        return all(need in self.classes for need in needs) and ("sets" not in needs or self.mode.sets) and ("disk" not in needs or self.mode.file)
+        has = self.classes - ({"sets"} if not self.mode.sets else set()) - ({"disk"} if not self.mode.file else set())
+        return has.issuperset(needs)
 
     def clean(self):
         """As after a boot, but for rules of others."""
@@ -161,12 +156,14 @@ class Round:
 
     def effects(self, change, since, until):
         """-> what a change makes of each rule: {key: ABSENT or its expiry}."""
-        option = ABSENT if change.method == "DELETE" else (int(since) + change.expire, int(until) + change.expire + 1) if change.expire else None
-        effects = {}
-        for key in keys_of(change):
-            if self.sets and in_set(key) and change.method == "PUT":
+        keys, effects = keys_of(change), {}
+        if change.method == "DELETE":
+            return dict.fromkeys(keys, ABSENT)
+        for key in keys:
+            if self.sets and in_set(key):  # it moves out of the sets of the other targets
                 effects.update({key._replace(target=target): ABSENT for target in TARGETS})
-        return {**effects, **{key: option for key in keys_of(change)}}
+        times = (int(since) + change.expire, int(until) + change.expire + 1) if change.expire else None
+        return {**effects, **dict.fromkeys(keys, times)}
 
     def ask(self, method, path, body=None):
         """-> status and what the answer says; None where there is no answer."""
@@ -190,15 +187,16 @@ class Round:
         with self.lock:
             effects = self.effects(change, since, time.time())
             status, answer_ = said or (None, {})
-            lines = f" {change.body.count(chr(10))} lines: {change.body.split()}" if change.body else ""
-            self.note(change.method, change.path, change.expire or "", "->", status, answer_.get("result") or answer_.get("message", ""), lines)
+            words = answer_.get("result") or answer_.get("message", "")
+            lines = (change.body or "").splitlines()
+            self.note(change.method, change.path, change.expire or "", "->", status, words, lines or "")
             if status == 200:
                 self.check_answer(change, answer_, effects, before if calm else {})
                 self.model.done(effects, sent, answer_["result"], self.sets)
             elif status is None and killed():
                 self.model.unanswered(effects, sent, self.mode.file)
             elif status == 507 and self.full or status in (500, 503) and self.faulty:
-                self.model.refused({key: option for key, option in effects.items()})
+                self.model.refused(effects)
             else:
                 raise Failure(f"{change.method} {change.path}: {said}, although nothing fails")
         return status, answer_.get("result")
@@ -206,13 +204,14 @@ class Round:
     def check_answer(self, change, answer_, effects, before):
         """Whether a 200 says what happened, as far as that is known."""
         result = answer_["result"]
-        keys = [key for key in keys_of(change)]
+        keys = keys_of(change)
         if change.body is None and change.method == "PUT":
             expires, want = answer_["expires"], effects[keys[0]]
             if (expires is None) != (want is None) or want and not want[0] - 1 <= expires <= want[1] + 1:
                 raise Failure(f"PUT {change.path}: expires {expires}, not {want}")
             effects[keys[0]] = expires and (expires, expires)
-        if any(option not in (ABSENT, None) and option[0] < time.time() + 60 for key in keys for option in before.get(key, [])) or not before:
+        times = [option for key in keys for option in before.get(key, []) if option not in (ABSENT, None)]
+        if not before or any(earliest < time.time() + 60 for earliest, _ in times):
             return
         new = sum(before[key] == [ABSENT] for key in keys)
         found = {"inserted": result == "inserted", "absent": result == "absent"} if change.body is None else answer_
@@ -236,7 +235,7 @@ class Round:
             wrong = [key for key in keys_of(change) if (key in rows) != (change.method == "PUT")]
             what = "not so in the kernel"
             if not wrong and result == "exists" and "front" in self.classes:
-                wrong = [key for key in keys_of(change) if rows[key].num > view.first.get((version(key), key.chain), rows[key].num)]
+                wrong = [key for key in keys_of(change) if rows[key].num > view.first.get(chain_of(key), rows[key].num)]
                 what = "behind a rule of others"
             if not wrong:
                 return
@@ -255,8 +254,9 @@ class Round:
         self.note("GET /list ->", said and said[0])
         if not said or said[0] != 200 and not (self.faulty and said[0] in (500, 503)):
             raise Failure(f"GET /list: {said}")
-        if calm and said[0] == 200:
-            self.compare_list(said[1], self.kernel.view(self.sets), [time.time()] * 2)
+        wrong = calm and said[0] == 200 and self.compare_list(said[1], self.kernel.view(self.sets), [time.time()] * 2)
+        if wrong:
+            raise Failure("\n".join(wrong))
 
     def load(self, kill=False):
         """Concurrent clients, each with addresses of its own; perhaps a kill in the midst of them."""
@@ -279,9 +279,9 @@ class Round:
             stop.set()
             self.rfw.kill()
         for thread in clients:
-            thread.join(ANSWER + 5)
-        if errors:
-            raise errors[0]
+            thread.join(2 * ANSWER)
+        if errors or any(thread.is_alive() for thread in clients):
+            raise errors[0] if errors else Failure("a client waits for an answer")
 
     # rfw
 
@@ -297,23 +297,29 @@ class Round:
         lines = "ipset.path = " + RUN + "/bin/ipset\n" if self.sets else ""
         lines += "state.file = disk/state\n" if self.mode.file else ""
         lines += OUTWARD_CONF if self.outward else ""
-        conf = write("rfw.conf", f"[config]\nlocal.server\nwhitelist.file = white.list\niptables.path = {RUN}/bin/iptables\n{lines}")
+        fixed = f"local.server\nwhitelist.file = white.list\niptables.path = {RUN}/bin/iptables\n"
+        words = [self.program, "-f", write("rfw.conf", f"[config]\n{fixed}{lines}"), "--logfile", RUN + "/rfw.log"]
         with open(RUN + "/stderr", "w") as stderr:
-            self.rfw = subprocess.Popen([self.program, "-f", conf, "--logfile", RUN + "/rfw.log", "--loglevel", "INFO"], stderr=stderr, preexec_fn=die_with_parent)
+            self.rfw = subprocess.Popen(words, stderr=stderr, preexec_fn=die_with_parent)
 
     def start(self):
-        """-> whether it answers: a tool that fails may keep it from starting."""
-        self.failed = self.faulty
-        self.launch()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if exchange(connect(timeout=ANSWER), request("GET", "/")):
-                    return True
-            if self.rfw.poll() is not None:
-                return False
-            time.sleep(0.01)
-        raise Failure("rfw does not start within 60 s")
+        """Tools that fail may keep rfw from starting; then something starts it again."""
+        self.failed, self.front = self.faulty, 0
+        for last in [False] * 3 + [True]:
+            if last:
+                self.lift()
+            self.launch()
+            await_true("rfw answers or ends", 60, lambda: self.answers() or self.rfw.poll() is not None)
+            if self.rfw.poll() is None:
+                return
+            if last or not (self.faulty or self.full):
+                with open(RUN + "/stderr") as f:
+                    raise Failure(f"rfw does not start: {f.read()}")
+            self.note("it does not start, which it may while tools fail")
+
+    def answers(self):
+        with contextlib.suppress(OSError):
+            return exchange(connect(timeout=ANSWER), request("GET", "/"))
 
     def restart(self, why="restart", sets=None, load=False):
         """kill -9, then another rfw, and the comparison: whatever was in doubt is known then."""
@@ -324,15 +330,12 @@ class Round:
         self.note(f"rfw is killed: {why}")
         if not self.mode.file and self.sets:
             self.model.forget_order(self.model.entries)
-            self.drift = 3
         if "flush" in self.classes and why == "restart" and self.r.random() < 0.3:
             self.damage_while_down()
+        rounded = not self.mode.file and (self.sets or bool(sets))  # a set knows the seconds that are left
+        self.drift = 4 if rounded else 2 if self.sets or sets else 0
         if sets is not None and sets != self.sets:
-            self.note("sets on" if sets else "sets off")
-            self.sets = sets
-            if sets:
-                self.drift = 2 if self.mode.file else 3
-                self.model.to_sets()
+            self.switch_to(sets)
         if "start" not in self.classes:
             self.lift()
         elif self.r.random() < 0.4:
@@ -343,16 +346,14 @@ class Round:
             time.sleep(self.r.random() * 0.1)
             self.stop()
         self.tools.lift("hang")  # a start waits for a minute
-        self.front, tries = 0, 0
-        while not self.start():
-            tries += 1
-            if not self.faulty and not self.full or tries > 4:
-                with open(RUN + "/stderr") as f:
-                    raise Failure(f"rfw does not start: {f.read()}")
-            self.note(f"it does not start, which it may while tools fail; again")
-            if tries > 2:
-                self.lift()
+        self.start()
         self.settle("the start", restarted=True)
+
+    def switch_to(self, sets):
+        self.note("sets on" if sets else "sets off")
+        self.sets = sets
+        if sets:
+            self.model.to_sets()
 
     def damage_while_down(self):
         """With a state file, nothing of it may last."""
@@ -413,8 +414,8 @@ class Round:
         v = self.r.choice([4, 6])
         self.note(f"IPv{v}: iptables-save")
         text, view = self.kernel.tool(v, "-t", "filter", restore="-save"), self.kernel.view(self.sets)
-        if [line for line in text.splitlines() if is_foreign(line)] == [line for line in self.foreign[v] if is_foreign(line)]:
-            self.saved[v] = text, list(self.foreign[v]), [(row.key, row.expires) for row in view.rows if row.version == v]
+        if list(filter(is_foreign, text.splitlines())) == list(filter(is_foreign, self.foreign[v])):
+            self.saved[v] = text, list(self.foreign[v]), [row for row in view.rows if row.version == v]
 
     def reload(self):
         if not self.saved or self.front >= FRONT_MOST:
@@ -428,8 +429,8 @@ class Round:
             self.front += 1
             self.damage([key for key in self.model.entries if version(key) == v])
             self.model.disordered = True
-            for key, expires in rows:
-                self.model.doubt([key], expires and (expires, expires))
+            for row in rows:
+                self.model.doubt([row.key], row.expires and (row.expires, row.expires))
 
     def disturb_sets(self):
         names = [name for name in self.kernel.sets()]
@@ -467,13 +468,14 @@ class Round:
             text = text.replace("198.51.100.", "2001:db8:f::").replace("10.0.0.0/16", "2001:db8::/32")
         used = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
         if "user" in self.classes and used and self.r.random() < 0.2:
-            text = f"-p tcp -m set --match-set {self.r.choice(used)} src -m comment --comment hers{self.serial} -j RETURN"
+            text = f"-m set --match-set {self.r.choice(used)} src -m comment --comment hers{self.serial} -j RETURN"
         if chain == "OUTPUT":
             text = text.replace("-i ", "-o ")
         length = sum(line.startswith(f"-A {chain} ") for line in self.kernel.rules(v))
         at = {"front": 1, "middle": self.r.randrange(1, length + 2), "end": None}[where]
         self.note(f"IPv{v}: others: -{'I' if at else 'A'} {chain} {at or ''} {text}")
-        if self.kernel.tool(v, *(["-I", chain, str(at)] if at else ["-A", chain]), *text.split(" "), check=False) is not None:
+        command = ["-I", chain, str(at)] if at else ["-A", chain]
+        if self.kernel.tool(v, *command, *text.split(" "), check=False) is not None:
             self.adopt(v, chain, where)
 
     def adopt(self, v, chain, where):
@@ -547,22 +549,22 @@ class Round:
     # The comparison
 
     def settle(self, what="settle", restarted=False):
-        """Nothing fails any more; rfw repairs everything; then all must be equal."""
+        """Nothing fails any more; rfw repairs everything; then all must be equal, until nothing is about to expire."""
         self.lift()
-        begin, recovered, unsteady = time.monotonic(), None, False
+        begin, recovered, took = time.monotonic(), None, 0
         while True:
             wrong, lingering = self.compare()
             if wrong and time.monotonic() > begin + RECOVERY:
                 raise Failure(f"{what}: not repaired within {RECOVERY} s\n" + "\n".join(wrong))
             if not wrong:
-                recovered = recovered or time.time()
-                late = [(key, expires) for key, expires in lingering if time.time() > max(expires, recovered) + 2 + SLACK]
-                if late:
-                    raise Failure(f"{what}: expired, but still there: {[(path_of(key), expires) for key, expires in late]}")
+                if recovered is None:
+                    recovered, took = time.time(), time.monotonic() - begin
+                for key, expires in lingering:
+                    if time.time() > max(expires, recovered) + 2 + SLACK:
+                        raise Failure(f"{what}: expired at {expires}, but still there: {path_of(key)}")
                 if not lingering and (restarted or time.time() > self.model.expiring()):
                     break
             time.sleep(0.05)
-        took = time.monotonic() - begin if not recovered else recovered - (time.time() - (time.monotonic() - begin))
         self.slowest = max(self.slowest, took)
         self.model.resolve(self.found, self.drift, restarted and self.drift > 2)
         self.drift = 2 if self.sets else 0
@@ -577,11 +579,10 @@ class Round:
         view = self.kernel.view(self.sets)
         now = begin, time.time()
         self.found = [(row.key, row.expires) for row in view.rows]
-        wrong = self.differences("the kernel", self.found, now) + view.wrong
-        plain_rows = [row.key for row in view.rows if not self.sets or not in_set(row.key)]
-        wrong += self.model.misordered(plain_rows) + self.wrong_guards(view)
-        # What could not be destroyed may stay until the next start, if it is empty.
-        wrong += [f"a set without a rule: {name} {list(view.sets[name])}" for name in view.unused if view.sets[name] or not self.failed]
+        wrong = self.differences("the kernel", self.found, now) + view.wrong + self.wrong_guards(view)
+        wrong += self.model.misordered([row.key for row in view.rows if not (self.sets and in_set(row.key))])
+        if not self.failed:  # what could not be destroyed may stay until the next start: without a rule it does nothing
+            wrong += [f"a set without a rule: {name} {list(view.sets[name])}" for name in view.unused]
         for v in 4, 6:
             if view.foreign[v] != self.foreign[v]:
                 wrong.append(f"rules of others, IPv{v}:\n" + diff(self.foreign[v], view.foreign[v]))
@@ -600,58 +601,44 @@ class Round:
 
     def wrong_guards(self, view):
         port, wrong = str(OUTWARD), []
-        for v in 4, 6:
-            for chain in CHAINS:
-                want = [(net, port, "ACCEPT") for net in WHITE[v]] + [(None, port, "DROP")] if self.outward and chain != "FORWARD" else []
-                found = view.guards.get((v, chain), [])
-                if sorted(map(str, found)) != sorted(map(str, want)) or found[-1:] != want[-1:]:
-                    wrong.append(f"guards of IPv{v} {chain}: {found}, not {want}")
+        for v, chain in itertools.product((4, 6), CHAINS):
+            guarded = self.outward and chain != "FORWARD"
+            want = [*((net, port, "ACCEPT") for net in WHITE[v]), (None, port, "DROP")] if guarded else []
+            found = view.guards.get((v, chain), [])
+            if sorted(map(str, found)) != sorted(map(str, want)) or found[-1:] != want[-1:]:
+                wrong.append(f"guards of IPv{v} {chain}: {found}, not {want}")
         return wrong
 
-    def compare_list(self, rows, view, now):
-        listed = []
-        for row in rows:
-            v = 6 if ":" in row["source"] + row["destination"] else 4
-            key = Key(row["chain"], row["target"], *(None if row[i] == "*" else row[i] for i in ("inp", "out")), plain(row["source"]), plain(row["destination"]))
-            listed.append(Row(v, row["chain"], int(row["num"]), key, row["expires"]))
-        order = [(row.version, CHAINS.index(row.chain), row.num) for row in listed]
-        wrong = [] if order == sorted(order) else ["GET /list is not in kernel order"]
-        near = lambda row: row._replace(expires=None)
-        if sorted(map(str, map(near, listed))) != sorted(map(str, map(near, view.rows))):
-            wrong.append("GET /list (+) and the kernel (-):\n" + diff(sorted(map(str, map(near, view.rows))), sorted(map(str, map(near, listed)))))
-        return wrong or self.differences("GET /list", [(row.key, row.expires) for row in listed], now)
+    def compare_list(self, said, view, now):
+        rows = list(rows_of_list(said))
+        order = [(row.version, CHAINS.index(row.chain), row.num) for row in rows]
+        if order != sorted(order):
+            return ["GET /list is not in kernel order"]
+        here, there = (sorted(str(row._replace(expires=None)) for row in some) for some in (view.rows, rows))
+        if here != there:
+            return ["GET /list, where the kernel is expected:\n" + diff(here, there)]
+        return self.differences("GET /list", [(row.key, row.expires) for row in rows], now)
 
     def compare_file(self, now):
         with open(RUN + "/disk/state") as f:
-            text = f.read()
-        header, *lines = text.splitlines() or [""]
-        if not re.fullmatch("rfw state [12]", header) or not text.endswith("\n"):
-            return [f"the state file is not whole: {text[:20]!r}... {text[-80:]!r}"]
-        found = {}
-        for line in lines:
-            sign, *words = line.split(" ")
-            if sign in "+-":
-                key = key_of_path(words[-1])
-                found.pop(key, None)
-                if sign == "+":
-                    found[key] = int(words[0]) or None
-        alive = [(key, expires) for key, expires in found.items() if expires is None or expires > now]
-        wrong = self.differences("the state file", alive, (now, now))
-        return wrong + ["in the state file, " + line for line in self.model.misordered([key for key, _ in reversed(alive)])]
+            kept = read_state(f.read(), now)
+        wrong = self.model.misordered([key for key, _ in reversed(kept)])
+        return self.differences("the state file", kept, (now, now)) + ["in the state file, " + line for line in wrong]
 
     def await_look(self):
         """Until rfw has read the kernel once more."""
         seen = len(self.tools.calls())
-        await_true("rfw looks at the kernel", RECOVERY, lambda: sum("-S" in call for call in self.tools.calls()[seen:]) >= 2)
+        looks = lambda: sum("-S" in call for call in self.tools.calls()[seen:])
+        await_true("rfw looks at the kernel", RECOVERY, lambda: looks() >= 2)  # one for each family
 
 
 STEPS = [  # operation, weight, classes that it needs
-    (Round.single, 40, []), (Round.list, 6, []), (Round.refused, 3, []), (Round.load, 5, ["load"]), (Round.pause, 4, []),
-    (Round.kill, 3, ["kill"]), (Round.switch, 0.4, ["switch", "kill"]), (Round.settle, 2, []),
-    (Round.flush, 4, ["flush"]), (Round.remove, 4, ["flush"]), (Round.copy, 3, ["copy"]), (Round.save, 3, ["reload"]),
-    (Round.reload, 3, ["reload"]), (Round.disturb_sets, 8, ["sets"]), (Round.add_foreign, 3, ["foreign"]),
-    (Round.delete_foreign, 2, ["foreign"]), (Round.insert_foreign, 4, ["front"]), (Round.fault, 12, []), (Round.lift, 4, []),
-    (Round.fill, 2, ["disk"]),
+    (Round.single, 40, []), (Round.load, 5, ["load"]), (Round.list, 6, []), (Round.refused, 3, []),
+    (Round.pause, 4, []), (Round.settle, 2, []), (Round.kill, 3, ["kill"]), (Round.switch, 1, ["switch", "kill"]),
+    (Round.flush, 4, ["flush"]), (Round.remove, 4, ["flush"]), (Round.copy, 3, ["copy"]),
+    (Round.save, 3, ["reload"]), (Round.reload, 3, ["reload"]), (Round.disturb_sets, 8, ["sets"]),
+    (Round.add_foreign, 3, ["foreign"]), (Round.delete_foreign, 2, ["foreign"]), (Round.insert_foreign, 4, ["front"]),
+    (Round.fault, 12, []), (Round.lift, 4, []), (Round.fill, 2, ["disk"]),
 ]
 
 
@@ -687,35 +674,33 @@ def arguments():
 
 
 def report(options, number, round_, error):
-    tail = lambda name, count: "".join(open(f"{RUN}/{name}", errors="replace").readlines()[-count:]) if os.path.exists(f"{RUN}/{name}") else ""
+    def tail(name, count):
+        with contextlib.suppress(FileNotFoundError), open(f"{RUN}/{name}", errors="replace") as f:
+            return "".join(f.readlines()[-count:])
+        return ""
     print(f"--- round {number}: what was done\n" + "\n".join(round_.log))
-    print("--- the last calls of rfw's\n" + tail("faults/calls", 30) + "--- its log\n" + tail("rfw.log", 40) +
-          "--- the state file\n" + tail("disk/state", 30) + "--- standard error\n" + tail("stderr", 20), end="")
+    for what, name, count in ("the last calls of rfw's", "faults/calls", 30), ("its log", "rfw.log", 40), \
+            ("the state file", "disk/state", 30), ("standard error", "stderr", 20):
+        print(f"--- {what}\n{tail(name, count)}", end="")
     print(f"--- round {number} FAILED ({', '.join(map(str, round_.mode))}): {error}")
-    flags = "".join(f" --{name} {','.join(sorted(getattr(options, name)))}" for name in ("without", "only") if getattr(options, name))
-    print(f"again: tests/chaos.py {sys.argv[1]} {number} {options.seed} --from {number - (number - 1) % 2}{flags}", flush=True)
-
-
-def in_processes_of_its_own():
-    """Starts this program as the first process of a PID namespace: whatever it starts ends with it."""
-    if "RFW_LAB_OUTSIDE" not in os.environ and os.environ.get("RFW_CHAOS") is None:
-        user = [] if os.getuid() == 0 else ["-r"]
-        unshare = ["unshare", *user, "-p", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv]
-        sys.exit(subprocess.call(unshare, env={**os.environ, "RFW_CHAOS": "1"}, preexec_fn=die_with_parent))
+    first, flags = number - (number - 1) % 2, ""
+    for name in "without", "only":
+        flags += f" --{name} {','.join(sorted(getattr(options, name)))}" if getattr(options, name) else ""
+    print(f"again: tests/chaos.py {sys.argv[1]} {number} {options.seed} --from {first}{flags}", flush=True)
 
 
 def main(options):
-    in_processes_of_its_own()
     inside()
     print(f"seed {options.seed}", flush=True)
     run("/bin/sh", "-c", f"mkdir -p {RUN}/disk && mount -t tmpfs -o size=256k disk {RUN}/disk")
     write("white.list", "192.0.2.1\n")
     if "outward" in options.classes:
         keys()
-    modes = [Mode(variant, sets, file) for sets in (False, True) for file in (False, True) for variant in ("nft", "legacy")]
+    modes = [Mode(*mode) for mode in itertools.product(("nft", "legacy"), (False, True), (False, True))]
     if not os.path.exists("/usr/sbin/ipset"):
         print("SKIPPED: rounds with sets (no ipset)", flush=True)
-        modes, options.classes = modes[:4], options.classes - {"sets", "switch"}
+        modes = [mode for mode in modes if not mode.sets]
+        options.classes -= {"sets", "switch"}
     tools, failed, round_, slowest, steps, begin = Tools(), 0, None, 0, 0, time.monotonic()
     for number in range(options.first, options.count + 1):
         fresh = number % 2 == 1 or round_ is None
@@ -741,9 +726,9 @@ def main(options):
         if number % 20 == 0:
             print(f"{number} rounds, {time.monotonic() - begin:.0f} s", flush=True)
     tools.count()
-    print("faults met: " + ", ".join(f"{count} {kind}" for kind, count in tools.met.most_common()))
-    print(f"{options.count - options.first + 1} rounds, {failed} failed; {steps} steps; the slowest recovery took {slowest:.1f} s; "
-          f"{time.monotonic() - begin:.0f} s in all", flush=True)
+    print("faults met: " + (", ".join(f"{count} {kind}" for kind, count in tools.met.most_common()) or "none"))
+    print(f"{options.count - options.first + 1} rounds, {failed} failed; {steps} steps; "
+          f"the slowest recovery took {slowest:.1f} s; {time.monotonic() - begin:.0f} s in all", flush=True)
     return 1 if failed else 0
 
 

@@ -11,7 +11,10 @@ PROGRAMS = ["iptables", "iptables-restore", "ip6tables", "ip6tables-restore", "i
 FAULTS = RUN + "/faults"
 STAND_IN = """#!/bin/sh
 PATH=/usr/sbin:/usr/bin:/sbin:/bin me={me} real={real} kind=write
-case " $* " in *" -S "*|*" -L "*|*" list "*|*" save "*) kind=read;; *" -V "*|*" --version "*|*" version "*) exec $real "$@";; esac
+case " $* " in
+*" -S "*|*" -L "*|*" list "*|*" save "*) kind=read;;
+*" -V "*|*" --version "*|*" version "*) exec $real "$@";;
+esac
 cd {faults}
 call="$me $*"
 echo "$call" >>calls
@@ -30,6 +33,7 @@ exec $real "$@"
 Fault = collections.namedtuple("Fault", "kind programs repeatable script")
 RESTORES = ["iptables-restore", "ip6tables-restore", "ipset"]
 TABLES = ["iptables", "ip6tables"]
+HALF = "cat >in.$$; head -n $(($(wc -l <in.$$) * K / 10)) in.$$ "
 HANG = "echo $$ >>hung; exec sleep 99"
 TRUE_NEXT = ': >"honest/$call"; '  # no program can see through the same lie told twice
 FAULT = {  # class: what a tool does; K is a small random number
@@ -45,14 +49,14 @@ FAULT = {  # class: what a tool does; K is a small random number
         Fault("write", PROGRAMS[:4], False, '$real "$@"; exit 4'),
     ],
     "half": [
-        Fault("write", RESTORES, False, 'cat >in.$$; head -n $(($(wc -l <in.$$) * K / 10)) in.$$ | $real "$@"; kill -9 $$'),
+        Fault("write", RESTORES, False, HALF + '| $real "$@"; kill -9 $$'),
         Fault("write", RESTORES, False, 'head -n K | $real "$@"; exit 1'),
     ],
     "unread": [
         Fault("read", PROGRAMS, True, 'echo "$me: cannot list, says the test" >&2; exit 1'),
         Fault("read", PROGRAMS, True, '$real "$@" | head -n K; kill -9 $$'),
         Fault("read", TABLES, True, "exit 0"),
-        Fault("read", TABLES, True, '$real "$@" | head -n 2; exit 0'),
+        Fault("read", TABLES, True, '$real "$@" | sed "/^-P OUTPUT/,\\$d"; exit 0'),
         Fault("read", TABLES, True, '$real "$@" | grep -v "^-P INPUT"; exit 0'),
     ],
     "lie": [

@@ -3,9 +3,13 @@
 For tests/chaos.py. A description of its own: it knows rfw by its manual only.
 """
 
-import collections, difflib, ipaddress, json, os, re, shlex, subprocess, time
+import collections, difflib, ipaddress, os, re, shlex, subprocess, time
 
 CHAINS, TARGETS = ["INPUT", "FORWARD", "OUTPUT"], ["ACCEPT", "REJECT", "DROP"]
+
+
+class Failure(Exception):
+    """The contract is broken: what differs."""
 
 
 # --- A rule in its four forms: path, iptables -S, GET /list, state file ----------------------------
@@ -16,6 +20,10 @@ ABSENT = "absent"  # what a rule can be, beside its expiry: None, or (earliest, 
 
 def version(key):
     return 6 if ":" in (key.src or key.dst) else 4
+
+
+def chain_of(key):
+    return version(key), key.chain
 
 
 def in_set(key):
@@ -58,12 +66,15 @@ def path_of(key):
     return "/".join(["", key.target.lower(), key.chain.lower(), *ends])
 
 
+OPTIONS = {*"-s -d -i -o -j -m -p --dport --sport --comment --reject-with --match-set".split()}
+
+
 def options_of(line):
     """-> the options of a rule that has rfw's comment and form; None of any other."""
     words, found = shlex.split(line)[2:], {}
     while words:
         word = words.pop(0)
-        if word not in ("-s", "-d", "-i", "-o", "-j", "-m", "-p", "--dport", "--sport", "--comment", "--reject-with", "--match-set"):
+        if word not in OPTIONS:
             return None
         found[word] = words.pop(0)
         if word == "--match-set":
@@ -79,15 +90,56 @@ def is_foreign(line):
 
 def set_name(key):
     """-> the name that the manual gives to the set of a rule."""
-    ends = {"INPUT": ["in", key.inp], "OUTPUT": ["out", key.out], "FORWARD": ["fwd", key.inp, key.out, "src" if key.src else "dst"]}
-    name = f"rfw{version(key)}:{key.target.lower()}:" + ":".join(end or "any" for end in ends[key.chain])
+    side = "src" if key.src else "dst"
+    parts = {"INPUT": ["in", key.inp], "OUTPUT": ["out", key.out], "FORWARD": ["fwd", key.inp, key.out, side]}
+    name = f"rfw{version(key)}:{key.target.lower()}:" + ":".join(part or "any" for part in parts[key.chain])
     return name if len(name) <= 31 else name.split("fwd:")[0] + "fwd:~"
+
+
+def rows_of_list(listed):
+    """-> what GET /list says, row by row."""
+    for row in listed:
+        faces = (None if row[end] == "*" else row[end] for end in ("inp", "out"))
+        key = Key(row["chain"], row["target"], *faces, plain(row["source"]), plain(row["destination"]))
+        yield Row(version(key), row["chain"], int(row["num"]), key, row["expires"])
+
+
+def read_state(text, now):
+    """-> the rules that a state file names and that have not expired, oldest first: [(key, expiry)]."""
+    header, *lines = text.splitlines() or [""]
+    if not re.fullmatch("rfw state [12]", header) or not text.endswith("\n"):
+        raise Failure(f"the state file is not whole: {text[:20]!r}... {text[-80:]!r}")
+    found = {}
+    for line in lines:
+        sign, *words = line.split(" ")
+        if sign in "+-":
+            key = key_of_path(words[-1])
+            found.pop(key, None)
+            if sign == "+":
+                found[key] = int(words[0]) or None
+    return [(key, expires) for key, expires in found.items() if expires is None or expires > now]
+
+
+Change = collections.namedtuple("Change", "method path expire body")
+
+
+def keys_of(change):
+    """-> the rules that a request names."""
+    if change.body is None:
+        return [key_of_path(change.path)]
+    keys = []
+    for line in change.body.split("\n")[:-1]:
+        first, _, last = line.partition("#")[0].strip().partition("-")
+        ends = [ipaddress.ip_address(end) for end in (first, last) if last]
+        nets = ipaddress.summarize_address_range(*ends) if ends else [first]
+        keys += [key_of_path(f"{change.path}/{net}") for net in nets]
+    return list(dict.fromkeys(keys))
 
 
 # --- What the kernel holds -------------------------------------------------------------------------
 
 Row = collections.namedtuple("Row", "version chain num key expires")
-View = collections.namedtuple("View", "rows guards foreign sets unused first wrong")  # first: {(version, chain): num of the first foreign rule}
+View = collections.namedtuple("View", "rows guards foreign sets unused first wrong")
 
 
 def run(*words, input=None, check=True):
@@ -131,7 +183,8 @@ class Kernel:
         return sets
 
     def view(self, with_sets):
-        """What rfw keeps and what others keep, and what is not in the form or place that it must have."""
+        """What rfw keeps and what others keep, where the first rule of others is in its chain, and what
+        is not in the form or place that it must have."""
         view, now, used, borrowed = View([], {}, {4: [], 6: []}, self.sets(), [], {}, []), time.time(), set(), set()
         for v in 4, 6:
             position, last = collections.Counter(), {}
@@ -199,7 +252,8 @@ def overlaps(a, b):
         return x is None or y is None or ipaddress.ip_network(x).overlaps(ipaddress.ip_network(y))
 
     def faces(x, y):
-        return x is None or y is None or x == y or any(p.endswith("+") and q.startswith(p[:-1]) for p, q in ((x, y), (y, x)))
+        prefix = lambda a, b: a.endswith("+") and b.startswith(a[:-1])
+        return x is None or y is None or x == y or prefix(x, y) or prefix(y, x)
     return (a.chain == b.chain and version(a) == version(b) and a.target != b.target and nets(a.src, b.src)
             and nets(a.dst, b.dst) and faces(a.inp, b.inp) and faces(a.out, b.out))
 
@@ -318,14 +372,15 @@ class Model:
         for group in self.groups:
             if not any(all(any(self.agrees(o, times.get(key, ABSENT), now, drift) for o in sides[side])
                            for key, sides in group.items()) for side in (0, 1)):
-                have.append("a part of an unanswered request: " + ", ".join(f"{path_of(k)} {times.get(k, ABSENT)}" for k in group))
+                part = ", ".join(f"{path_of(key)} {times.get(key, ABSENT)}" for key in group)
+                have.append(f"a part of an unanswered request: {part}")
         return [line for line in difflib.ndiff(sorted(want), sorted(set(have))) if line[0] in "+-"]
 
     def misordered(self, keys):
         """`keys`: newest first, as the kernel holds them; -> sentences."""
         wrong, chains = [], {}
         for second in keys:
-            older = chains.setdefault((second.chain, version(second)), [])
+            older = chains.setdefault(chain_of(second), [])
             b = self.entries.get(second)
             for first, a in older if b else []:
                 if b.since > a.until or b.sent > a.answered and overlaps(first, second):
