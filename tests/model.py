@@ -350,8 +350,9 @@ class Model:
             elif in_set(key) and unsure:
                 self.entries[key].options = self.entries[key].options + [ABSENT]
 
-    def agrees(self, option, found, now, drift):
+    def agrees(self, key, option, found, now, drift):
         """Whether what is `found` is this option, at a time between the two of `now`."""
+        drift = drift if in_set(key) else 0
         if found == ABSENT or option == ABSENT or option is None or found is None:
             due = option not in (ABSENT, None) and option[0] - drift <= now[1]
             return found == option or found == ABSENT and due
@@ -363,14 +364,14 @@ class Model:
         times = dict(found)
         for key in {**self.entries, **times}:
             state, options = times.get(key, ABSENT), self.options(key)
-            if any(self.agrees(option, state, now, drift) for option in options):
+            if any(self.agrees(key, option, state, now, drift) for option in options):
                 continue
             want += [f"{path_of(key)} {' or '.join(map(str, options))}"] if options != [ABSENT] else []
             have += [f"{path_of(key)} {state}"] if state != ABSENT else []
         count = collections.Counter(key for key, _ in found)
         have += [f"{path_of(key)} {n} TIMES" for key, n in count.items() if n > 1]
         for group in self.groups:
-            if not any(all(any(self.agrees(o, times.get(key, ABSENT), now, drift) for o in sides[side])
+            if not any(all(any(self.agrees(key, o, times.get(key, ABSENT), now, drift) for o in sides[side])
                            for key, sides in group.items()) for side in (0, 1)):
                 part = ", ".join(f"{path_of(key)} {times.get(key, ABSENT)}" for key in group)
                 have.append(f"a part of an unanswered request: {part}")
@@ -396,10 +397,10 @@ class Model:
             if state == ABSENT:
                 del self.entries[key]
                 continue
-            option = next(option for option in entry.options if self.agrees(option, state, (0, 0), drift))
+            option = next(option for option in entry.options if self.agrees(key, option, state, (0, 0), drift))
             if option and widen:
                 option = min(option[0], state), max(option[1], state)
-            entry.options = [option if drift or not option else (state, state)]
+            entry.options = [option if drift and in_set(key) or not option else (state, state)]
         self.groups = []
         self.settled()
 
