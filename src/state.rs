@@ -214,7 +214,8 @@ impl StateFile {
         let replaced = self.write_new(new.as_ref(), rules);
         replaced.map_err(|error| {
             let _ = fs::remove_file(&new);
-            format!("{} cannot be compacted: {error}", self.path.display())
+            let path = self.path.display();
+            format!("{path} cannot be compacted: {error}; make room there, or check its disk.")
         })
     }
 

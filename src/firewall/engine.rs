@@ -132,6 +132,9 @@ pub struct Engine<K> {
     pub(super) kernel: K,
     pub(super) list: List,
     pub(super) state: Option<StateFile>,
+    /// Whether the state file may hold rules that the list has dropped at start. It is compacted
+    /// before the next change, or a DELETE would bring them back.
+    pub(super) state_has_more: bool,
     pub(super) settings: Settings,
     pub(super) clock: Clock,
     pub(super) log: Arc<Log>,
@@ -201,6 +204,9 @@ impl<K: Kernel> Engine<K> {
         let families: Vec<Family> =
             self.kernel.families().iter().copied().filter(of_family).collect();
         self.settle(&families, None)?;
+        if self.state_has_more {
+            self.compact().map_err(ApplyError::State)?;
+        }
         let batch = self.list.apply(changes, self.now());
         let offset = self.state.as_ref().map(StateFile::offset);
         let is_list = changes.iter().any(|change| change.family().is_none());
@@ -678,7 +684,7 @@ impl<K: Kernel> Engine<K> {
         self.follow_clock();
         self.expire();
         if self.state.as_ref().is_some_and(StateFile::is_large) {
-            self.compact();
+            self.compact_or_log();
         }
         let started = Instant::now();
         if started < self.next_check {
@@ -789,13 +795,20 @@ impl<K: Kernel> Engine<K> {
             self.distrusted_sets.extend(self.kernel.families());
         }
         self.next_check = Instant::now();
-        self.compact();
+        self.compact_or_log();
     }
 
-    /// Writes the state file afresh.
-    pub fn compact(&mut self) {
-        let Some(state) = &mut self.state else { return };
-        if let Err(sentence) = state.replace(self.list.stored()) {
+    /// Writes the state file afresh. The error is a sentence.
+    pub fn compact(&mut self) -> Result<(), String> {
+        if let Some(state) = &mut self.state {
+            state.replace(self.list.stored())?;
+        }
+        self.state_has_more = false;
+        Ok(())
+    }
+
+    pub fn compact_or_log(&mut self) {
+        if let Err(sentence) = self.compact() {
             self.log.error(format_args!("{sentence}"));
         }
     }

@@ -50,6 +50,7 @@ pub fn start<K: Kernel>(
         kernel,
         list: List::new(sets),
         state,
+        state_has_more: false,
         settings,
         clock: Clock::start(),
         log: log.clone(),
@@ -73,8 +74,8 @@ pub fn start<K: Kernel>(
     };
     let now = engine.clock.now().as_secs();
     Family::ALL.iter().for_each(|family| drop(engine.list.expire(*family, now)));
-    let mut has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
-    has_dropped |= engine.list.drop_rivals();
+    engine.state_has_more = drop_whitelisted(&mut engine.list, whitelist, &log);
+    engine.state_has_more |= engine.list.drop_rivals();
     engine.list.drop_empty();
     // An empty set and its rule show whether the kernel has sets at all.
     let is_trial = sets && engine.list.is_empty();
@@ -99,10 +100,10 @@ pub fn start<K: Kernel>(
         }
     }
     destroy_leftovers(&engine, is_trial, &log).map_err(|error| no_sets(&error))?;
-    if let Some(state) = engine.state.as_mut().filter(|_| is_new) {
-        state.replace(engine.list.stored())?;
-    } else if has_dropped {
-        engine.compact();
+    if is_new {
+        engine.compact()?;
+    } else if engine.state_has_more {
+        engine.compact_or_log();
     }
     engine.is_starting = false;
     Ok(engine)

@@ -1603,6 +1603,24 @@ fn rules_with_two_targets_become_sets() {
     assert_eq!(shown(&world.enforced()), "");
 }
 
+/// At a start from rules to sets, the disk is full: the file keeps a target that was displaced,
+/// which must not come back when the newer one is deleted.
+#[test]
+fn a_displaced_target_stays_out_of_a_file_that_could_not_be_compacted() {
+    let mut world = World::new(false, true);
+    world.put("+ /accept/input/any/1.1.1.1; + /drop/input/any/1.1.1.1");
+    let blocker = world.folder.clone().unwrap().join("state.new");
+    fs::create_dir(&blocker).unwrap();
+    world.restart_with(true);
+    let changes = parse("- /drop/input/any/1.1.1.1");
+    let results = world.commit(&changes[0]);
+    assert!(matches!(results[0], Err(ApplyError::State(_))), "{results:?}");
+    fs::remove_dir(&blocker).unwrap();
+    world.put("- /drop/input/any/1.1.1.1");
+    world.check_restart();
+    assert_eq!(shown(&world.enforced()), "");
+}
+
 /// Sets accept before they drop. As rules, what was in them has to be in that order.
 #[test]
 fn sets_become_rules_in_their_order() {
