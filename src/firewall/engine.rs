@@ -53,20 +53,11 @@ const MAX_READS: usize = 5;
 const MAX_REPAIRS: usize = 5;
 /// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
-/// How often rfw moves to the front at once within [`OVERTAKEN_WINDOW`]; after that, once a
-/// minute, because two programs that both want to be first would fight forever.
-const MAX_OVERTAKEN: usize = 10;
-const OVERTAKEN_WINDOW: Duration = Duration::from_secs(600);
-const OVERTAKEN_PAUSE: Duration = Duration::from_secs(60);
 /// How many rules of one family rfw keeps without sets: iptables-nft needs seconds to list more.
 const MAX_RULES: usize = 100_000;
 const TOO_MANY_RULES: &str =
     "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
 const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
-const UNRESTORED: &str = " What was done of it is undone as soon as that is possible.";
-/// How many rules of one event are logged one by one.
-const MAX_LOGGED: usize = 1_000;
-
 /// The kernel, by six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> &[Family];
@@ -106,13 +97,6 @@ impl From<ToolError> for ApplyError {
 }
 
 impl ApplyError {
-    fn with_note(self, note: &str) -> ApplyError {
-        match self {
-            ApplyError::Tool(error) => ApplyError::Tool(error.with_note(note)),
-            error => error,
-        }
-    }
-
     pub fn is_transient(&self) -> bool {
         matches!(self, ApplyError::Tool(error) if error.is_transient())
     }
@@ -139,9 +123,8 @@ pub struct Engine<K> {
     pub(super) clock: Clock,
     pub(super) log: Arc<Log>,
     pub(super) metrics: Arc<Metrics>,
-    /// What must be read before it is changed.
-    pub(super) distrusted_rules: BTreeSet<Family>,
-    pub(super) distrusted_sets: BTreeSet<Family>,
+    /// The families whose rules and sets must be read before they are changed (goal 2).
+    pub(super) distrusted: BTreeSet<Family>,
     /// When the batch in progress must have ended.
     pub(super) deadline: Instant,
     pub(super) next_check: Instant,
@@ -159,21 +142,18 @@ pub struct Engine<K> {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Carries out changes, in order, and returns a result for each. A list is a batch of its
-    /// own, because it is applied as a whole or not at all.
+    /// Carries out changes, in order, and returns a result for each. What is about one family is
+    /// a batch; a list is one of its own, because it is applied as a whole or not at all.
     pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
         self.begin();
         self.expire();
         let mut results = vec![Ok(Outcome::default()); changes.len()];
-        for family in Family::ALL {
-            let own = |change: &Change| change.family() == Some(family);
+        for family in [Some(Family::V4), Some(Family::V6), None] {
+            let slots = results.iter_mut().zip(changes);
             let (slots, batch): (Vec<_>, Vec<_>) =
-                results.iter_mut().zip(changes).filter(|(_, change)| own(change)).unzip();
+                slots.filter(|(_, change)| change.family() == family).unzip();
             let committed = self.commit_batch(&batch);
             slots.into_iter().zip(committed).for_each(|(slot, result)| *slot = result);
-        }
-        for (slot, list) in results.iter_mut().zip(changes).filter(|(_, c)| c.family().is_none()) {
-            *slot = self.attempt(&[list]).map(|mut outcomes| outcomes.pop().unwrap_or_default());
         }
         self.metrics.batches.add(1);
         self.metrics.kernel_failures.add(results.iter().filter(|result| result.is_err()).count());
@@ -221,20 +201,16 @@ impl<K: Kernel> Engine<K> {
             if let (Some(state), Some(offset)) = (&mut self.state, offset) {
                 state.truncate_to(offset);
             }
-            let is_restored = self.has_time() && self.settle(&families, None).is_ok();
-            self.destroy_sets(&batch.created);
-            return Err(if is_restored { error } else { error.with_note(UNRESTORED) });
+            if self.has_time() {
+                // What fails here stays distrusted, and the next check repairs it.
+                let _ = self.settle(&families, None);
+            }
+            batch.created.iter().filter_map(Group::set).for_each(|set| {
+                self.destroy_set(&set.to_string());
+            });
+            return Err(error);
         }
         Ok(batch.outcomes)
-    }
-
-    /// Destroys sets that were made for nothing. The next start does what fails here.
-    fn destroy_sets(&self, groups: &[Group]) {
-        for set in groups.iter().filter(|group| self.list.is_in_set(group)).filter_map(Group::set) {
-            let name = set.to_string();
-            let edit = SetEdit::Destroy(&name);
-            let _ = self.kernel.write_sets(&mut iter::once(edit), self.limit(0));
-        }
     }
 
     fn check_room(&self, batch: &Batch) -> Result<(), ApplyError> {
@@ -262,14 +238,14 @@ impl<K: Kernel> Engine<K> {
         let families = self.families_of(batch);
         let mut written = self.write(batch);
         if written.is_err() {
-            self.distrust(batch, &families);
+            self.distrusted.extend(&families);
             if self.has_time() {
                 written = self.settle(&families, Some(batch));
             }
         }
         if written.is_err() {
             // A part may have been repaired with the batch, which is undone now.
-            self.distrust(batch, &families);
+            self.distrusted.extend(families);
         }
         written
     }
@@ -279,20 +255,16 @@ impl<K: Kernel> Engine<K> {
         self.kernel.families().iter().copied().filter(has).collect()
     }
 
-    fn distrust(&mut self, batch: &Batch, families: &[Family]) {
-        self.distrusted_rules.extend(families);
-        if batch.groups.iter().any(|group| self.list.is_in_set(group)) {
-            self.distrusted_sets.extend(families);
-        }
-    }
-
-    /// Reads and repairs what is distrusted of some families. Sets come first, because a rule
-    /// cannot name a set that does not exist.
+    /// Repairs those of some families that are distrusted. A repair that fails may have done its
+    /// work all the same: the next one sees that.
     fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
-        // A repair that fails may have done its work all the same: the next one sees that.
         let mut settled = Ok(());
         for _ in 0..MAX_REPAIRS {
-            settled = self.try_to_settle(families, batch);
+            settled =
+                families.iter().try_for_each(|family| match self.distrusted.contains(family) {
+                    true => self.repair(*family, batch),
+                    false => Ok(()),
+                });
             if settled.is_ok() || !self.has_time() {
                 break;
             }
@@ -300,19 +272,33 @@ impl<K: Kernel> Engine<K> {
         settled
     }
 
-    fn try_to_settle(
+    /// Reads the rules of a family and makes them what they should be (goals 3 and 4). If they
+    /// are distrusted, so are the sets, which come first, because a rule cannot name a set that
+    /// does not exist.
+    pub fn repair(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
+        if self.settings.sets && self.distrusted.contains(&family) {
+            self.repair_sets(family, batch)?;
+        }
+        let listing = self.read_rules(family)?;
+        self.rewrite_rules(family, &listing, batch)
+    }
+
+    pub fn rewrite_rules(
         &mut self,
-        families: &[Family],
+        family: Family,
+        listing: &Listing,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
-        for family in families {
-            if self.distrusted_sets.contains(family) {
-                self.repair_sets(*family, batch)?;
-            }
-            if self.distrusted_rules.contains(family) {
-                self.repair_rules(*family, batch)?;
-            }
+        let mut plans = self.plans(family, listing);
+        let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
+        self.has_repaired |= !edits.is_empty();
+        if let Err(error) = self.kernel.write_rules(family, &edits, self.limit(edits.len())) {
+            // The kernel may lack a set, too.
+            self.distrusted.insert(family);
+            return Err(error);
         }
+        self.distrusted.remove(&family);
+        self.report_rules(plans, batch);
         Ok(())
     }
 
@@ -348,7 +334,7 @@ impl<K: Kernel> Engine<K> {
                         self.check_rules(family, listing, Some(batch))?;
                     }
                 }
-                _ => self.repair_rules(family, Some(batch))?,
+                _ => self.repair(family, Some(batch))?,
             }
         }
         self.write_sets(batch, &[], last)
@@ -463,43 +449,10 @@ impl<K: Kernel> Engine<K> {
         let may_wait = batch.is_none() && self.is_overtaken_often();
         let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
         // A listing that lacks what an error has left behind would look right.
-        match is_right && !self.distrusted_rules.contains(&family) {
+        match is_right && !self.distrusted.contains(&family) {
             true => Ok(()),
-            false => self.repair_rules(family, batch),
+            false => self.repair(family, batch),
         }
-    }
-
-    fn is_overtaken_often(&self) -> bool {
-        let is_within = |at: Option<&Instant>, window| at.is_some_and(|at| at.elapsed() < window);
-        self.overtaken.len() >= MAX_OVERTAKEN
-            && is_within(self.overtaken.front(), OVERTAKEN_WINDOW)
-            && is_within(self.overtaken.back(), OVERTAKEN_PAUSE)
-    }
-
-    /// Reads the rules and makes them what they should be (goals 3 and 4).
-    pub fn repair_rules(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
-        let listing = self.read_rules(family)?;
-        self.rewrite_rules(family, &listing, batch)
-    }
-
-    pub fn rewrite_rules(
-        &mut self,
-        family: Family,
-        listing: &Listing,
-        batch: Option<&Batch>,
-    ) -> Result<(), ToolError> {
-        let mut plans = self.plans(family, listing);
-        let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
-        self.has_repaired |= !edits.is_empty();
-        self.distrusted_rules.remove(&family);
-        if let Err(error) = self.kernel.write_rules(family, &edits, self.limit(edits.len())) {
-            self.distrusted_rules.insert(family);
-            // It may be a set that the kernel lacks.
-            self.distrusted_sets.extend(self.settings.sets.then_some(family));
-            return Err(error);
-        }
-        self.report_rules(plans, batch);
-        Ok(())
     }
 
     /// Two listings in a row that agree.
@@ -508,102 +461,35 @@ impl<K: Kernel> Engine<K> {
         read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
     }
 
-    /// Logs what was wrong, apart from what the batch in progress changes.
-    fn report_rules(&mut self, plans: Vec<Plan>, batch: Option<&Batch>) {
-        let mut changed: HashSet<KernelRule> = HashSet::new();
-        if let Some(batch) = batch {
-            changed.extend(batch.created.iter().filter_map(Group::set));
-            let rules = self.list.differences(batch).filter(|d| !self.list.is_in_set(&d.group));
-            changed.extend(rules.map(|difference| KernelRule::plain(difference.rule())));
-        }
-        let now = self.now();
-        let (mut missing, mut expired, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
-        for plan in plans {
-            missing.extend(plan.missing.into_iter().filter(|rule| !changed.contains(rule)));
-            for TaggedRule { rule, expires, .. } in plan.unknown {
-                match expires.is_some_and(|second| second <= now) {
-                    _ if changed.contains(&rule) => {}
-                    true => expired.push(rule),
-                    false => unknown.push(rule),
-                }
-            }
-            if let Some(line) = plan.overtaken_by {
-                self.report_overtaken(&line);
-            }
-        }
-        self.report_restored(missing.len());
-        if !self.is_starting {
-            self.log_each(Level::Info, "restored", &missing);
-        }
-        self.metrics.expired.add(expired.len());
-        self.log_each(Level::Info, "expired", &expired);
-        self.log_each(Level::Warning, "removed, because it is not in the list:", &unknown);
-    }
-
-    fn report_restored(&self, count: usize) {
-        if count > 0 && !self.is_starting {
-            self.metrics.restored.add(count);
-            self.log.warning(format_args!(
-                "rules restored that someone else had removed: {count}; to remove a rule for \
-                 good, DELETE it"
-            ));
-        }
-    }
-
-    fn report_overtaken(&mut self, line: &str) {
-        self.metrics.overtaken.add(1);
-        self.overtaken.push_back(Instant::now());
-        if self.overtaken.len() > MAX_OVERTAKEN {
-            self.overtaken.pop_front();
-        }
-        self.log.warning(format_args!(
-            "moved rfw's rules back to the front; someone else's rule was before them: {line}"
-        ));
-    }
-
-    fn log_each(&self, level: Level, what: &str, rules: &[KernelRule]) {
-        for rule in rules.iter().take(MAX_LOGGED) {
-            self.log.write(level, format_args!("{what} {rule}"));
-        }
-        if let Some(more) = rules.len().checked_sub(MAX_LOGGED).filter(|more| *more > 0) {
-            self.log.write(level, format_args!("{what} {more} more"));
-        }
-    }
-
     /// Reads the sets of a family and makes them what they should be (goals 3 and 4).
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
-        let headers = self.read_headers()?;
+        let headers = self.kernel.read_headers(self.limit(0))?;
         let now = self.seconds();
         let mut restored = 0_usize;
-        // A listing that lacks what an error has left behind would look right.
-        let one_is_enough = self.distrusted_sets.insert(family);
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
-            let header = headers.iter().find(|header| header.name == name);
+            // A listing that lacks what an error has left behind would look right.
+            let expected = (!self.distrusted.contains(&family)).then_some((members, now));
             // ipset says so if there is no such set; an incomplete listing just lacks it.
-            let actual = self.read_set(&name, one_is_enough.then_some((members, now)))?;
-            let is_made = actual.is_some();
-            if let (Some(actual), Some(header)) = (&actual, header)
-                && self.is_usable(header, members)
-            {
-                let edits = sets::repair(&name, members, actual, now);
-                let count = edits.len();
-                self.kernel.write_sets(&mut edits.into_iter(), self.limit(count))?;
-                restored = restored.saturating_add(count);
-                continue;
-            }
-            if is_made != header.is_some() {
-                return Err(ToolError::Transient("ipset lists other sets each time.".into()));
-            }
-            let replacement = replacement_name(&name);
-            if headers.iter().any(|header| header.name == replacement) {
-                let edit = SetEdit::Destroy(&replacement);
-                self.kernel.write_sets(&mut iter::once(edit), self.limit(0))?;
-            }
-            self.make_set(&name, group, members, is_made, now)?;
-            restored = restored.saturating_add(members.len());
+            let actual = self.read_set(&name, expected)?;
+            let header = headers.iter().find(|header| header.name == name);
+            let count = match (actual, header) {
+                (Some(_), None) => {
+                    return Err(ToolError::Transient("ipset lists other sets each time.".into()));
+                }
+                (Some(actual), Some(header)) if self.is_usable(header, members) => {
+                    let edits = sets::repair(&name, members, &actual, now);
+                    let count = edits.len();
+                    self.kernel.write_sets(&mut edits.into_iter(), self.limit(count))?;
+                    count
+                }
+                (actual, _) => {
+                    self.make_set(&name, group, members, actual.is_some(), now)?;
+                    members.len()
+                }
+            };
+            restored = restored.saturating_add(count);
         }
-        self.distrusted_sets.remove(&family);
         self.has_repaired |= restored > 0;
         let changed = batch.map_or(0, Batch::len);
         self.report_restored(restored.saturating_sub(changed));
@@ -633,17 +519,29 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), ToolError> {
         let replacement = replacement_name(name);
         let new = if replaces { &replacement } else { name };
+        if replaces {
+            self.destroy_set(new);
+        }
         let (family, entries, maxelem) = (group.family, members.len(), self.settings.maxelem);
-        let create = SetEdit::Create { name: new, family, entries, maxelem };
+        let create = [SetEdit::Create { name: new, family, entries, maxelem }, SetEdit::Flush(new)];
         let add = |(net, entry): (&Net, &Entry)| SetEdit::Add {
             name: new,
             net: *net,
             timeout: sets::timeout(entry.expires(), now),
         };
-        let swap = [SetEdit::Swap(new, name), SetEdit::Destroy(new)].into_iter();
-        let swap = swap.filter(|_| replaces);
-        let mut edits = iter::once(create).chain(members.iter().map(add)).chain(swap);
-        self.kernel.write_sets(&mut edits, self.limit(entries))
+        let swap = replaces.then_some(SetEdit::Swap(new, name));
+        let mut edits = create.into_iter().chain(members.iter().map(add)).chain(swap);
+        self.kernel.write_sets(&mut edits, self.limit(entries))?;
+        if replaces {
+            self.destroy_set(new);
+        }
+        Ok(())
+    }
+
+    /// Destroys a set that is there for nothing. If that fails, the next start does it.
+    fn destroy_set(&self, name: &str) {
+        let mut edit = iter::once(SetEdit::Destroy(name));
+        let _ = self.kernel.write_sets(&mut edit, self.limit(0));
     }
 
     /// What a set holds: two listings in a row that agree, or one that shows what it should be.
@@ -667,15 +565,6 @@ impl<K: Kernel> Engine<K> {
         };
         let agree = |a: &Option<_>, b: &Option<_>| nets(a) == nets(b);
         read_until_agreed(read, agree, "ipset lists other addresses")
-    }
-
-    /// Two listings of the sets in a row that agree.
-    pub fn read_headers(&self) -> Result<Vec<SetHeader>, ToolError> {
-        let read = || self.kernel.read_headers(self.limit(0));
-        let agree = |headers: &Vec<SetHeader>, last: &Vec<SetHeader>| {
-            headers.iter().map(|header| &header.name).eq(last.iter().map(|header| &header.name))
-        };
-        read_until_agreed(read, agree, "ipset lists other sets")
     }
 
     /// What has to be done every second. The error is that of a program that hung.
@@ -740,9 +629,12 @@ impl<K: Kernel> Engine<K> {
         };
         let mut result = Ok(());
         for family in self.kernel.families().to_vec() {
-            let is_trusted = !is_due && !self.distrusted_sets.contains(&family);
-            if !(is_trusted && self.sets(family).all(is_right)) && self.has_time() {
-                result = result.and(self.repair_sets(family, None));
+            // Those of a distrusted family are repaired with its rules.
+            let is_trusted = !self.distrusted.contains(&family);
+            if is_trusted && (is_due || !self.sets(family).all(is_right)) && self.has_time() {
+                let repaired = self.repair_sets(family, None);
+                self.distrusted.extend(repaired.is_err().then_some(family));
+                result = result.and(repaired);
             }
         }
         if is_due && result.is_ok() {
@@ -790,10 +682,7 @@ impl<K: Kernel> Engine<K> {
         let Some(seconds) = self.clock.follow(clock::wall()) else { return };
         self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
         self.list.shift(before, seconds);
-        self.distrusted_rules.extend(self.kernel.families());
-        if self.settings.sets {
-            self.distrusted_sets.extend(self.kernel.families());
-        }
+        self.distrusted.extend(self.kernel.families());
         self.next_check = Instant::now();
         self.compact_or_log();
     }
@@ -810,14 +699,6 @@ impl<K: Kernel> Engine<K> {
     pub fn compact_or_log(&mut self) {
         if let Err(sentence) = self.compact() {
             self.log.error(format_args!("{sentence}"));
-        }
-    }
-
-    fn count_rules(&self) {
-        for (chain, row) in Chain::ALL.iter().zip(&self.metrics.rules) {
-            for (target, number) in Target::ALL.iter().zip(row) {
-                number.set(self.list.count(*chain, *target));
-            }
         }
     }
 
@@ -841,7 +722,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Unix seconds, rounded up: no rule lives shorter than it was asked to.
-    fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> u64 {
         self.clock.now().saturating_add(Duration::from_nanos(999_999_999)).as_secs()
     }
 

@@ -229,11 +229,6 @@ impl List {
         self.set(group, net, None);
     }
 
-    /// Has a group even if it is empty. Only sets can be.
-    pub fn ensure(&mut self, template: RuleTemplate, family: Family) {
-        self.groups.entry(Group { template, family, second: None }).or_default();
-    }
-
     /// Forgets the groups that are empty.
     pub fn drop_empty(&mut self) {
         self.groups.retain(|_, members| !members.is_empty());
@@ -871,13 +866,6 @@ pub(super) mod tests {
         assert_eq!(list.sets().count(), 1, "an empty set stays, a new one does not");
         list.drop_empty();
         assert_eq!(list.sets().count(), 0);
-        list.ensure(RuleTemplate::parse(&["drop", "input", "any"]).unwrap(), Family::V6);
-        let sets = list.sets().map(|(rule, group, members)| {
-            (rule.to_string(), group.family, group.template.chain, members.len())
-        });
-        let expected = ("rfw6:drop:in:any".to_string(), Family::V6, Chain::Input, 0);
-        assert_eq!(sets.collect::<Vec<_>>(), [expected]);
-        assert!(list.is_empty() && list.has_sets());
         let targets =
             ["drop", "reject", "accept"].map(|t| format!("+/{t}/input/any/{{1.1.1.1,::1}}"));
         let names: Vec<String> = self::list(true, &targets.each_ref().map(String::as_str))

@@ -12,6 +12,7 @@ pub mod list;
 pub mod process;
 pub mod queue;
 pub mod reconcile;
+pub mod report;
 pub mod sets;
 pub mod start;
 

@@ -12,7 +12,7 @@ use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
 use crate::rule::whitelist::{LineError, Whitelist};
-use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target};
+use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::iter;
@@ -55,8 +55,7 @@ pub fn start<K: Kernel>(
         clock: Clock::start(),
         log: log.clone(),
         metrics,
-        distrusted_rules: BTreeSet::new(),
-        distrusted_sets: BTreeSet::new(),
+        distrusted: BTreeSet::new(),
         deadline: now.checked_add(START_LIMIT).unwrap_or(now),
         next_check: now,
         next_sets_check: now,
@@ -77,29 +76,17 @@ pub fn start<K: Kernel>(
     engine.state_has_more = drop_whitelisted(&mut engine.list, whitelist, &log);
     engine.state_has_more |= engine.list.drop_rivals();
     engine.list.drop_empty();
-    // An empty set and its rule show whether the kernel has sets at all.
-    let is_trial = sets && engine.list.is_empty();
-    if is_trial {
-        let families = engine.kernel.families().iter();
-        families.for_each(|family| engine.list.ensure(first_set(), *family));
-    }
     for (family, listing) in &listings {
+        try_kernel(&engine, *family, listing)?;
         if sets {
             engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
         }
-        let written = try_rules(&engine, *family, listing)
-            .and_then(|()| engine.rewrite_rules(*family, listing, None));
-        written.map_err(|error| if is_trial { no_sets(&error) } else { not_accepted(&error) })?;
+        let written = engine.rewrite_rules(*family, listing, None);
+        written.map_err(|error| not_accepted(&error))?;
         let count = engine.list.count_rules(*family);
         log.info(format_args!("{family}: {count} rules"));
     }
-    if is_trial {
-        engine.list.drop_empty();
-        for (family, _) in &listings {
-            engine.repair_rules(*family, None).map_err(|error| not_accepted(&error))?;
-        }
-    }
-    destroy_leftovers(&engine, is_trial, &log).map_err(|error| no_sets(&error))?;
+    destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
     } else if engine.state_has_more {
@@ -186,36 +173,42 @@ fn drop_whitelisted(list: &mut List, whitelist: &Whitelist, log: &Log) -> bool {
     !dropped.is_empty()
 }
 
-fn first_set() -> RuleTemplate {
-    let (in_iface, out_iface, side) = (Iface::ANY, Iface::ANY, Side::Source);
-    RuleTemplate { target: Target::Drop, chain: Chain::Input, in_iface, out_iface, side }
-}
-
-/// Sees whether the kernel accepts rfw's rules where it holds none: inserts and deletes one, in
-/// one transaction.
-fn try_rules<K: Kernel>(
+/// Sees whether the kernel accepts rfw's rules where it holds none like them: inserts and deletes
+/// one in one transaction, for an interface that no host has.
+fn try_kernel<K: Kernel>(
     engine: &Engine<K>,
     family: Family,
     listing: &Listing,
-) -> Result<(), ToolError> {
-    if Chain::ALL.iter().any(|chain| listing.chain(*chain).own().next().is_some()) {
+) -> Result<(), String> {
+    let sets = engine.settings.sets;
+    let mut own = Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own());
+    if own.any(|(_, tagged)| !sets || tagged.rule.template().is_some()) {
         return Ok(());
     }
-    let matches = Match::Input { iface: Iface::ANY, source: Net::any(family) };
-    let rule = Rule { target: Target::Accept, matches };
-    let tagged = TaggedRule::new(KernelRule { rule, kind: RuleKind::Guard(0) }, None);
-    let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
-    engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
+    let (in_iface, out_iface) = (Iface::parse("rfw0").unwrap_or(Iface::ANY), Iface::ANY);
+    let (target, chain, side) = (Target::Accept, Chain::Input, Side::Source);
+    let template = RuleTemplate { target, chain, in_iface, out_iface, side };
+    let set = KernelRule::set(template, family);
+    let rule = if sets { set } else { KernelRule::plain(template.rule(Net::any(family))) };
+    let tagged = TaggedRule::new(rule, None);
+    let write_rules = || {
+        let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
+        engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
+    };
+    if !sets {
+        return write_rules().map_err(|error| not_accepted(&error));
+    }
+    let name = set.to_string();
+    let create = SetEdit::Create { name: &name, family, entries: 0, maxelem: 1 };
+    let write = |edit| engine.kernel.write_sets(&mut iter::once(edit), START_TOOL_LIMIT);
+    let written = write(create).and_then(|()| write_rules());
+    written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
 }
 
 /// Destroys rfw's sets that no rule of rfw's uses any more. What is in a set without a rule is
-/// not enforced, so it is no rule. After a trial this is not worth a line.
-fn destroy_leftovers<K: Kernel>(
-    engine: &Engine<K>,
-    is_trial: bool,
-    log: &Log,
-) -> Result<(), ToolError> {
-    let headers = match engine.read_headers() {
+/// not enforced, so it is no rule.
+fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
+    let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
         // Without sets, ipset need not be there.
         Err(_) if !engine.list.has_sets() => return Ok(()),
         headers => headers?,
@@ -223,7 +216,6 @@ fn destroy_leftovers<K: Kernel>(
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
     for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
         match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
-            Ok(()) if is_trial => {}
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
             Err(error) => {
                 log.warning(format_args!("cannot destroy the unused set {name}: {error}"));

@@ -89,7 +89,7 @@ pub struct Iface([u8; 15]);
 impl Iface {
     pub const ANY: Iface = Iface([0; 15]);
 
-    /// Reads a path segment, in which a name that does not side in a digit is a
+    /// Reads a path segment, in which a name that does not end in a digit is a
     /// prefix, with or without `+`.
     pub fn parse(text: &str) -> Option<Iface> {
         match text {
