@@ -24,7 +24,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Target};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -53,11 +53,6 @@ const MAX_READS: usize = 5;
 const MAX_REPAIRS: usize = 5;
 /// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
-/// How many rules of one family rfw keeps without sets: iptables-nft needs seconds to list more.
-const MAX_RULES: usize = 100_000;
-const TOO_MANY_RULES: &str =
-    "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
-const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
 /// The kernel, by six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> &[Family];
@@ -187,14 +182,15 @@ impl<K: Kernel> Engine<K> {
         if self.state_has_more {
             self.compact().map_err(ApplyError::State)?;
         }
-        let batch = self.list.apply(changes, self.now());
+        let batch = self.list.apply(changes, self.now(), self.settings.maxelem);
+        let batch = batch.map_err(ApplyError::Full)?;
         let offset = self.state.as_ref().map(StateFile::offset);
         let is_list = changes.iter().any(|change| change.family().is_none());
-        let mut written = self.check_room(&batch);
-        if let (Ok(()), Some(state)) = (&written, &mut self.state) {
-            let records = self.list.records(&batch);
-            written = state.append(records, is_list).map_err(ApplyError::State);
-        }
+        let written = match &mut self.state {
+            Some(state) => state.append(self.list.records(&batch), is_list),
+            None => Ok(()),
+        };
+        let written = written.map_err(ApplyError::State);
         let written = written.and_then(|()| Ok(self.write_through(&batch)?));
         if let Err(error) = written {
             self.list.undo(&batch);
@@ -211,25 +207,6 @@ impl<K: Kernel> Engine<K> {
             return Err(error);
         }
         Ok(batch.outcomes)
-    }
-
-    fn check_room(&self, batch: &Batch) -> Result<(), ApplyError> {
-        let inserted: HashSet<Group> = self
-            .list
-            .differences(batch)
-            .filter(|difference| difference.before.is_none())
-            .map(|difference| difference.group)
-            .collect();
-        for group in &inserted {
-            let members = self.list.members(group).map_or(0, Members::len);
-            if self.list.is_in_set(group) && members > self.settings.maxelem {
-                return Err(ApplyError::Full(SET_FULL));
-            }
-            if !self.list.is_in_set(group) && self.list.count_rules(group.family) > MAX_RULES {
-                return Err(ApplyError::Full(TOO_MANY_RULES));
-            }
-        }
-        Ok(())
     }
 
     /// Makes the kernel follow a batch that the list has already. What fails may have been done

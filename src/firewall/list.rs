@@ -14,6 +14,11 @@ use std::num::NonZeroU64;
 
 /// Unix seconds of 2026-01-01. No correct clock shows less.
 const REAL_TIME: u64 = 1_767_225_600;
+/// How many rules of one family rfw keeps without sets: iptables-nft needs seconds to list more.
+const MAX_RULES: usize = 100_000;
+const TOO_MANY_RULES: &str =
+    "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
+const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
 /// With more addresses than this, a group that has none is filled at once.
 const MANY: usize = 4_096;
 
@@ -253,28 +258,23 @@ impl List {
         !older.is_empty()
     }
 
-    /// Carries out changes, one after the other. `now` is in Unix seconds.
-    pub fn apply(&mut self, changes: &[&Change], now: u64) -> Batch {
+    /// Carries out changes, one after the other, or none of them if one has no room: the error
+    /// is a sentence. `now` is in Unix seconds; `maxelem` is the most addresses of a set.
+    pub fn apply(
+        &mut self,
+        changes: &[&Change],
+        now: u64,
+        maxelem: usize,
+    ) -> Result<Batch, &'static str> {
         let mut batch = Batch::default();
         for change in changes {
-            let expires = match change.action {
-                Action::Put(seconds) if seconds > 0 => NonZeroU64::new(now.saturating_add(seconds)),
-                _ => None,
-            };
-            let mut tally = Tally::default();
-            for_each_group(&change.rules, |group, nets| match change.action {
-                Action::Put(_) if nets.len() > MANY && self.is_vacant(group) => {
-                    self.fill(group, nets, expires, &mut batch);
-                    tally.add(Verdict::Inserted, nets.len());
+            match self.carry_out(change, now, maxelem, &mut batch) {
+                Ok(outcome) => batch.outcomes.push(outcome),
+                Err(sentence) => {
+                    self.undo(&batch);
+                    return Err(sentence);
                 }
-                Action::Put(_) => nets.iter().for_each(|net| {
-                    tally.add(self.put(group, *net, expires, &mut batch), 1);
-                }),
-                Action::Delete => nets.iter().for_each(|net| {
-                    tally.add(self.delete(group, *net, &mut batch), 1);
-                }),
-            });
-            batch.outcomes.push(Outcome { tally, expires: expires.map(NonZeroU64::get) });
+            }
         }
         // Within one change no rule occurs twice, but in several it may.
         if changes.len() > 1 {
@@ -286,7 +286,47 @@ impl List {
                 Some(self.entry(*group, &step.net)?.age)
             });
         }
-        batch
+        Ok(batch)
+    }
+
+    fn carry_out(
+        &mut self,
+        change: &Change,
+        now: u64,
+        maxelem: usize,
+        batch: &mut Batch,
+    ) -> Result<Outcome, &'static str> {
+        let expires = match change.action {
+            Action::Put(seconds) if seconds > 0 => NonZeroU64::new(now.saturating_add(seconds)),
+            _ => None,
+        };
+        let mut tally = Tally::default();
+        for_each_group(&change.rules, |group, nets| {
+            if change.action == Action::Delete {
+                nets.iter().for_each(|net| tally.add(self.delete(group, *net, batch), 1));
+                return Ok(());
+            }
+            self.check_room(group, nets, maxelem)?;
+            if nets.len() > MANY && self.is_vacant(group) {
+                self.fill(group, nets, expires, batch);
+                tally.add(Verdict::Inserted, nets.len());
+            } else {
+                nets.iter().for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+            }
+            Ok(())
+        })?;
+        Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
+    }
+
+    /// Before any work: a refused list must not cost memory.
+    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), &'static str> {
+        let (held, limit, full) = match self.is_in_set(&group) {
+            true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
+            false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
+        };
+        let room = limit.saturating_sub(held);
+        let new = || nets.iter().filter(|net| self.entry(group, net).is_none()).count();
+        if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
 
     fn put(
@@ -525,17 +565,21 @@ impl List {
 }
 
 /// The rules of a change, group by group.
-fn for_each_group(rules: &Rules, mut each: impl FnMut(Group, &[Net])) {
+fn for_each_group<E>(
+    rules: &Rules,
+    mut each: impl FnMut(Group, &[Net]) -> Result<(), E>,
+) -> Result<(), E> {
     match rules {
         Rules::One(rule) => {
             let (group, net) = Group::of(rule);
-            each(group, &[net]);
+            each(group, &[net])
         }
         Rules::List(template, nets) => {
-            for nets in nets.chunk_by(|a, b| a.family() == b.family()) {
+            let mut families = nets.chunk_by(|a, b| a.family() == b.family());
+            families.try_for_each(|nets| {
                 let family = nets.first().map_or(Family::V4, Net::family);
-                each(Group { template: *template, family, second: None }, nets);
-            }
+                each(Group { template: *template, family, second: None }, nets)
+            })
         }
     }
 }
@@ -544,6 +588,7 @@ fn for_each_group(rules: &Rules, mut each: impl FnMut(Group, &[Net])) {
 pub(super) mod tests {
     use super::*;
     use std::iter;
+    use std::net::Ipv4Addr;
 
     const NOW: u64 = 2_000_000_000;
 
@@ -572,7 +617,7 @@ pub(super) mod tests {
 
     fn apply(list: &mut List, texts: &[&str]) -> Batch {
         let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
-        list.apply(&changes.iter().collect::<Vec<_>>(), NOW)
+        list.apply(&changes.iter().collect::<Vec<_>>(), NOW, 65_536).unwrap()
     }
 
     fn list(sets: bool, texts: &[&str]) -> List {
@@ -951,6 +996,46 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn what_has_no_room_changes_nothing() {
+        // The most addresses of a set, what is there, the changes, and whether they have room.
+        let table: [(usize, Lines, Lines, bool); 9] = [
+            (1, &[], &["+/drop/input/any/1.1.1.1"], true),
+            (0, &[], &["+/drop/input/any/1.1.1.1"], false),
+            (1, &["+/drop/input/any/1.1.1.1"], &["+/drop/input/any/1.1.1.1 60"], true),
+            (1, &["+/drop/input/any/1.1.1.1"], &["+/drop/input/any/2.2.2.2"], false),
+            (1, &["+/drop/input/any/1.1.1.1"], &["+/drop/input/any/::1"], true),
+            (1, &["+/drop/input/any/1.1.1.1"], &["+/accept/input/any/1.1.1.1"], true),
+            (0, &[], &["+/drop/forward/any/1.1.1.1/any/2.2.2.2"], true),
+            (
+                1,
+                &["+/drop/input/any/1.1.1.1"],
+                &["-/drop/input/any/1.1.1.1", "+/drop/input/any/2.2.2.2"],
+                true,
+            ),
+            (2, &[], &["+/drop/input/any/{1.1.1.1,1.1.1.2,::1,::2,::3}"], false),
+        ];
+        for (maxelem, before, changes, fits) in table {
+            let mut list = list(true, before);
+            let old = stored(&list);
+            let changes: Vec<Change> = changes.iter().map(|text| change(text)).collect();
+            let changes: Vec<&Change> = changes.iter().collect();
+            assert_eq!(list.apply(&changes, NOW, maxelem).is_ok(), fits, "{changes:?}");
+            assert_eq!(stored(&list) == old, !fits, "{changes:?}");
+            check(&list);
+        }
+        let nets = |count: u32| (0..count).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
+        let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
+        let put = |nets| Change { rules: Rules::List(template, nets), action: Action::Put(0) };
+        let mut list = List::new(false);
+        let room = list.apply(&[&put(nets(100_001))], NOW, 0).map(|_| ());
+        assert_eq!((room, list.len()), (Err(TOO_MANY_RULES), 0));
+        assert!(list.apply(&[&put(nets(100_000))], NOW, 0).is_ok());
+        assert!(list.apply(&[&put(nets(1))], NOW, 0).is_ok());
+        assert!(list.apply(&[&change("+/drop/output/any/255.1.1.1")], NOW, 0).is_err());
+        assert!(list.apply(&[&change("+/drop/output/any/::1")], NOW, 0).is_ok());
+    }
+
+    #[test]
     fn overlapping_blocks() {
         let nets = ["0.0.0.0/0", "1.0.0.0/9", "1.1.1.0/24", "1.1.1.1", "1.1.1.2", "1.1.2.0/24"];
         let mut members = Members::default();
@@ -1068,7 +1153,7 @@ pub(super) mod tests {
                     iter::repeat_with(|| text(&mut below)).take(1 + seed as usize % 3).collect();
                 let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
                 let before = (content(&list), model.clone());
-                let batch = list.apply(&changes.iter().collect::<Vec<_>>(), now);
+                let batch = list.apply(&changes.iter().collect::<Vec<_>>(), now, 65_536).unwrap();
                 let verdicts: Vec<_> =
                     changes.iter().map(|c| follow(&mut model, c, sets, now)).collect();
                 let actual = batch.outcomes.iter().map(|outcome| outcome.tally.single().unwrap());

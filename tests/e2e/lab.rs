@@ -425,6 +425,13 @@ impl Rfw<'_> {
         ended.map(|status| status.code().expect("an exit status"))
     }
 
+    /// Bytes: `VmRSS`, in memory now, or `VmHWM`, the most so far.
+    pub fn memory(&self, key: &str) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(key)).expect(key);
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

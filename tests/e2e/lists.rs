@@ -380,6 +380,25 @@ fn chunked_bodies() {
     });
 }
 
+/// Without sets, neither has room.
+#[test]
+fn a_refused_list_costs_no_memory() {
+    once(|lab| {
+        let hosts = (0..1_000_000).map(|n| format!("1.{}.{}.{}\n", n >> 16, n >> 8 & 255, n & 255));
+        let ranges = (0..4_000)
+            .map(|n| format!("2001:db8:{n:x}::1-2001:db8:{n:x}:ffff:ffff:ffff:ffff:fffe\n"));
+        for body in [hosts.collect::<String>(), ranges.collect()] {
+            let rfw = lab.start("local.server");
+            let answer = list("PUT /drop/input/any", &body);
+            assert_eq!(answer.brief(), "507 set_full", "{answer:?}");
+            let (peak, now) = (rfw.memory("VmHWM"), rfw.memory("VmRSS"));
+            assert!(peak < 64 << 20, "{peak} bytes at most");
+            assert!(now < 16 << 20, "{now} bytes afterwards");
+            assert_eq!(ask("GET /list").body, "[]\n");
+        }
+    });
+}
+
 #[test]
 fn a_connection_is_kept_over_lists() {
     once(|lab| {

@@ -202,14 +202,11 @@ fn thirty_two_clients_at_once_lose_nothing() {
 const RECORD: &str = "echo \"$me $*\" >> $lab/calls";
 
 /// rfw's memory in kB, its open descriptors, and hundredths of a second of processor time.
-fn spent(rfw: &Rfw) -> (u64, usize, u64) {
-    let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", rfw.pid())).unwrap();
-    let (status, stat) = (read("status"), read("stat"));
-    let memory = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+fn spent(rfw: &Rfw) -> (usize, usize, u64) {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", rfw.pid())).unwrap();
     let times = stat.rsplit(')').next().unwrap().split(' ').skip(12).take(2);
     let files = fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap().count();
-    let memory = memory.split_whitespace().nth(1).unwrap().parse().unwrap();
-    (memory, files, times.map(|ticks| ticks.parse::<u64>().unwrap()).sum())
+    (rfw.memory("VmHWM") / 1024, files, times.map(|ticks| ticks.parse::<u64>().unwrap()).sum())
 }
 
 /// tiny_http took the memory that a Content-Length promised, and aborted.
