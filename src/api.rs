@@ -7,7 +7,9 @@ use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::LeftOut;
-use crate::rule::{Action, Chain, Iface, Rule, RuleError, RuleTemplate};
+use crate::rule::net::Net;
+use crate::rule::tag::Tag;
+use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
 
 /// What a client may ask for.
 #[derive(PartialEq, Eq, Debug)]
@@ -16,8 +18,10 @@ pub enum Command {
     Help,
     /// Counters for Prometheus.
     Metrics,
-    /// The rules of one chain or of all.
-    List(Option<Chain>),
+    /// Rules of the kernel.
+    List(Filter),
+    /// All rules with a tag less, in one chain or in all.
+    DeleteTag(Tag, Option<Chain>),
     /// A rule more or less.
     Change(Rule, Action),
     /// The rules of a template for each line of the body, more or less.
@@ -41,6 +45,9 @@ struct Query {
     expire: Option<String>,
     modify: Option<String>,
     wait: Option<String>,
+    tag: Option<String>,
+    replace: Option<String>,
+    ip: Option<String>,
 }
 
 impl Command {
@@ -54,21 +61,23 @@ impl Command {
         match *segments {
             [] => query.only_get(request, Command::Help),
             ["metrics"] => query.only_get(request, Command::Metrics),
-            ["list"] => query.only_get(request, Command::List(None)),
+            ["list"] => query.list(request, None),
             ["list", chain] => {
-                let chain = Chain::parse(chain).ok_or(Refusal::NotFound)?;
-                query.only_get(request, Command::List(Some(chain)))
+                query.list(request, Some(Chain::parse(chain).ok_or(Refusal::NotFound)?))
             }
             [_, _, _] if request.body != Body::Length(0) => {
                 let template = RuleTemplate::parse(&segments);
-                let action = query.action(request, template.as_ref().err(), grammar)?;
-                let template = template.map_err(Refusal::Rule)?;
+                let (action, tag) = query.action(request, template.as_ref().err(), grammar)?;
+                let template = RuleTemplate { tag, ..template.map_err(Refusal::Rule)? };
                 grammar.check(action, true).map(|()| Command::ChangeAll(template, action))
             }
             _ => {
                 let rule = Rule::parse(&segments);
-                let action = query.action(request, rule.as_ref().err(), grammar)?;
-                let rule = rule.map_err(Refusal::Rule)?;
+                let (action, tag) = query.action(request, rule.as_ref().err(), grammar)?;
+                if matches!(action, Action::Replace(_)) {
+                    return Err(Refusal::Query("The parameter 'replace' goes with a list.".into()));
+                }
+                let rule = Rule { tag, ..rule.map_err(Refusal::Rule)? };
                 let action_fits = grammar.check(action, rule.template().is_some());
                 action_fits.map(|()| Command::Change(rule, action))
             }
@@ -80,7 +89,9 @@ impl Grammar {
     /// Whether the expiry is one that sets take, where the address goes to a set.
     fn check(self, action: Action, to_set: bool) -> Result<(), Refusal> {
         match action {
-            Action::Put(seconds) if self.sets && to_set && seconds > LONGEST_IN_SET.into() => {
+            Action::Put(seconds) | Action::Replace(seconds)
+                if self.sets && to_set && seconds > LONGEST_IN_SET.into() =>
+            {
                 Err(Refusal::LongExpire)
             }
             _ => Ok(()),
@@ -100,6 +111,9 @@ impl Query {
                 "expire" => &mut parsed.expire,
                 "modify" => &mut parsed.modify,
                 "wait" => &mut parsed.wait,
+                "tag" => &mut parsed.tag,
+                "replace" => &mut parsed.replace,
+                "ip" => &mut parsed.ip,
                 _ => return Err(wrong("is unknown; take expire=INTERVAL")),
             };
             let value = decode(value).ok_or_else(|| wrong("holds a wrong %XX escape"))?;
@@ -107,58 +121,104 @@ impl Query {
                 return Err(wrong("stands twice"));
             }
         }
-        match parsed.wait.as_deref() {
-            None | Some("true") => Ok(parsed),
-            Some(_) => Err(Refusal::Query("The parameter 'wait' can only be true.".into())),
+        for (name, value) in [("wait", &parsed.wait), ("replace", &parsed.replace)] {
+            if value.as_ref().is_some_and(|value| value != "true") {
+                return Err(Refusal::Query(format!("The parameter '{name}' can only be true.")));
+            }
         }
+        Ok(parsed)
     }
 
     fn only_get(&self, request: &Request, command: Command) -> Result<Command, Refusal> {
-        if request.method != "GET" {
-            return Err(Refusal::Method("GET"));
-        }
-        match self.expire.is_some() || self.modify.is_some() {
-            true => Err(Refusal::Query("This path takes no parameters.".into())),
-            false => Ok(command),
+        let others = [&self.expire, &self.modify, &self.tag, &self.replace, &self.ip];
+        match request.method.as_str() {
+            "GET" if others.iter().all(|value| value.is_none()) => Ok(command),
+            "GET" => Err(Refusal::Query("This path takes no parameters.".into())),
+            _ => Err(Refusal::Method("GET")),
         }
     }
 
-    /// What is to be done about the rules of a path, in which this is wrong.
+    /// The rules of a chain or of all, to be shown or deleted.
+    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command, Refusal> {
+        let others = [&self.expire, &self.modify, &self.replace];
+        let takes = match request.method.as_str() {
+            "GET" => "'ip' and 'tag'",
+            "DELETE" if self.ip.is_none() => "'tag'",
+            "DELETE" => {
+                return Err(Refusal::Query("DELETE takes only the parameter 'tag' here.".into()));
+            }
+            _ => return Err(Refusal::Method("GET, DELETE")),
+        };
+        if others.iter().any(|value| value.is_some()) {
+            return Err(Refusal::Query(format!("This path takes only the parameters {takes}.")));
+        }
+        let tag = self.tag.as_deref();
+        if request.method == "DELETE" {
+            let tag = tag.ok_or(Refusal::Query("Name what to delete: ?tag=NAME.".into()))?;
+            return Ok(Command::DeleteTag(parse_tag(tag)?, chain));
+        }
+        let tag = tag.map(|tag| if tag.is_empty() { Ok(Tag::NONE) } else { parse_tag(tag) });
+        let net = self.ip.map(|ip| Net::parse(&ip).ok_or(RuleError::Address(ip)));
+        let net = net.transpose().map_err(Refusal::Rule)?;
+        Ok(Command::List(Filter { chain, tag: tag.transpose()?, net }))
+    }
+
+    /// What is to be done about the rules of a path, in which this is wrong, and their tag.
     fn action(
         self,
         request: &Request,
         wrong: Option<&RuleError>,
         grammar: Grammar,
-    ) -> Result<Action, Refusal> {
+    ) -> Result<(Action, Tag), Refusal> {
         if wrong == Some(&RuleError::Unknown) {
             return Err(Refusal::NotFound);
         }
-        let put = match (request.method.as_str(), self.modify.as_deref()) {
-            ("PUT", None) => true,
-            ("DELETE", None) => false,
-            ("GET", Some("insert")) if grammar.non_restful => true,
-            ("GET", Some("delete")) if grammar.non_restful => false,
+        let is_put = self.is_put(request, grammar)?;
+        let refused = |sentence: &str| Err(Refusal::Query(sentence.into()));
+        if self.ip.is_some() {
+            return refused("The parameter 'ip' goes with GET /list only.");
+        }
+        let is_any = self.tag.as_deref() == Some("*") && !is_put;
+        let tag = match self.tag.as_deref() {
+            Some(tag) if !is_any => parse_tag(tag)?,
+            _ => Tag::NONE,
+        };
+        let action = match (is_put, self.replace) {
+            (true, None) => Action::Put,
+            (true, Some(_)) if tag != Tag::NONE => Action::Replace,
+            (true, Some(_)) => return refused("The parameter 'replace' needs a tag: &tag=NAME."),
+            (false, Some(_)) => return refused("The parameter 'replace' goes with PUT only."),
+            (false, None) if self.expire.is_some() => {
+                return refused("The parameter 'expire' goes with PUT only.");
+            }
+            (false, None) if is_any => return Ok((Action::DeleteAnyTag, tag)),
+            (false, None) => return Ok((Action::Delete, tag)),
+        };
+        let Some(text) = self.expire else { return Ok((action(grammar.default_expire), tag)) };
+        let seconds = interval::parse(&text).ok_or(Refusal::Expire(text))?;
+        Ok((action(seconds), tag))
+    }
+
+    fn is_put(&self, request: &Request, grammar: Grammar) -> Result<bool, Refusal> {
+        match (request.method.as_str(), self.modify.as_deref()) {
+            ("PUT", None) => Ok(true),
+            ("DELETE", None) => Ok(false),
+            ("GET", Some("insert")) if grammar.non_restful => Ok(true),
+            ("GET", Some("delete")) if grammar.non_restful => Ok(false),
             ("GET", _) if grammar.non_restful => {
-                return Err(Refusal::Query("GET takes modify=insert or modify=delete.".into()));
+                Err(Refusal::Query("GET takes modify=insert or modify=delete.".into()))
             }
             ("PUT" | "DELETE", Some(_)) => {
-                return Err(Refusal::Query("The parameter 'modify' goes with GET only.".into()));
+                Err(Refusal::Query("The parameter 'modify' goes with GET only.".into()))
             }
-            _ if grammar.non_restful => return Err(Refusal::Method("GET, PUT, DELETE")),
-            _ => return Err(Refusal::Method("PUT, DELETE")),
-        };
-        match (put, self.expire) {
-            (true, None) => Ok(Action::Put(grammar.default_expire)),
-            (true, Some(text)) => match interval::parse(&text) {
-                Some(seconds) => Ok(Action::Put(seconds)),
-                None => Err(Refusal::Expire(text)),
-            },
-            (false, None) => Ok(Action::Delete),
-            (false, Some(_)) => {
-                Err(Refusal::Query("The parameter 'expire' goes with PUT only.".into()))
-            }
+            _ if grammar.non_restful => Err(Refusal::Method("GET, PUT, DELETE")),
+            _ => Err(Refusal::Method("PUT, DELETE")),
         }
     }
+}
+
+fn parse_tag(text: &str) -> Result<Tag, Refusal> {
+    Tag::parse(text).ok_or_else(|| Refusal::Tag(text.into()))
 }
 
 /// What `GET /` answers.
@@ -198,12 +258,13 @@ pub fn modifies(request: &Request) -> bool {
 /// The answer to a change of one rule.
 pub fn outcome_json(rule: &Rule, Outcome { tally, expires }: &Outcome) -> String {
     format!(
-        "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{}}}\n",
+        "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{},\"tag\":{}}}\n",
         tally.single().map_or("", Verdict::name),
         rule.chain().name(),
         rule.target.name(),
         ends_json(rule),
-        json::number(*expires)
+        json::number(*expires),
+        tag_json(rule.tag)
     )
 }
 
@@ -221,23 +282,32 @@ pub fn tally_json(action: Action, tally: &Tally, left_out: &LeftOut) -> String {
 /// The verdicts that an action may meet, with their counts, each in some form.
 pub fn tally_of(action: Action, tally: &Tally, form: impl Fn(&str, usize) -> String) -> String {
     let verdicts: &[Verdict] = match action {
-        Action::Put(_) => &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists],
-        Action::Delete => &[Verdict::Deleted, Verdict::Absent],
+        Action::Put(_) | Action::Replace(_) => {
+            &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted]
+        }
+        Action::Delete | Action::DeleteAnyTag => &[Verdict::Deleted, Verdict::Absent],
     };
     verdicts.iter().map(|verdict| form(verdict.name(), tally.of(*verdict))).collect()
 }
 
 /// One element of the list; `number` is the rule's position in its chain.
 pub fn listed_json(number: usize, tagged: &TaggedRule) -> String {
-    let TaggedRule { rule: KernelRule { rule, .. }, expires, counters: (packets, bytes) } = tagged;
+    let TaggedRule { rule: KernelRule { rule, .. }, expires, counters } = tagged;
+    let (packets, bytes) =
+        counters.map(|(p, b)| (p.to_string(), b.to_string())).unwrap_or_default();
     format!(
         "{{\"chain\":\"{}\",\"num\":\"{number}\",\"pkts\":\"{packets}\",\"bytes\":\"{bytes}\",\
-         \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{}}}",
+         \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{},\"tag\":{}}}",
         rule.chain().name(),
         rule.target.name(),
         ends_json(rule),
-        json::number(*expires)
+        json::number(*expires),
+        tag_json(rule.tag)
     )
+}
+
+fn tag_json(tag: Tag) -> String {
+    if tag == Tag::NONE { "null".into() } else { json::string(tag.name()) }
 }
 
 /// Interfaces and addresses; none of them holds a character to be escaped.
@@ -271,7 +341,15 @@ mod tests {
         match Command::parse(&request, grammar) {
             Ok(Command::Help) => "help".into(),
             Ok(Command::Metrics) => "metrics".into(),
-            Ok(Command::List(chain)) => format!("list {}", chain.map_or("all", Chain::name)),
+            Ok(Command::List(Filter { chain, tag, net })) => {
+                let chain = chain.map_or("all", Chain::name);
+                let tag = tag.map(|tag| format!(" tag {tag}")).unwrap_or_default();
+                let net = net.map(|net| format!(" ip {net}")).unwrap_or_default();
+                format!("list {chain}{tag}{net}")
+            }
+            Ok(Command::DeleteTag(tag, chain)) => {
+                format!("delete {} {tag}", chain.map_or("all", Chain::name))
+            }
             Ok(Command::Change(rule, action)) => format!("{action:?} {rule}"),
             Ok(Command::ChangeAll(template, action)) => {
                 format!("{action:?} {} …", template.rule(Net::any(Family::V4)))
@@ -290,6 +368,17 @@ mod tests {
             ("GET /list/", "list all"),
             ("GET /list/Input", "list INPUT"),
             ("GET /list?wait=true", "list all"),
+            ("GET /list?ip=1.2.3.4", "list all ip 1.2.3.4"),
+            ("GET /list/output?ip=1.2.3.4/31&tag=feed", "list OUTPUT tag @feed ip 1.2.3.4/31"),
+            ("GET /list?tag=", "list all tag "),
+            ("DELETE /list?tag=feed", "delete all @feed"),
+            ("DELETE /list/input/?tag=a%2eb", "delete INPUT @a.b"),
+            ("PUT /drop/input/any/1.2.3.4?tag=feed", "Put(7) /drop/input/any/1.2.3.4@feed"),
+            ("PUT /drop/input/any?tag=x+", "Put(7) /drop/input/any/0.0.0.0@x …"),
+            ("PUT /drop/input/any?replace=true&tag=x+", "Replace(7) /drop/input/any/0.0.0.0@x …"),
+            ("DELETE /drop/input/any/1.2.3.4?tag=x", "Delete /drop/input/any/1.2.3.4@x"),
+            ("DELETE /drop/input/any/1.2.3.4?tag=*", "DeleteAnyTag /drop/input/any/1.2.3.4"),
+            ("DELETE /drop/input/any?tag=%2a+", "DeleteAnyTag /drop/input/any/0.0.0.0 …"),
             ("PUT /drop/input/any/1.2.3.4", "Put(7) /drop/input/any/1.2.3.4"),
             ("PUT /drop/input/any/1.2.3.4/", "Put(7) /drop/input/any/1.2.3.4"),
             ("PUT /DROP/Input/any/1.2.3.4?", "Put(7) /drop/input/any/1.2.3.4"),
@@ -328,7 +417,25 @@ mod tests {
             ("PUT /", "405 GET"),
             ("DELETE /metrics", "405 GET"),
             ("GET /metrics/x", "404 not_found"),
-            ("HEAD /list", "405 GET"),
+            ("HEAD /list", "405 GET, DELETE"),
+            ("PUT /list?tag=x", "405 GET, DELETE"),
+            ("DELETE /list", "400 bad_query"),
+            ("DELETE /list?tag=", "400 bad_tag"),
+            ("DELETE /list?tag=*", "400 bad_tag"),
+            ("DELETE /list?tag=x&ip=1.2.3.4", "400 bad_query"),
+            ("GET /list?tag=X", "400 bad_tag"),
+            ("GET /list?ip=", "400 bad_address"),
+            ("GET /list?ip=1.2.3.4/33", "400 bad_address"),
+            ("GET /list?ip=::1&ip=::1", "400 bad_query"),
+            ("GET /metrics?tag=x", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?tag=", "400 bad_tag"),
+            ("PUT /drop/input/any/1.2.3.4?tag=*", "400 bad_tag"),
+            ("PUT /drop/input/any/1.2.3.4?tag=a&tag=a", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?ip=1.2.3.4", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?tag=a&replace=true", "400 bad_query"),
+            ("PUT /drop/input/any?replace=true+", "400 bad_query"),
+            ("PUT /drop/input/any?tag=a&replace=yes+", "400 bad_query"),
+            ("DELETE /drop/input/any?tag=a&replace=true+", "400 bad_query"),
             ("GET /list/nat", "404 not_found"),
             ("GET /list/input/x", "404 not_found"),
             ("GET /list?expire=1", "400 bad_query"),
@@ -400,13 +507,13 @@ mod tests {
         let outcome = Outcome { tally: tally.clone(), expires: Some(9) };
         assert_eq!(
             outcome_json(&rule, &outcome),
-            r#"{"result":"refreshed","rule":{"chain":"FORWARD","target":"DROP","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0"},"expires":9}
+            r#"{"result":"refreshed","rule":{"chain":"FORWARD","target":"DROP","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0"},"expires":9,"tag":null}
 "#
         );
         let left_out = LeftOut { count: 21, lines: vec!["::1".into(), "a\"".into()] };
         assert_eq!(
             tally_json(Action::Put(0), &tally, &left_out),
-            r#"{"result":"applied","inserted":0,"refreshed":2,"exists":0,"whitelisted_count":21,"whitelisted":["::1","a\""]}
+            r#"{"result":"applied","inserted":0,"refreshed":2,"exists":0,"deleted":0,"whitelisted_count":21,"whitelisted":["::1","a\""]}
 "#
         );
         assert_eq!(
@@ -414,11 +521,12 @@ mod tests {
             r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
 "#
         );
+        let rule = Rule { tag: Tag::parse("a.b").unwrap(), ..rule };
         let mut tagged = TaggedRule::new(KernelRule::plain(rule), None);
-        tagged.counters = (5, 7);
+        tagged.counters = Some((5, 7));
         assert_eq!(
             listed_json(3, &tagged),
-            r#"{"chain":"FORWARD","num":"3","pkts":"5","bytes":"7","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0","extra":"","expires":null}"#
+            r#"{"chain":"FORWARD","num":"3","pkts":"5","bytes":"7","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0","extra":"","expires":null,"tag":"a.b"}"#
         );
     }
 }

@@ -1,8 +1,11 @@
 //! What rfw has done since it started and what it keeps, for Prometheus (text format 0.0.4).
 
+use crate::rule::tag::Tag;
 use crate::rule::{Chain, Target};
+use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Goes up, or says how many there are now; as wide as the processor's words, because
 /// mips knows no wider atomics. Each stands for itself, so nothing need be ordered.
@@ -29,10 +32,21 @@ impl fmt::Display for Number {
     }
 }
 
+/// What rules are counted by.
+pub type Label = (Chain, Target, Tag);
+
+/// The rules of a label, and the packets and bytes that they have matched.
+#[derive(Clone, Copy, Default)]
+pub struct Usage {
+    pub rules: usize,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
 #[derive(Default)]
 pub struct Metrics {
-    /// By chain and target, as of the last look at the kernel.
-    pub rules: [[Number; Target::ALL.len()]; Chain::ALL.len()],
+    /// As of the last check of the kernel.
+    usage: Mutex<BTreeMap<Label, Usage>>,
     pub batches: Number,
     pub kernel_failures: Number,
     pub restored: Number,
@@ -44,6 +58,10 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    pub fn set_usage(&self, usage: BTreeMap<Label, Usage>) {
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
+    }
+
     /// All of them, each with its help and type.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -56,14 +74,20 @@ impl Metrics {
         };
         let version = env!("CARGO_PKG_VERSION");
         family("build_info", "gauge", "The version.", &format!("{{version=\"{version}\"}} 1"));
-        let mut rules = String::new();
-        for (chain, targets) in Chain::ALL.iter().zip(&self.rules) {
-            for (target, count) in Target::ALL.iter().zip(targets) {
-                let (chain, target) = (chain.name(), target.name());
-                let _ = writeln!(rules, "{{chain=\"{chain}\",target=\"{target}\"}} {count}");
-            }
-        }
+        let usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let samples = |value: fn(&Usage) -> u64| {
+            let sample = |((chain, target, tag), usage): (&Label, &Usage)| {
+                let (chain, target, tag) = (chain.name(), target.name(), tag.name());
+                let value = value(usage);
+                format!("{{chain=\"{chain}\",target=\"{target}\",tag=\"{tag}\"}} {value}\n")
+            };
+            usage.iter().map(sample).collect::<String>()
+        };
+        let rules = samples(|usage| usage.rules as u64);
         family("rules", "gauge", "Rules that rfw keeps, addresses in sets included.", &rules);
+        let (packets, bytes) = (samples(|usage| usage.packets), samples(|usage| usage.bytes));
+        family("packets_total", "counter", "Packets that rules have matched.", &packets);
+        family("bytes_total", "counter", "Bytes that rules have matched.", &bytes);
         let open = format!(" {}", self.open_connections);
         family("connections", "gauge", "Connections that are served now.", &open);
         let counters = [
@@ -89,7 +113,12 @@ mod tests {
     #[test]
     fn text() {
         let metrics = Metrics::default();
-        metrics.rules[Chain::Forward as usize][Target::Accept as usize].set(7);
+        let usage = |rules| Usage { rules, packets: 5, bytes: 300 };
+        let feed = Tag::parse("feed").unwrap();
+        metrics.set_usage(BTreeMap::from([
+            ((Chain::Forward, Target::Accept, Tag::NONE), usage(7)),
+            ((Chain::Input, Target::Drop, feed), usage(2)),
+        ]));
         metrics.expired.add(3);
         metrics.open_connections.add(2);
         metrics.open_connections.less_one();
@@ -97,8 +126,10 @@ mod tests {
         for line in [
             "# HELP rfw_rules Rules that rfw keeps, addresses in sets included.",
             "# TYPE rfw_rules gauge",
-            "rfw_rules{chain=\"FORWARD\",target=\"ACCEPT\"} 7",
-            "rfw_rules{chain=\"INPUT\",target=\"DROP\"} 0",
+            "rfw_rules{chain=\"FORWARD\",target=\"ACCEPT\",tag=\"\"} 7",
+            "rfw_rules{chain=\"INPUT\",target=\"DROP\",tag=\"feed\"} 2",
+            "rfw_packets_total{chain=\"INPUT\",target=\"DROP\",tag=\"feed\"} 5",
+            "rfw_bytes_total{chain=\"INPUT\",target=\"DROP\",tag=\"feed\"} 300",
             "# TYPE rfw_expired_rules_total counter",
             "rfw_expired_rules_total 3",
             "rfw_connections 1",

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 use crate::places::{Place, Places, State};
 use crate::rule::list::{LeftOut, List, TooMany};
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{self, Action, Chain};
+use crate::rule::{self, Action, Filter};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
@@ -266,7 +266,13 @@ impl Visit<'_> {
                 reply.end("text/plain; version=0.0.4; charset=utf-8");
                 Ok("measured".into())
             }
-            Command::List(chain) => send_list(server, &client, chain, reply),
+            Command::List(filter) => send_list(server, &client, &filter, reply),
+            Command::DeleteTag(tag, chain) => {
+                let tally = self.apply(&client, Permitted::delete_tag(tag, chain))?.tally;
+                reply.push(&api::tally_json(Action::Delete, &tally, &LeftOut::default()));
+                reply.end("application/json");
+                Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
+            }
             Command::Change(rule, action) => {
                 let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
                 let outcome = self.apply(&client, change)?;
@@ -309,7 +315,7 @@ impl Visit<'_> {
 fn send_list(
     server: &Server,
     client: &Client,
-    chain: Option<Chain>,
+    filter: &Filter,
     reply: &mut Reply<'_>,
 ) -> Result<String, Refusal> {
     let mut before = "[";
@@ -318,12 +324,12 @@ fn send_list(
         before = ",\n";
         go_on
     };
-    for (number, tagged) in server.firewall.list(client, chain)? {
+    for (number, tagged) in server.firewall.list(client, filter)? {
         let mut here = true;
         if tagged.rule.template().is_none() {
             here = push(number, &tagged);
         } else {
-            server.firewall.entries(&tagged.rule, |entry| {
+            server.firewall.entries(&tagged.rule, filter, |entry| {
                 here = push(number, entry);
                 here
             })?;

@@ -170,7 +170,7 @@ def round_trip(count):
 def metrics(promtool):
     """-> whether promtool finds nothing to say of the metrics, once they count the rules, as each second."""
     text = lambda: exchange(connect(), request("GET", "/metrics")).partition(b"\r\n\r\n")[2]
-    await_true("the rules are counted", 30, lambda: b'rfw_rules{chain="OUTPUT",target="REJECT"} 1\n' in text())
+    await_true("the rules are counted", 30, lambda: b'rfw_rules{chain="OUTPUT",target="REJECT",tag=""} 1\n' in text())
     said = subprocess.run([promtool, "check", "metrics"], input=text(), capture_output=True)
     print(f"\n=== promtool check metrics: {said.returncode} {(said.stdout + said.stderr).decode()}", flush=True)
     return said.returncode == 0

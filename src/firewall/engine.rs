@@ -12,16 +12,17 @@
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
 
 use super::ipset::{SetEdit, SetHeader, replacement_name};
-use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
+use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
 use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
+use super::report::Traffic;
 use super::sets;
 use crate::clock::{self, Clock};
 use crate::log::{Level, Log};
-use crate::metrics::Metrics;
+use crate::metrics::{Label, Metrics};
 use crate::rule::net::{Family, Net};
-use crate::rule::{Chain, Change, Target};
+use crate::rule::{Chain, Change, Filter, Target};
 use crate::state::StateFile;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -51,8 +52,12 @@ const MAX_READS: usize = 5;
 /// How many times a repair is tried: sets and rules of two families may each fail after their
 /// work.
 const MAX_REPAIRS: usize = 5;
+/// How many addresses of a set are asked for one by one, rather than with all others.
+const MAX_FEW: usize = 8;
 /// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
+const UNRESTORED: &str = " What was done of it is undone as soon as that is possible.";
+
 /// The kernel, by six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> &[Family];
@@ -92,6 +97,13 @@ impl From<ToolError> for ApplyError {
 }
 
 impl ApplyError {
+    fn with_note(self, note: &str) -> ApplyError {
+        match self {
+            ApplyError::Tool(error) => ApplyError::Tool(error.with_note(note)),
+            error => error,
+        }
+    }
+
     pub fn is_transient(&self) -> bool {
         matches!(self, ApplyError::Tool(error) if error.is_transient())
     }
@@ -126,6 +138,8 @@ pub struct Engine<K> {
     pub(super) next_sets_check: Instant,
     /// When others came before rfw's rules, the last ten times.
     pub(super) overtaken: VecDeque<Instant>,
+    /// What the rules of each family and label have matched.
+    pub(super) traffic: BTreeMap<(Family, Label), Traffic>,
     /// Why the last check failed; a change of that is logged.
     pub(super) outage: Option<ToolError>,
     /// How many checks have met a program that hung.
@@ -175,7 +189,7 @@ impl<K: Kernel> Engine<K> {
             return Ok(Vec::new());
         }
         // What is distrusted is repaired before the list changes, or it would be written twice.
-        let of_family = |family: &Family| changes.iter().any(|c| c.rules.has(*family));
+        let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> =
             self.kernel.families().iter().copied().filter(of_family).collect();
         self.settle(&families, None)?;
@@ -197,14 +211,11 @@ impl<K: Kernel> Engine<K> {
             if let (Some(state), Some(offset)) = (&mut self.state, offset) {
                 state.truncate_to(offset);
             }
-            if self.has_time() {
-                // What fails here stays distrusted, and the next check repairs it.
-                let _ = self.settle(&families, None);
-            }
+            let is_restored = self.has_time() && self.settle(&families, None).is_ok();
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());
             });
-            return Err(error);
+            return Err(if is_restored { error } else { error.with_note(UNRESTORED) });
         }
         Ok(batch.outcomes)
     }
@@ -420,8 +431,12 @@ impl<K: Kernel> Engine<K> {
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
-        let mut wrong = self.plans(family, &listing.map_or_else(read, Ok)?);
+        let listing = listing.map_or_else(read, Ok)?;
+        let mut wrong = self.plans(family, &listing);
         wrong.retain(|plan| !plan.edits.is_empty());
+        if wrong.is_empty() {
+            self.count_traffic(family, &listing);
+        }
         // The ticker does not always fight for the first place; a request gets it.
         let may_wait = batch.is_none() && self.is_overtaken_often();
         let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
@@ -681,8 +696,8 @@ impl<K: Kernel> Engine<K> {
 
     /// rfw's rules but the guards, from the kernel, each with its number among all rules of its
     /// chain. A listing that shows a rule twice, or something else than the list, is read again
-    /// until two agree.
-    pub fn listing(&mut self, chain: Option<Chain>) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
+    /// until two agree. A set is its rule, unless only a few of its addresses are asked for.
+    pub fn listing(&mut self, filter: &Filter) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
         self.begin();
         let mut rules = Vec::new();
         for family in self.kernel.families() {
@@ -690,12 +705,32 @@ impl<K: Kernel> Engine<K> {
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
                 listing = self.read_rules(*family)?;
             }
-            let chains = Chain::ALL.iter().filter(|known| chain.is_none_or(|c| c == **known));
-            let own = chains.flat_map(|chain| listing.chain(*chain).own());
-            let listed = own.filter(|(_, tagged)| !matches!(tagged.rule.kind, RuleKind::Guard(_)));
-            rules.extend(listed.map(|(number, tagged)| (number, *tagged)));
+            for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
+                let KernelRule { rule, .. } = &tagged.rule;
+                let is_set = tagged.rule.template().is_some();
+                if is_set && filter.admits_all(rule) {
+                    rules.extend(iter::repeat(number).zip(self.entries(&tagged.rule, filter)));
+                } else if !tagged.rule.is_guard() && filter.admits(rule) {
+                    rules.push((number, *tagged));
+                }
+            }
         }
         Ok(rules)
+    }
+
+    /// A set's rule, or the few of its addresses that overlap a block.
+    fn entries(&self, set: &KernelRule, filter: &Filter) -> Vec<TaggedRule> {
+        let whole = || vec![TaggedRule::new(*set, None)];
+        let (Some(template), Some(net)) = (set.template(), filter.net) else { return whole() };
+        if net.family() != set.rule.family() {
+            return Vec::new();
+        }
+        let entries = self.list.overlapping(template, net).take(MAX_FEW + 1);
+        let entry = |(net, entry): (Net, Entry)| {
+            TaggedRule::new(KernelRule::plain(template.rule(net)), entry.expires())
+        };
+        let entries: Vec<TaggedRule> = entries.map(entry).collect();
+        if entries.len() > MAX_FEW { whole() } else { entries }
     }
 
     /// Unix seconds, rounded up: no rule lives shorter than it was asked to.

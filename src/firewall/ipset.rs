@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! name  = "rfw" ( "4" / "6" ) ":" target ":" where        ; 31 bytes at most
-//! where = "in:" iface / "out:" iface / "fwd:" iface ":" iface ":" ( "src" / "dst" )
-//!       / "fwd:~" 14HEXDIG                 ; if the name were too long: a hash of it
+//! where = ( "in:" iface / "out:" iface / "fwd:" iface ":" iface ":" ( "src" / "dst" ) ) [ "@" tag ]
+//!       / ( "in" / "out" / "fwd" ) ":~" 14HEXDIG
+//!                    ; if the name were too long or had an @ in an interface: a hash of the rest
 //! ```
 
 use super::process::{self, InstanceLock, ToolError};
@@ -23,18 +24,19 @@ const MAX_NAME: usize = 31;
 pub fn set_name(template: &RuleTemplate, family: Family) -> String {
     let digit = if family == Family::V4 { 4 } else { 6 };
     let target = template.target.name().to_ascii_lowercase();
-    let RuleTemplate { in_iface, out_iface, .. } = template;
+    let RuleTemplate { in_iface, out_iface, tag, .. } = template;
     let side = if template.side == Side::Source { "src" } else { "dst" };
     let (chain, ifaces) = match template.chain {
         Chain::Input => ("in", in_iface.to_string()),
         Chain::Output => ("out", out_iface.to_string()),
         Chain::Forward => ("fwd", format!("{in_iface}:{out_iface}:{side}")),
     };
-    let name = format!("rfw{digit}:{target}:{chain}:{ifaces}");
-    match name.len() > MAX_NAME {
-        true => format!("rfw{digit}:{target}:{chain}:~{:014x}", hash(&ifaces)),
-        false => name,
+    let name = format!("rfw{digit}:{target}:{chain}:{ifaces}{tag}");
+    if name.len() <= MAX_NAME && !ifaces.contains('@') {
+        return name;
     }
+    let rest = ifaces + &tag.to_string().replace('@', "/");
+    format!("rfw{digit}:{target}:{chain}:~{:014x}", hash(&rest))
 }
 
 /// FNV-1a, 56 bits of it.
@@ -164,6 +166,16 @@ impl Ipset {
                 let message = format!("{program} exited with 0 after an incomplete listing.");
                 Err(ToolError::Transient(message))
             }
+            result => result.map(|()| true),
+        }
+    }
+
+    /// Whether a set has an address, or a block that contains it.
+    pub fn contains(&self, name: &str, net: Net, limit: Duration) -> Result<bool, ToolError> {
+        let net = net.to_string();
+        match process::read_lines(&self.program, &["test", name, &net], limit, |_| true) {
+            Err(ToolError::Rejected(text)) if text.contains("is NOT in set") => Ok(false),
+            Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             result => result.map(|()| true),
         }
     }

@@ -1,8 +1,8 @@
 //! rfw's rules as iptables writes and reads them, and the programs that do it.
 //!
 //! ```text
-//! comment = "rfw" [ ":" UNIXSECONDS ]     ; a rule, and when it expires
-//!         / "rfw:guard"                   ; a rule for the port of rfw's own server
+//! comment = "rfw" [ ":" UNIXSECONDS ] [ "@" tag ]     ; a rule, when it expires, its source
+//!         / "rfw:guard"                ; a rule for the port of rfw's own server
 //! ```
 //!
 //! A rule without such a comment, or of a form that rfw does not write, belongs to someone else
@@ -11,6 +11,7 @@
 use super::ipset::set_name;
 use super::process::{self, InstanceLock, ToolError};
 use crate::rule::net::{Family, Net};
+use crate::rule::tag::Tag;
 use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target, is_number};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -50,12 +51,16 @@ impl KernelRule {
         KernelRule { rule: template.rule(Net::any(family)), kind }
     }
 
+    pub fn is_guard(&self) -> bool {
+        matches!(self.kind, RuleKind::Guard(_))
+    }
+
     /// The template of a set's rule.
     pub fn template(&self) -> Option<RuleTemplate> {
         let RuleKind::Set(side) = self.kind else { return None };
         let (in_iface, out_iface) = self.rule.ifaces();
-        let (target, chain) = (self.rule.target, self.rule.chain());
-        Some(RuleTemplate { target, chain, in_iface, out_iface, side })
+        let (target, chain, tag) = (self.rule.target, self.rule.chain(), self.rule.tag);
+        Some(RuleTemplate { target, chain, in_iface, out_iface, side, tag })
     }
 }
 
@@ -81,14 +86,13 @@ pub struct TaggedRule {
     pub rule: KernelRule,
     /// Unix seconds; only plain rules expire.
     pub expires: Option<u64>,
-    /// Packets and bytes that it has matched.
-    pub counters: (u64, u64),
+    /// Packets and bytes that it has matched, if they were read.
+    pub counters: Option<(u64, u64)>,
 }
 
 impl TaggedRule {
-    /// A rule that has matched no packet yet.
     pub fn new(rule: KernelRule, expires: Option<u64>) -> TaggedRule {
-        TaggedRule { rule, expires, counters: (0, 0) }
+        TaggedRule { rule, expires, counters: None }
     }
 
     /// What tells two rules in the kernel apart.
@@ -112,8 +116,8 @@ impl fmt::Display for RuleEdit {
             RuleEdit::Insert(number, tagged) => {
                 tagged.write(f, "-I", *number)?;
                 match tagged.counters {
-                    (0, 0) => Ok(()),
-                    (packets, bytes) => write!(f, " -c {packets} {bytes}"),
+                    None | Some((0, 0)) => Ok(()),
+                    Some((packets, bytes)) => write!(f, " -c {packets} {bytes}"),
                 }
             }
         }
@@ -156,7 +160,7 @@ impl TaggedRule {
             (_, Some(second)) => write!(f, ":{second}")?,
             _ => {}
         }
-        write!(f, " -j {}", rule.target.name())
+        write!(f, "{} -j {}", rule.tag, rule.target.name())
     }
 }
 
@@ -173,11 +177,13 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule
 fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> {
     let mut words = spec.split(' ');
     let (mut options, mut matches) = (Vec::new(), Vec::new());
-    let (mut counters, mut set) = ((0, 0), None);
+    let (mut counters, mut set) = (None, None);
     while let Some(option) = words.next() {
         let value = words.next()?;
         match (option, value) {
-            ("-c", packets) => counters = (packets.parse().ok()?, words.next()?.parse().ok()?),
+            ("-c", packets) => {
+                counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?))
+            }
             ("-m", name) => matches.push(name),
             ("--match-set", name) => set = Some((name, words.next()?)),
             ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
@@ -193,6 +199,7 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
         _ => take("--dport"),
     };
     let comment = take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
+    let (comment, tag) = Tag::split(comment)?;
     let (kind, expires) = match (comment, take("-p"), port, set) {
         ("", None, None, None) => (RuleKind::Plain, None),
         ("", None, None, Some((_, "src"))) => (RuleKind::Set(Side::Source), None),
@@ -230,10 +237,10 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
         (Chain::Output, (Iface::ANY, true), _) => Match::Output { iface: out_iface, destination },
         _ => return None,
     };
-    let rule = KernelRule { rule: Rule { target, matches }, kind };
+    let rule = KernelRule { rule: Rule { target, matches, tag }, kind };
     let ours = match (kind, set) {
         (RuleKind::Plain, _) => rule.rule.is_wellformed(),
-        (RuleKind::Guard(_), _) => true,
+        (RuleKind::Guard(_), _) => tag == Tag::NONE,
         // The name says everything that the rule says.
         (RuleKind::Set(side), set) => {
             let never = [(Chain::Input, Side::Destination), (Chain::Output, Side::Source)];
@@ -331,7 +338,7 @@ mod tests {
             Some((_, None)) => "foreign".into(),
             Some((_, Some(TaggedRule { rule, expires, counters }))) => {
                 let tag = expires.map_or("rfw".into(), |second| format!("rfw:{second}"));
-                format!("{rule} {tag} {counters:?}")
+                format!("{rule} {tag} {:?}", counters.unwrap_or_default())
             }
         }
     }
@@ -470,7 +477,7 @@ mod tests {
         }
         let mut tagged =
             TaggedRule::new(KernelRule::plain("/drop/input/any/1.2.3.4".parse().unwrap()), Some(9));
-        tagged.counters = (5, 7);
+        tagged.counters = Some((5, 7));
         let line = "-I INPUT 3 -s 1.2.3.4 -m comment --comment rfw:9 -j DROP -c 5 7";
         assert_eq!(RuleEdit::Insert(3, tagged).to_string(), line);
     }

@@ -6,7 +6,8 @@
 
 use super::iptables::{KernelRule, TaggedRule};
 use crate::rule::net::{Family, Net};
-use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side, Target};
+use crate::rule::tag::Tag;
+use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
 use crate::state::{Record, StoredRule};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -18,6 +19,9 @@ const REAL_TIME: u64 = 1_767_225_600;
 const MAX_RULES: usize = 100_000;
 const TOO_MANY_RULES: &str =
     "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
+/// How many tags there may be.
+const MAX_TAGS: usize = 64;
+const TOO_MANY_TAGS: &str = "rfw keeps at most 64 tags; delete those that nobody uses.";
 const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
 /// With more addresses than this, a group that has none is filled at once.
 const MANY: usize = 4_096;
@@ -94,8 +98,8 @@ impl Group {
             return (Group { template, family: net.family(), second: None }, net);
         }
         let ((in_iface, out_iface), (source, destination)) = (rule.ifaces(), rule.sides());
-        let (target, chain, side) = (rule.target, rule.chain(), Side::Source);
-        let template = RuleTemplate { target, chain, in_iface, out_iface, side };
+        let (target, chain, side, tag) = (rule.target, rule.chain(), Side::Source, rule.tag);
+        let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag };
         (Group { template, family: source.family(), second: Some(destination) }, source)
     }
 
@@ -111,6 +115,15 @@ impl Group {
     /// The rule of its set; `None` if its addresses cannot be in one.
     pub fn set(&self) -> Option<KernelRule> {
         self.second.is_none().then(|| KernelRule::set(self.template, self.family))
+    }
+
+    /// Whether both differ in their tags at most.
+    fn is_alike(&self, other: &Group) -> bool {
+        *self
+            == Group {
+                template: RuleTemplate { tag: self.template.tag, ..other.template },
+                ..*other
+            }
     }
 
     /// The groups that differ in their target only.
@@ -297,25 +310,70 @@ impl List {
         batch: &mut Batch,
     ) -> Result<Outcome, &'static str> {
         let expires = match change.action {
-            Action::Put(seconds) if seconds > 0 => NonZeroU64::new(now.saturating_add(seconds)),
+            Action::Put(seconds) | Action::Replace(seconds) if seconds > 0 => {
+                NonZeroU64::new(now.saturating_add(seconds))
+            }
             _ => None,
         };
         let mut tally = Tally::default();
-        for_each_group(&change.rules, |group, nets| {
-            if change.action == Action::Delete {
+        self.delete_others(change, batch, &mut tally);
+        for_each_group(&change.rules, |group, nets| match change.action {
+            Action::Delete => {
                 nets.iter().for_each(|net| tally.add(self.delete(group, *net, batch), 1));
-                return Ok(());
+                Ok(())
             }
-            self.check_room(group, nets, maxelem)?;
-            if nets.len() > MANY && self.is_vacant(group) {
-                self.fill(group, nets, expires, batch);
-                tally.add(Verdict::Inserted, nets.len());
-            } else {
-                nets.iter().for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+            Action::DeleteAnyTag => {
+                self.delete_alike(group, nets, batch, &mut tally);
+                Ok(())
             }
-            Ok(())
+            Action::Put(_) | Action::Replace(_) => {
+                self.check_room(group, nets, maxelem)?;
+                if nets.len() > MANY && self.is_vacant(group) {
+                    self.fill(group, nets, expires, batch);
+                    tally.add(Verdict::Inserted, nets.len());
+                } else {
+                    nets.iter().for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+                }
+                Ok(())
+            }
         })?;
         Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
+    }
+
+    /// Deletes what a change is about without naming it.
+    fn delete_others(&mut self, change: &Change, batch: &mut Batch, tally: &mut Tally) {
+        let nets = match (&change.rules, change.action) {
+            (Rules::List(_, nets), Action::Replace(_)) => nets.as_slice(),
+            (Rules::Tagged(..), _) => &[],
+            _ => return,
+        };
+        let is_concerned = |group: &Group| match &change.rules {
+            Rules::Tagged(tag, chain) => {
+                let template = group.template;
+                template.tag == *tag && chain.is_none_or(|chain| chain == template.chain)
+            }
+            Rules::List(template, _) => group.template == *template && group.second.is_none(),
+            Rules::One(_) => false,
+        };
+        let groups = self.groups.iter().filter(|(group, _)| is_concerned(group));
+        let members = groups.flat_map(|(group, m)| m.keys().map(move |net| (*group, *net)));
+        let gone: Vec<(Group, Net)> =
+            members.filter(|(_, net)| nets.binary_search(net).is_err()).collect();
+        for (group, net) in gone {
+            tally.add(self.delete(group, net, batch), 1);
+        }
+    }
+
+    /// Deletes addresses from all groups that differ in their tags.
+    fn delete_alike(&mut self, group: Group, nets: &[Net], batch: &mut Batch, tally: &mut Tally) {
+        let alike: Vec<Group> =
+            self.groups.keys().filter(|other| group.is_alike(other)).copied().collect();
+        for net in nets {
+            let verdicts = alike.iter().map(|group| self.delete(*group, *net, batch));
+            let deleted = verdicts.filter(|verdict| *verdict == Verdict::Deleted).count();
+            tally.add(Verdict::Deleted, deleted);
+            tally.add(Verdict::Absent, usize::from(deleted == 0));
+        }
     }
 
     /// Before any work: a refused list must not cost memory.
@@ -324,9 +382,19 @@ impl List {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
             false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
         };
+        let is_new = group.template.tag != Tag::NONE && !self.groups.contains_key(&group);
+        if is_new
+            && self.tags().chain([group.template.tag]).collect::<BTreeSet<_>>().len() > MAX_TAGS
+        {
+            return Err(TOO_MANY_TAGS);
+        }
         let room = limit.saturating_sub(held);
         let new = || nets.iter().filter(|net| self.entry(group, net).is_none()).count();
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
+    }
+
+    fn tags(&self) -> impl Iterator<Item = Tag> {
+        self.groups.keys().map(|group| group.template.tag).filter(|tag| *tag != Tag::NONE)
     }
 
     fn put(
@@ -490,6 +558,17 @@ impl List {
         self.groups.get(group)
     }
 
+    /// The addresses in a template's sets that share one with `net`.
+    pub fn overlapping(
+        &self,
+        template: RuleTemplate,
+        net: Net,
+    ) -> impl Iterator<Item = (Net, Entry)> {
+        let group = Group { template, family: net.family(), second: None };
+        let members = self.groups.get(&group).into_iter();
+        members.flat_map(move |members| overlapping(members, net)).map(|(net, e)| (*net, *e))
+    }
+
     pub fn len(&self) -> usize {
         self.groups.values().map(Members::len).sum()
     }
@@ -505,11 +584,9 @@ impl List {
         rules.map(|(_, members)| members.len()).sum()
     }
 
-    /// How many rules there are for a chain and a target.
-    pub fn count(&self, chain: Chain, target: Target) -> usize {
-        let here = |group: &Group| (group.template.chain, group.template.target) == (chain, target);
-        let groups = self.groups.iter().filter(|(group, _)| here(group));
-        groups.map(|(_, members)| members.len()).sum()
+    /// How many rules each group has.
+    pub fn counts(&self) -> impl Iterator<Item = (RuleTemplate, usize)> {
+        self.groups.iter().map(|(group, members)| (group.template, members.len()))
     }
 
     fn entry(&self, group: Group, net: &Net) -> Option<Entry> {
@@ -581,6 +658,7 @@ fn for_each_group<E>(
                 each(Group { template: *template, family, second: None }, nets)
             })
         }
+        Rules::Tagged(..) => Ok(()),
     }
 }
 
@@ -598,18 +676,30 @@ pub(super) mod tests {
         path.parse().expect(path)
     }
 
-    /// `+PATH` is a PUT for ever, `+PATH 60` for 60 seconds, `-PATH` a DELETE. A path that ends
-    /// in `/{A,B}` is a list.
+    /// `+PATH` is a PUT for ever, `+PATH 60` for 60 seconds, `=PATH` the same that replaces, `-PATH`
+    /// a DELETE, `!PATH` one whatever the tag. A path that ends in `/{A,B}`, or `/{A,B}@TAG`, is a
+    /// list. `-@TAG` and `-@TAG INPUT` delete all with a tag.
     fn change(text: &str) -> Change {
         let (verb, rest) = text.split_at(1);
+        if let Some(rest) = rest.strip_prefix('@') {
+            let (tag, chain) = rest.split_once(' ').unwrap_or((rest, ""));
+            let rules = Rules::Tagged(Tag::parse(tag).unwrap(), Chain::parse(chain));
+            return Change { rules, action: Action::Delete };
+        }
         let (path, seconds) = rest.split_once(' ').unwrap_or((rest, "0"));
-        let put = Action::Put(seconds.parse().unwrap());
-        let action = if verb == "+" { put } else { Action::Delete };
+        let seconds = seconds.parse().unwrap();
+        let action = match verb {
+            "+" => Action::Put(seconds),
+            "=" => Action::Replace(seconds),
+            "!" => Action::DeleteAnyTag,
+            _ => Action::Delete,
+        };
         let Some((template, nets)) = path.split_once("/{") else {
             return Change { rules: Rules::One(rule(path)), action };
         };
+        let (nets, tag) = Tag::split(nets).unwrap();
         let segments: Vec<&str> = template.split('/').skip(1).collect();
-        let template = RuleTemplate::parse(&segments).unwrap();
+        let template = RuleTemplate { tag, ..RuleTemplate::parse(&segments).unwrap() };
         let nets = nets.trim_end_matches('}').split(',').map(|net| Net::parse(net).unwrap());
         let nets: BTreeSet<Net> = nets.collect();
         Change { rules: Rules::List(template, nets.into_iter().collect()), action }
@@ -996,6 +1086,76 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn each_source_has_its_own_rules() {
+        const DROP: &str = "+/drop/input/any/1.1.1.1";
+        const DROP_A: &str = "+/drop/input/any/1.1.1.1@a";
+        const DROP_B: &str = "+/drop/input/any/1.1.1.1@b";
+        const OTHER_A: &str = "+/drop/input/any/2.2.2.2@a";
+        const V6_A: &str = "+/drop/input/any/::1@a";
+        const ACCEPT_A: &str = "+/accept/input/any/1.1.1.1@a";
+        const OUTPUT_A: &str = "+/drop/output/any/1.1.1.1@a";
+        // What there is, what is done, the counts of the last change, and what is left.
+        let table: [(Lines, Lines, &str, Lines); 13] = [
+            (&[DROP], &[DROP_A], "inserted", &[DROP, DROP_A]),
+            (&[DROP, DROP_A], &["-/drop/input/any/1.1.1.1@a"], "deleted", &[DROP]),
+            (&[DROP, DROP_A], &["-/drop/input/any/1.1.1.1"], "deleted", &[DROP_A]),
+            (&[DROP], &["-/drop/input/any/1.1.1.1@a"], "absent", &[DROP]),
+            (
+                &[DROP, DROP_A, DROP_B, OTHER_A],
+                &["!/drop/input/any/1.1.1.1"],
+                "deleted 3",
+                &[OTHER_A],
+            ),
+            (&[OTHER_A], &["!/drop/input/any/1.1.1.1"], "absent", &[OTHER_A]),
+            (
+                &[DROP, DROP_B, OTHER_A, V6_A],
+                &["!/drop/input/any/{1.1.1.1,2.2.2.2,3.3.3.3}"],
+                "deleted 3+absent",
+                &[V6_A],
+            ),
+            (
+                &[DROP, DROP_A, V6_A, OUTPUT_A],
+                &["=/drop/input/any/{2.2.2.2}@a"],
+                "inserted+deleted 2",
+                &[DROP, OUTPUT_A, OTHER_A],
+            ),
+            (&[DROP_A, OTHER_A], &["=/drop/input/any/{2.2.2.2}@a"], "exists+deleted", &[OTHER_A]),
+            (&[DROP, DROP_A, V6_A, OUTPUT_A, DROP_B], &["-@a"], "deleted 3", &[DROP, DROP_B]),
+            (&[DROP_A, V6_A, OUTPUT_A], &["-@a INPUT"], "deleted 2", &[OUTPUT_A]),
+            (&[DROP], &["-@a"], "", &[DROP]),
+            (&[DROP_A], &["-@a", ACCEPT_A], "inserted", &[ACCEPT_A]),
+        ];
+        for sets in [false, true] {
+            for (before, changes, counts, after) in table {
+                let mut list = list(sets, before);
+                let batch = apply_and_check(&mut list, changes);
+                let last =
+                    Batch { outcomes: vec![batch.outcomes.last().unwrap().clone()], ..batch };
+                assert_eq!(verdicts(&last), counts, "{changes:?}");
+                assert_eq!(stored(&list), after, "{changes:?}");
+            }
+        }
+        // In a set, an address has one target for each tag.
+        let mut list = list(true, &[DROP, DROP_A]);
+        apply_and_check(&mut list, &[ACCEPT_A]);
+        assert_eq!(stored(&list), [DROP, ACCEPT_A]);
+    }
+
+    #[test]
+    fn at_most_64_tags() {
+        let mut list = List::new(false);
+        let put = |n: usize| change(&format!("+/drop/input/any/1.1.1.1@t{n}"));
+        for n in 0..MAX_TAGS {
+            assert!(list.apply(&[&put(n)], NOW, 9).is_ok(), "{n}");
+        }
+        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW, 9).err(), Some(TOO_MANY_TAGS));
+        for text in ["+/drop/input/any/1.1.1.1", "+/drop/output/any/1.1.1.1@t1", "-@t2"] {
+            assert!(list.apply(&[&change(text)], NOW, 9).is_ok(), "{text}");
+        }
+        assert!(list.apply(&[&put(MAX_TAGS)], NOW, 9).is_ok());
+    }
+
+    #[test]
     fn what_has_no_room_changes_nothing() {
         // The most addresses of a set, what is there, the changes, and whether they have room.
         let table: [(usize, Lines, Lines, bool); 9] = [
@@ -1077,7 +1237,7 @@ pub(super) mod tests {
             let shown = rules.map(|tagged| {
                 assert_eq!(
                     (tagged.counters, tagged.rule),
-                    ((0, 0), KernelRule::plain(tagged.rule.rule))
+                    (None, KernelRule::plain(tagged.rule.rule))
                 );
                 show((tagged.rule.rule, tagged.expires))
             });
@@ -1091,9 +1251,7 @@ pub(super) mod tests {
         let list = list(true, &texts);
         assert_eq!((list.len(), list.is_empty()), (8, false));
         assert_eq!((list.count_rules(Family::V4), list.count_rules(Family::V6)), (2, 0));
-        assert_eq!(list.count(Chain::Input, Target::Drop), 3);
-        assert_eq!(list.count(Chain::Forward, Target::Reject), 1);
-        assert_eq!(list.count(Chain::Output, Target::Accept), 0);
+        assert_eq!(list.counts().map(|(_, count)| count).sum::<usize>(), 8);
         assert_eq!(self::list(false, &texts).count_rules(Family::V4), 7);
     }
 
@@ -1146,8 +1304,10 @@ pub(super) mod tests {
             for _ in 0..30 {
                 let text = |below: &mut dyn FnMut(usize) -> usize| {
                     let target = ["drop", "accept", "reject"][below(3)];
-                    let path = format!("/{target}/{}", addresses[below(addresses.len())]);
-                    ["+", "+", "-"][below(3)].to_string() + &path + ["", " 5", " 9"][below(3)]
+                    let tag = ["", "", "@a", "@b"][below(4)];
+                    let path = format!("/{target}/{}{tag}", addresses[below(addresses.len())]);
+                    let verb = ["+", "+", "+", "+", "-", "-", "!"][below(7)];
+                    verb.to_string() + &path + ["", " 5", " 9"][below(3)]
                 };
                 let texts: Vec<String> =
                     iter::repeat_with(|| text(&mut below)).take(1 + seed as usize % 3).collect();
@@ -1179,6 +1339,11 @@ pub(super) mod tests {
     fn follow(model: &mut Vec<StoredRule>, change: &Change, sets: bool, now: u64) -> Verdict {
         let Rules::One(rule) = &change.rules else { unreachable!() };
         let at = model.iter().position(|(other, _)| other == rule);
+        if change.action == Action::DeleteAnyTag {
+            let count = model.len();
+            model.retain(|(other, _)| *rule != Rule { tag: rule.tag, ..*other });
+            return if model.len() < count { Verdict::Deleted } else { Verdict::Absent };
+        }
         let Action::Put(seconds) = change.action else {
             at.map(|at| model.remove(at));
             return if at.is_some() { Verdict::Deleted } else { Verdict::Absent };

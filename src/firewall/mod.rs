@@ -22,8 +22,9 @@ use crate::http::refusal::Refusal;
 use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
+use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{Chain, Change, Iface, Match, Rule, Target};
+use crate::rule::{Change, Filter, Iface, Match, Rule, Target};
 use crate::state::StateFile;
 use engine::{ApplyError, Engine, Kernel, Settings};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
@@ -155,21 +156,42 @@ impl Firewall {
     /// Every rule of rfw's but the guard rules, from the kernel, each with its number among all
     /// rules of its chain, counted from 1. It is read as a whole before a byte is sent, and while
     /// nothing is written: iptables lists rules twice while others change, and iptables-legacy
-    /// holds the xtables lock until its output is read.
+    /// holds the xtables lock until its output is read. A few addresses in sets come from the
+    /// list, without counters, and the kernel is asked for each.
     pub fn list(
         &self,
         _client: &Client,
-        chain: Option<Chain>,
+        filter: &Filter,
     ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
-        let listing = self.queue.with(|engine| (engine.listing(chain), None));
-        listing.map_err(|error| refusal(error.into(), ""))
+        let listing = self.queue.with(|engine| (engine.listing(filter), None));
+        let listing = listing.map_err(|error| refusal(error.into(), ""))?;
+        let mut held = Vec::with_capacity(listing.len());
+        for (number, tagged) in listing {
+            let is_held = self.is_in_kernel(&tagged);
+            if is_held.map_err(|error| refusal(error.into(), ""))? {
+                held.push((number, tagged));
+            }
+        }
+        Ok(held)
     }
 
-    /// Reads the entries of a set, whose rule stands for them in the list, as rules, until `each`
-    /// returns `false`. No Mutex is held.
+    /// Whether the kernel holds a rule that comes from the list.
+    fn is_in_kernel(&self, tagged: &TaggedRule) -> Result<bool, ToolError> {
+        match tagged.rule.rule.template().filter(|_| tagged.counters.is_none()) {
+            None => Ok(true),
+            Some((template, net)) => {
+                let set = KernelRule::set(template, net.family()).to_string();
+                self.tools.ipset.contains(&set, net, SEND_LIMIT)
+            }
+        }
+    }
+
+    /// Reads those entries of a set, whose rule stands for them in the list, that a filter admits,
+    /// as rules, until `each` returns `false`. No Mutex is held.
     pub fn entries(
         &self,
         set: &KernelRule,
+        filter: &Filter,
         mut each: impl FnMut(&TaggedRule) -> bool,
     ) -> Result<(), Refusal> {
         let Some(template) = set.template() else { return Ok(()) };
@@ -180,7 +202,8 @@ impl Firewall {
             let expires = now.saturating_add(timeout.into()).saturating_add(1);
             let expires = Some(expires).filter(|_| timeout > 0);
             let rule = KernelRule::plain(template.rule(net));
-            each(&TaggedRule { rule, expires, counters })
+            let counters = Some(counters);
+            !filter.admits(&rule.rule) || each(&TaggedRule { rule, expires, counters })
         });
         read.map(|_| ()).map_err(|error| refusal(error.into(), ""))
     }
@@ -202,7 +225,7 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<TaggedRule> {
     let all = accepted.chain([(Target::Drop, Net::any(family))]);
     let kind = RuleKind::Guard(port);
     let guard = |target, matches| {
-        TaggedRule::new(KernelRule { rule: Rule { target, matches }, kind }, None)
+        TaggedRule::new(KernelRule { rule: Rule { target, matches, tag: Tag::NONE }, kind }, None)
     };
     let inputs = all
         .clone()

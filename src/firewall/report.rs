@@ -4,10 +4,13 @@
 use super::engine::{Engine, Kernel};
 use super::iptables::{KernelRule, TaggedRule};
 use super::list::{Batch, Group};
-use super::reconcile::Plan;
+use super::reconcile::{Listing, Plan};
 use crate::log::Level;
-use crate::rule::{Chain, Target};
-use std::collections::HashSet;
+use crate::metrics::{Label, Usage};
+use crate::rule::net::Family;
+use crate::rule::tag::Tag;
+use crate::rule::{Chain, Rule, RuleTemplate, Target};
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 /// How often rfw moves to the front at once within [`OVERTAKEN_WINDOW`]; after that, once a
@@ -88,11 +91,61 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    pub(super) fn count_rules(&self) {
-        for (chain, row) in Chain::ALL.iter().zip(&self.metrics.rules) {
-            for (target, number) in Target::ALL.iter().zip(row) {
-                number.set(self.list.count(*chain, *target));
+    /// Counts what rules have matched since the last complete listing. A sum that falls, because
+    /// rules are gone, adds nothing.
+    pub(super) fn count_traffic(&mut self, family: Family, listing: &Listing) {
+        let mut sums: BTreeMap<Label, (u64, u64)> = BTreeMap::new();
+        for (_, tagged) in Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own()) {
+            if let (false, Some(counters)) = (tagged.rule.is_guard(), tagged.counters) {
+                let sum = sums.entry(label(&tagged.rule.rule)).or_default();
+                *sum = (sum.0.saturating_add(counters.0), sum.1.saturating_add(counters.1));
             }
         }
+        sums.keys().for_each(|label| {
+            self.traffic.entry((family, *label)).or_default();
+        });
+        for ((_, label), traffic) in self.traffic.iter_mut().filter(|((f, _), _)| *f == family) {
+            traffic.follow(sums.get(label).copied().unwrap_or_default());
+        }
+    }
+
+    /// Counts the rules and their traffic by label.
+    pub(super) fn count_rules(&mut self) {
+        let mut usage: BTreeMap<Label, Usage> = BTreeMap::new();
+        for chain in Chain::ALL {
+            usage.extend(Target::ALL.map(|target| ((chain, target, Tag::NONE), Usage::default())));
+        }
+        for (RuleTemplate { chain, target, tag, .. }, count) in self.list.counts() {
+            let rules = &mut usage.entry((chain, target, tag)).or_default().rules;
+            *rules = rules.saturating_add(count);
+        }
+        self.traffic.retain(|(_, label), _| usage.contains_key(label));
+        for ((_, label), Traffic { total: (packets, bytes), .. }) in &self.traffic {
+            let usage = usage.entry(*label).or_default();
+            usage.packets = usage.packets.saturating_add(*packets);
+            usage.bytes = usage.bytes.saturating_add(*bytes);
+        }
+        self.metrics.set_usage(usage);
+    }
+}
+
+fn label(rule: &Rule) -> Label {
+    (rule.chain(), rule.target, rule.tag)
+}
+
+/// Packets and bytes that the rules of a label have matched.
+#[derive(Default)]
+pub struct Traffic {
+    /// The sum of their counters in the last listing.
+    last: (u64, u64),
+    total: (u64, u64),
+}
+
+impl Traffic {
+    fn follow(&mut self, sum: (u64, u64)) {
+        let add = |total: u64, new: u64, last: u64| total.saturating_add(new.saturating_sub(last));
+        let (total, last) = (self.total, self.last);
+        self.total = (add(total.0, sum.0, last.0), add(total.1, sum.1, last.1));
+        self.last = sum;
     }
 }

@@ -11,10 +11,11 @@ use crate::clock::Clock;
 use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
+use crate::rule::tag::Tag;
 use crate::rule::whitelist::{LineError, Whitelist};
 use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::sync::Arc;
 use std::thread;
@@ -60,6 +61,7 @@ pub fn start<K: Kernel>(
         next_check: now,
         next_sets_check: now,
         overtaken: VecDeque::new(),
+        traffic: BTreeMap::new(),
         outage: None,
         hung_checks: 0,
         has_repaired: false,
@@ -187,7 +189,7 @@ fn try_kernel<K: Kernel>(
     }
     let (in_iface, out_iface) = (Iface::parse("rfw0").unwrap_or(Iface::ANY), Iface::ANY);
     let (target, chain, side) = (Target::Accept, Chain::Input, Side::Source);
-    let template = RuleTemplate { target, chain, in_iface, out_iface, side };
+    let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag: Tag::NONE };
     let set = KernelRule::set(template, family);
     let rule = if sets { set } else { KernelRule::plain(template.rule(Net::any(family))) };
     let tagged = TaggedRule::new(rule, None);

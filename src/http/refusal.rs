@@ -22,6 +22,8 @@ pub enum Refusal {
     Rule(RuleError),
     /// A parameter that is unknown, given twice, or has a wrong value.
     Query(String),
+    /// Not a tag.
+    Tag(String),
     /// Not an interval.
     Expire(String),
     /// Longer than an address is kept in a set.
@@ -62,6 +64,11 @@ impl Refusal {
             }
             Refusal::Rule(error) => rule_parts(error),
             Refusal::Query(message) => (400, "bad_query", message.clone()),
+            Refusal::Tag(text) => {
+                let write =
+                    "write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit";
+                (400, "bad_tag", format!("'{text}' is not a tag; {write}."))
+            }
             Refusal::Expire(text) => {
                 let write = "write up to 9 digits and s, m, h or d, as in 10m";
                 (400, "bad_expire", format!("'{text}' is no interval; {write}."))

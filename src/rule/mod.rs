@@ -4,18 +4,20 @@
 //! by `Display`:
 //!
 //! ```text
-//! rule   = "/" target "/" ( "input" / "output" ) "/" iface "/" block
-//!        / "/" target "/forward/" iface "/" block [ "/" iface [ "/" block ] ]
+//! rule   = ( "/" target "/" ( "input" / "output" ) "/" iface "/" block
+//!        / "/" target "/forward/" iface "/" block [ "/" iface [ "/" block ] ] ) [ "@" tag ]
 //! target = "drop" / "accept" / "reject"          ; any letter case, like chains
 //! block  = address [ "/" prefix ]
 //! iface  = "any" / name [ "+" ]
 //! ```
 //!
-//! A rule with one address is a [`RuleTemplate`] and that address.
+//! A request has the tag in its query instead. A rule with one address is a [`RuleTemplate`] and
+//! that address.
 
 pub mod interval;
 pub mod list;
 pub mod net;
+pub mod tag;
 pub mod whitelist;
 
 use net::{Family, Net, decimal};
@@ -23,8 +25,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::slice::Iter;
 use std::str::FromStr;
+use tag::Tag;
 
-/// The shortest prefixes that a rule may name: wider blocks lock out_iface half the
+/// The shortest prefixes that a rule may name: wider blocks lock out half the
 /// world too easily.
 pub const WIDEST_V4: u8 = 9;
 pub const WIDEST_V6: u8 = 17;
@@ -147,6 +150,7 @@ pub enum Match {
 pub struct Rule {
     pub target: Target,
     pub matches: Match,
+    pub tag: Tag,
 }
 
 /// Which side of a packet an address is compared with.
@@ -166,6 +170,7 @@ pub struct RuleTemplate {
     pub out_iface: Iface,
     /// Always the source in INPUT, the destination in OUTPUT.
     pub side: Side,
+    pub tag: Tag,
 }
 
 impl RuleTemplate {
@@ -178,7 +183,7 @@ impl RuleTemplate {
 
     /// The rule for one block; for any address it is as wide as the template.
     pub fn rule(self, net: Net) -> Rule {
-        let RuleTemplate { target, chain, in_iface, out_iface, side } = self;
+        let RuleTemplate { target, chain, in_iface, out_iface, side, tag } = self;
         let any = Net::any(net.family());
         let matches = match (chain, side) {
             (Chain::Input, _) => Match::Input { iface: in_iface, source: net },
@@ -190,7 +195,7 @@ impl RuleTemplate {
                 Match::Forward { in_iface, out_iface, source: any, destination: net }
             }
         };
-        Rule { target, matches }
+        Rule { target, matches, tag }
     }
 
     /// The same template with another target.
@@ -205,22 +210,30 @@ impl RuleTemplate {
 pub enum Action {
     /// Have them, for so many seconds; 0 is for ever.
     Put(u64),
+    /// The same, and no others with their tag in this template. Of a list only.
+    Replace(u64),
     Delete,
+    /// Delete them whatever their tag.
+    DeleteAnyTag,
 }
 
-/// One rule, or a list of blocks that one template has rules for.
+/// The rules that a change is about.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rules {
     One(Rule),
-    /// Sorted, none twice.
+    /// One for each block, sorted, none twice.
     List(RuleTemplate, Vec<Net>),
+    /// All with a tag, in one chain or in all, whatever there is.
+    Tagged(Tag, Option<Chain>),
 }
 
 impl Rules {
+    /// Those that are named one by one.
     pub fn iter(&self) -> impl Iterator<Item = Rule> {
         let (one, template, nets) = match self {
             Rules::One(rule) => (Some(*rule), None, &[][..]),
             Rules::List(template, nets) => (None, Some(*template), nets.as_slice()),
+            Rules::Tagged(..) => (None, None, &[][..]),
         };
         one.into_iter().chain(nets.iter().filter_map(move |net| Some(template?.rule(*net))))
     }
@@ -242,8 +255,36 @@ impl Change {
     pub fn family(&self) -> Option<Family> {
         match &self.rules {
             Rules::One(rule) => Some(rule.family()),
-            Rules::List(..) => None,
+            Rules::List(..) | Rules::Tagged(..) => None,
         }
+    }
+
+    /// Whether rules of a family may change.
+    pub fn concerns(&self, family: Family) -> bool {
+        let is_open = matches!(self.rules, Rules::Tagged(..));
+        is_open || matches!(self.action, Action::Replace(_)) || self.rules.has(family)
+    }
+}
+
+/// Which rules are asked for; `None` is any.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Filter {
+    pub chain: Option<Chain>,
+    pub tag: Option<Tag>,
+    /// A block that one of the addresses overlaps.
+    pub net: Option<Net>,
+}
+
+impl Filter {
+    pub fn admits(&self, rule: &Rule) -> bool {
+        let overlaps = |net: Net| rule.addresses().any(|address| address.overlaps(&net));
+        self.admits_all(rule) && self.net.is_none_or(overlaps)
+    }
+
+    /// Whether it is about rules like this one, whatever their addresses.
+    pub fn admits_all(&self, rule: &Rule) -> bool {
+        self.chain.is_none_or(|chain| chain == rule.chain())
+            && self.tag.is_none_or(|tag| tag == rule.tag)
     }
 }
 
@@ -269,7 +310,7 @@ pub enum RuleError {
 }
 
 impl Rule {
-    /// Reads the segments of a path, slashes taken off.
+    /// Reads the segments of a path without a tag, slashes taken off.
     pub fn parse(segments: &[&str]) -> Result<Rule, RuleError> {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
@@ -301,10 +342,8 @@ impl Rule {
             (true, false) => (Side::Destination, destination),
             _ => return None,
         };
-        Some((
-            RuleTemplate { target: self.target, chain: self.chain(), in_iface, out_iface, side },
-            net,
-        ))
+        let (target, chain, tag) = (self.target, self.chain(), self.tag);
+        Some((RuleTemplate { target, chain, in_iface, out_iface, side, tag }, net))
     }
 
     /// Whether a path could name it: what the kernel lists need not.
@@ -371,7 +410,7 @@ fn take_template(rest: &mut Iter<'_, &str>) -> Result<RuleTemplate, RuleError> {
         Chain::Output => (Iface::ANY, iface, Side::Destination),
         _ => (iface, Iface::ANY, Side::Source),
     };
-    Ok(RuleTemplate { target, chain, in_iface, out_iface, side })
+    Ok(RuleTemplate { target, chain, in_iface, out_iface, side, tag: Tag::NONE })
 }
 
 fn take_iface(rest: &mut Iter<'_, &str>) -> Result<Iface, RuleError> {
@@ -406,8 +445,14 @@ impl FromStr for Rule {
     type Err = RuleError;
 
     fn from_str(path: &str) -> Result<Rule, RuleError> {
+        // An interface's name may have an @ as well, but a tag follows an address.
+        let is_tagged = path.rsplit('/').next().and_then(|segment| segment.split_once('@'));
+        let is_tagged =
+            is_tagged.is_some_and(|(block, _)| is_number(block) || block.parse::<IpAddr>().is_ok());
+        let split = if is_tagged { Tag::split(path) } else { Some((path, Tag::NONE)) };
+        let (path, tag) = split.ok_or(RuleError::Shape)?;
         let path = path.strip_prefix('/').ok_or(RuleError::Shape)?;
-        Rule::parse(&path.split('/').collect::<Vec<_>>())
+        Ok(Rule { tag, ..Rule::parse(&path.split('/').collect::<Vec<_>>())? })
     }
 }
 
@@ -422,7 +467,7 @@ impl fmt::Display for Rule {
         let start = format!("/{target}/{chain}").to_ascii_lowercase();
         match self.matches {
             Match::Input { iface, source: net } | Match::Output { iface, destination: net } => {
-                write!(f, "{start}/{iface}/{}", block(net))
+                write!(f, "{start}/{iface}/{}", block(net))?;
             }
             Match::Forward { in_iface, out_iface, source, destination } => {
                 write!(f, "{start}/{in_iface}/{}", block(source))?;
@@ -430,13 +475,16 @@ impl fmt::Display for Rule {
                 if source.is_host() && is_number(&out_iface.to_string()) {
                     write!(f, "/{}", source.prefix())?;
                 }
+                // Where an @ follows an interface, it is part of its name.
+                let has_at = self.tag != Tag::NONE || out_iface.to_string().contains('@');
                 match (out_iface, destination.is_any()) {
-                    (Iface::ANY, true) => Ok(()),
-                    (_, true) => write!(f, "/{out_iface}"),
-                    _ => write!(f, "/{out_iface}/{destination}"),
+                    (Iface::ANY, true) => {}
+                    (_, true) if !has_at => write!(f, "/{out_iface}")?,
+                    _ => write!(f, "/{out_iface}/{}", block(destination))?,
                 }
             }
         }
+        write!(f, "{}", self.tag)
     }
 }
 
@@ -468,6 +516,17 @@ mod tests {
                 "/drop/forward/eth0/0.0.0.0/ppp+/5.6.7.8/31",
             ),
             ("/drop/forward/any/1.2.3.4/any/5.6.7.8", "/drop/forward/any/1.2.3.4/any/5.6.7.8"),
+            ("/drop/input/any/1.2.3.4@feed", "/drop/input/any/1.2.3.4@feed"),
+            ("/drop/input/e@x1/2001:db8::/64@a.b_c-1", "/drop/input/e@x1/2001:db8::/64@a.b_c-1"),
+            ("/drop/forward/any/1.2.3.4@feed", "/drop/forward/any/1.2.3.4@feed"),
+            ("/drop/forward/any/1.2.3.4/24@feed", "/drop/forward/any/1.2.3.0/24@feed"),
+            ("/drop/forward/any/1.2.3.4/e@x1", "/drop/forward/any/1.2.3.4/e@x1/0.0.0.0"),
+            (
+                "/drop/forward/any/1.2.3.4/32/24@x1/0.0.0.0",
+                "/drop/forward/any/1.2.3.4/24@x1/0.0.0.0",
+            ),
+            ("/drop/forward/any/::1/e0/::@x1", "/drop/forward/any/::1/e0/::@x1"),
+            ("/drop/forward/any/::/any/::1/99@feed", "/drop/forward/any/::/any/::/99@feed"),
         ];
         for (path, canonical) in table {
             let rule: Rule = path.parse().expect(path);
@@ -519,6 +578,10 @@ mod tests {
             ("/drop/input/any/2001:db8::/16", Mask(text("16"))),
             ("/drop/input/any/2001:db8::/129", Mask(text("129"))),
             ("/drop/forward/any/1.2.3.4/any/::1", Families),
+            ("/drop/input/any/1.2.3.4@", Shape),
+            ("/drop/input/any/1.2.3.4@Feed", Shape),
+            ("/drop/input/any/1.2.3.4/24@a/b", Mask(text("24@a"))),
+            ("/drop/input/any/1.2.3.4/x@a", Mask(text("x@a"))),
         ];
         for (path, error) in table {
             assert_eq!(path.parse::<Rule>(), Err(error), "{path}");

@@ -2,7 +2,8 @@
 //! outward server.
 
 use super::net::Net;
-use super::{Action, Change, Rule, Rules};
+use super::tag::Tag;
+use super::{Action, Chain, Change, Rule, Rules};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -20,6 +21,11 @@ impl Permitted {
     /// Of a list, each line of which was looked at.
     pub(super) fn sifted(change: Change) -> Permitted {
         Permitted(change)
+    }
+
+    /// The rules that rfw keeps touch no whitelisted address.
+    pub fn delete_tag(tag: Tag, chain: Option<Chain>) -> Permitted {
+        Permitted(Change { rules: Rules::Tagged(tag, chain), action: Action::Delete })
     }
 
     pub fn into_change(self) -> Change {

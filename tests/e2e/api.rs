@@ -80,7 +80,7 @@ fn any_address_in_forward() {
     });
 }
 
-const BAD: [(&str, &str); 80] = [
+const BAD: [(&str, &str); 81] = [
     ("PUT /drop", "400 bad_path"),
     ("PUT /drop/input", "400 bad_path"),
     ("PUT /drop/input/eth0", "400 bad_path"),
@@ -159,7 +159,8 @@ const BAD: [(&str, &str); 80] = [
     ("GET /list/prerouting", "404 not_found"),
     ("POST /drop/input/any/1.2.3.4", "405 method_not_allowed"),
     ("GET /drop/input/any/1.2.3.4", "405 method_not_allowed"),
-    ("DELETE /list", "405 method_not_allowed"),
+    ("DELETE /list", "400 bad_query"),
+    ("PUT /list", "405 method_not_allowed"),
     ("PUT /", "405 method_not_allowed"),
 ];
 
@@ -182,7 +183,7 @@ fn allow_names_the_methods() {
     once(|lab| {
         let rows = [
             ("POST /drop/input/any/1.2.3.4", "PUT, DELETE"),
-            ("HEAD /list", "GET"),
+            ("HEAD /list", "GET, DELETE"),
             ("FOO /", "GET"),
         ];
         let mut rfw = lab.start("local.server");
@@ -212,7 +213,7 @@ fn answers_are_one_line_of_json() {
         let rows = ["inserted", "exists"].map(|word| {
             (
                 format!("PUT {request}"),
-                format!("{{\"result\":\"{word}\",{rule},\"expires\":null}}\n"),
+                format!("{{\"result\":\"{word}\",{rule},\"expires\":null,\"tag\":null}}\n"),
             )
         });
         for (request, body) in rows {
@@ -221,12 +222,18 @@ fn answers_are_one_line_of_json() {
             assert_eq!(answer.header("content-type"), Some("application/json"));
         }
         let timed = ask(&format!("PUT {request}?expire=10m"));
-        let want = format!("{{\"result\":\"refreshed\",{rule},\"expires\":{}}}\n", timed.expires());
+        let want = format!(
+            "{{\"result\":\"refreshed\",{rule},\"expires\":{},\"tag\":null}}\n",
+            timed.expires()
+        );
         assert_eq!(timed.body, want);
 
         let forward = ask("PUT /accept/forward/ppp/2001:db8::1/64/eth1/::");
         let rule = r#""rule":{"chain":"FORWARD","target":"ACCEPT","inp":"ppp+","out":"eth1","source":"2001:db8::/64","destination":"::/0"}"#;
-        assert_eq!(forward.body, format!("{{\"result\":\"inserted\",{rule},\"expires\":null}}\n"));
+        assert_eq!(
+            forward.body,
+            format!("{{\"result\":\"inserted\",{rule},\"expires\":null,\"tag\":null}}\n")
+        );
     });
 }
 
@@ -272,7 +279,7 @@ fn list() {
         lab.iptables("-I INPUT 2 -s 3.3.3.3 -j DROP");
         let row = |chain: &str, num, target: &str, ends: &str, expires: &str| {
             format!(
-                r#"{{"chain":"{chain}","num":"{num}","pkts":"0","bytes":"0","target":"{target}","prot":"all","opt":"--",{ends},"extra":"","expires":{expires}}}"#
+                r#"{{"chain":"{chain}","num":"{num}","pkts":"0","bytes":"0","target":"{target}","prot":"all","opt":"--",{ends},"extra":"","expires":{expires},"tag":null}}"#
             )
         };
         let any = r#""source":"0.0.0.0/0""#;
@@ -366,7 +373,7 @@ fn metrics() {
                 }
                 curl("-u u:q", "GET /", &format!("http://{LOCAL}"));
                 await_true("two are left", 4 + SLACK, || {
-                    shows("rfw_rules{chain=\"INPUT\",target=\"DROP\"} 2")
+                    shows("rfw_rules{chain=\"INPUT\",target=\"DROP\",tag=\"\"} 2")
                 });
                 assert!(
                     shows("rfw_refused_logins_total 2"),

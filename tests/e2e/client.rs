@@ -80,10 +80,10 @@ fn one_server() {
                 "get /nothing",
                 "1 404 not_found: No such action or chain; GET / shows what there is.",
             ),
-            ("put /list", "1 405 method_not_allowed: The methods for this path are GET."),
+            ("put /list", "1 405 method_not_allowed: The methods for this path are GET, DELETE."),
             (
                 "put /drop/input/any --list list",
-                "0 200 applied: inserted 2, refreshed 0, exists 0, whitelisted_count 1",
+                "0 200 applied: inserted 2, refreshed 0, exists 0, deleted 0, whitelisted_count 1",
             ),
             (
                 "--list list delete /drop/input/any",
@@ -463,7 +463,7 @@ fn client_certificates() {
                 let options =
                     format!("--credentials secret --cacert keys/client/ca.crt {}", with(pair));
                 let got = result(OUTWARD_URL, &format!("{method} {options}"));
-                let put = "0 200 applied: inserted 1, refreshed 0, exists 0, whitelisted_count 0";
+                let put = "0 200 applied: inserted 1, refreshed 0, exists 0, deleted 0, whitelisted_count 0";
                 let got = if got == put { "0 []" } else { &got };
                 got.split(" (").next().unwrap().into()
             });
@@ -478,7 +478,7 @@ fn client_certificates() {
 
 // --- Stand-ins -------------------------------------------------------------------------------------
 
-const INSERTED: &str = "{\"result\":\"inserted\",\"rule\":{},\"expires\":null}\n";
+const INSERTED: &str = "{\"result\":\"inserted\",\"rule\":{},\"expires\":null,\"tag\":null}\n";
 /// An answer that does not come.
 const STALL: &str = "STALL";
 

@@ -201,7 +201,7 @@ fn whitelisted_lines_are_left_out_and_told() {
                          192.0.1.250-192.0.2.1\n2001:DB8:FF::1\n127.0.0.1\n2001:db8::1\n";
             let told = "\"whitelisted_count\":6,\"whitelisted\":[\"192.0.2.77\",\"192.0.2.0/25\",\
                         \"192.0.0.0/16\",\"192.0.1.250-192.0.2.1\",\"2001:db8:ff::1\",\"127.0.0.1\"]";
-            let put = format!("\"inserted\":2,\"refreshed\":0,\"exists\":0,{told}");
+            let put = format!("\"inserted\":2,\"refreshed\":0,\"exists\":0,\"deleted\":0,{told}");
             let delete = format!("\"deleted\":2,\"absent\":0,{told}");
             for (request, sums) in [("PUT", put), ("DELETE", delete)] {
                 let answer = list(&format!("{request} /drop/output/any"), lines);

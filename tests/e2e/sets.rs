@@ -23,9 +23,9 @@ const ROWS: [(&str, &str, &str); 15] = [
     ),
     ("/drop/input/any/2001:8000::/17", "2001:8000::/17", "INPUT SET rfw6:drop:in:any src -j DROP"),
     (
-        "/accept/output/Lan_1.2@x-34567/2001:DB8:0::1",
+        "/accept/output/Lan_1.2.x-34567/2001:DB8:0::1",
         "2001:db8::1",
-        "OUTPUT -o Lan_1.2@x-34567 SET rfw6:accept:out:Lan_1.2@x-34567 dst -j ACCEPT",
+        "OUTPUT -o Lan_1.2.x-34567 SET rfw6:accept:out:Lan_1.2.x-34567 dst -j ACCEPT",
     ),
     ("/drop/output/any/5.6.7.8", "5.6.7.8", "OUTPUT SET rfw4:drop:out:any dst -j DROP"),
     ("/drop/forward/any/1.2.3.4", "1.2.3.4", "FORWARD SET rfw4:drop:fwd:any:any:src src -j DROP"),
@@ -284,7 +284,7 @@ fn get_list() {
         let socket = UdpSocket::bind("10.9.9.9:0").unwrap();
         (0..3).for_each(|_| drop(socket.send_to(b"12345678", socket.local_addr().unwrap())));
         let want = format!(
-            r#"[{{"chain":"INPUT","num":"1","pkts":"3","bytes":"108","target":"ACCEPT","prot":"all","opt":"--","inp":"*","out":"*","source":"10.9.9.9","destination":"0.0.0.0/0","extra":"","expires":null}},{{"chain":"INPUT","num":"2","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"7.7.7.0/24","destination":"0.0.0.0/0","extra":"","expires":{expires}}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"REJECT","prot":"all","opt":"--","inp":"eth0","out":"eth1","source":"1.1.1.1","destination":"2.2.2.2","extra":"","expires":null}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"ppp+","source":"::/0","destination":"2001:db8::1","extra":"","expires":null}}]"#
+            r#"[{{"chain":"INPUT","num":"1","pkts":"3","bytes":"108","target":"ACCEPT","prot":"all","opt":"--","inp":"*","out":"*","source":"10.9.9.9","destination":"0.0.0.0/0","extra":"","expires":null,"tag":null}},{{"chain":"INPUT","num":"2","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"7.7.7.0/24","destination":"0.0.0.0/0","extra":"","expires":{expires},"tag":null}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"REJECT","prot":"all","opt":"--","inp":"eth0","out":"eth1","source":"1.1.1.1","destination":"2.2.2.2","extra":"","expires":null,"tag":null}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"ppp+","source":"::/0","destination":"2001:db8::1","extra":"","expires":null,"tag":null}}]"#
         );
         for restarted in [false, true] {
             // The kernel keeps whole seconds that are left.
@@ -459,7 +459,7 @@ fn listed() -> Vec<(String, Option<u64>)> {
     let body = ask("GET /list").body;
     let rows = body.split("\"chain\":").skip(1).map(|row| {
         let words = ["\"target\":", "\"inp\":", "\"extra\":"].map(|word| row.find(word).unwrap());
-        let expires = row.split("\"expires\":").nth(1).unwrap().split('}').next().unwrap();
+        let expires = row.split("\"expires\":").nth(1).unwrap().split(',').next().unwrap();
         let chain = row.split(',').next().unwrap();
         (
             format!("{chain} {} {}", &row[words[0]..words[0] + 14], &row[words[1]..words[2]]),

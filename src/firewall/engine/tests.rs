@@ -7,9 +7,11 @@
 //! `#[cfg(test)]` in engine.rs includes this file.
 
 use super::super::guards;
+use super::super::iptables::RuleKind;
 use super::super::list::{Tally, Verdict};
 use super::super::start::{self, StartError};
 use super::*;
+use crate::rule::tag::Tag;
 use crate::rule::whitelist::Whitelist;
 use crate::rule::{Action, Match, Rule, RuleTemplate, Rules};
 use crate::state::Record;
@@ -443,16 +445,25 @@ impl Model {
     /// Carries out a change that was acknowledged, and returns what the response should say.
     fn apply(&mut self, change: &Change, expires: Option<u64>) -> Tally {
         let mut tally = Tally::default();
+        tally.add(Verdict::Deleted, self.remove(|rule| is_deleted(change, rule)));
         for rule in change.rules.iter() {
+            if change.action == Action::DeleteAnyTag {
+                let deleted = self.remove(|known| rule == Rule { tag: rule.tag, ..*known });
+                tally.add(Verdict::Deleted, deleted);
+                tally.add(Verdict::Absent, usize::from(deleted == 0));
+                continue;
+            }
             let known = self.rules.iter().position(|(known, _)| *known == rule);
             let verdict = match (change.action, known) {
-                (Action::Delete, None) => Verdict::Absent,
-                (Action::Delete, Some(at)) => {
+                (Action::Delete | Action::DeleteAnyTag, None) => Verdict::Absent,
+                (Action::Delete | Action::DeleteAnyTag, Some(at)) => {
                     self.rules.remove(at);
                     Verdict::Deleted
                 }
-                (Action::Put(_), Some(at)) if self.is_right(at, expires) => Verdict::Exists,
-                (Action::Put(_), _) => {
+                (Action::Put(_) | Action::Replace(_), Some(at)) if self.is_right(at, expires) => {
+                    Verdict::Exists
+                }
+                (Action::Put(_) | Action::Replace(_), _) => {
                     self.put(rule, expires);
                     if known.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
                 }
@@ -460,6 +471,12 @@ impl Model {
             tally.add(verdict, 1);
         }
         tally
+    }
+
+    fn remove(&mut self, is_gone: impl Fn(&Rule) -> bool) -> usize {
+        let count = self.rules.len();
+        self.rules.retain(|(rule, _)| !is_gone(rule));
+        count - self.rules.len()
     }
 
     /// With sets, an address keeps its newest target.
@@ -472,8 +489,10 @@ impl Model {
 
     fn put(&mut self, rule: Rule, expires: Option<u64>) {
         let is_in_set = self.is_in_set(&rule);
-        let is_replaced =
-            |known: &Rule| known.matches == rule.matches && is_in_set || *known == rule;
+        let is_replaced = |known: &Rule| {
+            let is_rival = (known.matches, known.tag) == (rule.matches, rule.tag);
+            is_rival && is_in_set || *known == rule
+        };
         self.rules.retain(|(known, _)| !is_replaced(known));
         self.rules.push((rule, expires));
     }
@@ -617,8 +636,11 @@ impl World {
         self.follow(changes, &results);
         let (made, refused): (Vec<_>, Vec<_>) =
             changes.iter().zip(&results).partition(|(_, result)| result.is_ok());
-        let refused = refused.iter().flat_map(|(change, _)| change.rules.iter());
-        self.refused.extend(refused.map(|rule| rule.matches));
+        for (change, _) in refused {
+            self.refused.extend(change.rules.iter().map(|rule| rule.matches));
+            let gone = self.model.rules.iter().filter(|(rule, _)| is_deleted(change, rule));
+            self.refused.extend(gone.map(|(rule, _)| rule.matches));
+        }
         made.iter().for_each(|(change, _)| self.check_in_effect(change));
         if results.iter().all(Result::is_ok) && !self.is_damaged {
             self.check_guards_first();
@@ -800,7 +822,7 @@ impl World {
         assert_eq!(rules(&enforced), rules(&wanted), "the kernel enforces what was acknowledged");
         // The list of a client shows the same.
         let faults = mem::take(&mut self.memory().faults);
-        let listed = self.engine().listing(None).unwrap();
+        let listed = self.engine().listing(&Filter::default()).unwrap();
         self.memory().faults = faults;
         let own: usize = Family::ALL
             .iter()
@@ -906,6 +928,19 @@ impl World {
     }
 }
 
+/// Whether a change deletes a rule without naming it.
+fn is_deleted(change: &Change, rule: &Rule) -> bool {
+    match (&change.rules, change.action) {
+        (Rules::Tagged(tag, chain), _) => {
+            rule.tag == *tag && chain.is_none_or(|chain| chain == rule.chain())
+        }
+        (Rules::List(template, nets), Action::Replace(_)) => {
+            rule.template().is_some_and(|(t, net)| t == *template && !nets.contains(&net))
+        }
+        _ => false,
+    }
+}
+
 fn shown(rules: &[(Rule, Option<u64>)]) -> String {
     let shown = |(rule, expires): &(Rule, Option<u64>)| format!("{rule} {}", expires.unwrap_or(0));
     rules.iter().map(shown).collect::<Vec<_>>().join(", ")
@@ -920,7 +955,8 @@ fn is_near(a: Option<u64>, b: Option<u64>) -> bool {
 }
 
 /// Batches separated by `;`, their changes by `,`. A change is `+ PATH`, `+60 PATH` with an
-/// expiry, `- PATH`, or a list: `+ /drop/input/any: ADDRESS ADDRESS`.
+/// expiry, `- PATH`, `! PATH` whatever the tag, or a list: `+ /drop/input/any: ADDRESS ADDRESS`, with
+/// a tag `+ /drop/input/any@TAG: ADDRESS`, `=` if it replaces. `- @TAG` deletes all with a tag.
 fn parse(text: &str) -> Vec<Vec<Change>> {
     let batches = text.split(';').map(str::trim).filter(|batch| !batch.is_empty());
     batches
@@ -932,15 +968,20 @@ fn parse_change(text: &str) -> Change {
     let (verb, what) = text.split_once(' ').unwrap();
     let action = match verb {
         "-" => Action::Delete,
+        "!" => Action::DeleteAnyTag,
+        _ if verb.starts_with('=') => Action::Replace(verb[1..].parse().unwrap_or(0)),
         _ => Action::Put(verb[1..].parse().unwrap_or(0)),
     };
     let rules = match what.split_once(": ") {
+        None if what.starts_with('@') => Rules::Tagged(Tag::parse(&what[1..]).unwrap(), None),
         None => Rules::One(what.parse().unwrap()),
         Some((template, nets)) => {
+            let (template, tag) = Tag::split(template).unwrap();
             let segments: Vec<&str> = template.split('/').skip(1).collect();
+            let template = RuleTemplate { tag, ..RuleTemplate::parse(&segments).unwrap() };
             let mut nets: Vec<Net> = nets.split(' ').map(|net| Net::parse(net).unwrap()).collect();
             nets.sort_unstable();
-            Rules::List(RuleTemplate::parse(&segments).unwrap(), nets)
+            Rules::List(template, nets)
         }
     };
     Change { rules, action }
@@ -1010,7 +1051,17 @@ fn scenarios() -> Vec<Scenario> {
     let lists = "+ /drop/input/any: 1.1.1.1 2.2.2.2 2001:db8::1 2001:db8::2";
     let due = "+60 /drop/input/any/1.1.1.1; +600 /drop/input/any/2.2.2.2; \
                +60 /drop/input/any/2001:db8::1";
+    let tags = "+ /drop/input/any: 1.1.1.1 2.2.2.2; + /drop/input/any@a: 1.1.1.1 3.3.3.3 2001:db8::1; \
+                + /accept/output/any/1.1.1.1@a";
     vec![
+        rules("tag", tags, "+60 /drop/input/any/1.1.1.1@b"),
+        rules("tag replaced", tags, "= /drop/input/any@a: 2.2.2.2 3.3.3.3"),
+        rules("tag deleted", tags, "- @a"),
+        rules("any tag deleted", tags, "! /drop/input/any: 1.1.1.1 2.2.2.2"),
+        sets("tag in sets", tags, "+60 /drop/input/any/1.1.1.1@b"),
+        sets("tag replaced in sets", tags, "= /drop/input/any@a: 2.2.2.2 3.3.3.3"),
+        sets("tag deleted in sets", tags, "- @a"),
+        sets("any tag deleted in sets", tags, "! /drop/input/any/1.1.1.1"),
         rules("first", "", "+ /drop/input/any/1.1.1.1"),
         rules("put", two, "+60 /reject/output/any/5.5.5.5"),
         rules("accept", two, "+ /accept/input/any/5.5.5.5"),
@@ -1708,16 +1759,21 @@ impl Random {
     }
 
     fn change(&mut self) -> Change {
-        let verb = self.pick(&["+", "+", "+60", "+600", "-"]);
+        let verb = self.pick(&["+", "+", "+", "+60", "+600", "-", "-", "!"]);
+        if self.one_in(20) {
+            return parse_change(self.pick(&["- @a", "- @b"]));
+        }
+        let tag = self.pick(&["", "", "@a", "@b"]);
         if !self.one_in(5) {
-            return parse_change(&format!("{verb} {}", self.pick(&RULES)));
+            return parse_change(&format!("{verb} {}{tag}", self.pick(&RULES)));
         }
         let template = self.pick(&["/drop/input/any", "/accept/input/any", "/drop/forward/eth0"]);
+        let verb = if tag.is_empty() { verb } else { self.pick(&[verb, "=", "=60"]) };
         let nets: Vec<&str> = NETS.iter().copied().filter(|_| self.one_in(3)).collect();
         if nets.is_empty() {
             return self.change();
         }
-        parse_change(&format!("{verb} {template}: {}", nets.join(" ")))
+        parse_change(&format!("{verb} {template}{tag}: {}", nets.join(" ")))
     }
 
     /// Some calls from now on; at most one lie, because two in a row may agree.
