@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! file   = "rfw state 2" LF *( change / list )
-//! change = ( "+" SP expires SP path / "-" SP path ) LF   ; Unix seconds, 0 is never
+//! change = ( "+" SP expires SP rule / "-" SP rule ) LF   ; Unix seconds, 0 is never
 //! list   = "*" SP count LF count(change)                 ; all of them or none
 //! ```
 //!
 //! Changes are appended, and are on the disk before the kernel is changed. What the kernel then
 //! rejects is truncated: further lines could not restore the order of rules, nor be written to a
-//! full disk. A power cut leaves an incomplete tail, which was never acknowledged. Version 1 had
-//! the same lines.
+//! full disk. A power cut leaves an incomplete tail, which was never acknowledged. A rule is
+//! written as its path and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::rule::whitelist::LineError;
 use crate::rule::{Rule, is_number};

@@ -7,6 +7,7 @@ use rfw::api::{Command, Grammar};
 use rfw::firewall::iptables::{KernelRule, RuleEdit, TaggedRule, parse_row};
 use rfw::http::request::Request;
 use rfw::rule::net::{Family, Net};
+use rfw::rule::tag::Tag;
 use rfw::rule::{Action, Rule, RuleTemplate, WIDEST_V4, WIDEST_V6};
 
 /// Method, body and configuration are in the first byte.
@@ -29,12 +30,17 @@ fuzz_target!(|input: (u8, &str)| {
     match parse(bits, target) {
         Some(Command::Change(rule, action)) => {
             check(rule);
-            let query = match action {
-                Action::Put(seconds) => format!("?expire={}", seconds.min(999_999_999)),
-                Action::Delete => String::new(),
+            let tag = match action {
+                Action::DeleteAnyTag => "&tag=*".into(),
+                _ => rule.tag.to_string().replace('@', "&tag="),
             };
-            let method = if action == Action::Delete { 2 } else { 1 };
-            let again = parse(method | bits & 16, &format!("{rule}{query}"));
+            let query = match action {
+                Action::Put(seconds) => format!("expire={}", seconds.min(999_999_999)),
+                _ => "wait=true".into(),
+            };
+            let method = if matches!(action, Action::Put(_)) { 1 } else { 2 };
+            let path = Rule { tag: Tag::NONE, ..rule };
+            let again = parse(method | bits & 16, &format!("{path}?{query}{tag}"));
             match action {
                 // Only as so many days could it be written.
                 Action::Put(1_000_000_000..) => assert!(again.is_some()),
@@ -43,6 +49,7 @@ fuzz_target!(|input: (u8, &str)| {
         }
         Some(Command::ChangeAll(template, _)) => {
             let net = Net::parse("192.0.2.7").expect("an address");
+            let template = RuleTemplate { tag: Tag::NONE, ..template };
             let rule = template.rule(net);
             check(rule);
             assert_eq!(rule.template(), Some((template, net)));

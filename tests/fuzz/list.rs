@@ -22,7 +22,7 @@ fn read(bytes: &[u8], piece: usize) -> Outcome {
     let read = list.finish(template, Action::Delete)?;
     Ok(read.map(|(permitted, left_out)| match permitted.into_change().rules {
         Rules::List(_, nets) => (nets, left_out),
-        Rules::One(_) => unreachable!("a list is no single rule"),
+        _ => unreachable!("a list is no single rule"),
     }))
 }
 
