@@ -136,7 +136,7 @@ impl Ipset {
     /// rfw's sets. ipset exits with 0 even if it could not read them all.
     pub fn headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
         let mut headers = Vec::new();
-        process::read_lines(&self.program, &["list", "-terse"], limit, |line| {
+        process::read_lines(&self.lock, &self.program, &["list", "-terse"], limit, |line| {
             parse_header(line.trim_end(), &mut headers);
             true
         })?;
@@ -153,7 +153,7 @@ impl Ipset {
         mut each: impl FnMut(SetEntry) -> bool,
     ) -> Result<bool, ToolError> {
         let mut found = false;
-        let read = process::read_lines(&self.program, &["save", name], limit, |line| {
+        let read = process::read_lines(&self.lock, &self.program, &["save", name], limit, |line| {
             found |= line.starts_with("create ");
             parse_entry(line).is_none_or(&mut each)
         });

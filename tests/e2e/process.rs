@@ -5,6 +5,7 @@ use crate::lab::*;
 use std::fs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
@@ -105,5 +106,44 @@ fn a_lock_folder_that_is_not_safe() {
             let _rfw = Process::start(&run);
             await_true("it serves", 10 + SLACK, || Conn::to(LOCAL).is_ok());
         }
+    });
+}
+
+/// A child that its tracer holds: SIGKILL ends it as little as one in an uninterruptible sleep.
+const HELD: &str = r#"exec /usr/bin/strace -D -o /dev/null -e trace=none /bin/sh -c '
+    while read -r key value; do
+        [ "$key" != TracerPid: ] || tracer=$value
+    done < /proc/$$/status
+    echo $$ > /run/lab/child.new; echo $tracer > /run/lab/tracer
+    /bin/mv /run/lab/child.new /run/lab/child
+    kill -STOP $tracer; exec /bin/sleep 100'"#;
+
+/// rfw 0.3 waited for it, with the Mutex locked.
+#[test]
+fn a_child_that_cannot_be_killed() {
+    if !has_strace("process::a_child_that_cannot_be_killed") {
+        return;
+    }
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        lab.stand_in_for_changes(HELD);
+        let from = Instant::now();
+        let answer = ask("PUT /drop/input/any/1.2.3.4");
+        let took = from.elapsed();
+        let pid = lab.read("child").trim().to_string();
+        let child = Path::new("/proc").join(&pid);
+        assert!(child.exists(), "it was killed");
+        lab.stand_in("");
+        assert_eq!(answer.brief(), "503 busy");
+        let says = format!("cannot be killed (process {pid})");
+        assert!(answer.body.contains(&says), "{}", answer.body);
+        await_true("it is logged", SLACK, || lab.read("rfw.log").contains(&says));
+        assert!(took < Duration::from_secs(11 + SLACK), "{took:?}");
+        let works = || ask("PUT /drop/input/any/1.2.3.4").status == 200;
+        await_true("rfw works on", SLACK, works);
+        assert!(child.exists(), "it was killed");
+        sh("kill -KILL $(cat lab/tracer)");
+        await_true("it is reaped", 2 + SLACK, || !child.exists());
     });
 }
