@@ -68,8 +68,8 @@ wait_for() {
 	done
 }
 
-# The network of the picture above. /run is for iptables' lock, and nobody else's.
-mount -t tmpfs tmpfs /run
+# The network of the picture above. /run is for the locks of rfw and iptables, and nobody else's.
+mount -t tmpfs -o mode=755 tmpfs /run
 ip link set lo up
 unshare -n sleep 300 &
 attacker=$!

@@ -164,11 +164,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, acceptor) = load(&options.file)?;
     let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
-    let lock = InstanceLock::take(Duration::ZERO).or_else(|_| {
+    let lock = Arc::new(InstanceLock::take(Duration::from_secs(15), || {
         log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
-        InstanceLock::take(Duration::from_secs(15))
-    });
-    let lock = Arc::new(lock?);
+    })?);
     let mut iptables = vec![Iptables::new(Family::V4, config.iptables.path.clone(), lock.clone())];
     match check_ipv6(&config.ip6tables.path) {
         Ok(()) => {

@@ -141,6 +141,8 @@ inside() {
 	is 'as an ordinary user' rfw ps -o user= -p "$(pid)"
 	is 'with CAP_NET_ADMIN alone' "CapEff:	0000000000001000" status CapEff
 	is 'its state has a place' 700 stat -c %a /var/lib/private/rfw
+	is 'nobody else can hold its lock' 700 stat -Lc %a /run/rfw
+	there /run/rfw/net-*
 
 	echo '--- an upgrade'
 	before=$(pid)

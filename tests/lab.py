@@ -32,7 +32,7 @@ def private(command):
     However this process ends, even by SIGKILL, so does `unshare`, and with it process 1; the kernel then
     kills everything in the namespace. So no rfw stays behind as root, or holds `make test | tail` open."""
     kinds = "-nmp" if os.getuid() == 0 else "-rnmp"
-    setup = 'mount -t tmpfs lab /run && mkdir -m 700 /run/lab && ip link set lo up && exec "$@"'
+    setup = 'mount -t tmpfs -o mode=755 lab /run && mkdir -m 700 /run/lab && ip link set lo up && exec "$@"'
     parent = os.getpid()
     return subprocess.run(["unshare", kinds, "--fork", "--kill-child", "--mount-proc", "sh", "-c", setup, "sh", *command],
                           preexec_fn=lambda: die_with_parent(parent)).returncode

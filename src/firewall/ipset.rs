@@ -138,7 +138,7 @@ impl Ipset {
     /// rfw's sets. ipset exits with 0 even if it could not read them all.
     pub fn headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
         let mut headers = Vec::new();
-        process::read_lines(&self.program, &["list", "-terse"], limit, |line| {
+        process::read_lines(&self.lock, &self.program, &["list", "-terse"], limit, |line| {
             parse_header(line.trim_end(), &mut headers);
             true
         })?;
@@ -155,7 +155,7 @@ impl Ipset {
         mut each: impl FnMut(SetEntry) -> bool,
     ) -> Result<bool, ToolError> {
         let mut found = false;
-        let read = process::read_lines(&self.program, &["save", name], limit, |line| {
+        let read = process::read_lines(&self.lock, &self.program, &["save", name], limit, |line| {
             found |= line.starts_with("create ");
             parse_entry(line).is_none_or(&mut each)
         });
@@ -173,7 +173,8 @@ impl Ipset {
     /// Whether a set has an address, or a block that contains it.
     pub fn contains(&self, name: &str, net: Net, limit: Duration) -> Result<bool, ToolError> {
         let net = net.to_string();
-        match process::read_lines(&self.program, &["test", name, &net], limit, |_| true) {
+        match process::read_lines(&self.lock, &self.program, &["test", name, &net], limit, |_| true)
+        {
             Err(ToolError::Rejected(text)) if text.contains("is NOT in set") => Ok(false),
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             result => result.map(|()| true),

@@ -304,7 +304,7 @@ impl Iptables {
     ) -> Result<(), ToolError> {
         let args = ["-w", LOCK_WAIT, "-v", "-S"];
         let (mut policies, mut count) = (0_usize, 0_usize);
-        process::read_lines(&self.iptables, &args, limit, |line| {
+        process::read_lines(&self.lock, &self.iptables, &args, limit, |line| {
             policies = policies.saturating_add(usize::from(line.starts_with("-P ")));
             if let Some((chain, rule)) = parse_row(line, self.family) {
                 count = count.saturating_add(1);

@@ -4,12 +4,14 @@
 //! and output pass through socket pairs, because those, unlike pipes, take a time limit.
 
 use std::fmt::{self, Write as _};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,10 @@ const PIECE: usize = 16 * 1024;
 const POLL: Duration = Duration::from_millis(50);
 /// By how much each pause grows while rfw waits for a child to end.
 const STEP: Duration = Duration::from_micros(20);
+/// How long a killed child may take to end. Only one that no signal can interrupt takes longer.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+/// How many killed children may still run. Whatever holds so many holds the next one too.
+const MAX_UNENDED: usize = 16;
 
 /// What went wrong with a program, as a sentence. After either, only a listing shows what the
 /// kernel has accepted.
@@ -59,25 +65,85 @@ impl fmt::Display for ToolError {
 
 /// Held by rfw and, as their standard output, by the programs that change rules: while one of
 /// them lives, no other rfw starts in this network namespace. So a program that outlives a
-/// killed rfw is waited for before the kernel is read. An abstract socket vanishes with its last
+/// killed rfw is waited for before the kernel is read. The kernel releases the lock with its last
 /// holder.
-pub struct InstanceLock(UnixDatagram);
+pub struct InstanceLock {
+    file: File,
+    /// Killed children that have not ended.
+    unended: Mutex<Vec<Child>>,
+}
 
 impl InstanceLock {
-    /// Waits until no other rfw, nor a program of a killed one, holds the lock. The error is a
-    /// sentence.
-    pub fn take(limit: Duration) -> Result<InstanceLock, String> {
-        let failed = |error: io::Error| format!("cannot create a socket: {error}");
-        let name = SocketAddr::from_abstract_name("rfw").map_err(failed)?;
+    /// Waits until no other rfw, nor a program of a killed one, holds the lock; if one does,
+    /// calls `on_wait` first. The error is a sentence.
+    pub fn take(limit: Duration, on_wait: impl FnOnce()) -> Result<InstanceLock, String> {
+        // OpenWrt before 24.10 has no /run.
+        let run = if Path::new("/run").is_dir() { "/run" } else { "/var/run" };
+        let folder = Path::new(run).join("rfw");
+        let unusable = |error: io::Error| {
+            format!(
+                "cannot lock {0}: {error}; as root, run install -d -m 700 -o USER {0}, where USER \
+                 runs rfw (in a unit of systemd, RuntimeDirectory=rfw does that)",
+                folder.display()
+            )
+        };
+        let (file, path) = open_lock(&folder).map_err(unusable)?;
         let started = Instant::now();
+        let mut on_wait = Some(on_wait);
         loop {
-            match UnixDatagram::bind_addr(&name) {
-                Ok(socket) => return Ok(InstanceLock(socket)),
-                Err(error) if error.kind() != ErrorKind::AddrInUse => return Err(failed(error)),
-                Err(_) if started.elapsed() < limit => thread::sleep(Duration::from_millis(1)),
-                Err(_) => return Err("another rfw runs here; stop it first".into()),
+            match file.try_lock() {
+                Ok(()) => return Ok(InstanceLock { file, unended: Mutex::default() }),
+                Err(TryLockError::Error(error)) => return Err(unusable(error)),
+                Err(TryLockError::WouldBlock) => {}
             }
+            if started.elapsed() >= limit {
+                let holder = "another rfw, or a program of a killed one, runs here";
+                return Err(format!(
+                    "{holder}; stop it first (fuser -v {} shows it)",
+                    path.display()
+                ));
+            }
+            if let Some(on_wait) = on_wait.take() {
+                on_wait();
+            }
+            thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    fn unended(&self) -> MutexGuard<'_, Vec<Child>> {
+        self.unended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reaps the killed children that have ended. Too many that have not are an error.
+    fn reap(&self) -> io::Result<()> {
+        let mut unended = self.unended();
+        unended.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        if unended.len() >= MAX_UNENDED {
+            return Err(io::Error::other(format!("{MAX_UNENDED} programs cannot be killed")));
+        }
+        Ok(())
+    }
+}
+
+/// Opens the lock file of this network namespace. Only root can make `folder` or give it away,
+/// and only its owner can enter it: nobody else can hold the lock or put a link in its place.
+fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let data = fs::metadata(folder)?;
+    let (owner, mode) = (data.uid(), data.mode() & 0o777);
+    // Without /proc only root is trusted.
+    let user = fs::metadata("/proc/self").map_or(0, |data| data.uid());
+    if ![0, user].contains(&owner) || mode & 0o077 != 0 {
+        let message = format!("others may enter it (owner {owner}, mode {mode:o})");
+        return Err(io::Error::other(message));
+    }
+    // A kernel without namespaces has no such file.
+    let namespace = fs::metadata("/proc/self/ns/net").map_or(0, |data| data.ino());
+    let path = folder.join(format!("net-{namespace}"));
+    match File::options().write(true).create_new(true).mode(0o600).open(&path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        // Only for reading: no program can fill the disk through its standard output.
+        _ => Ok((File::open(&path)?, path)),
     }
 }
 
@@ -89,10 +155,8 @@ pub fn run(
     limit: Duration,
     input: impl FnOnce(&mut StdinWriter) -> io::Result<()>,
 ) -> Result<(), ToolError> {
-    let held = lock.0.try_clone().map_err(|error| cannot_start(program, &error))?;
-    let (socket, theirs) = pair(program)?;
-    let (stdin, stdout) = (Stdio::from(theirs), Stdio::from(OwnedFd::from(held)));
-    let child = ChildProcess::start(program, args, stdin, stdout, limit)?;
+    let child = ChildProcess::start(lock, program, args, Task::Change, limit);
+    let (child, socket) = child.map_err(|error| cannot_start(program, &error))?;
     let mut stdin = StdinWriter { socket, pending: String::new(), deadline: child.deadline };
     let written = input(&mut stdin).and_then(|()| stdin.flush());
     drop(stdin);
@@ -135,13 +199,14 @@ impl StdinWriter {
 /// Runs a program and passes each line of its output to `each`, until that returns `false`:
 /// then the program is killed, and that is no error.
 pub fn read_lines(
+    lock: &InstanceLock,
     program: &Path,
     args: &[&str],
     limit: Duration,
     mut each: impl FnMut(&str) -> bool,
 ) -> Result<(), ToolError> {
-    let (socket, theirs) = pair(program)?;
-    let mut child = ChildProcess::start(program, args, Stdio::null(), theirs.into(), limit)?;
+    let child = ChildProcess::start(lock, program, args, Task::List, limit);
+    let (mut child, socket) = child.map_err(|error| cannot_start(program, &error))?;
     let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
     let mut line = Vec::new();
     loop {
@@ -158,44 +223,58 @@ pub fn read_lines(
     }
 }
 
-fn pair(program: &Path) -> Result<(UnixStream, OwnedFd), ToolError> {
-    let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-        ours.set_read_timeout(Some(POLL))?;
-        Ok((ours, OwnedFd::from(theirs)))
-    });
-    pair.map_err(|error| cannot_start(program, &error))
+fn pair() -> io::Result<(UnixStream, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_read_timeout(Some(POLL))?;
+    Ok((ours, theirs))
 }
 
 fn cannot_start(program: &Path, error: &io::Error) -> ToolError {
     ToolError::Transient(format!("{} could not be started: {error}.", program.display()))
 }
 
+/// What a child is for, and so what the socket is that it gets.
+enum Task {
+    /// Its standard input; its standard output is the lock.
+    Change,
+    /// Its standard output; it has no input.
+    List,
+}
+
 /// A child, to be killed at its deadline.
-struct ChildProcess {
+struct ChildProcess<'a> {
+    lock: &'a InstanceLock,
     name: String,
     child: Child,
     stderr: UnixStream,
     deadline: Instant,
 }
 
-impl ChildProcess {
+impl<'a> ChildProcess<'a> {
     fn start(
+        lock: &'a InstanceLock,
         program: &Path,
         args: &[&str],
-        stdin: Stdio,
-        stdout: Stdio,
+        task: Task,
         limit: Duration,
-    ) -> Result<ChildProcess, ToolError> {
-        let (stderr, theirs) = pair(program)?;
+    ) -> io::Result<(ChildProcess<'a>, UnixStream)> {
+        lock.reap()?;
+        let (socket, theirs) = pair()?;
+        let theirs = Stdio::from(OwnedFd::from(theirs));
+        let (stdin, stdout) = match task {
+            Task::Change => (theirs, lock.file.try_clone()?.into()),
+            Task::List => (Stdio::null(), theirs),
+        };
+        let (stderr, theirs) = pair()?;
+        // It is read last: what does not fit by then is lost, instead of stopping the child.
+        theirs.set_nonblocking(true)?;
         let mut command = Command::new(program);
-        command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(theirs);
-        let child = command.spawn().map_err(|error| cannot_start(program, &error))?;
-        let now = Instant::now();
-        let deadline = now.checked_add(limit).unwrap_or(now);
-        Ok(ChildProcess { name: program.display().to_string(), child, stderr, deadline })
+        command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
+        let (child, name) = (command.spawn()?, program.display().to_string());
+        Ok((ChildProcess { lock, name, child, stderr, deadline: after(limit) }, socket))
     }
 
-    fn output<'a>(&'a mut self, socket: &'a UnixStream) -> ChildOutput<'a> {
+    fn output<'b>(&'b mut self, socket: &'b UnixStream) -> ChildOutput<'b> {
         ChildOutput { socket, child: &mut self.child, deadline: self.deadline }
     }
 
@@ -230,18 +309,33 @@ impl ChildProcess {
         }
     }
 
-    fn kill(&mut self) {
+    /// Kills the child; the result is how to say so. One in a system call that no signal
+    /// interrupts is reaped later. It may still change the kernel then, like any other program:
+    /// the next check puts that right.
+    fn kill(mut self) -> String {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.deadline = after(KILL_LIMIT);
+        if self.wait().is_ok() {
+            return "was killed".into();
+        }
+        let id = self.child.id();
+        self.lock.unended().push(self.child);
+        format!("cannot be killed (process {id})")
     }
 
-    fn unreadable(mut self, error: &io::Error) -> ToolError {
-        self.kill();
-        ToolError::Transient(match error.kind() {
-            ErrorKind::TimedOut => format!("{} hung and was killed.", self.name),
-            _ => format!("{} could not be read and was killed: {error}.", self.name),
+    fn unreadable(self, error: &io::Error) -> ToolError {
+        let name = self.name.clone();
+        ToolError::Transient(match (error.kind(), self.kill()) {
+            (ErrorKind::TimedOut, end) => format!("{name} hung and {end}."),
+            (_, end) => format!("{name} could not be read and {end}: {error}."),
         })
     }
+}
+
+/// The longest of limits ends now, rather than never.
+fn after(limit: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(limit).unwrap_or(now)
 }
 
 fn interpret(name: &str, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
@@ -288,10 +382,11 @@ impl Read for ChildOutput<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     /// One that excludes nobody.
     fn lock() -> InstanceLock {
-        InstanceLock(UnixDatagram::unbound().unwrap())
+        InstanceLock { file: File::open("/dev/null").unwrap(), unended: Mutex::default() }
     }
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), ToolError> {
@@ -333,7 +428,8 @@ mod tests {
     #[test]
     fn a_child_past_its_limit_is_killed() {
         let big = "x".repeat(4 << 20);
-        for script in ["exec sleep 9", "exec yes >&2", "exec 2>&-; exec sleep 9"] {
+        let flood = "while :; do echo y >&2; done";
+        for script in ["exec sleep 9", flood, "exec 2>&-; exec sleep 9"] {
             let started = Instant::now();
             let hung = ToolError::Transient("/bin/sh hung and was killed.".into());
             assert_eq!(sh(script, &big, 200), Err(hung), "{script}");
@@ -355,17 +451,86 @@ mod tests {
                 seen.push(line.trim_end().len());
                 seen.len() < most
             };
-            let end =
-                read_lines(Path::new("/bin/sh"), &["-c", script], Duration::from_secs(2), each);
+            let limit = Duration::from_secs(2);
+            let end = read_lines(&lock(), Path::new("/bin/sh"), &["-c", script], limit, each);
             (seen, end)
         };
         assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
         assert_eq!(list("yes", 3), (vec![1, 1, 1], Ok(())));
+        assert_eq!(list("sleep 9 & echo a", 9), (vec![1], Ok(())));
         assert_eq!(
             list("echo a; echo why >&2; exit 1", 9).1,
             Err(ToolError::Rejected("why".into()))
         );
         let long = format!("printf '%0{}d' 1", MAX_LINE + 1);
         assert_eq!(list(&long, 9).0, vec![65_536, 1]);
+    }
+
+    /// Its standard error is read only when it has taken its input, and printed all that it lists.
+    #[test]
+    fn a_child_that_floods_its_standard_error_first() {
+        let flood = "head -c 4000000 /dev/zero >&2";
+        let input = "x".repeat(4 << 20);
+        assert_eq!(sh(&format!("{flood}; cat >/dev/null"), &input, 5_000), Ok(()));
+        let script = format!("{flood}; echo a");
+        let (mut count, limit) = (0, Duration::from_secs(5));
+        let end = read_lines(&lock(), Path::new("/bin/sh"), &["-c", &script], limit, |_| {
+            count += 1;
+            true
+        });
+        assert_eq!((count, end), (1, Ok(())));
+    }
+
+    #[test]
+    fn killed_children_that_have_not_ended_are_few_and_reaped() {
+        let lock = lock();
+        let limit = Duration::from_secs(5);
+        let sleep = || Command::new("sleep").arg("9").spawn().unwrap();
+        let sh = || run(&lock, Path::new("/bin/sh"), &["-c", "exit 0"], limit, |_| Ok(()));
+        lock.unended().extend((1..MAX_UNENDED).map(|_| sleep()));
+        assert_eq!(sh(), Ok(()));
+        lock.unended().push(sleep());
+        let sentence =
+            format!("/bin/sh could not be started: {MAX_UNENDED} programs cannot be killed.");
+        assert_eq!(sh(), Err(ToolError::Transient(sentence)));
+        lock.unended().iter_mut().for_each(|child| child.kill().unwrap());
+        let from = Instant::now();
+        while lock.reap().is_err() || !lock.unended().is_empty() {
+            assert!(from.elapsed() < limit, "not reaped");
+        }
+        assert_eq!(sh(), Ok(()));
+    }
+
+    #[test]
+    fn the_lock_file_is_in_a_folder_that_only_its_owner_can_enter() {
+        let folder = std::env::temp_dir().join(format!("rfw-lock-{}", std::process::id()));
+        let mode = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+        let (first, path) = open_lock(&folder).unwrap();
+        let (second, same) = open_lock(&folder).unwrap();
+        assert_eq!((fs::metadata(&folder).unwrap().mode() & 0o777, &path), (0o700, &same));
+        first.try_lock().unwrap();
+        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)));
+        let held = first.try_clone().unwrap();
+        drop(first);
+        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)), "inherited");
+        drop(held);
+        second.try_lock().unwrap();
+        assert!((&second).write(b"x").is_err(), "nothing can be written to it");
+        for wrong in [0o701, 0o710, 0o755, 0o770] {
+            mode(wrong);
+            let error = open_lock(&folder).unwrap_err().to_string();
+            assert!(error.contains(&format!("mode {wrong:o})")), "{error}");
+        }
+        mode(0o700);
+        fs::remove_file(&path).unwrap();
+        let victim = folder.join("victim");
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        assert_eq!(open_lock(&folder).unwrap_err().kind(), ErrorKind::NotFound);
+        assert!(!victim.exists());
+        fs::remove_dir_all(&folder).unwrap();
+        fs::write(&folder, "").unwrap();
+        mode(0o600);
+        assert!(open_lock(&folder).is_err(), "it is a file");
+        fs::remove_file(&folder).unwrap();
     }
 }

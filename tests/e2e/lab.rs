@@ -55,6 +55,13 @@ fn is_confined() -> bool {
     env::var_os("RFW_CONFINED").is_some()
 }
 
+/// What RuntimeDirectory= of the unit does: only the owner of the folder may hold rfw's lock.
+fn give_lock_folder(user: u32) {
+    if is_confined() {
+        sh(&format!("mkdir -p -m 700 rfw; chown -R {user}:{user} rfw"));
+    }
+}
+
 fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
     if let (Ok(variant), Ok(outside)) = (env::var("RFW_E2E"), env::var("RFW_E2E_OUTSIDE")) {
         return body(&Lab::open(&variant, &outside));
@@ -121,7 +128,9 @@ impl Lab {
     fn open(variant: &str, outside: &str) -> Lab {
         let refused = "a test never runs in the host's own network namespace";
         assert_ne!(network_namespace(), Path::new(outside), "{refused}");
-        sh("mount -t tmpfs lab /run; mkdir -m 700 /run/netns /run/lab; ip link set lo up");
+        sh(
+            "mount -t tmpfs -o mode=755 lab /run; mkdir -m 700 /run/netns /run/lab; ip link set lo up",
+        );
         let lab = Lab { dir: "/run/lab".into(), variant: variant.into() };
         lab.write("white.list", "192.0.2.1\n");
         lab
@@ -307,6 +316,7 @@ impl Lab {
 
     /// A run of rfw to its end: the words of both outputs, and the exit status.
     pub fn rfw(&self, arguments: &str) -> (i32, String) {
+        give_lock_folder(0);
         let mut command = Command::new("timeout");
         command.arg("10").arg(env!("CARGO_BIN_EXE_rfw")).args(arguments.split(' '));
         let out = command.current_dir(&self.dir).output().unwrap();
@@ -343,8 +353,9 @@ impl Lab {
     /// Starts rfw, after the words of another program if need be, and does not wait.
     pub fn launch(&self, before: &[&str]) -> Rfw<'_> {
         let words = ["-f", "rfw.conf", "--logfile", "rfw.log", "--loglevel", "DEBUG"];
-        // A test with words of its own is about something else.
+        // A test with words of its own is about something else, and runs as root.
         let confined = if before.is_empty() { self.confined() } else { String::new() };
+        give_lock_folder(if before.is_empty() { NOBODY } else { 0 });
         let mut line = before.to_vec();
         match confined.split_whitespace().collect::<Vec<_>>()[..] {
             [] => line.push(env!("CARGO_BIN_EXE_rfw")),
@@ -472,6 +483,16 @@ impl Rfw<'_> {
     fn into_child(self) -> Child {
         let mut rfw = std::mem::ManuallyDrop::new(self);
         std::mem::replace(&mut rfw.child, Command::new("true").spawn().unwrap())
+    }
+
+    /// Waits until the process ends by itself; its exit status.
+    pub fn await_end(&mut self, seconds: u64) -> Option<i32> {
+        let mut ended = None;
+        await_true("rfw ends", seconds, || {
+            ended = self.child.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.and_then(|status| status.code())
     }
 
     /// Waits until the process ends by itself; the signal that ended it.

@@ -1,0 +1,149 @@
+//! SPEC 5: one instance in a network namespace, and a program that cannot even be killed. Those that
+//! hang, flood their output or are killed are in `commits` and `faults`.
+
+use crate::lab::*;
+use std::fs;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
+
+/// A user that is neither root nor the one of a confined rfw.
+const STRANGER: &str = "4321";
+
+/// In a user namespace there are no other users.
+fn has_users() -> bool {
+    fs::read_to_string("/proc/self/uid_map").unwrap().contains("4294967295")
+}
+
+/// rfw 0.3 bound the abstract socket `@rfw`, which is open to all in the network namespace.
+#[test]
+fn an_instance_lock_that_any_user_could_take() {
+    once(|lab| {
+        let name = SocketAddr::from_abstract_name("rfw").unwrap();
+        let _socket = UnixDatagram::bind_addr(&name).unwrap();
+        let _rfw = lab.start("local.server");
+        if has_users() {
+            let stranger = format!("setpriv --reuid {STRANGER} --regid {STRANGER} --clear-groups");
+            let said = sh(&format!("{stranger} flock -n /run/rfw/net-* true 2>&1 || true"));
+            assert!(said.contains("Permission denied"), "{said}");
+        }
+    });
+}
+
+#[test]
+fn a_second_rfw_waits_and_says_so() {
+    once(|lab| {
+        let mut first = lab.start("local.server");
+        let waits = || lab.read("rfw.log").contains(" WARNING another rfw");
+        let from = Instant::now();
+        let mut second = lab.launch(&[]);
+        await_true("it says that it waits", SLACK, waits);
+        assert_eq!(second.await_end(15 + SLACK), Some(1));
+        assert!(from.elapsed() >= Duration::from_secs(15), "{:?}", from.elapsed());
+        let said = lab.read("stderr");
+        assert!(said.contains("stop it first (fuser -v /run/rfw/net-"), "{said}");
+        lab.clear_log();
+        let mut second = lab.launch(&[]);
+        await_true("it says that it waits", SLACK, waits);
+        assert_eq!(ask("PUT /drop/input/any/1.2.3.4").brief(), "200 inserted");
+        first.kill();
+        second.await_ready();
+        assert_eq!(ask("PUT /drop/input/any/1.2.3.4").brief(), "200 exists");
+    });
+}
+
+#[test]
+fn network_namespaces_that_share_run_have_one_rfw_each() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        // It has the folder of a confined one, too.
+        let run = format!(
+            "chown root /run/rfw; exec {PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/other.log"
+        );
+        lab.write("other", &format!("ip link set lo up; {run}"));
+        let _other = Process::start("unshare -n /bin/sh /run/lab/other");
+        let log = || lab.read("other.log");
+        await_true("the other one serves", 10 + SLACK, || log().contains("http://127.0.0.1:7390"));
+        assert!(!log().contains("waiting"), "{}", log());
+    });
+}
+
+/// What is wrong with /run/rfw, before whose command, and what rfw says of it.
+const BAD_FOLDERS: [(&str, &str, &str); 5] = [
+    ("mkdir -m 755 rfw", "", "others may enter it (owner 0, mode 755)"),
+    ("install -d -m 700 -o 4321 rfw", "", "others may enter it (owner 4321, mode 700)"),
+    ("mkdir -m 700 rfw", "AS_USER", "Permission denied"),
+    ("true", "AS_USER", "Permission denied"),
+    ("mount -o remount,bind,ro /run", "", "Read-only file system"),
+];
+
+#[test]
+fn a_lock_folder_that_is_not_safe() {
+    once(|lab| {
+        lab.configure("local.server");
+        sh(&format!("cp {PROGRAM} lab/rfw; chmod 755 lab; chown 4321 lab/* || true"));
+        let as_user = "setpriv --reuid 4321 --inh-caps +net_admin --ambient-caps +net_admin";
+        for (wrong, before, word) in BAD_FOLDERS {
+            if !has_users() && (wrong.contains(STRANGER) || !before.is_empty()) {
+                continue;
+            }
+            let before = before.replace("AS_USER", as_user);
+            let run = format!("timeout 10 {before} lab/rfw -f lab/rfw.conf --logfile - 2>&1");
+            // The mount is of a mount namespace of its own; the rest is removed below.
+            let said = sh(&format!("unshare -m /bin/sh -c '{wrong}; {run} || echo $?'"));
+            for word in [word, "/run/rfw", "install -d -m 700 -o USER /run/rfw", "\n1\n"] {
+                assert!(said.contains(word), "{wrong}: {word}: {said}");
+            }
+            sh("rm -rf rfw");
+        }
+        // As it proposes.
+        if has_users() {
+            sh("install -d -m 700 -o 4321 rfw");
+            let run = format!("{as_user} /run/lab/rfw -f /run/lab/rfw.conf --logfile -");
+            let _rfw = Process::start(&run);
+            await_true("it serves", 10 + SLACK, || Conn::to(LOCAL).is_ok());
+        }
+    });
+}
+
+/// A child that its tracer holds: SIGKILL ends it as little as one in an uninterruptible sleep.
+const HELD: &str = r#"exec /usr/bin/strace -D -o /dev/null -e trace=none /bin/sh -c '
+    while read -r key value; do
+        [ "$key" != TracerPid: ] || tracer=$value
+    done < /proc/$$/status
+    echo $$ > /run/lab/child.new; echo $tracer > /run/lab/tracer
+    /bin/mv /run/lab/child.new /run/lab/child
+    kill -STOP $tracer; exec /bin/sleep 100'"#;
+
+/// rfw 0.3 waited for it, with the Mutex locked.
+#[test]
+fn a_child_that_cannot_be_killed() {
+    if !has_strace("process::a_child_that_cannot_be_killed") {
+        return;
+    }
+    once(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        lab.stand_in_for_changes(HELD);
+        let from = Instant::now();
+        let answer = ask("PUT /drop/input/any/1.2.3.4");
+        let took = from.elapsed();
+        let pid = lab.read("child").trim().to_string();
+        let child = Path::new("/proc").join(&pid);
+        assert!(child.exists(), "it was killed");
+        lab.stand_in("");
+        assert_eq!(answer.brief(), "503 busy");
+        let says = format!("cannot be killed (process {pid})");
+        assert!(answer.body.contains(&says), "{}", answer.body);
+        await_true("it is logged", SLACK, || lab.read("rfw.log").contains(&says));
+        assert!(took < Duration::from_secs(11 + SLACK), "{took:?}");
+        let works = || ask("PUT /drop/input/any/1.2.3.4").status == 200;
+        await_true("rfw works on", SLACK, works);
+        assert!(child.exists(), "it was killed");
+        sh("kill -KILL $(cat lab/tracer)");
+        await_true("it is reaped", 2 + SLACK, || !child.exists());
+    });
+}
