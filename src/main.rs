@@ -17,7 +17,7 @@ use rfw::server::{Door, Server};
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -52,11 +52,11 @@ fn main() -> ExitCode {
     let options = match Options::parse(args) {
         Ok(options) => options,
         Err(message) => {
-            eprint!("rfw: {message}\n\n{USAGE}");
+            let _ = write!(io::stderr(), "rfw: {message}\n\n{USAGE}");
             return ExitCode::from(2);
         }
     };
-    let said = match options.ask {
+    let output = match options.ask {
         Ask::Help => Ok(USAGE.into()),
         Ask::Version => Ok(format!("rfw {VERSION}\n")),
         Ask::Check => {
@@ -64,16 +64,19 @@ fn main() -> ExitCode {
         }
         Ask::Run => run(&options).map(|never| match never {}),
     };
-    match said {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+    match output.and_then(|text| print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("rfw: {message}");
+            let _ = writeln!(io::stderr(), "rfw: {message}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn print(text: &str) -> Result<(), String> {
+    let mut out = io::stdout();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.map_err(|error| format!("cannot write to standard output: {error}"))
 }
 
 enum Ask {

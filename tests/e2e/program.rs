@@ -28,6 +28,36 @@ fn options() {
     });
 }
 
+/// `rfw -h >/dev/full` was a panic, exit status 134.
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        sh(&format!("ln -s {} lab/rfw; ln -s rfw lab/rfwc", env!("CARGO_BIN_EXE_rfw")));
+        let put = "rfwc put /drop/input/any/1.2.3.4";
+        let rows = [
+            ("rfw -h >/dev/full", "1 rfw: cannot write to standard output: No space left"),
+            ("rfw -V >/dev/full", "1 rfw: cannot write to standard output: No space left"),
+            ("rfw -t -f rfw.conf >/dev/full", "1 rfw: cannot write to standard output: No space"),
+            ("rfw -t -f nope.conf 2>/dev/full", "1\n"),
+            ("rfw -x 2>/dev/full", "2\n"),
+            ("rfw -h 2>/dev/full", "0 usage"),
+            ("rfwc -h >/dev/full", "1 rfwc: cannot write to standard output: No space left"),
+            ("rfwc -V >/dev/full", "1 rfwc: cannot write to standard output: No space left"),
+            (&format!("{put} >/dev/full"), "1 rfwc: cannot write to standard output: No space"),
+            (put, "0 http"),
+            ("rfwc get /list >/dev/full", "1 # http://127.0.0.1:7390: No space left"),
+            ("rfwc -x 2>/dev/full", "2\n"),
+        ];
+        for (line, want) in rows {
+            let got = sh(&format!(
+                "cd lab; {{ ./{line}; }} >out 2>&1 || s=$?; echo ${{s:-0}} $(cat out)"
+            ));
+            assert!(got.starts_with(want), "{line}: {got}");
+        }
+    });
+}
+
 /// A line of a good rfw.conf (below), what stands there instead, and what rfw says of it.
 const BAD_CONF: [(&str, &str, &[&str]); 31] = [
     ("[config]", "[other]", &["rfw.conf:1"]),
