@@ -100,15 +100,19 @@ impl Options {
         let mut options =
             Options { ask: Ask::Run, file, level: Level::Info, logfile, verbose: false };
         while let Some(arg) = args.next() {
-            let mut value = || args.next().ok_or(format!("{arg} needs a value"));
-            match arg.as_str() {
+            let (name, joined) = Options::split(&arg);
+            let mut value = || {
+                let value = joined.map(String::from).or_else(|| args.next());
+                value.filter(|value| !value.is_empty()).ok_or(format!("{name} needs a value"))
+            };
+            match name {
                 "-f" => options.file = value()?.into(),
                 "--logfile" => options.logfile = value()?.into(),
                 "--loglevel" => {
-                    let name = value()?;
+                    let level = value()?;
                     let wrong =
-                        format!("{arg} {name}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
-                    options.level = Level::parse(&name).ok_or(wrong)?;
+                        format!("{name} {level}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
+                    options.level = Level::parse(&level).ok_or(wrong)?;
                 }
                 "-v" => options.verbose = true,
                 "-t" => options.ask = Ask::Check,
@@ -118,6 +122,17 @@ impl Options {
             }
         }
         Ok(options)
+    }
+
+    /// An option that takes a value, and the value if it is joined to it: `--logfile=FILE`, `-fFILE`.
+    fn split(arg: &str) -> (&str, Option<&str>) {
+        if let Some(file) = arg.strip_prefix("-f").filter(|file| !file.is_empty()) {
+            return ("-f", Some(file));
+        }
+        match arg.split_once('=') {
+            Some((name @ ("--logfile" | "--loglevel"), value)) => (name, Some(value)),
+            _ => (arg, None),
+        }
     }
 }
 

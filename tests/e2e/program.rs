@@ -12,12 +12,18 @@ fn options() {
             ("-h", 0, "--loglevel"),
             ("-t -f rfw.conf", 0, ""),
             ("-t -f /run/lab/rfw.conf --logfile - --loglevel ERROR -v", 0, ""),
+            ("-t -frfw.conf --logfile=rfw.log --loglevel=error", 0, ""),
             ("-t -f nope.conf", 1, "nope.conf"),
+            ("-t -fnope.conf", 1, "nope.conf"),
             ("-t -f", 2, "-f"),
             ("-x", 2, "-x"),
             ("-t rfw.conf", 2, "rfw.conf"),
             ("-t -f rfw.conf --loglevel LOUD", 2, "LOUD"),
-            ("-t -f rfw.conf --logfile", 2, "--logfile"),
+            ("-t -f rfw.conf --loglevel=LOUD", 2, "--loglevel LOUD"),
+            ("-t -f rfw.conf --logfile", 2, "--logfile needs a value"),
+            ("-t -f rfw.conf --logfile=", 2, "--logfile needs a value"),
+            ("-t -f rfw.conf -v=1", 2, "-v=1"),
+            ("--version=1", 2, "--version=1"),
         ];
         for (options, status, word) in rows {
             let (got, said) = lab.rfw(options);
