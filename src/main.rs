@@ -18,6 +18,7 @@ use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -180,7 +181,8 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
 /// Starts, and stays; or says in one sentence why not.
 fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, acceptor) = load(&options.file)?;
-    let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
+    let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
+    let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let lock = InstanceLock::take(Duration::ZERO).or_else(|_| {
         log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
@@ -288,18 +290,24 @@ fn check_program(program: &Path) -> Result<(), String> {
 }
 
 /// A log file that cannot be opened does not stop the firewall.
-fn open_log(options: &Options) -> Log {
-    let verbose = options.verbose.then_some(Level::Debug);
-    let only_stderr = Log { file: None, stderr: verbose.or(Some(options.level)) };
+fn open_log(options: &Options) -> io::Result<Log> {
+    let mut log = Log::default();
     let name = options.logfile.as_path();
-    if name == Path::new("-") {
-        return only_stderr;
+    // To open a FIFO that nobody reads waits for a reader, unless it is opened for reading, too.
+    let open = || File::options().read(true).append(true).create(true).mode(0o640).open(name);
+    let file = (name != Path::new("-")).then(open);
+    if options.verbose || !matches!(file, Some(Ok(_))) {
+        log.add(stderr()?, if options.verbose { Level::Debug } else { options.level })?;
     }
-    match File::options().append(true).create(true).mode(0o640).open(name) {
-        Ok(file) => Log { file: Some((file, options.level)), stderr: verbose },
-        Err(error) => {
-            only_stderr.warning(format_args!("cannot write {}: {error}", name.display()));
-            only_stderr
-        }
+    match file {
+        Some(Ok(file)) => log.add(file, options.level)?,
+        Some(Err(error)) => log.warning(format_args!("cannot write {}: {error}", name.display())),
+        None => {}
     }
+    Ok(log)
+}
+
+/// Standard error without the lock of [`io::stderr`], which a blocked writer would hold.
+fn stderr() -> io::Result<File> {
+    io::stderr().as_fd().try_clone_to_owned().map(File::from)
 }

@@ -1,7 +1,7 @@
 //! The real program, real iptables in both variants, real curl, real packets: end to end.
 //!
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
-//! order: the harness, the program as a command, its API, what it does to the kernel, lists, sets
+//! order: the harness, the program as a command, its log, its API, what it does to the kernel, lists, sets
 //! and the state file, then HTTP, TLS, the client, packets, kill -9, and the defects that must not
 //! return: of rfw 0.2.2 (`regressions`), and of 0.3 (`repair`, `commits`).
 
@@ -23,6 +23,7 @@ mod faults;
 mod http;
 mod kernel;
 mod lists;
+mod log;
 mod packets;
 mod program;
 mod readme;

@@ -221,7 +221,7 @@ fn the_log_has_a_line_for_every_change_made_or_refused() {
         conn.send("PUT /drop/\u{1b}[31m HTTP/1.1\r\nHost: localhost\r\n\r\n");
         conn.rest();
         ask("PUT /drop/input/any/%0a2026-01-01T00:00:00.000Z%20INFO%20x");
-        let log = lab.read("rfw.log");
+        let log = lab.log();
         assert!(!log.contains('\u{1b}') && !log.contains("\n2026-01-01T"), "{log}");
     });
 }
