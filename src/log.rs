@@ -1,17 +1,19 @@
 //! The only writer of the log.
 //!
 //! Nothing waits for the log: each file has a bounded queue and a thread that writes it. Lines that
-//! find the queue full are lost and counted.
+//! find the queue full are lost and counted; refusals are limited, so that no client fills the disk.
 
 use crate::clock::{self, Utc};
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
 use std::mem;
+use std::net::IpAddr;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Lines that wait for one file: more than one check of the kernel logs, of 100 bytes mostly.
 const MAX_QUEUED: usize = 4096;
@@ -21,6 +23,12 @@ const MAX_LINE: usize = 4096;
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long lines that are not written yet may delay the end of the program.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
+/// Refusals to one address that are logged within a [`WINDOW`]: more than a person reads.
+const MAX_REFUSALS: usize = 100;
+const WINDOW: Duration = Duration::from_secs(60);
+/// Addresses that are counted one by one; all others share one count.
+const MAX_PEERS: usize = 1024;
+
 /// How much an event matters, from least to most.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Level {
@@ -54,6 +62,7 @@ impl Level {
 #[derive(Default)]
 pub struct Log {
     sinks: Vec<Sink>,
+    refusals: Mutex<Limiter>,
 }
 
 impl Log {
@@ -79,6 +88,22 @@ impl Log {
         if self.takes(level) {
             let line = line(level, event);
             self.sinks.iter().filter(|sink| level >= sink.least).for_each(|sink| sink.push(&line));
+        }
+    }
+
+    /// The same for a request that is refused, with at most [`MAX_REFUSALS`] lines for an address.
+    pub fn refusal(&self, peer: IpAddr, level: Level, event: fmt::Arguments<'_>) {
+        if self.takes(level) && lock(&self.refusals).admits(peer, Instant::now()) {
+            self.write(level, event);
+        }
+    }
+
+    /// To be called every second: logs how many refusals of the last minute were not logged.
+    pub fn tick(&self, now: Instant) {
+        let ended = lock(&self.refusals).end(now);
+        for (peer, count) in ended {
+            let peer = peer.map_or("other addresses".into(), |peer| peer.to_string());
+            self.info(format_args!("{peer}: {count} more requests refused within a minute"));
         }
     }
 
@@ -180,6 +205,30 @@ fn take_back(mut file: &File, count: usize) -> io::Result<()> {
     file.seek(SeekFrom::End(0)).map(drop)
 }
 
+/// By address, since when and how often it was refused; `None` stands for those that came when
+/// there was no room for more.
+#[derive(Default)]
+struct Limiter(HashMap<Option<IpAddr>, (Instant, usize)>);
+
+impl Limiter {
+    /// Counts a refusal; whether it may be logged.
+    fn admits(&mut self, peer: IpAddr, now: Instant) -> bool {
+        let has_room = self.0.len() < MAX_PEERS || self.0.contains_key(&Some(peer));
+        let (_, count) = self.0.entry(has_room.then_some(peer)).or_insert((now, 0));
+        *count = count.saturating_add(1);
+        *count <= MAX_REFUSALS
+    }
+
+    /// Forgets those whose window is over; how many refusals to each were not logged.
+    fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
+        let over =
+            |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
+        let over = self.0.extract_if(over);
+        let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX_REFUSALS)));
+        suppressed.filter(|(_, count)| *count > 0).collect()
+    }
+}
+
 /// Foreign text for a line of the log: everything but printable ASCII is
 /// escaped, and so are quotes, so it cannot end a line or a quotation.
 pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
@@ -246,6 +295,35 @@ mod tests {
         }
         let text = "é".repeat(MAX_LINE);
         assert!(line(Level::Info, format_args!("{text}")).ends_with("é\n"));
+    }
+
+    #[test]
+    fn refusals_to_one_address_are_limited() {
+        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let peer = |n: u32| IpAddr::V4(n.into());
+        assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(1), start)));
+        assert!(!limiter.admits(peer(1), at(1)) && !limiter.admits(peer(1), at(58)));
+        assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(2), at(2))));
+        assert_eq!(limiter.end(at(59)), []);
+        assert!(!limiter.admits(peer(1), at(59)));
+        assert_eq!(limiter.end(at(60)), [(Some(peer(1)), 3)]);
+        assert_eq!(limiter.end(at(61)), []);
+        assert!(limiter.admits(peer(1), at(61)) && !limiter.admits(peer(2), at(61)));
+        // Not one address more than there is room for; those that come later share one count.
+        for n in 10..=u32::try_from(MAX_PEERS).unwrap() + 7 {
+            assert!(limiter.admits(peer(n), at(61)));
+        }
+        assert_eq!(limiter.0.len(), MAX_PEERS);
+        assert!(
+            (0..MAX_REFUSALS).all(|n| limiter.admits(IpAddr::from([1, 0, 0, n as u8]), at(61)))
+        );
+        assert!(!limiter.admits(peer(0x0200_0000), at(61)));
+        assert_eq!(limiter.0.len(), MAX_PEERS + 1);
+        assert!(limiter.admits(peer(10), at(61)), "who has a count keeps it");
+        assert_eq!(limiter.end(at(62)), [(Some(peer(2)), 1)]);
+        assert_eq!(limiter.end(at(121)), [(None, 1)]);
+        assert_eq!(limiter.0.len(), 0);
     }
 
     #[test]

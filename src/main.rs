@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const USAGE: &str = "\
@@ -239,6 +239,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     loop {
         thread::sleep(Duration::from_secs(1));
         server.firewall.tick();
+        server.log.tick(Instant::now());
     }
 }
 

@@ -85,6 +85,53 @@ fn a_line_is_written_whole_or_not_at_all() {
     });
 }
 
+/// 20,000 refusals wrote 1.9 MB; four connections wrote 6 MB/s.
+#[test]
+fn a_log_that_floods() {
+    once(|lab| {
+        let keys = "local.server.authentication\nauth.username = mu\nauth.password = secret";
+        let _rfw = lab.start(&format!("local.server\n{keys}"));
+        let flood = || pipeline("PUT /drop/input/any/1.2.3.4", "", 5_000, "401 unauthorized");
+        let floods: Vec<_> = (0..4).map(|_| thread::spawn(flood)).collect();
+        assert_eq!(floods.into_iter().map(|flood| flood.join().unwrap()).sum::<usize>(), 20_000);
+        // Changes are logged all the same, and so are refusals to another address.
+        let mine = "Authorization: Basic bXU6c2VjcmV0\r\n";
+        let delete = "DELETE /drop/input/any/1.2.3.4";
+        assert_eq!(pipeline(delete, mine, 200, "200 absent"), 200);
+        sh("curl -sg -X PUT http://[::1]:7390/drop/input/any/1.2.3.4");
+        let log = || lab.read("rfw.log");
+        await_true("all changes are logged", SLACK, || log().matches("\" absent ").count() == 200);
+        // The first ones are those of `await_ready`.
+        let first = log().matches("\"GET /\" 401 unauthorized ").count();
+        let refused = || log().matches(" INFO 127.0.0.1 - \"").count();
+        assert_eq!(refused(), 100);
+        await_true("the other address", SLACK, || log().contains("INFO ::1 - \"PUT /drop"));
+        let report =
+            format!(" INFO 127.0.0.1: {} more requests refused within a minute\n", 19_900 + first);
+        await_true("the count", 61 + SLACK, || log().contains(&report));
+        assert!(!log().contains("::1: "), "nothing was left out");
+        ask("PUT /drop/input/any/1.2.3.4");
+        await_true("another minute", SLACK, || refused() == 101);
+    });
+}
+
+/// By PUT they were, by GET they were not.
+#[test]
+fn password_guesses_are_logged_whatever_the_method() {
+    once(|lab| {
+        let keys = "local.server.authentication\nauth.username = mu\nauth.password = secret";
+        lab.configure(&format!("local.server\n{keys}"));
+        let run = "exec \"$0\" -f rfw.conf --logfile rfw.log";
+        let mut rfw = lab.launch(&["/bin/sh", "-c", run]);
+        rfw.await_ready();
+        let guess = || Conn::open().try_ask("GET /list", "Authorization: Basic eA==\r\n").unwrap();
+        let statuses: Vec<_> = (0..12).map(|_| guess().status).collect();
+        assert_eq!((statuses[0], statuses[11]), (401, 429));
+        let log = || lab.read("rfw.log");
+        await_true("a line", SLACK, || log().contains(" INFO 127.0.0.1 - \"GET /list\" 429 "));
+    });
+}
+
 #[test]
 fn what_was_logged_before_a_failed_start_is_written() {
     once(|lab| {
