@@ -236,6 +236,10 @@ fn run(options: &Options) -> Result<Infallible, String> {
         let server = server.clone();
         thread::spawn(move || server.listen(door));
     }
+    tick(&server)
+}
+
+fn tick(server: &Server) -> ! {
     loop {
         thread::sleep(Duration::from_secs(1));
         server.firewall.tick();
