@@ -1,12 +1,33 @@
 //! The only writer of the log.
 //!
-//! A line that cannot be written is lost and nothing else: no change of the
-//! firewall waits for the log or fails with it.
+//! Nothing waits for the log: each file has a bounded queue and a thread that writes it. Lines that
+//! find the queue full are lost and counted; refusals are limited, so that no client fills the disk.
 
 use crate::clock::{self, Utc};
-use std::fmt::{self, Write as _};
+use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
+use std::mem;
+use std::net::IpAddr;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Lines that wait for one file: more than one check of the kernel logs, of 100 bytes mostly.
+const MAX_QUEUED: usize = 4096;
+/// Bytes of a line, the rest is cut: as many as a pipe takes whole or not at all (PIPE_BUF).
+const MAX_LINE: usize = 4096;
+/// From a failed write to the next attempt.
+const RETRY_TIME: Duration = Duration::from_secs(1);
+/// How long lines that are not written yet may delay the end of the program.
+const FLUSH_TIME: Duration = Duration::from_secs(1);
+/// Refusals to one address that are logged within a [`WINDOW`]: more than a person reads.
+const MAX_REFUSALS: usize = 100;
+const WINDOW: Duration = Duration::from_secs(60);
+/// Addresses that are counted one by one; all others share one count.
+const MAX_PEERS: usize = 1024;
 
 /// How much an event matters, from least to most.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -37,32 +58,57 @@ impl Level {
     }
 }
 
-/// Where the lines go. Each is one `write` to a file opened for appending, so
-/// lines of several threads never mix and nothing needs a lock.
+/// Where the lines go. The last owner waits until they are written, [`FLUSH_TIME`] for each file.
+#[derive(Default)]
 pub struct Log {
-    /// The log file and the least level that goes there.
-    pub file: Option<(File, Level)>,
-    /// The least level that goes to standard error.
-    pub stderr: Option<Level>,
+    sinks: Vec<Sink>,
+    refusals: Mutex<Limiter>,
 }
 
 impl Log {
-    /// Writes one event. The text is ours; what clients sent in it must have
-    /// gone through [`printable`].
+    /// Sends events of this level and above to a file, too. Fails if no thread can be started.
+    pub fn add(&mut self, file: File, least: Level) -> io::Result<()> {
+        let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
+        let (end, written) = mpsc::sync_channel(0);
+        let lost = Arc::default();
+        let sink = Sink { least, lines, lost: Arc::clone(&lost), written: Mutex::new(written) };
+        thread::Builder::new().spawn(move || {
+            let _end: SyncSender<()> = end;
+            while let Some(line) = next(&queue, &lost) {
+                write_line(&file, line.as_bytes());
+            }
+        })?;
+        self.sinks.push(sink);
+        Ok(())
+    }
+
+    /// Logs one event, and never waits. The text is ours; what clients sent in it must have gone
+    /// through [`printable`].
     pub fn write(&self, level: Level, event: fmt::Arguments<'_>) {
-        let file = self.file.as_ref().filter(|(_, least)| level >= *least);
-        let stderr = self.stderr.filter(|least| level >= *least);
-        if file.is_none() && stderr.is_none() {
-            return;
+        if self.takes(level) {
+            let line = line(level, event);
+            self.sinks.iter().filter(|sink| level >= sink.least).for_each(|sink| sink.push(&line));
         }
-        let mut line = String::new();
-        let _ = writeln!(line, "{} {} {event}", Utc(clock::wall()), level.name());
-        if let Some((mut file, _)) = file.map(|(file, least)| (file, least)) {
-            let _ = file.write_all(line.as_bytes());
+    }
+
+    /// The same for a request that is refused, with at most [`MAX_REFUSALS`] lines for an address.
+    pub fn refusal(&self, peer: IpAddr, level: Level, event: fmt::Arguments<'_>) {
+        if self.takes(level) && lock(&self.refusals).admits(peer, Instant::now()) {
+            self.write(level, event);
         }
-        if stderr.is_some() {
-            let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+
+    /// To be called every second: logs how many refusals of the last minute were not logged.
+    pub fn tick(&self, now: Instant) {
+        let ended = lock(&self.refusals).end(now);
+        for (peer, count) in ended {
+            let peer = peer.map_or("other addresses".into(), |peer| peer.to_string());
+            self.info(format_args!("{peer}: {count} more requests refused within a minute"));
         }
+    }
+
+    fn takes(&self, level: Level) -> bool {
+        self.sinks.iter().any(|sink| level >= sink.least)
     }
 
     pub fn info(&self, event: fmt::Arguments<'_>) {
@@ -78,6 +124,111 @@ impl Log {
     }
 }
 
+impl Drop for Log {
+    fn drop(&mut self) {
+        for Sink { lines, written, .. } in mem::take(&mut self.sinks) {
+            drop(lines); // without a sender, the writer ends after the last line
+            let _ = lock(&written).recv_timeout(FLUSH_TIME);
+        }
+    }
+}
+
+/// One file of the log.
+struct Sink {
+    least: Level,
+    lines: SyncSender<String>,
+    lost: Arc<Mutex<usize>>,
+    /// Closed when all lines are written.
+    written: Mutex<Receiver<()>>,
+}
+
+impl Sink {
+    /// After a lost line, all are lost until the queue is empty, so that the report of them stands
+    /// where they are missing.
+    fn push(&self, line: &str) {
+        let mut lost = lock(&self.lost);
+        if *lost > 0 || self.lines.try_send(line.into()).is_err() {
+            *lost = lost.saturating_add(1);
+        }
+    }
+}
+
+/// Waits for the next line, or the report of those lost after the last; `None` at the end.
+fn next(queue: &Receiver<String>, lost: &Mutex<usize>) -> Option<String> {
+    if let Ok(line) = queue.try_recv() {
+        return Some(line);
+    }
+    let lost = mem::take(&mut *lock(lost));
+    if lost == 0 {
+        return queue.recv().ok();
+    }
+    Some(line(Level::Warning, format_args!("the log blocked or failed; lines lost: {lost}")))
+}
+
+/// The line of an event that happens now.
+fn line(level: Level, event: fmt::Arguments<'_>) -> String {
+    let mut line = format!("{} {} {event}", Utc(clock::wall()), level.name());
+    while line.len() >= MAX_LINE {
+        line.pop();
+    }
+    line.push('\n');
+    line
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a line, however long that takes.
+fn write_line(mut file: &File, line: &[u8]) {
+    let mut rest = line;
+    while !rest.is_empty() {
+        match file.write(rest) {
+            Ok(count) if count > 0 => rest = rest.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            _ => {
+                // A full disk keeps no part of it; a pipe does, and gets the rest later.
+                let written = line.len().saturating_sub(rest.len());
+                if written > 0 && take_back(file, written).is_ok() {
+                    rest = line;
+                }
+                thread::sleep(RETRY_TIME);
+            }
+        }
+    }
+}
+
+/// Removes the last bytes of a regular file.
+fn take_back(mut file: &File, count: usize) -> io::Result<()> {
+    let end = file.seek(SeekFrom::End(0))?;
+    file.set_len(end.saturating_sub(count as u64))?;
+    file.seek(SeekFrom::End(0)).map(drop)
+}
+
+/// By address, since when and how often it was refused; `None` stands for those that came when
+/// there was no room for more.
+#[derive(Default)]
+struct Limiter(HashMap<Option<IpAddr>, (Instant, usize)>);
+
+impl Limiter {
+    /// Counts a refusal; whether it may be logged.
+    fn admits(&mut self, peer: IpAddr, now: Instant) -> bool {
+        let has_room = self.0.len() < MAX_PEERS || self.0.contains_key(&Some(peer));
+        let (_, count) = self.0.entry(has_room.then_some(peer)).or_insert((now, 0));
+        *count = count.saturating_add(1);
+        *count <= MAX_REFUSALS
+    }
+
+    /// Forgets those whose window is over; how many refusals to each were not logged.
+    fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
+        let over =
+            |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
+        let over = self.0.extract_if(over);
+        let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX_REFUSALS)));
+        suppressed.filter(|(_, count)| *count > 0).collect()
+    }
+}
+
 /// Foreign text for a line of the log: everything but printable ASCII is
 /// escaped, and so are quotes, so it cannot end a line or a quotation.
 pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
@@ -87,6 +238,113 @@ pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A log whose file nobody writes, and the other end of its queue.
+    fn unwritten() -> (Sink, Receiver<String>) {
+        let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
+        let written = Mutex::new(mpsc::sync_channel(0).1);
+        (Sink { least: Level::Info, lines, lost: Arc::default(), written }, queue)
+    }
+
+    #[test]
+    fn a_full_queue_loses_lines_and_counts_them() {
+        for (pushed, lost) in [(MAX_QUEUED, 0), (MAX_QUEUED + 1, 1), (MAX_QUEUED + 9, 9)] {
+            let (sink, queue) = unwritten();
+            for n in 0..pushed {
+                sink.push(&n.to_string());
+            }
+            let next = || next(&queue, &sink.lost).unwrap();
+            assert_eq!(next(), "0");
+            // There is room again, but what is lost now belongs to the same gap.
+            sink.push("last");
+            let lost = if lost > 0 { lost + 1 } else { 0 };
+            assert!((1..MAX_QUEUED).all(|n| next() == n.to_string()));
+            match lost {
+                0 => assert_eq!(next(), "last"),
+                _ => {
+                    let report =
+                        format!(" WARNING the log blocked or failed; lines lost: {lost}\n");
+                    let line = next();
+                    assert!(line.ends_with(&report), "{line}");
+                }
+            }
+            sink.push("works again");
+            assert_eq!(next(), "works again");
+        }
+    }
+
+    #[test]
+    fn the_last_lines_are_written_and_counted_before_the_queue_ends() {
+        let (sink, queue) = unwritten();
+        let lost = sink.lost.clone();
+        for n in 0..=MAX_QUEUED {
+            sink.push(&n.to_string());
+        }
+        drop(sink);
+        let lines: Vec<_> = std::iter::from_fn(|| next(&queue, &lost)).collect();
+        assert_eq!(lines.len(), MAX_QUEUED + 1);
+        assert!(lines[MAX_QUEUED].ends_with("lines lost: 1\n"));
+    }
+
+    #[test]
+    fn a_line_has_a_longest_length() {
+        let empty = line(Level::Info, format_args!(""));
+        for (length, cut) in [(MAX_LINE, MAX_LINE), (MAX_LINE + 1, MAX_LINE)] {
+            let line = line(Level::Info, format_args!("{}", "x".repeat(length - empty.len())));
+            assert_eq!((line.len(), line.ends_with("x\n")), (cut, true));
+        }
+        let text = "é".repeat(MAX_LINE);
+        assert!(line(Level::Info, format_args!("{text}")).ends_with("é\n"));
+    }
+
+    #[test]
+    fn refusals_to_one_address_are_limited() {
+        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let peer = |n: u32| IpAddr::V4(n.into());
+        assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(1), start)));
+        assert!(!limiter.admits(peer(1), at(1)) && !limiter.admits(peer(1), at(58)));
+        assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(2), at(2))));
+        assert_eq!(limiter.end(at(59)), []);
+        assert!(!limiter.admits(peer(1), at(59)));
+        assert_eq!(limiter.end(at(60)), [(Some(peer(1)), 3)]);
+        assert_eq!(limiter.end(at(61)), []);
+        assert!(limiter.admits(peer(1), at(61)) && !limiter.admits(peer(2), at(61)));
+        // Not one address more than there is room for; those that come later share one count.
+        for n in 10..=u32::try_from(MAX_PEERS).unwrap() + 7 {
+            assert!(limiter.admits(peer(n), at(61)));
+        }
+        assert_eq!(limiter.0.len(), MAX_PEERS);
+        assert!(
+            (0..MAX_REFUSALS).all(|n| limiter.admits(IpAddr::from([1, 0, 0, n as u8]), at(61)))
+        );
+        assert!(!limiter.admits(peer(0x0200_0000), at(61)));
+        assert_eq!(limiter.0.len(), MAX_PEERS + 1);
+        assert!(limiter.admits(peer(10), at(61)), "who has a count keeps it");
+        assert_eq!(limiter.end(at(62)), [(Some(peer(2)), 1)]);
+        assert_eq!(limiter.end(at(121)), [(None, 1)]);
+        assert_eq!(limiter.0.len(), 0);
+    }
+
+    #[test]
+    fn what_is_taken_back_leaves_the_file_as_it_was() {
+        let path = std::env::temp_dir().join(format!("rfw-log-{}", std::process::id()));
+        for append in [true, false] {
+            let _ = std::fs::remove_file(&path);
+            let mut options = File::options();
+            let file = options.create(true).write(true).append(append).open(&path).unwrap();
+            write_line(&file, b"whole\n");
+            (&file).write_all(b"to").unwrap();
+            take_back(&file, 2).unwrap();
+            write_line(&file, b"next\n");
+            assert_eq!(std::fs::read(&path).unwrap(), b"whole\nnext\n");
+            // Truncated by logrotate meanwhile.
+            file.set_len(1).unwrap();
+            take_back(&file, 2).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), b"");
+        }
+        std::fs::remove_file(path).unwrap();
+    }
 
     #[test]
     fn foreign_text_stays_on_its_line() {

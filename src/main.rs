@@ -17,13 +17,14 @@ use rfw::server::{Door, Server};
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const USAGE: &str = "\
@@ -52,11 +53,11 @@ fn main() -> ExitCode {
     let options = match Options::parse(args) {
         Ok(options) => options,
         Err(message) => {
-            eprint!("rfw: {message}\n\n{USAGE}");
+            let _ = write!(io::stderr(), "rfw: {message}\n\n{USAGE}");
             return ExitCode::from(2);
         }
     };
-    let said = match options.ask {
+    let output = match options.ask {
         Ask::Help => Ok(USAGE.into()),
         Ask::Version => Ok(format!("rfw {VERSION}\n")),
         Ask::Check => {
@@ -64,16 +65,19 @@ fn main() -> ExitCode {
         }
         Ask::Run => run(&options).map(|never| match never {}),
     };
-    match said {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+    match output.and_then(|text| print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("rfw: {message}");
+            let _ = writeln!(io::stderr(), "rfw: {message}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn print(text: &str) -> Result<(), String> {
+    let mut out = io::stdout();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.map_err(|error| format!("cannot write to standard output: {error}"))
 }
 
 enum Ask {
@@ -97,15 +101,19 @@ impl Options {
         let mut options =
             Options { ask: Ask::Run, file, level: Level::Info, logfile, verbose: false };
         while let Some(arg) = args.next() {
-            let mut value = || args.next().ok_or(format!("{arg} needs a value"));
-            match arg.as_str() {
+            let (name, joined) = Options::split(&arg);
+            let mut value = || {
+                let value = joined.map(String::from).or_else(|| args.next());
+                value.filter(|value| !value.is_empty()).ok_or(format!("{name} needs a value"))
+            };
+            match name {
                 "-f" => options.file = value()?.into(),
                 "--logfile" => options.logfile = value()?.into(),
                 "--loglevel" => {
-                    let name = value()?;
+                    let level = value()?;
                     let wrong =
-                        format!("{arg} {name}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
-                    options.level = Level::parse(&name).ok_or(wrong)?;
+                        format!("{name} {level}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
+                    options.level = Level::parse(&level).ok_or(wrong)?;
                 }
                 "-v" => options.verbose = true,
                 "-t" => options.ask = Ask::Check,
@@ -115,6 +123,17 @@ impl Options {
             }
         }
         Ok(options)
+    }
+
+    /// An option that takes a value, and the value if it is joined to it: `--logfile=FILE`, `-fFILE`.
+    fn split(arg: &str) -> (&str, Option<&str>) {
+        if let Some(file) = arg.strip_prefix("-f").filter(|file| !file.is_empty()) {
+            return ("-f", Some(file));
+        }
+        match arg.split_once('=') {
+            Some((name @ ("--logfile" | "--loglevel"), value)) => (name, Some(value)),
+            _ => (arg, None),
+        }
     }
 }
 
@@ -162,7 +181,8 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
 /// Starts, and stays; or says in one sentence why not.
 fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, acceptor) = load(&options.file)?;
-    let (log, whitelist) = (Arc::new(open_log(options)), Arc::new(whitelist));
+    let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
+    let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let lock = Arc::new(InstanceLock::take(Duration::from_secs(15), || {
         log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
@@ -214,9 +234,14 @@ fn run(options: &Options) -> Result<Infallible, String> {
         let server = server.clone();
         thread::spawn(move || server.listen(door));
     }
+    tick(&server)
+}
+
+fn tick(server: &Server) -> ! {
     loop {
         thread::sleep(Duration::from_secs(1));
         server.firewall.tick();
+        server.log.tick(Instant::now());
     }
 }
 
@@ -268,18 +293,24 @@ fn check_program(program: &Path) -> Result<(), String> {
 }
 
 /// A log file that cannot be opened does not stop the firewall.
-fn open_log(options: &Options) -> Log {
-    let verbose = options.verbose.then_some(Level::Debug);
-    let only_stderr = Log { file: None, stderr: verbose.or(Some(options.level)) };
+fn open_log(options: &Options) -> io::Result<Log> {
+    let mut log = Log::default();
     let name = options.logfile.as_path();
-    if name == Path::new("-") {
-        return only_stderr;
+    // To open a FIFO that nobody reads waits for a reader, unless it is opened for reading, too.
+    let open = || File::options().read(true).append(true).create(true).mode(0o640).open(name);
+    let file = (name != Path::new("-")).then(open);
+    if options.verbose || !matches!(file, Some(Ok(_))) {
+        log.add(stderr()?, if options.verbose { Level::Debug } else { options.level })?;
     }
-    match File::options().append(true).create(true).mode(0o640).open(name) {
-        Ok(file) => Log { file: Some((file, options.level)), stderr: verbose },
-        Err(error) => {
-            only_stderr.warning(format_args!("cannot write {}: {error}", name.display()));
-            only_stderr
-        }
+    match file {
+        Some(Ok(file)) => log.add(file, options.level)?,
+        Some(Err(error)) => log.warning(format_args!("cannot write {}: {error}", name.display())),
+        None => {}
     }
+    Ok(log)
+}
+
+/// Standard error without the lock of [`io::stderr`], which a blocked writer would hold.
+fn stderr() -> io::Result<File> {
+    io::stderr().as_fd().try_clone_to_owned().map(File::from)
 }

@@ -216,7 +216,7 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: 
         };
         let result = result.unwrap_or_else(|refusal| reply.refuse(&refusal));
         let keep = reply.keep;
-        record(server, request.ok(), &who, &result, started.elapsed());
+        record(&visit, request.ok(), &who, &result, started.elapsed());
         if !keep {
             place.is(State::Waiting(started)); // it is of no more use
             return if place.is_cut() { drop(stream) } else { stream.close() };
@@ -345,9 +345,9 @@ fn send_list(
 
 /// One line for every change, made or refused, and for wrong credentials; other
 /// requests at DEBUG.
-fn record(server: &Server, request: Option<Request>, who: &str, result: &str, took: Duration) {
+fn record(visit: &Visit<'_>, request: Option<Request>, who: &str, result: &str, took: Duration) {
     let change = request.as_ref().is_some_and(|r| r.method != "GET" || api::modifies(r));
-    let told = change || result.starts_with("401");
+    let told = change || result.starts_with("401") || result.starts_with("429");
     let level = match result.starts_with('5') {
         true => Level::Warning,
         false if told => Level::Info,
@@ -356,5 +356,9 @@ fn record(server: &Server, request: Option<Request>, who: &str, result: &str, to
     let line = request.map_or("-".into(), |request| request.line());
     let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
     let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
-    server.log.write(level, format_args!("{who} \"{line}\" {result} {took:.1} ms"));
+    let event = format_args!("{who} \"{line}\" {result} {took:.1} ms");
+    match result.starts_with('4') {
+        true => visit.server.log.refusal(visit.peer, level, event),
+        false => visit.server.log.write(level, event),
+    }
 }

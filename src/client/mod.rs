@@ -25,7 +25,7 @@ const BAR: usize = 30;
 const COLUMNS: usize = 70;
 
 /// Carries out a command line without the program's name. Exit status: 0 all
-/// servers did it, 1 some did not, 2 wrong usage.
+/// servers did it, 1 some did not or the output cannot be written, 2 wrong usage.
 pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
     let text = match options::parse(args, env::var("RFW_CREDENTIALS").ok()) {
         Ok(Ask::Send(job)) => return send(&job),
@@ -36,14 +36,27 @@ pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let _ = io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
+    ExitCode::from(u8::from(!is_written(&print(text.as_bytes()))))
+}
+
+/// Writes to standard output.
+fn print(bytes: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush())
+}
+
+/// Says on standard error why the output is not.
+fn is_written(result: &io::Result<()>) -> bool {
+    if let Err(error) = result {
+        let _ = writeln!(io::stderr(), "rfwc: cannot write to standard output: {error}");
+    }
+    result.is_ok()
 }
 
 fn send(job: &Job) -> ExitCode {
     let total = job.servers.len();
     let bar = total > 1 && io::stderr().is_terminal();
-    let report = Mutex::new(Report { total, done: 0, failed: Vec::new(), bar });
+    let report = Mutex::new(Report { total, done: 0, failed: Vec::new(), bar, written: Ok(()) });
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some(server) = job.servers.get(next.fetch_add(1, Relaxed)) {
@@ -63,7 +76,8 @@ fn send(job: &Job) -> ExitCode {
     for name in &report.failed {
         let _ = writeln!(io::stderr(), "{name}");
     }
-    ExitCode::from(u8::from(!report.failed.is_empty()))
+    let written = is_written(&report.written);
+    ExitCode::from(u8::from(!written || !report.failed.is_empty()))
 }
 
 /// Asks one server, and reports.
@@ -94,7 +108,7 @@ fn ask(job: &Job, server: &Server, report: &Mutex<Report>) {
     let mut report = lock(report);
     if !begun.is_empty() {
         begun.push(b'\n');
-        let _ = report.print(&[name.as_bytes(), &begun].concat());
+        report.print_result(&[name.as_bytes(), &begun].concat());
     }
     report.end(server, &result, alone && job.method == "GET");
 }
@@ -110,6 +124,8 @@ struct Report {
     failed: Vec<String>,
     /// Whether standard error is a terminal, and there is something to wait for.
     bar: bool,
+    /// Whether the results could be written; the first error.
+    written: io::Result<()>,
 }
 
 impl Report {
@@ -125,17 +141,22 @@ impl Report {
         if beside && result.is_err() {
             let _ = write!(io::stderr(), "# {line}");
         } else if !words.is_empty() {
-            let _ = self.print(line.as_bytes());
+            self.print_result(line.as_bytes());
         }
         self.done = self.done.saturating_add(1);
         self.draw();
     }
 
-    /// Writes to standard output.
+    fn print_result(&mut self, bytes: &[u8]) {
+        let printed = self.print(bytes);
+        if self.written.is_ok() {
+            self.written = printed;
+        }
+    }
+
     fn print(&self, bytes: &[u8]) -> io::Result<()> {
         self.clear();
-        let mut out = io::stdout().lock();
-        out.write_all(bytes).and_then(|()| out.flush())
+        print(bytes)
     }
 
     fn draw(&self) {

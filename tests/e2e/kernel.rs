@@ -181,7 +181,7 @@ fn at_start_the_kernel_tells_what_stays() {
         let rule =
             |(ip, tag, _): &(&str, String, &str)| format!("INPUT -s {ip}/32 -j DROP [{tag}]");
         assert_eq!(lab.rules(), stays.map(rule).collect::<Vec<_>>());
-        let log = lab.read("rfw.log");
+        let log = lab.log();
         let warned = |line: &str| line.contains(" WARNING ") && line.contains("192.0.2.0/24");
         assert!(log.lines().any(warned), "{log}");
     });
@@ -527,7 +527,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
             assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
             assert_eq!(ask("GET /list").body.matches("source").count(), 1);
-            let log = lab.read("rfw.log");
+            let log = lab.log();
             assert_eq!(log.lines().filter(|line| line.contains(" WARNING ")).count(), 1, "{log}");
         }
         // An ip6tables that fails is another matter: IPv6 would be open.

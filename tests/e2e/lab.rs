@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use std::{any, env, thread};
 
@@ -148,6 +149,24 @@ impl Lab {
 
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.dir.join(name)).unwrap_or_default()
+    }
+
+    /// rfw.log with all that was logged so far: with the line of a request that is made now.
+    pub fn log(&self) -> String {
+        static CALLS: AtomicUsize = AtomicUsize::new(1);
+        let call = CALLS.fetch_add(1, Ordering::Relaxed);
+        // Another spelling each time: its letters escaped or not.
+        let letter = |(n, c): (usize, char)| match call >> n & 1 {
+            0 => c.to_string(),
+            _ => format!("%{:x}", u32::from(c)),
+        };
+        let request =
+            format!("GET /{}", "metrics".chars().enumerate().map(letter).collect::<String>());
+        let count = || self.read("rfw.log").matches(&format!("\"{request}\"")).count();
+        let before = count();
+        assert_eq!(ask(&request).status, 200);
+        await_true("the log has the last line", 10 + SLACK, || count() > before);
+        self.read("rfw.log")
     }
 
     /// Empties rfw.log under a running rfw.
@@ -455,8 +474,8 @@ impl Rfw<'_> {
     /// Waits until no connection is left; returns how many threads run then.
     pub fn await_idle(&self) -> usize {
         let listeners = sh("ss -Hltn").lines().count();
-        let idle = 1 + 2 * listeners;
-        await_true("main and two for each listener are left", 10 + SLACK, || {
+        let idle = 2 + 2 * listeners;
+        await_true("main, the log's and two for each listener are left", 10 + SLACK, || {
             self.threads() == idle
         });
         idle

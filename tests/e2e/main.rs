@@ -1,9 +1,9 @@
 //! The real program, real iptables in both variants, real curl, real packets: end to end.
 //!
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
-//! order: the harness, the program as a command, its processes, its API, what it does to the
-//! kernel, lists, sets, tags and the state file, then HTTP, TLS, the client, packets, kill -9, and
-//! the defects that must not
+//! order: the harness, the program as a command, its log and its processes, its API, what it does
+//! to the kernel, lists, sets, tags and the state file, then HTTP, TLS, the client, packets, kill
+//! -9, and the defects that must not
 //! return: of rfw 0.2.2 (`regressions`), and of 0.3 (`repair`, `commits`).
 
 #![allow(
@@ -24,6 +24,7 @@ mod faults;
 mod http;
 mod kernel;
 mod lists;
+mod log;
 mod packets;
 mod process;
 mod program;

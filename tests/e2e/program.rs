@@ -12,12 +12,18 @@ fn options() {
             ("-h", 0, "--loglevel"),
             ("-t -f rfw.conf", 0, ""),
             ("-t -f /run/lab/rfw.conf --logfile - --loglevel ERROR -v", 0, ""),
+            ("-t -frfw.conf --logfile=rfw.log --loglevel=error", 0, ""),
             ("-t -f nope.conf", 1, "nope.conf"),
+            ("-t -fnope.conf", 1, "nope.conf"),
             ("-t -f", 2, "-f"),
             ("-x", 2, "-x"),
             ("-t rfw.conf", 2, "rfw.conf"),
             ("-t -f rfw.conf --loglevel LOUD", 2, "LOUD"),
-            ("-t -f rfw.conf --logfile", 2, "--logfile"),
+            ("-t -f rfw.conf --loglevel=LOUD", 2, "--loglevel LOUD"),
+            ("-t -f rfw.conf --logfile", 2, "--logfile needs a value"),
+            ("-t -f rfw.conf --logfile=", 2, "--logfile needs a value"),
+            ("-t -f rfw.conf -v=1", 2, "-v=1"),
+            ("--version=1", 2, "--version=1"),
         ];
         for (options, status, word) in rows {
             let (got, said) = lab.rfw(options);
@@ -25,6 +31,36 @@ fn options() {
             assert!(status != 1 || said.lines().count() == 1, "one clear sentence: {said}");
         }
         assert_eq!(lab.rules(), [""; 0], "-t changes nothing");
+    });
+}
+
+/// `rfw -h >/dev/full` was a panic, exit status 134.
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        sh(&format!("ln -s {} lab/rfw; ln -s rfw lab/rfwc", env!("CARGO_BIN_EXE_rfw")));
+        let put = "rfwc put /drop/input/any/1.2.3.4";
+        let rows = [
+            ("rfw -h >/dev/full", "1 rfw: cannot write to standard output: No space left"),
+            ("rfw -V >/dev/full", "1 rfw: cannot write to standard output: No space left"),
+            ("rfw -t -f rfw.conf >/dev/full", "1 rfw: cannot write to standard output: No space"),
+            ("rfw -t -f nope.conf 2>/dev/full", "1\n"),
+            ("rfw -x 2>/dev/full", "2\n"),
+            ("rfw -h 2>/dev/full", "0 usage"),
+            ("rfwc -h >/dev/full", "1 rfwc: cannot write to standard output: No space left"),
+            ("rfwc -V >/dev/full", "1 rfwc: cannot write to standard output: No space left"),
+            (&format!("{put} >/dev/full"), "1 rfwc: cannot write to standard output: No space"),
+            (put, "0 http"),
+            ("rfwc get /list >/dev/full", "1 # http://127.0.0.1:7390: No space left"),
+            ("rfwc -x 2>/dev/full", "2\n"),
+        ];
+        for (line, want) in rows {
+            let got = sh(&format!(
+                "cd lab; {{ ./{line}; }} >out 2>&1 || s=$?; echo ${{s:-0}} $(cat out)"
+            ));
+            assert!(got.starts_with(want), "{line}: {got}");
+        }
     });
 }
 
@@ -185,7 +221,7 @@ fn the_log_has_a_line_for_every_change_made_or_refused() {
         conn.send("PUT /drop/\u{1b}[31m HTTP/1.1\r\nHost: localhost\r\n\r\n");
         conn.rest();
         ask("PUT /drop/input/any/%0a2026-01-01T00:00:00.000Z%20INFO%20x");
-        let log = lab.read("rfw.log");
+        let log = lab.log();
         assert!(!log.contains('\u{1b}') && !log.contains("\n2026-01-01T"), "{log}");
     });
 }

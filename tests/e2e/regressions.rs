@@ -395,8 +395,7 @@ fn blocklistd_leaked_sockets() {
         tls::keys(lab);
         let rfw = lab.start(&format!("local.server\n{}", tls::CONF));
         ask("PUT /drop/input/any/1.2.3.4");
-        let idle = || rfw.threads() == 7; // main, and two for each of three listeners
-        await_true("no connection is left", 2 + SLACK, idle);
+        let idle = rfw.await_idle();
         let before = spent(&rfw).1;
         let hello = tls::client_hello();
         let close = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
@@ -423,7 +422,7 @@ fn blocklistd_leaked_sockets() {
                 }
             }
         }
-        await_true("as before", 2 + SLACK, || spent(&rfw).1 == before && idle());
+        await_true("as before", 2 + SLACK, || spent(&rfw).1 == before && rfw.threads() == idle);
     });
 }
 

@@ -654,7 +654,7 @@ fn a_foreign_rule_that_used_a_set_kept_rfw_from_starting() {
                 rfw.restart();
                 await_true(&what, 3 + SLACK, || enforced(lab) == want);
                 assert_eq!(lab.others(), others, "{what}");
-                let log = lab.read("rfw.log");
+                let log = lab.log();
                 let destroyed = |line: &str| line.contains(&format!("destroyed the set {set}:"));
                 assert!(exists() && !log.lines().any(destroyed), "{what}\n{log}");
                 let told = |line: &str| line.contains(" WARNING ") && line.contains(set);

@@ -405,7 +405,7 @@ fn sets_that_others_change_destroy_or_use() {
         await_true("an address that nobody has put goes", 3 + SLACK, are_right);
         lab.ipset("flush rfw4:drop:in:any");
         await_true("a flushed set is filled", 3 + SLACK, are_right);
-        assert!(lab.read("rfw.log").contains("WARNING rules restored"));
+        assert!(lab.log().contains("WARNING rules restored"));
 
         let destroy = "ipset destroy rfw4:accept:in:any";
         let iptables = lab.iptables_path(); // rfw may restore its rule before the set is gone
@@ -586,7 +586,7 @@ fn a_whitelist_that_has_grown() {
         lab.write("white.list", "10.5.0.0/16\n2001:db8::7\n");
         rfw.restart();
         assert_eq!(entries(lab), ["rfw4:drop:in:any 1.1.1.1", "rfw6:drop:in:any 2001:db8:1::1"]);
-        let log = lab.read("rfw.log");
+        let log = lab.log();
         assert!(
             log.lines().any(|line| line.contains(" WARNING ") && line.contains("10.5.5.5")),
             "{log}"

@@ -145,7 +145,7 @@ fn a_power_cut() {
             let count = (end - HEADER.len()) / put(1).len();
             assert_eq!(lab.rules().len(), count, "{end}");
             let torn = HEADER.len() + count * put(1).len() < end;
-            assert_eq!(lab.read("rfw.log").contains("the last line is incomplete"), torn, "{end}");
+            assert_eq!(lab.log().contains("the last line is incomplete"), torn, "{end}");
             assert_eq!(ask("PUT /drop/input/any/7.7.7.7").status, 200);
             drop(rfw);
             assert_eq!(lines(lab).lines().count(), count + 1, "{end}");

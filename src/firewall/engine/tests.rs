@@ -581,7 +581,7 @@ impl World {
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
         let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM };
-        let log = Arc::new(Log { file: None, stderr: None });
+        let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
         let message = |error| match error {
