@@ -12,7 +12,7 @@
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`log`],
 //! [`metrics`] and [`clock`]. The other way round goes [`client`], the same program by the name of rfwc:
 //! from the command line to the request, with what [`http`] has for it
-//! ([`http::answer`], [`http::tls`], [`http::timed`]).
+//! ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
 #![cfg_attr(
     test,

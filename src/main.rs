@@ -198,7 +198,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
-    let (received, sent, guesses) = Default::default();
+    let (received, sent, throttle) = Default::default();
     let server = Server {
         firewall,
         whitelist,
@@ -206,7 +206,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         metrics,
         grammar,
         credentials,
-        guesses,
+        throttle,
         received,
         sent,
         addresses,

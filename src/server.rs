@@ -5,11 +5,11 @@ use crate::config::{Config, Local};
 use crate::firewall::Firewall;
 use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Outcome, Verdict};
-use crate::http::auth::{self, Client, Credentials, Guesses};
+use crate::http::auth::{self, Credentials, LoginThrottle, Principal};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
-use crate::http::response::Reply;
-use crate::http::stream::Stream;
+use crate::http::response::ResponseWriter;
+use crate::http::stream::HttpStream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
 use crate::metrics::Metrics;
@@ -54,7 +54,7 @@ pub struct Server {
     pub metrics: Arc<Metrics>,
     pub grammar: Grammar,
     pub credentials: Option<Credentials>,
-    pub guesses: Guesses,
+    pub throttle: LoginThrottle,
     /// Held once more for each list that is being received, and sent.
     pub received: Arc<()>,
     pub sent: Arc<()>,
@@ -157,9 +157,9 @@ impl Server {
     fn seat(self: &Arc<Server>, door: &Arc<Door>, socket: TcpStream, peer: IpAddr) {
         let socket = Arc::new(socket);
         let Some(place) = door.places.take(&socket) else {
-            if let (None, Ok(mut stream)) = (&door.tls, Stream::new(socket, None)) {
+            if let (None, Ok(mut stream)) = (&door.tls, HttpStream::new(socket, None)) {
                 let busy = Refusal::Busy("All places are taken.".into());
-                Reply::new(&mut stream, None).refuse(&busy);
+                ResponseWriter::new(&mut stream, None).refuse(&busy);
             }
             return;
         };
@@ -167,7 +167,7 @@ impl Server {
         self.metrics.connections.add(1);
         let serve = move || {
             server.metrics.open_connections.add(1);
-            if let Ok(stream) = Stream::new(socket, door.tls.as_ref()) {
+            if let Ok(stream) = HttpStream::new(socket, door.tls.as_ref()) {
                 serve(&server, &door, stream, peer, &place);
             }
             server.metrics.open_connections.less_one();
@@ -189,10 +189,10 @@ struct Visit<'a> {
 }
 
 /// Serves one connection: head, request, answer, and again.
-fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: &Place) {
+fn serve(server: &Server, door: &Door, mut stream: HttpStream, peer: IpAddr, place: &Place) {
     let mut visit = Visit { server, door, peer, place, since: Instant::now() };
     loop {
-        stream.give(HEAD_TIME);
+        stream.set_deadline(HEAD_TIME);
         let waits = !stream.has_received();
         if waits {
             place.is(State::Waiting(Instant::now()));
@@ -209,13 +209,13 @@ fn serve(server: &Server, door: &Door, mut stream: Stream, peer: IpAddr, place: 
         }
         place.is(State::Serving(visit.since));
         let mut who = format!("{peer} -");
-        let mut reply = Reply::new(&mut stream, request.as_ref().ok());
+        let mut response = ResponseWriter::new(&mut stream, request.as_ref().ok());
         let result = match &request {
-            Ok(request) => visit.carry_out(request, &mut reply, &mut who),
+            Ok(request) => visit.carry_out(request, &mut response, &mut who),
             Err(refusal) => Err(refusal.clone()),
         };
-        let result = result.unwrap_or_else(|refusal| reply.refuse(&refusal));
-        let keep = reply.keep;
+        let result = result.unwrap_or_else(|refusal| response.refuse(&refusal));
+        let keep = response.keep;
         record(server, request.ok(), &who, &result, started.elapsed());
         if !keep {
             place.is(State::Waiting(started)); // it is of no more use
@@ -229,17 +229,17 @@ impl Visit<'_> {
     fn carry_out(
         &self,
         request: &Request,
-        reply: &mut Reply<'_>,
+        response: &mut ResponseWriter<'_>,
         who: &mut String,
     ) -> Result<String, Refusal> {
         let Visit { server, door, peer, .. } = self;
         door.check_host(request)?;
         let credentials = server.credentials.as_ref().filter(|_| door.authentication);
         let authorization = request.authorization.as_deref();
-        let client =
-            auth::admit(*peer, authorization, credentials, &server.guesses, Instant::now())
+        let principal =
+            auth::authenticate(*peer, authorization, credentials, &server.throttle, Instant::now())
                 .inspect_err(|_| server.metrics.refused_logins.add(1))?;
-        *who = client.to_string();
+        *who = principal.to_string();
         let command = Command::parse(request, server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
             return Err(NO_BODY);
@@ -257,28 +257,28 @@ impl Visit<'_> {
         }
         match command {
             Command::Help => {
-                reply.push(&api::help(&server.addresses, server.grammar));
-                reply.end("text/plain; charset=utf-8");
+                response.push(&api::help(&server.addresses, server.grammar));
+                response.end("text/plain; charset=utf-8");
                 Ok("helped".into())
             }
             Command::Metrics => {
-                reply.push(&server.metrics.text());
-                reply.end("text/plain; version=0.0.4; charset=utf-8");
+                response.push(&server.metrics.text());
+                response.end("text/plain; version=0.0.4; charset=utf-8");
                 Ok("measured".into())
             }
-            Command::List(chain) => send_list(server, &client, chain, reply),
+            Command::List(chain) => send_list(server, &principal, chain, response),
             Command::Change(rule, action) => {
                 let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
-                let outcome = self.apply(&client, change)?;
-                reply.push(&api::outcome_json(&rule, &outcome));
-                reply.end("application/json");
+                let outcome = self.apply(&principal, change)?;
+                response.push(&api::outcome_json(&rule, &outcome));
+                response.end("application/json");
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
             Command::ChangeAll(template, action) => {
-                let (change, left_out) = self.read_list(request, reply, template, action)?;
-                let tally = self.apply(&client, change)?.tally;
-                reply.push(&api::tally_json(action, &tally, &left_out));
-                reply.end("application/json");
+                let (change, left_out) = self.read_list(request, response, template, action)?;
+                let tally = self.apply(&principal, change)?.tally;
+                response.push(&api::tally_json(action, &tally, &left_out));
+                response.end("application/json");
                 let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
                 Ok(format!("applied: {counts}{} whitelisted", left_out.count))
             }
@@ -288,19 +288,19 @@ impl Visit<'_> {
     fn read_list(
         &self,
         request: &Request,
-        reply: &mut Reply<'_>,
+        response: &mut ResponseWriter<'_>,
         template: rule::RuleTemplate,
         action: Action,
     ) -> Result<(Permitted, LeftOut), Refusal> {
         let too_many = |TooMany| Refusal::TooMany;
         let mut list = List::new(&self.server.whitelist);
-        reply.receive(request, |bytes| list.push(bytes).map_err(too_many))?;
+        response.receive(request, |bytes| list.push(bytes).map_err(too_many))?;
         list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)
     }
 
-    fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
+    fn apply(&self, principal: &Principal, change: Permitted) -> Result<Outcome, Refusal> {
         self.place.is(State::Working);
-        let outcome = self.server.firewall.apply(client, change);
+        let outcome = self.server.firewall.apply(principal, change);
         self.place.is(State::Serving(self.since));
         outcome
     }
@@ -308,17 +308,17 @@ impl Visit<'_> {
 
 fn send_list(
     server: &Server,
-    client: &Client,
+    principal: &Principal,
     chain: Option<Chain>,
-    reply: &mut Reply<'_>,
+    response: &mut ResponseWriter<'_>,
 ) -> Result<String, Refusal> {
     let mut before = "[";
     let mut push = |number: usize, tagged: &TaggedRule| {
-        let go_on = reply.push(before) && reply.push(&api::listed_json(number, tagged));
+        let go_on = response.push(before) && response.push(&api::listed_json(number, tagged));
         before = ",\n";
         go_on
     };
-    for (number, tagged) in server.firewall.list(client, chain)? {
+    for (number, tagged) in server.firewall.list(principal, chain)? {
         let mut here = true;
         if tagged.rule.template().is_none() {
             here = push(number, &tagged);
@@ -332,8 +332,8 @@ fn send_list(
             break;
         }
     }
-    reply.push(if before == "[" { "[]\n" } else { "]\n" });
-    reply.end("application/json");
+    response.push(if before == "[" { "[]\n" } else { "]\n" });
+    response.end("application/json");
     Ok("listed".into())
 }
 

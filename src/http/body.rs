@@ -8,7 +8,7 @@
 
 use super::refusal::Refusal;
 use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
-use super::stream::{Stream, is_timeout};
+use super::stream::{HttpStream, is_timeout};
 use std::io::{self, BufRead, Read};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ const CHUNK: Refusal =
 
 /// Reads the body of a request from its connection.
 pub fn receive(
-    stream: &mut Stream,
+    stream: &mut HttpStream,
     request: &Request,
     each: impl FnMut(&[u8]) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
@@ -41,7 +41,7 @@ pub fn receive(
     if request.expects_continue && !stream.has_received() {
         stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
     }
-    stream.give(PACE.1);
+    stream.set_deadline(PACE.1);
     read(&mut Paced { stream, left: PACE.0 }, request.body, MAX_BODY, each)
 }
 
@@ -163,7 +163,7 @@ fn fault(error: io::Error) -> Refusal {
 
 /// A connection that has to keep the pace.
 struct Paced<'a> {
-    stream: &'a mut Stream,
+    stream: &'a mut HttpStream,
     /// Bytes that are still to come in time.
     left: usize,
 }
@@ -186,7 +186,7 @@ impl BufRead for Paced<'_> {
         self.left = self.left.saturating_sub(count);
         if self.left == 0 {
             self.left = PACE.0;
-            self.stream.give(PACE.1);
+            self.stream.set_deadline(PACE.1);
         }
     }
 }
@@ -320,7 +320,7 @@ mod tests {
             let (mut client, mut stream) = pair();
             client.write_all(b"abc").unwrap();
             stream.fill().unwrap();
-            stream.give(Duration::ZERO);
+            stream.set_deadline(Duration::ZERO);
             client.shutdown(Shutdown::Write).unwrap();
             let mut paced = Paced { stream: &mut stream, left: due };
             assert_eq!(paced.read(&mut [0; 2]).unwrap(), 2);
