@@ -18,6 +18,10 @@ impl Number {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
     pub fn set(&self, count: usize) {
         self.0.store(count, Ordering::Relaxed);
     }
@@ -25,7 +29,7 @@ impl Number {
 
 impl fmt::Display for Number {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.load(Ordering::Relaxed).fmt(f)
+        self.get().fmt(f)
     }
 }
 
@@ -44,6 +48,13 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// How many rules rfw keeps in a chain, or in all.
+    pub fn rules_in(&self, chain: Option<Chain>) -> usize {
+        let rows = Chain::ALL.iter().zip(&self.rules);
+        let wanted = rows.filter(|(known, _)| chain.is_none_or(|chain| chain == **known));
+        wanted.flat_map(|(_, row)| row).fold(0, |sum, number| sum.saturating_add(number.get()))
+    }
+
     /// All of them, each with its help and type.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -90,6 +101,10 @@ mod tests {
     fn text() {
         let metrics = Metrics::default();
         metrics.rules[Chain::Forward as usize][Target::Accept as usize].set(7);
+        metrics.rules[Chain::Input as usize][Target::Drop as usize].set(5);
+        for (chain, count) in [(None, 12), (Some(Chain::Input), 5), (Some(Chain::Output), 0)] {
+            assert_eq!(metrics.rules_in(chain), count, "{chain:?}");
+        }
         metrics.expired.add(3);
         metrics.open_connections.add(2);
         metrics.open_connections.less_one();
@@ -98,7 +113,8 @@ mod tests {
             "# HELP rfw_rules Rules that rfw keeps, addresses in sets included.",
             "# TYPE rfw_rules gauge",
             "rfw_rules{chain=\"FORWARD\",target=\"ACCEPT\"} 7",
-            "rfw_rules{chain=\"INPUT\",target=\"DROP\"} 0",
+            "rfw_rules{chain=\"INPUT\",target=\"DROP\"} 5",
+            "rfw_rules{chain=\"OUTPUT\",target=\"DROP\"} 0",
             "# TYPE rfw_expired_rules_total counter",
             "rfw_expired_rules_total 3",
             "rfw_connections 1",

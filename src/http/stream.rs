@@ -10,10 +10,9 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a connection lingers for a peer that still sends, so that the
-/// answer is not lost to a reset (RFC 9112, 9.6), and how much it may send.
+/// How long a connection lingers for a peer that still sends, however much, so that the answer is
+/// not lost to a reset (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: u64 = 256 * 1024;
 
 /// How many bytes are received at a time.
 const PIECE: usize = 8192;
@@ -109,7 +108,7 @@ impl HttpStream {
         }
         let socket = self.socket();
         if socket.stream.shutdown(Shutdown::Write).is_ok() {
-            let _ = io::copy(&mut socket.take(LINGER_BYTES), &mut io::sink());
+            let _ = io::copy(socket, &mut io::sink());
         }
     }
 
