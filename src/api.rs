@@ -8,12 +8,14 @@ use crate::http::request::{Body, Request};
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::LeftOut;
 use crate::rule::net::Net;
+use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
 
-/// What a client may ask for.
+/// What a client may ask for. Changes are an [`Intent`] until its user's rights make them
+/// [`Allowed`].
 #[derive(PartialEq, Eq, Debug)]
-pub enum Command {
+pub enum Command<A> {
     /// The help text.
     Help,
     /// Counters for Prometheus.
@@ -21,11 +23,11 @@ pub enum Command {
     /// Rules of the kernel.
     List(Filter),
     /// All rules with a tag less, in one chain or in all.
-    DeleteTag(Tag, Option<Chain>),
+    DeleteTag(A, Option<Chain>),
     /// A rule more or less.
-    Change(Rule, Action),
+    Change(Rule, A),
     /// The rules of a template for each line of the body, more or less.
-    ChangeAll(RuleTemplate, Action),
+    ChangeAll(RuleTemplate, A),
 }
 
 /// The parts of the grammar that rfw.conf sets.
@@ -50,9 +52,9 @@ struct Query {
     ip: Option<String>,
 }
 
-impl Command {
+impl Command<Intent> {
     /// Reads method, path and query.
-    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command, Refusal> {
+    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command<Intent>, Refusal> {
         let path = request.path.strip_suffix('/').unwrap_or(&request.path);
         let segments = path.split('/').skip(1).map(decode).collect::<Option<Vec<_>>>();
         let segments = segments.ok_or(Refusal::Rule(RuleError::Shape))?;
@@ -67,20 +69,53 @@ impl Command {
             }
             [_, _, _] if request.body != Body::Length(0) => {
                 let template = RuleTemplate::parse(&segments);
-                let (action, tag) = query.action(request, template.as_ref().err(), grammar)?;
-                let template = RuleTemplate { tag, ..template.map_err(Refusal::Rule)? };
-                grammar.check(action, true).map(|()| Command::ChangeAll(template, action))
+                let intent = query.intent(request, template.as_ref().err(), grammar)?;
+                let template = template.map_err(Refusal::Rule)?;
+                grammar.check(intent.action, true).map(|()| Command::ChangeAll(template, intent))
             }
             _ => {
                 let rule = Rule::parse(&segments);
-                let (action, tag) = query.action(request, rule.as_ref().err(), grammar)?;
-                if matches!(action, Action::Replace(_)) {
+                let intent = query.intent(request, rule.as_ref().err(), grammar)?;
+                if matches!(intent.action, Action::Replace(_)) {
                     return Err(Refusal::Query("The parameter 'replace' goes with a list.".into()));
                 }
-                let rule = Rule { tag, ..rule.map_err(Refusal::Rule)? };
-                let action_fits = grammar.check(action, rule.template().is_some());
-                action_fits.map(|()| Command::Change(rule, action))
+                let rule = rule.map_err(Refusal::Rule)?;
+                let action_fits = grammar.check(intent.action, rule.template().is_some());
+                action_fits.map(|()| Command::Change(rule, intent))
             }
+        }
+    }
+
+    /// Decides whether a user with these rights may give this command.
+    pub fn allow(self, rights: &Rights) -> Result<Command<Allowed>, Refusal> {
+        let allow = |intent| {
+            let allowed = rights.allow(intent).map_err(Refusal::Forbidden)?;
+            match (allowed.action(), allowed.tag()) {
+                (Action::Replace(_), Tag::NONE) => {
+                    Err(Refusal::Query("The parameter 'replace' needs a tag: &tag=NAME.".into()))
+                }
+                _ => Ok(allowed),
+            }
+        };
+        Ok(match self {
+            Command::Help => Command::Help,
+            Command::Metrics => Command::Metrics,
+            Command::List(filter) => Command::List(filter),
+            Command::DeleteTag(intent, chain) => Command::DeleteTag(allow(intent)?, chain),
+            Command::Change(rule, intent) => Command::Change(rule, allow(intent)?),
+            Command::ChangeAll(template, intent) => Command::ChangeAll(template, allow(intent)?),
+        })
+    }
+}
+
+impl Command<Allowed> {
+    /// The tag of the rules that it changes.
+    pub fn tag(&self) -> Tag {
+        match self {
+            Command::Help | Command::Metrics | Command::List(_) => Tag::NONE,
+            Command::DeleteTag(allowed, _)
+            | Command::Change(_, allowed)
+            | Command::ChangeAll(_, allowed) => allowed.tag(),
         }
     }
 }
@@ -129,7 +164,11 @@ impl Query {
         Ok(parsed)
     }
 
-    fn only_get(&self, request: &Request, command: Command) -> Result<Command, Refusal> {
+    fn only_get(
+        &self,
+        request: &Request,
+        command: Command<Intent>,
+    ) -> Result<Command<Intent>, Refusal> {
         let others = [&self.expire, &self.modify, &self.tag, &self.replace, &self.ip];
         match request.method.as_str() {
             "GET" if others.iter().all(|value| value.is_none()) => Ok(command),
@@ -139,7 +178,7 @@ impl Query {
     }
 
     /// The rules of a chain or of all, to be shown or deleted.
-    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command, Refusal> {
+    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command<Intent>, Refusal> {
         let others = [&self.expire, &self.modify, &self.replace];
         let takes = match request.method.as_str() {
             "GET" => "'ip' and 'tag'",
@@ -155,7 +194,8 @@ impl Query {
         let tag = self.tag.as_deref();
         if request.method == "DELETE" {
             let tag = tag.ok_or(Refusal::Query("Name what to delete: ?tag=NAME.".into()))?;
-            return Ok(Command::DeleteTag(parse_tag(tag)?, chain));
+            let intent = Intent { action: Action::Delete, tag: parse_tag(tag)? };
+            return Ok(Command::DeleteTag(intent, chain));
         }
         let tag = tag.map(|tag| if tag.is_empty() { Ok(Tag::NONE) } else { parse_tag(tag) });
         let net = self.ip.map(|ip| Net::parse(&ip).ok_or(RuleError::Address(ip)));
@@ -163,13 +203,13 @@ impl Query {
         Ok(Command::List(Filter { chain, tag: tag.transpose()?, net }))
     }
 
-    /// What is to be done about the rules of a path, in which this is wrong, and their tag.
-    fn action(
+    /// What is to be done about the rules of a path, in which this is wrong.
+    fn intent(
         self,
         request: &Request,
         wrong: Option<&RuleError>,
         grammar: Grammar,
-    ) -> Result<(Action, Tag), Refusal> {
+    ) -> Result<Intent, Refusal> {
         if wrong == Some(&RuleError::Unknown) {
             return Err(Refusal::NotFound);
         }
@@ -185,18 +225,19 @@ impl Query {
         };
         let action = match (is_put, self.replace) {
             (true, None) => Action::Put,
-            (true, Some(_)) if tag != Tag::NONE => Action::Replace,
-            (true, Some(_)) => return refused("The parameter 'replace' needs a tag: &tag=NAME."),
+            (true, Some(_)) => Action::Replace,
             (false, Some(_)) => return refused("The parameter 'replace' goes with PUT only."),
             (false, None) if self.expire.is_some() => {
                 return refused("The parameter 'expire' goes with PUT only.");
             }
-            (false, None) if is_any => return Ok((Action::DeleteAnyTag, tag)),
-            (false, None) => return Ok((Action::Delete, tag)),
+            (false, None) if is_any => return Ok(Intent { action: Action::DeleteAnyTag, tag }),
+            (false, None) => return Ok(Intent { action: Action::Delete, tag }),
         };
-        let Some(text) = self.expire else { return Ok((action(grammar.default_expire), tag)) };
-        let seconds = interval::parse(&text).ok_or(Refusal::Expire(text))?;
-        Ok((action(seconds), tag))
+        let seconds = match self.expire {
+            None => grammar.default_expire,
+            Some(text) => interval::parse(&text).ok_or(Refusal::Expire(text))?,
+        };
+        Ok(Intent { action: action(seconds), tag })
     }
 
     fn is_put(&self, request: &Request, grammar: Grammar) -> Result<bool, Refusal> {
@@ -256,7 +297,7 @@ pub fn modifies(request: &Request) -> bool {
 }
 
 /// The answer to a change of one rule.
-pub fn outcome_json(rule: &Rule, Outcome { tally, expires }: &Outcome) -> String {
+pub fn outcome_json(rule: &Rule, tag: Tag, Outcome { tally, expires }: &Outcome) -> String {
     format!(
         "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{},\"tag\":{}}}\n",
         tally.single().map_or("", Verdict::name),
@@ -264,7 +305,7 @@ pub fn outcome_json(rule: &Rule, Outcome { tally, expires }: &Outcome) -> String
         rule.target.name(),
         ends_json(rule),
         json::number(*expires),
-        tag_json(rule.tag)
+        tag_json(tag)
     )
 }
 
@@ -338,7 +379,7 @@ mod tests {
         let head = format!("{line} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
         let request = Request::parse(head.as_bytes()).unwrap();
         let grammar = Grammar { default_expire: 7, non_restful, sets: true };
-        match Command::parse(&request, grammar) {
+        match Command::parse(&request, grammar).and_then(|command| command.allow(&Rights::All)) {
             Ok(Command::Help) => "help".into(),
             Ok(Command::Metrics) => "metrics".into(),
             Ok(Command::List(Filter { chain, tag, net })) => {
@@ -347,12 +388,15 @@ mod tests {
                 let net = net.map(|net| format!(" ip {net}")).unwrap_or_default();
                 format!("list {chain}{tag}{net}")
             }
-            Ok(Command::DeleteTag(tag, chain)) => {
-                format!("delete {} {tag}", chain.map_or("all", Chain::name))
+            Ok(Command::DeleteTag(allowed, chain)) => {
+                format!("delete {} {}", chain.map_or("all", Chain::name), allowed.tag())
             }
-            Ok(Command::Change(rule, action)) => format!("{action:?} {rule}"),
-            Ok(Command::ChangeAll(template, action)) => {
-                format!("{action:?} {} …", template.rule(Net::any(Family::V4)))
+            Ok(Command::Change(rule, allowed)) => {
+                format!("{:?} {rule}{}", allowed.action(), allowed.tag())
+            }
+            Ok(Command::ChangeAll(template, allowed)) => {
+                let rule = template.rule(Net::any(Family::V4));
+                format!("{:?} {rule}{} …", allowed.action(), allowed.tag())
             }
             Err(Refusal::Method(allow)) => format!("405 {allow}"),
             Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
@@ -506,7 +550,7 @@ mod tests {
         tally.add(Verdict::Refreshed, 1);
         let outcome = Outcome { tally: tally.clone(), expires: Some(9) };
         assert_eq!(
-            outcome_json(&rule, &outcome),
+            outcome_json(&rule, Tag::NONE, &outcome),
             r#"{"result":"refreshed","rule":{"chain":"FORWARD","target":"DROP","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0"},"expires":9,"tag":null}
 "#
         );

@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 const FLAGS: &str = "outward.server outward.server.tls12 local.server \
                      local.server.authentication non.restful";
 const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
-                        outward.server.keyfile outward.server.clientca local.server.port auth.username auth.password \
-                        default.expire whitelist.file iptables.path ip6tables.path \
+                        outward.server.keyfile outward.server.clientca local.server.port \
+                        auth.username auth.password auth.file default.expire whitelist.file iptables.path ip6tables.path \
                         ipset.path ipset.maxelem state.file";
 
 /// The HTTPS server for remote clients.
@@ -44,6 +44,8 @@ pub struct Config {
     pub outward: Option<Outward>,
     pub local: Option<Local>,
     pub credentials: Option<Credentials>,
+    /// The file that names more users.
+    pub users: Option<Named>,
     pub non_restful: bool,
     /// Seconds; 0 is for ever.
     pub default_expire: u64,
@@ -130,6 +132,7 @@ impl Config {
         }
         Ok(Config {
             credentials: entries.credentials(&local)?,
+            users: optional("auth.file")?,
             outward,
             local,
             non_restful: entries.flag("non.restful").is_some(),
@@ -216,12 +219,13 @@ impl<'a> Entries<'a> {
         }
     }
 
-    /// The user, whom the outward server needs, and the local one if it asks.
+    /// The user, whom the outward server needs, and the local one if it asks, where there is no
+    /// auth.file.
     fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, LineError> {
         let local = local.as_ref().is_some_and(|local| local.authentication);
         let asking = self.flag("outward.server").or(self.flag("local.server").filter(|_| local));
         let set = ["auth.username", "auth.password"].iter().any(|key| self.0.contains_key(key));
-        if asking.is_none() && !set {
+        if !set && (asking.is_none() || self.flag("auth.file").is_some()) {
             return Ok(None);
         }
         let line = asking.unwrap_or(0);
@@ -318,6 +322,14 @@ mod tests {
         assert_eq!(outward.clientca.unwrap().path, Path::new("/etc/rfw/ca"));
         // The local server may have a user whom it does not ask for.
         assert!(parse(&format!("{LEAST}auth.username = a\nauth.password = b")).is_ok());
+        // A file of users is enough, and may go with that user.
+        let keys = "local.server.authentication\nauth.file = users";
+        let config = parse(&format!("{LEAST}{keys}")).unwrap();
+        let users = config.users.unwrap();
+        assert!(config.credentials.is_none());
+        assert_eq!((users.path.as_path(), users.line), (Path::new("/etc/rfw/users"), 5));
+        let config = parse(&format!("{LEAST}{OUTWARD}auth.file = users")).unwrap();
+        assert!(config.credentials.is_some() && config.users.is_some());
     }
 
     /// The line that names a file, for messages about the file.
@@ -367,6 +379,8 @@ mod tests {
             ("local.server.authentication", 2, "auth.username is needed"),
             ("auth.username = a", 0, "auth.password is needed"),
             ("auth.username = a:b\nauth.password = c", 4, "colon"),
+            ("auth.file =", 4, "no value"),
+            ("auth.file = u\nauth.username = a", 0, "auth.password is needed"),
         ];
         for (lines, line, words) in table {
             let error = parse(&format!("{LEAST}{lines}\n")).err().unwrap();

@@ -8,7 +8,7 @@ use rfw::firewall::iptables::{Iptables, restore_beside};
 use rfw::firewall::process::InstanceLock;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
-use rfw::http::auth::LoginThrottle;
+use rfw::http::auth::{LoginThrottle, Users};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
@@ -142,9 +142,9 @@ impl Options {
 }
 
 /// Reads rfw.conf and what it names, or says in one sentence what is wrong.
-fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
+fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), String> {
     let folder = file.parent().unwrap_or(Path::new("."));
-    let config = Config::parse(&read_text(file)?, folder).map_err(|error| at(file, &error))?;
+    let mut config = Config::parse(&read_text(file)?, folder).map_err(|error| at(file, &error))?;
     let blame = |named: &Named| {
         let line = named.line;
         move |message| at(file, &LineError { line, message })
@@ -152,6 +152,11 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
     let list = &config.whitelist;
     let text = read_text(&list.path).map_err(blame(list))?;
     let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
+    let mut users = Users::new(config.credentials.take());
+    if let Some(named) = &config.users {
+        let text = read_text(&named.path).map_err(blame(named))?;
+        users.add(&text).map_err(|error| at(&named.path, &error))?;
+    }
     let acceptor = match &config.outward {
         None => None,
         Some(Outward { certfile, keyfile, clientca, tls12, .. }) => {
@@ -179,12 +184,12 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Option<Acceptor>), String> {
     if let Some(ipset) = &config.ipset {
         check_program(&ipset.path).map_err(blame(ipset))?;
     }
-    Ok((config, whitelist, acceptor))
+    Ok((config, whitelist, users, acceptor))
 }
 
 /// Starts, and stays; or says in one sentence why not.
 fn run(options: &Options) -> Result<Infallible, String> {
-    let (config, whitelist, acceptor) = load(&options.file)?;
+    let (config, whitelist, users, acceptor) = load(&options.file)?;
     let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
@@ -218,7 +223,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     })?;
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
-    let Config { default_expire, non_restful, credentials, .. } = config;
+    let Config { default_expire, non_restful, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
     let server = Server {
         firewall,
@@ -226,7 +231,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         log,
         metrics,
         grammar,
-        credentials,
+        users,
         throttle: LoginThrottle::default(),
         uploads: ConnectionLimiter::new(UPLOADS),
         listings: ConnectionLimiter::new(LISTINGS),

@@ -1,13 +1,26 @@
-//! Who is asking: Basic authentication, RFC 7617.
+//! Who is asking: Basic authentication, RFC 7617, and the users, who stand in rfw.conf and in the
+//! file that `auth.file` names:
+//!
+//! ```text
+//! file = *( line LF ) [ line ]
+//! line = *WSP [ "#" comment / name ":" password 1*WSP rights ] *WSP
+//! ```
+//!
+//! Names and passwords there hold no white space.
 
 use super::refusal::Refusal;
+use crate::rule::rights::Rights;
+use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The one user name and password, as a client would send them.
+/// Users at most, in rfw.conf and the file together: each is compared with every request.
+const MAX_USERS: usize = 256;
+
+/// A user name and password, as a client would send them.
 ///
 /// Comparing in this form needs no decoder, and a password that a decoder
 /// would cut at a NUL or read in two ways is just a different one.
@@ -16,10 +29,26 @@ pub struct Credentials {
     token: String,
 }
 
-/// Somebody who may ask for changes. Only [`authenticate`] makes one.
+struct User {
+    credentials: Credentials,
+    rights: Rights,
+}
+
+/// Those who may log in, each name once.
+#[derive(Default)]
+pub struct Users(Vec<User>);
+
+/// Somebody who is known, or whom nobody asked. Only [`authenticate`] makes one.
 pub struct Principal {
     peer: IpAddr,
     user: Option<String>,
+    rights: Rights,
+}
+
+impl Principal {
+    pub fn rights(&self) -> &Rights {
+        &self.rights
+    }
 }
 
 /// For the log: address and user, `-` where no credentials were asked for.
@@ -49,6 +78,61 @@ impl Credentials {
     /// The field of a request that shows them, with its CRLF.
     pub fn field(&self) -> String {
         format!("Authorization: Basic {}\r\n", self.token)
+    }
+}
+
+impl Users {
+    /// The user of rfw.conf, who may do everything, if there is one.
+    pub fn new(admin: Option<Credentials>) -> Users {
+        let admin = admin.map(|credentials| User { credentials, rights: Rights::All });
+        Users(admin.into_iter().collect())
+    }
+
+    /// Adds those of a file. No error shows a password.
+    pub fn add(&mut self, text: &str) -> Result<(), LineError> {
+        let before = self.0.len();
+        for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+            if !line.is_empty() && !line.starts_with('#') {
+                let added = self.add_line(line);
+                added.map_err(|message| LineError { line: number, message })?;
+            }
+        }
+        match self.0.len() > before {
+            true => Ok(()),
+            false => Err(LineError {
+                line: 0,
+                message: "it names no user; write NAME:PASSWORD RIGHTS".into(),
+            }),
+        }
+    }
+
+    fn add_line(&mut self, line: &str) -> Result<(), String> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [pair, rights] = *words else {
+            return Err("write NAME:PASSWORD RIGHTS, without other spaces".into());
+        };
+        let (name, password) = pair.split_once(':').unwrap_or_default();
+        let credentials = Credentials::new(name, password)
+            .ok_or("write NAME:PASSWORD, neither of them empty or with a control character")?;
+        // What stands there may be the end of a password with a space.
+        let rights = Rights::parse(rights)
+            .ok_or("the rights are not valid; write all, read or tag=NAME[,NAME...]")?;
+        if self.0.iter().any(|user| user.credentials.user == name) {
+            return Err(format!("user '{name}' exists already, in this file or as auth.username"));
+        }
+        if self.0.len() >= MAX_USERS {
+            return Err(format!("there may be {MAX_USERS} users, auth.username included"));
+        }
+        self.0.push(User { credentials, rights });
+        Ok(())
+    }
+
+    /// Compares with all of them, even behind the right one, in a time that depends on the length
+    /// of `token` alone.
+    fn find(&self, token: &[u8]) -> Option<&User> {
+        self.0.iter().fold(None, |found, user| {
+            if same(token, user.credentials.token.as_bytes()) { Some(user) } else { found }
+        })
     }
 }
 
@@ -90,25 +174,27 @@ impl LoginThrottle {
     }
 }
 
-/// Lets a peer in: with the right credentials, or where none are asked for.
+/// Lets a peer in: with the credentials of a user, or where none are asked for.
 pub fn authenticate(
     peer: IpAddr,
     authorization: Option<&str>,
-    wanted: Option<&Credentials>,
+    users: Option<&Users>,
     throttle: &LoginThrottle,
     now: Instant,
 ) -> Result<Principal, Refusal> {
-    let Some(wanted) = wanted else {
-        return Ok(Principal { peer, user: None });
+    let Some(users) = users else {
+        return Ok(Principal { peer, user: None, rights: Rights::All });
     };
     if let Some(left) = throttle.wait(peer, now) {
         return Err(Refusal::Guessing(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
-    let same = same(token.trim_start_matches(' ').as_bytes(), wanted.token.as_bytes());
-    match same && scheme.eq_ignore_ascii_case("basic") {
-        true => Ok(Principal { peer, user: Some(wanted.user.clone()) }),
-        false => {
+    let user = users.find(token.trim_start_matches(' ').as_bytes());
+    match user.filter(|_| scheme.eq_ignore_ascii_case("basic")) {
+        Some(User { credentials, rights }) => {
+            Ok(Principal { peer, user: Some(credentials.user.clone()), rights: rights.clone() })
+        }
+        None => {
             // Who sends none has not guessed.
             if authorization.is_some() {
                 throttle.add(peer, now);
@@ -188,7 +274,7 @@ mod tests {
 
     #[test]
     fn who_gets_in() {
-        let wanted = Credentials::new("Aladdin", "open sesame").unwrap();
+        let users = Users::new(Credentials::new("Aladdin", "open sesame"));
         let peer = IpAddr::from([192, 0, 2, 1]);
         let right = "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==";
         let table = [
@@ -203,28 +289,101 @@ mod tests {
             // "Aladdin:open sesame\0junk"
             (Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQBqdW5r"), false),
         ];
-        let now = Instant::now();
-        let ask = |authorization, wanted| {
-            authenticate(peer, authorization, wanted, &LoginThrottle::default(), now)
+        let (nobody, now) = (Users::default(), Instant::now());
+        let ask = |authorization, users| {
+            authenticate(peer, authorization, users, &LoginThrottle::default(), now)
         };
         for (authorization, admitted) in table {
-            assert_eq!(ask(authorization, Some(&wanted)).is_ok(), admitted, "{authorization:?}");
+            assert_eq!(ask(authorization, Some(&users)).is_ok(), admitted, "{authorization:?}");
         }
-        assert_eq!(ask(Some(right), Some(&wanted)).unwrap().to_string(), "192.0.2.1 Aladdin");
+        // A server that asks and knows nobody lets nobody in.
+        assert!(ask(Some(right), Some(&nobody)).is_err());
+        assert!(ask(Some("Basic "), Some(&nobody)).is_err());
+        assert_eq!(ask(Some(right), Some(&users)).unwrap().to_string(), "192.0.2.1 Aladdin");
         assert_eq!(ask(None, None).unwrap().to_string(), "192.0.2.1 -");
+        assert_eq!(*ask(None, None).unwrap().rights(), Rights::All);
         assert!(Credentials::new("", "x").is_none() && Credentials::new("x", "").is_none());
         assert!(Credentials::new("a:b", "x").is_none());
     }
 
+    /// Who each token is, among many users; every one is looked at, whoever is right.
+    #[test]
+    fn users() {
+        let mut users = Users::new(Credentials::new("admin", "a"));
+        let text = "# peers\n\n  peer1:p1 tag=peer1,x \r\nguard:p:2#\tread\nroot:é all\n";
+        users.add(text).unwrap();
+        let tags = |names: &str| Rights::parse(names).unwrap();
+        let table = [
+            ("admin:a", Some(("admin", Rights::All))),
+            ("peer1:p1", Some(("peer1", tags("tag=peer1,x")))),
+            ("guard:p:2#", Some(("guard", tags("read")))),
+            ("root:é", Some(("root", Rights::All))),
+            ("root:a", None),
+            ("admin:", None),
+            ("admin:p1", None),
+            ("peer1:p11", None),
+            ("peer1:p", None),
+            ("# peers:", None),
+            (":", None),
+            ("", None),
+        ];
+        for (pair, expected) in table {
+            let found = users.find(base64(pair.as_bytes()).as_bytes());
+            let found = found.map(|user| (user.credentials.user.as_str(), user.rights.clone()));
+            assert_eq!(found, expected, "{pair}");
+        }
+    }
+
+    #[test]
+    fn wrong_files() {
+        let table = [
+            ("", 0, "names no user"),
+            ("# nobody\n\n", 0, "names no user"),
+            ("a:secret", 1, "NAME:PASSWORD RIGHTS"),
+            ("a:secret all\nb:secret\n", 2, "NAME:PASSWORD RIGHTS"),
+            ("a:sec ret all", 1, "without other spaces"),
+            ("a:secret read all", 1, "without other spaces"),
+            ("a:secret tag=a, b", 1, "without other spaces"),
+            ("a:secret all # comment", 1, "without other spaces"),
+            ("asecret all", 1, "NAME:PASSWORD,"),
+            (":secret all", 1, "neither of them empty"),
+            ("#x\n\na: all", 3, "neither of them empty"),
+            ("a:sec\u{1}ret all", 1, "control character"),
+            ("a:my secret", 1, "rights are not valid"),
+            ("a:secret write", 1, "rights are not valid"),
+            ("a:secret tag=", 1, "rights are not valid"),
+            ("a:secret tag=a,A", 1, "rights are not valid"),
+            ("a:secret all\n#\na:secret2 read", 3, "user 'a' exists already"),
+            (
+                "admin:secret all",
+                1,
+                "user 'admin' exists already, in this file or as auth.username",
+            ),
+        ];
+        for (text, line, words) in table {
+            let mut users = Users::new(Credentials::new("admin", "a"));
+            let error = users.add(text).unwrap_err();
+            assert_eq!(error.line, line, "{text}: {}", error.message);
+            assert!(error.message.contains(words), "{text}: {}", error.message);
+            assert!(!error.message.contains("sec"), "a password: {}", error.message);
+        }
+        let text = |count| (0..count).map(|n| format!("u{n}:x read\n")).collect::<String>();
+        assert!(Users::default().add(&text(MAX_USERS)).is_ok());
+        let error = Users::default().add(&text(MAX_USERS + 1)).unwrap_err();
+        assert_eq!((error.line, error.message.contains("256 users")), (257, true));
+        let mut users = Users::new(Credentials::new("admin", "a"));
+        assert_eq!(users.add(&text(MAX_USERS)).unwrap_err().line, 256);
+    }
+
     #[test]
     fn guessing() {
-        let wanted = Credentials::new("Aladdin", "open sesame").unwrap();
+        let users = Users::new(Credentials::new("Aladdin", "open sesame"));
         let right = Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
         let (throttle, start) = (LoginThrottle::default(), Instant::now());
         let peer = |n: u32| IpAddr::V4(n.into());
         let ask = |n: u32, authorization, second: u64| {
             let now = start + Duration::from_secs(second);
-            match authenticate(peer(n), authorization, Some(&wanted), &throttle, now) {
+            match authenticate(peer(n), authorization, Some(&users), &throttle, now) {
                 Ok(_) => "in".into(),
                 Err(Refusal::Guessing(left)) => format!("wait {}", left.as_secs()),
                 Err(_) => "wrong".into(),

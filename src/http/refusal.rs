@@ -4,6 +4,7 @@ use super::json;
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::list::{MAX_ENTRIES, MAX_LINE, Wrong};
 use crate::rule::net::Net;
+use crate::rule::rights::Forbidden;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ pub enum Refusal {
     Unauthorized,
     /// Too many wrong credentials from this address; so long to wait.
     Guessing(Duration),
+    /// Not with the rights of this user.
+    Forbidden(Forbidden),
     NotFound,
     /// The path has a meaning for these methods only.
     Method(&'static str),
@@ -51,11 +54,12 @@ impl Refusal {
         match self {
             Refusal::Http(status, message) => (*status, code(*status), message.to_string()),
             Refusal::Unauthorized => {
-                (401, code(401), "Send the user name and password of rfw.conf.".into())
+                (401, code(401), "Send the user name and password of rfw.conf or auth.file.".into())
             }
             Refusal::Guessing(_) => {
                 (429, code(429), "Too many wrong credentials; wait for a minute.".into())
             }
+            Refusal::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
             Refusal::NotFound | Refusal::Rule(RuleError::Unknown) => {
                 (404, code(404), "No such action or chain; GET / shows what there is.".into())
             }
@@ -172,6 +176,7 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
         200 => ("OK", ""),
         400 => ("Bad Request", "bad_request"),
         401 => ("Unauthorized", "unauthorized"),
+        403 => ("Forbidden", "forbidden"),
         404 => ("Not Found", "not_found"),
         405 => ("Method Not Allowed", "method_not_allowed"),
         408 => ("Request Timeout", "request_timeout"),
@@ -196,6 +201,7 @@ fn code(status: u16) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::tag::Tag;
 
     #[test]
     fn status_code_and_sentence() {
@@ -204,7 +210,16 @@ mod tests {
         let wrong = Wrong { count: 7, lines: vec![(2, RuleError::Long)] };
         let table = [
             (Refusal::Http(414, "x"), 414, "uri_too_long", "x"),
-            (Refusal::Unauthorized, 401, "unauthorized", "Send the user name"),
+            (Refusal::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
+            (Refusal::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
+            (
+                Refusal::Forbidden(Forbidden(
+                    ["a", "b"].map(|tag| Tag::parse(tag).unwrap()).into(),
+                )),
+                403,
+                "forbidden",
+                "GET, and changes with tag=a or tag=b.",
+            ),
             (Refusal::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
             (Refusal::NotFound, 404, "not_found", "No such action"),
             (Refusal::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
@@ -262,6 +277,7 @@ mod tests {
             (200, "OK", ""),
             (400, "Bad Request", "bad_request"),
             (401, "Unauthorized", "unauthorized"),
+            (403, "Forbidden", "forbidden"),
             (404, "Not Found", "not_found"),
             (405, "Method Not Allowed", "method_not_allowed"),
             (408, "Request Timeout", "request_timeout"),

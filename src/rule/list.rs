@@ -7,8 +7,9 @@
 //! ```
 
 use super::net::Net;
+use super::rights::Allowed;
 use super::whitelist::{Permitted, Whitelist};
-use super::{Action, Chain, Change, RuleError, RuleTemplate, Rules, is_narrow, take_block};
+use super::{Chain, RuleError, RuleTemplate, Rules, is_narrow, take_block};
 
 /// The most blocks in a list; a range counts as the blocks that it comes to.
 pub const MAX_ENTRIES: usize = 1_000_000;
@@ -74,7 +75,7 @@ impl List<'_> {
     pub fn finish(
         mut self,
         template: RuleTemplate,
-        action: Action,
+        allowed: Allowed,
     ) -> Result<Result<(Permitted, LeftOut), Wrong>, TooMany> {
         self.end_line()?;
         if self.wrong.count > 0 {
@@ -84,9 +85,8 @@ impl List<'_> {
             nets.sort_unstable();
             nets.dedup();
         }
-        let change = Change { rules: Rules::List(template, self.nets), action };
         let left_out = LeftOut { count: self.left_out.len(), lines: self.told };
-        Ok(Ok((Permitted::sifted(change), left_out)))
+        Ok(Ok((Permitted::sifted(Rules::List(template, self.nets), allowed), left_out)))
     }
 
     fn end_line(&mut self) -> Result<(), TooMany> {
@@ -156,6 +156,9 @@ fn blocks(entry: &str) -> Result<Vec<Net>, RuleError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::Action;
+    use crate::rule::rights::{Intent, Rights};
+    use crate::rule::tag::Tag;
 
     fn read(text: &str, step: usize) -> Result<(String, String), String> {
         let whitelist = Whitelist::parse("10.0.0.0/24\n2001:db8::1").unwrap();
@@ -168,8 +171,9 @@ mod tests {
             let lines = wrong.lines.iter().map(|(line, error)| format!("{line} {error:?}"));
             format!("{}: {}", wrong.count, lines.collect::<Vec<_>>().join(", "))
         };
-        let (permitted, left_out) =
-            list.finish(template, Action::Delete).unwrap().map_err(wrong)?;
+        let intent = Intent { action: Action::Delete, tag: Tag::NONE };
+        let allowed = Rights::All.allow(intent).unwrap();
+        let (permitted, left_out) = list.finish(template, allowed).unwrap().map_err(wrong)?;
         let Rules::List(_, nets) = permitted.into_change().rules else { panic!("no list") };
         let nets: Vec<String> = nets.iter().map(Net::to_string).collect();
         Ok((nets.join(" "), format!("{}: {}", left_out.count, left_out.lines.join(" "))))

@@ -17,6 +17,7 @@
 pub mod interval;
 pub mod list;
 pub mod net;
+pub mod rights;
 pub mod tag;
 pub mod whitelist;
 

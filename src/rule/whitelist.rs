@@ -2,8 +2,8 @@
 //! outward server.
 
 use super::net::Net;
-use super::tag::Tag;
-use super::{Action, Chain, Change, Rule, Rules};
+use super::rights::Allowed;
+use super::{Chain, Change, Rule, Rules};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -12,20 +12,21 @@ pub struct Whitelist {
     nets: Vec<Net>,
 }
 
-/// A change that touches no whitelisted address. Only [`Whitelist::permit`]
-/// and a sifted list make one, and the firewall takes nothing else.
+/// A change that its user may make and that touches no whitelisted address. Only
+/// [`Whitelist::permit`] and a sifted list make one, out of what [`Allowed`] shows, and the
+/// firewall takes nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
 
 impl Permitted {
     /// Of a list, each line of which was looked at.
-    pub(super) fn sifted(change: Change) -> Permitted {
-        Permitted(change)
+    pub(super) fn sifted(rules: Rules, allowed: Allowed) -> Permitted {
+        Permitted(allowed.change(rules))
     }
 
     /// The rules that rfw keeps touch no whitelisted address.
-    pub fn delete_tag(tag: Tag, chain: Option<Chain>) -> Permitted {
-        Permitted(Change { rules: Rules::Tagged(tag, chain), action: Action::Delete })
+    pub fn delete_tag(allowed: Allowed, chain: Option<Chain>) -> Permitted {
+        Permitted(allowed.change(Rules::Tagged(allowed.tag(), chain)))
     }
 
     pub fn into_change(self) -> Change {
@@ -105,9 +106,9 @@ impl Whitelist {
 
     /// Lets the change of a rule pass, or names the whitelisted block that it
     /// overlaps. A list is sifted line by line instead.
-    pub fn permit(&self, rule: Rule, action: Action) -> Result<Permitted, Net> {
+    pub fn permit(&self, rule: Rule, allowed: Allowed) -> Result<Permitted, Net> {
         match self.conflict(&rule) {
-            None => Ok(Permitted(Change { rules: Rules::One(rule), action })),
+            None => Ok(Permitted(allowed.change(Rules::One(rule)))),
             Some(net) => Err(net),
         }
     }
@@ -117,6 +118,8 @@ impl Whitelist {
 mod tests {
     use super::*;
     use crate::rule::Action;
+    use crate::rule::rights::{Intent, Rights};
+    use crate::rule::tag::Tag;
 
     #[test]
     fn files() {
@@ -166,9 +169,10 @@ mod tests {
             ("/drop/forward/any/::/any/2001:db8::2", None),
             ("/drop/input/any/10.2.0.0/16", None),
         ];
+        let intent = Intent { action: Action::Delete, tag: Tag::NONE };
+        let allowed = Rights::All.allow(intent).unwrap();
         for (path, conflict) in table {
-            let net =
-                list.permit(path.parse().unwrap(), Action::Delete).err().map(|net| net.to_string());
+            let net = list.permit(path.parse().unwrap(), allowed).err().map(|net| net.to_string());
             assert_eq!(net.as_deref(), conflict, "{path}");
         }
         assert!(list.admits("::ffff:10.1.9.9".parse().unwrap()));

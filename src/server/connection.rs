@@ -13,6 +13,8 @@ use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::log::{Level, printable};
 use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::rights::Allowed;
+use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
 use crate::rule::{Action, Filter, RuleTemplate};
 use std::net::IpAddr;
@@ -91,6 +93,10 @@ impl Connection<'_> {
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
             return Err(NO_BODY);
         }
+        let command = command.allow(principal.rights())?;
+        if command.tag() != Tag::NONE {
+            *who = format!("{principal} {}", command.tag());
+        }
         match command {
             Command::Help => {
                 response.push(&api::help(&self.server.addresses, self.server.grammar));
@@ -103,35 +109,35 @@ impl Connection<'_> {
                 Ok("measured".into())
             }
             Command::List(filter) => self.send_listing(&principal, &filter, response),
-            Command::DeleteTag(tag, chain) => {
-                let change = Permitted::delete_tag(tag, chain);
+            Command::DeleteTag(allowed, chain) => {
+                let change = Permitted::delete_tag(allowed, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
                 response.push(&api::tally_json(Action::Delete, &tally, &LeftOut::default()));
                 response.end("application/json");
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
-            Command::Change(rule, action) => {
-                let permitted = self.server.whitelist.permit(rule, action);
+            Command::Change(rule, allowed) => {
+                let permitted = self.server.whitelist.permit(rule, allowed);
                 let change = permitted.map_err(Refusal::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.slot.work(apply)?;
-                response.push(&api::outcome_json(&rule, &outcome));
+                response.push(&api::outcome_json(&rule, allowed.tag(), &outcome));
                 response.end("application/json");
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(template, action) => {
-                self.change_all(request, &principal, template, action, response)
+            Command::ChangeAll(template, allowed) => {
+                self.change_all(request, &principal, template, allowed, response)
             }
         }
     }
 
     fn authenticate(&self, request: &Request) -> Result<Principal, Refusal> {
         let server = self.server;
-        let credentials = server.credentials.as_ref().filter(|_| self.listener.authentication);
+        let users = self.listener.authentication.then_some(&server.users);
         let authorization = request.authorization.as_deref();
         let now = Instant::now();
-        auth::authenticate(self.peer, authorization, credentials, &server.throttle, now)
+        auth::authenticate(self.peer, authorization, users, &server.throttle, now)
             .inspect_err(|_| server.metrics.refused_logins.add(1))
     }
 
@@ -140,7 +146,7 @@ impl Connection<'_> {
         request: &Request,
         principal: &Principal,
         template: RuleTemplate,
-        action: Action,
+        allowed: Allowed,
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, Refusal> {
         let turn = self.await_turn(&self.server.uploads)?;
@@ -152,9 +158,10 @@ impl Connection<'_> {
         })?;
         let (tally, left_out) = self.work(Some(&turn), || {
             let (change, left_out) =
-                list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)?;
+                list.finish(template, allowed).map_err(too_many)?.map_err(Refusal::List)?;
             Ok((self.server.firewall.apply(principal, change)?.tally, left_out))
         })?;
+        let action = allowed.action();
         response.push(&api::tally_json(action, &tally, &left_out));
         response.end("application/json");
         let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));

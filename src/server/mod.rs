@@ -9,7 +9,7 @@ pub mod listener;
 
 use crate::api::Grammar;
 use crate::firewall::Firewall;
-use crate::http::auth::{Credentials, LoginThrottle};
+use crate::http::auth::{LoginThrottle, Users};
 use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::rule::whitelist::Whitelist;
@@ -23,7 +23,7 @@ pub struct Server {
     pub log: Arc<Log>,
     pub metrics: Arc<Metrics>,
     pub grammar: Grammar,
-    pub credentials: Option<Credentials>,
+    pub users: Users,
     pub throttle: LoginThrottle,
     /// A slot for each list that is being received.
     pub uploads: Arc<ConnectionLimiter>,

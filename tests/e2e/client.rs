@@ -197,7 +197,8 @@ fn credentials_come_from_a_file_or_the_environment() {
         tls::keys(lab);
         let _rfw = lab.start(&format!("local.server\nlocal.server.authentication\n{}", tls::CONF));
         let ca = "--cacert keys/client/ca.crt";
-        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf.";
+        let unauthorized =
+            "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file.";
         for url in [LOCAL_URL, OUTWARD_URL] {
             let ask = |more: &str| result(url, &format!("get /list {ca} {more}"));
             assert_eq!(ask(""), unauthorized);

@@ -7,17 +7,17 @@ use rfw::api::{Command, Grammar};
 use rfw::firewall::iptables::{KernelRule, RuleEdit, TaggedRule, parse_row};
 use rfw::http::request::Request;
 use rfw::rule::net::{Family, Net};
-use rfw::rule::tag::Tag;
+use rfw::rule::rights::{Allowed, Rights};
 use rfw::rule::{Action, Rule, RuleTemplate, WIDEST_V4, WIDEST_V6};
 
 /// Method, body and configuration are in the first byte.
-fn parse(bits: u8, target: &str) -> Option<Command> {
+fn parse(bits: u8, target: &str) -> Option<Command<Allowed>> {
     let method = ["GET", "PUT", "DELETE", "POST"][usize::from(bits & 3)];
     let length = bits >> 2 & 1;
     let head = format!("{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
     let request = Request::parse(head.as_bytes()).ok()?;
     let grammar = Grammar { default_expire: 7, non_restful: bits & 8 > 0, sets: bits & 16 > 0 };
-    let command = Command::parse(&request, grammar).ok()?;
+    let command = Command::parse(&request, grammar).and_then(|c| c.allow(&Rights::All)).ok()?;
     let changes = matches!(command, Command::Change(..) | Command::ChangeAll(..));
     // GET changes nothing, unless the configuration and the client both say so.
     assert!(!changes || method != "GET" || (grammar.non_restful && target.contains("modify=")));
@@ -28,28 +28,27 @@ fn parse(bits: u8, target: &str) -> Option<Command> {
 fuzz_target!(|input: (u8, &str)| {
     let (bits, target) = input;
     match parse(bits, target) {
-        Some(Command::Change(rule, action)) => {
-            check(rule);
+        Some(Command::Change(rule, allowed)) => {
+            let (action, tag) = (allowed.action(), allowed.tag());
+            check(Rule { tag, ..rule });
             let tag = match action {
                 Action::DeleteAnyTag => "&tag=*".into(),
-                _ => rule.tag.to_string().replace('@', "&tag="),
+                _ => tag.to_string().replace('@', "&tag="),
             };
             let query = match action {
                 Action::Put(seconds) => format!("expire={}", seconds.min(999_999_999)),
                 _ => "wait=true".into(),
             };
             let method = if matches!(action, Action::Put(_)) { 1 } else { 2 };
-            let path = Rule { tag: Tag::NONE, ..rule };
-            let again = parse(method | bits & 16, &format!("{path}?{query}{tag}"));
+            let again = parse(method | bits & 16, &format!("{rule}?{query}{tag}"));
             match action {
                 // Only as so many days could it be written.
                 Action::Put(1_000_000_000..) => assert!(again.is_some()),
-                _ => assert_eq!(again, Some(Command::Change(rule, action))),
+                _ => assert_eq!(again, Some(Command::Change(rule, allowed))),
             }
         }
         Some(Command::ChangeAll(template, _)) => {
             let net = Net::parse("192.0.2.7").expect("an address");
-            let template = RuleTemplate { tag: Tag::NONE, ..template };
             let rule = template.rule(net);
             check(rule);
             assert_eq!(rule.template(), Some((template, net)));

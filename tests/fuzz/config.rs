@@ -18,13 +18,14 @@ fn read(text: &str) -> Result<String, usize> {
         (path(&config.iptables), path(&config.ip6tables), config.ipset.as_ref().map(path));
     // What every configuration is good for.
     assert!(outward.is_some() || local.is_some());
-    assert!(outward.is_none() || config.credentials.is_some());
-    assert!(!local.is_some_and(|local| local.1) || config.credentials.is_some());
+    let has_users = config.credentials.is_some() || config.users.is_some();
+    assert!(outward.is_none() || has_users);
+    assert!(!local.is_some_and(|local| local.1) || has_users);
     assert!(programs.0.is_absolute() && programs.1.is_absolute() && config.maxelem > 0);
     let rest = (config.non_restful, config.default_expire, config.maxelem);
     let whitelist = path(&config.whitelist);
-    let user = config.credentials.is_some();
-    Ok(format!("{outward:?} {local:?} {programs:?} {rest:?} {whitelist:?} {user}"))
+    let users = (config.credentials.is_some(), config.users.as_ref().map(path));
+    Ok(format!("{outward:?} {local:?} {programs:?} {rest:?} {whitelist:?} {users:?}"))
 }
 
 fuzz_target!(|text: &str| {

@@ -5,6 +5,8 @@
 use libfuzzer_sys::fuzz_target;
 use rfw::rule::list::{LeftOut, List, MAX_LINE, TooMany, Wrong};
 use rfw::rule::net::Net;
+use rfw::rule::rights::{Allowed, Intent, Rights};
+use rfw::rule::tag::Tag;
 use rfw::rule::whitelist::Whitelist;
 use rfw::rule::{Action, Rule, RuleTemplate, Rules};
 use std::sync::LazyLock;
@@ -19,7 +21,7 @@ fn read(bytes: &[u8], piece: usize) -> Outcome {
     let mut list = List::new(&WHITELIST);
     bytes.chunks(piece).try_for_each(|bytes| list.push(bytes))?;
     let template = RuleTemplate::parse(&["drop", "input", "any"]).expect("a template");
-    let read = list.finish(template, Action::Delete)?;
+    let read = list.finish(template, allowed())?;
     Ok(read.map(|(permitted, left_out)| match permitted.into_change().rules {
         Rules::List(_, nets) => (nets, left_out),
         _ => unreachable!("a list is no single rule"),
@@ -62,4 +64,10 @@ fn single(line: &[u8], outcome: &Outcome) {
             None => (vec![net], vec![]),
         })
     );
+}
+
+/// That everybody who may do everything may delete.
+fn allowed() -> Allowed {
+    let intent = Intent { action: Action::Delete, tag: Tag::NONE };
+    Rights::All.allow(intent).expect("all rights")
 }
