@@ -45,6 +45,7 @@ whitelist.file = white.list
 iptables.path = {self.iptables}
 {more}
 """)
+        os.chmod(self.conf, 0o600)  # it holds a password
 
     def start(self, *tracer):
         self.stop()

@@ -125,15 +125,18 @@ impl InstanceLock {
     }
 }
 
+/// The user that runs rfw. Without /proc it counts as root, and only root is trusted.
+pub fn own_user() -> u32 {
+    fs::metadata("/proc/self").map_or(0, |data| data.uid())
+}
+
 /// Opens the lock file of this network namespace. Only root can make `folder` or give it away,
 /// and only its owner can enter it: nobody else can hold the lock or put a link in its place.
 fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let data = fs::metadata(folder)?;
     let (owner, mode) = (data.uid(), data.mode() & 0o777);
-    // Without /proc only root is trusted.
-    let user = fs::metadata("/proc/self").map_or(0, |data| data.uid());
-    if ![0, user].contains(&owner) || mode & 0o077 != 0 {
+    if ![0, own_user()].contains(&owner) || mode & 0o077 != 0 {
         let message = format!("others may enter it (owner {owner}, mode {mode:o})");
         return Err(io::Error::other(message));
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -56,10 +56,12 @@ fn is_confined() -> bool {
     env::var_os("RFW_CONFINED").is_some()
 }
 
-/// What RuntimeDirectory= of the unit does: only the owner of the folder may hold rfw's lock.
-fn give_lock_folder(user: u32) {
+/// What RuntimeDirectory= and LoadCredential= of the unit do: only the owner of the folder may hold
+/// rfw's lock, and rfw reads the files of its own user and of root alone.
+fn give_files(user: u32) {
     if is_confined() {
-        sh(&format!("mkdir -p -m 700 rfw; chown -R {user}:{user} rfw"));
+        let other = if user == 0 { NOBODY } else { 0 };
+        sh(&format!("mkdir -p -m 700 rfw; chown -R --from={other} {user} rfw lab"));
     }
 }
 
@@ -141,9 +143,6 @@ impl Lab {
         let (path, new) = (self.dir.join(name), self.dir.join("new"));
         fs::write(&new, content).unwrap();
         fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
-        if is_confined() {
-            chown(&new, Some(NOBODY), Some(NOBODY)).unwrap();
-        }
         fs::rename(new, path).unwrap();
     }
 
@@ -335,9 +334,14 @@ impl Lab {
 
     /// A run of rfw to its end: the words of both outputs, and the exit status.
     pub fn rfw(&self, arguments: &str) -> (i32, String) {
-        give_lock_folder(0);
+        let confined = self.confined();
+        give_files(NOBODY);
         let mut command = Command::new("timeout");
-        command.arg("10").arg(env!("CARGO_BIN_EXE_rfw")).args(arguments.split(' '));
+        command.arg("10").args(confined.split_whitespace());
+        if confined.is_empty() {
+            command.arg(env!("CARGO_BIN_EXE_rfw"));
+        }
+        command.args(arguments.split(' '));
         let out = command.current_dir(&self.dir).output().unwrap();
         (out.status.code().expect("an exit status"), text(&out))
     }
@@ -356,10 +360,7 @@ impl Lab {
         if !is_confined() {
             return String::new();
         }
-        sh(&format!(
-            "cp --remove-destination {} /run/lab/rfw; chown -R {NOBODY}:{NOBODY} /run/lab",
-            env!("CARGO_BIN_EXE_rfw")
-        ));
+        sh(&format!("cp --remove-destination {} /run/lab/rfw", env!("CARGO_BIN_EXE_rfw")));
         let sets =
             self.read("rfw.conf").contains("ipset.path") || !self.ipset("list -n").is_empty();
         let caps = if sets { "-all,+net_admin,+net_raw" } else { "-all,+net_admin" };
@@ -374,7 +375,7 @@ impl Lab {
         let words = ["-f", "rfw.conf", "--logfile", "rfw.log", "--loglevel", "DEBUG"];
         // A test with words of its own is about something else, and runs as root.
         let confined = if before.is_empty() { self.confined() } else { String::new() };
-        give_lock_folder(if before.is_empty() { NOBODY } else { 0 });
+        give_files(if before.is_empty() { NOBODY } else { 0 });
         let mut line = before.to_vec();
         match confined.split_whitespace().collect::<Vec<_>>()[..] {
             [] => line.push(env!("CARGO_BIN_EXE_rfw")),

@@ -61,7 +61,7 @@ fn network_namespaces_that_share_run_have_one_rfw_each() {
         let _rfw = lab.start("local.server");
         // It has the folder of a confined one, too.
         let run = format!(
-            "chown root /run/rfw; exec {PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/other.log"
+            "chown -R root /run/rfw /run/lab; exec {PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/other.log"
         );
         lab.write("other", &format!("ip link set lo up; {run}"));
         let _other = Process::start("unshare -n /bin/sh /run/lab/other");
@@ -84,16 +84,20 @@ const BAD_FOLDERS: [(&str, &str, &str); 5] = [
 fn a_lock_folder_that_is_not_safe() {
     once(|lab| {
         lab.configure("local.server");
-        sh(&format!("cp {PROGRAM} lab/rfw; chmod 755 lab; chown 4321 lab/* || true"));
+        sh(&format!("cp {PROGRAM} lab/rfw; chmod 755 lab"));
         let as_user = "setpriv --reuid 4321 --inh-caps +net_admin --ambient-caps +net_admin";
         for (wrong, before, word) in BAD_FOLDERS {
             if !has_users() && (wrong.contains(STRANGER) || !before.is_empty()) {
                 continue;
             }
+            // rfw reads files of its own user or root's only, and only the owner can read these.
+            let owner = if before.is_empty() { 0 } else { 4321 };
             let before = before.replace("AS_USER", as_user);
             let run = format!("timeout 10 {before} lab/rfw -f lab/rfw.conf --logfile - 2>&1");
             // The mount is of a mount namespace of its own; the rest is removed below.
-            let said = sh(&format!("unshare -m /bin/sh -c '{wrong}; {run} || echo $?'"));
+            let said = sh(&format!(
+                "chown {owner} lab/*; unshare -m /bin/sh -c '{wrong}; {run} || echo $?'"
+            ));
             for word in [word, "/run/rfw", "install -d -m 700 -o USER /run/rfw", "\n1\n"] {
                 assert!(said.contains(word), "{wrong}: {word}: {said}");
             }
@@ -101,7 +105,7 @@ fn a_lock_folder_that_is_not_safe() {
         }
         // As it proposes.
         if has_users() {
-            sh("install -d -m 700 -o 4321 rfw");
+            sh("install -d -m 700 -o 4321 rfw; chown 4321 lab/*");
             let run = format!("{as_user} /run/lab/rfw -f /run/lab/rfw.conf --logfile -");
             let _rfw = Process::start(&run);
             await_true("it serves", 10 + SLACK, || Conn::to(LOCAL).is_ok());

@@ -39,7 +39,11 @@ fn options() {
 fn output_that_cannot_be_written_is_an_error() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        sh(&format!("ln -s {} lab/rfw; ln -s rfw lab/rfwc", env!("CARGO_BIN_EXE_rfw")));
+        // These run as root, whoever the other one runs as.
+        sh(&format!(
+            "chown root lab/*; ln -sf {} lab/rfw; ln -s rfw lab/rfwc",
+            env!("CARGO_BIN_EXE_rfw")
+        ));
         let put = "rfwc put /drop/input/any/1.2.3.4";
         let rows = [
             ("rfw -h >/dev/full", "1 rfw: cannot write to standard output: No space left"),

@@ -298,7 +298,8 @@ fn one_rfw_a_file() {
         let _rfw = lab.start(CONF);
         let program = env!("CARGO_BIN_EXE_rfw");
         let run = format!(
-            "chown root rfw; unshare -n {program} -f lab/rfw.conf --logfile - 2>&1 || true"
+            "cd lab; chown root ../rfw rfw.conf white.list; \
+             unshare -n {program} -f rfw.conf --logfile - 2>&1 || true"
         );
         assert!(sh(&run).contains("state: another rfw uses it"), "{}", sh(&run));
     });
@@ -321,7 +322,8 @@ fn a_file_over_twice_the_list_is_compacted() {
             assert!(!lab.dir.join("state.new").exists());
             // It is locked anew, and written to.
             let run = format!(
-                "chown root rfw; unshare -n {} -f lab/rfw.conf --logfile - 2>&1 || true",
+                "cd lab; chown root ../rfw rfw.conf white.list; \
+                 unshare -n {} -f rfw.conf --logfile - 2>&1 || true",
                 env!("CARGO_BIN_EXE_rfw")
             );
             assert!(sh(&run).contains("another rfw uses it"));

@@ -1,7 +1,8 @@
-//! SPEC 9: users and what each may do.
+//! SPEC 9: users and what each may do; SPEC 2: files that hold secrets.
 
 use crate::lab::*;
 use crate::tls;
+use std::process::Command;
 
 const CONF: &str = "local.server\nlocal.server.authentication\nauth.file = users";
 const ADMIN: &str = "auth.username = admin\nauth.password = p0";
@@ -282,6 +283,62 @@ fn a_wrong_auth_file_never_starts() {
         let (status, said) = lab.rfw("-t -f rfw.conf");
         assert!(status == 1 && said.contains("rfw.conf:6: ") && said.contains("users"), "{said}");
         lab.write("users", USERS);
+        assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
+    });
+}
+
+/// SPEC 2: what the message says to do is done, and then it starts.
+#[test]
+fn secrets_that_others_can_read_are_refused() {
+    once(|lab| {
+        tls::keys(lab);
+        lab.write("users", USERS);
+        lab.configure(&format!("{}\nauth.file = users", tls::CONF));
+        let check = || lab.rfw("-t -f rfw.conf");
+        assert_eq!(check().0, 0);
+        let has_groups = Command::new("chgrp").args(["4321", "/run/lab/users"]).status().unwrap();
+        for file in ["rfw.conf", "users", "keys/server_127.0.0.1/server.key"] {
+            for mode in ["604", "640", "644"] {
+                if mode == "640" && !has_groups.success() {
+                    continue;
+                }
+                sh(&format!("cd lab; chgrp 4321 {file} || true; chmod {mode} {file}"));
+                let (status, said) = check();
+                assert_eq!(status, 1, "{mode} {file}: {said}");
+                let (_, advice) = said.rsplit_once("; run ").expect(&said);
+                assert_eq!(advice, "chmod 600 on it\n", "{said}");
+                assert!(said.contains(&format!("{file}: ")), "{said}");
+                sh(&format!("cd lab; chmod 600 {file}"));
+                assert_eq!(check().0, 0);
+            }
+            // To root's group it may be readable: so systemd shows credentials.
+            sh(&format!("cd lab; chgrp 0 {file}; chmod 440 {file}"));
+            assert_eq!(check().0, 0, "{file}");
+            sh(&format!("cd lab; chmod 600 {file}"));
+        }
+        // What is no secret may be read by all.
+        sh("cd lab; chmod 644 white.list keys/server_127.0.0.1/server.crt");
+        assert_eq!(check().0, 0);
+        lab.configure("local.server");
+        sh("chmod 644 lab/rfw.conf");
+        assert_eq!(check().0, 0, "it holds no password");
+    });
+}
+
+#[test]
+fn files_of_other_users_are_refused() {
+    once(|lab| {
+        lab.write("users", USERS);
+        lab.configure(CONF);
+        if Command::new("chown").args(["4321", "/run/lab/users"]).status().unwrap().success() {
+            for file in ["rfw.conf", "users", "white.list"] {
+                sh(&format!("chown 4321 lab/{file}; chmod 644 lab/{file}"));
+                let (status, said) = lab.rfw("-t -f rfw.conf");
+                assert!(status == 1 && said.contains(&format!("{file}: user 4321")), "{said}");
+                assert!(said.ends_with("run chown root on it\n"), "{said}");
+                sh(&format!("chown 0 lab/{file}; chmod 600 lab/{file}"));
+            }
+        }
         assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
     });
 }
