@@ -2,8 +2,7 @@
 //!
 //! In the order in which a request travels:
 //!
-//! 1. [`server`]: the listeners, and `serve`, the whole life of a request;
-//!    [`places`]: how many at a time, and who gives way;
+//! 1. [`server`]: the listeners, how many connections at a time, and the whole life of a request;
 //! 2. [`http`]: bytes to requests, requests to who is asking, responses to bytes;
 //! 3. [`api`]: a request to a command;
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
@@ -12,7 +11,7 @@
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`log`],
 //! [`metrics`] and [`clock`]. The other way round goes [`client`], the same program by the name of rfwc:
 //! from the command line to the request, with what [`http`] has for it
-//! ([`http::answer`], [`http::tls`], [`http::timed`]).
+//! ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
 #![cfg_attr(
     test,
@@ -33,7 +32,6 @@ pub mod firewall;
 pub mod http;
 pub mod log;
 pub mod metrics;
-pub mod places;
 pub mod rule;
 pub mod server;
 pub mod state;

@@ -9,12 +9,16 @@ use rfw::firewall::lock::InstanceLock;
 use rfw::firewall::process::Programs;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
+use rfw::http::auth::LoginThrottle;
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
-use rfw::server::{Door, Server};
+use rfw::server::Server;
+use rfw::server::connection::{LISTINGS, UPLOADS};
+use rfw::server::limiter::ConnectionLimiter;
+use rfw::server::listener::Listener;
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
@@ -23,7 +27,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -200,7 +204,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     }
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
     let tools = Tools::new(iptables, Ipset::new(path, programs));
-    let doors = Door::open(&config, acceptor)?;
+    let listeners = Listener::open(&config, acceptor)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
     let in_state = |error| match &config.state {
         Some(state) => at(&state.path, &error),
@@ -215,11 +219,10 @@ fn run(options: &Options) -> Result<Infallible, String> {
         StartError::Message(message) => message,
         StartError::State(error) => in_state(error),
     })?;
-    let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
+    let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
-    let (received, sent, guesses) = Default::default();
     let server = Server {
         firewall,
         whitelist,
@@ -227,15 +230,16 @@ fn run(options: &Options) -> Result<Infallible, String> {
         metrics,
         grammar,
         credentials,
-        guesses,
-        received,
-        sent,
+        throttle: LoginThrottle::default(),
+        uploads: ConnectionLimiter::new(UPLOADS),
+        listings: ConnectionLimiter::new(LISTINGS),
+        reading: Mutex::default(),
         addresses,
     };
     let server = Arc::new(server);
-    for door in doors {
+    for listener in listeners {
         let server = server.clone();
-        thread::spawn(move || server.listen(door));
+        thread::spawn(move || listener.listen(server));
     }
     tick(&server)
 }

@@ -21,6 +21,10 @@ impl Number {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
     pub fn set(&self, count: usize) {
         self.0.store(count, Ordering::Relaxed);
     }
@@ -28,7 +32,7 @@ impl Number {
 
 impl fmt::Display for Number {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.load(Ordering::Relaxed).fmt(f)
+        self.get().fmt(f)
     }
 }
 
@@ -60,6 +64,15 @@ pub struct Metrics {
 impl Metrics {
     pub fn set_usage(&self, usage: BTreeMap<Label, Usage>) {
         *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
+    }
+
+    /// How many rules rfw keeps in a chain, or in all, with a tag, or with any.
+    pub fn rules_in(&self, chain: Option<Chain>, tag: Option<Tag>) -> usize {
+        let usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        let counted = usage.iter().filter(|((in_chain, _, with), _)| {
+            chain.is_none_or(|chain| chain == *in_chain) && tag.is_none_or(|tag| tag == *with)
+        });
+        counted.fold(0, |sum, (_, usage)| sum.saturating_add(usage.rules))
     }
 
     /// All of them, each with its help and type.
@@ -119,6 +132,15 @@ mod tests {
             ((Chain::Forward, Target::Accept, Tag::NONE), usage(7)),
             ((Chain::Input, Target::Drop, feed), usage(2)),
         ]));
+        let table = [
+            (None, None, 9),
+            (Some(Chain::Input), None, 2),
+            (None, Some(Tag::NONE), 7),
+            (Some(Chain::Output), None, 0),
+        ];
+        for (chain, tag, count) in table {
+            assert_eq!(metrics.rules_in(chain, tag), count, "{chain:?} {tag:?}");
+        }
         metrics.expired.add(3);
         metrics.open_connections.add(2);
         metrics.open_connections.less_one();

@@ -4,10 +4,10 @@
 use super::options::{Job, Server};
 use crate::http::answer::Head;
 use crate::http::body;
+use crate::http::deadline::DeadlineSocket;
 use crate::http::refusal::Refusal;
 use crate::http::request::MAX_HEAD;
 use crate::http::stream::is_timeout;
-use crate::http::timed::Timed;
 use crate::http::tls;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -27,7 +27,7 @@ pub type Sink<'a> = dyn FnMut(&[u8]) -> io::Result<()> + 'a;
 
 /// A connection to a server, plain or TLS.
 trait Wire: Read + Write {}
-impl Wire for Timed {}
+impl Wire for DeadlineSocket {}
 impl Wire for tls::Link {}
 
 /// Why one try failed.
@@ -121,14 +121,14 @@ fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let time = left.clamp(Duration::from_millis(1), CONNECT_TIME);
-        let opened = TcpStream::connect_timeout(&address, time).and_then(|socket| {
-            socket.set_nodelay(true).map(|()| Timed { socket: socket.into(), deadline })
+        let opened = TcpStream::connect_timeout(&address, time).and_then(|stream| {
+            stream.set_nodelay(true).map(|()| DeadlineSocket { stream: stream.into(), deadline })
         });
         match opened {
             Err(error) => failure = for_now(format!("cannot connect to {address}: {error}")),
-            Ok(timed) if !server.tls => return Ok(Box::new(timed)),
-            Ok(timed) => {
-                let link = job.connector.link(&server.host, timed);
+            Ok(socket) if !server.tls => return Ok(Box::new(socket)),
+            Ok(socket) => {
+                let link = job.connector.link(&server.host, socket);
                 let link = link.map_err(|error| for_good(error.to_string()))?;
                 return Ok(Box::new(link));
             }

@@ -18,7 +18,7 @@ pub mod sets;
 pub mod start;
 
 use crate::clock;
-use crate::http::auth::Client;
+use crate::http::auth::Principal;
 use crate::http::refusal::Refusal;
 use crate::log::Log;
 use crate::metrics::Metrics;
@@ -135,7 +135,7 @@ impl Firewall {
 
     /// Carries out a change. When it returns, the kernel enforces all of it or, after an error,
     /// none of it.
-    pub fn apply(&self, _client: &Client, change: Permitted) -> Result<Outcome, Refusal> {
+    pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, Refusal> {
         let change = change.into_change();
         let is_missing = |family: &&Family| !self.tools.families.contains(family);
         let mut missing = Family::ALL.iter().filter(is_missing);
@@ -161,7 +161,7 @@ impl Firewall {
     /// list, without counters, and the kernel is asked for each.
     pub fn list(
         &self,
-        _client: &Client,
+        _principal: &Principal,
         filter: &Filter,
     ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
         let listing = self.queue.with(|engine| (engine.listing(filter), None));

@@ -16,14 +16,14 @@ pub struct Credentials {
     token: String,
 }
 
-/// Somebody who may ask for changes. Only [`admit`] makes one.
-pub struct Client {
+/// Somebody who may ask for changes. Only [`authenticate`] makes one.
+pub struct Principal {
     peer: IpAddr,
     user: Option<String>,
 }
 
 /// For the log: address and user, `-` where no credentials were asked for.
-impl fmt::Display for Client {
+impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.peer, self.user.as_deref().unwrap_or("-"))
     }
@@ -61,28 +61,28 @@ const MAX_GUESSERS: usize = 1024;
 
 /// Who has sent wrong credentials lately: since when, and how many.
 #[derive(Default)]
-pub struct Guesses(Mutex<HashMap<IpAddr, (Instant, u32)>>);
+pub struct LoginThrottle(Mutex<HashMap<IpAddr, (Instant, u32)>>);
 
-impl Guesses {
+impl LoginThrottle {
     /// How long an address has to wait yet.
     fn wait(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
-        let guesses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, wrong) = guesses.get(&peer)?;
+        let peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, wrong) = peers.get(&peer)?;
         let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
         (*wrong > MAX_WRONG && !left.is_zero()).then_some(left)
     }
 
     /// Counts a wrong guess. The one that is too many begins the time of waiting.
     fn add(&self, peer: IpAddr, now: Instant) {
-        let mut guesses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        guesses.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
-        if guesses.len() >= MAX_GUESSERS && !guesses.contains_key(&peer) {
-            let oldest = guesses.iter().min_by_key(|(_, (since, _))| *since);
+        let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
+        if peers.len() >= MAX_GUESSERS && !peers.contains_key(&peer) {
+            let oldest = peers.iter().min_by_key(|(_, (since, _))| *since);
             if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
-                guesses.remove(&oldest);
+                peers.remove(&oldest);
             }
         }
-        let (since, wrong) = guesses.entry(peer).or_insert((now, 0));
+        let (since, wrong) = peers.entry(peer).or_insert((now, 0));
         *wrong = wrong.saturating_add(1);
         if *wrong > MAX_WRONG {
             *since = now;
@@ -91,27 +91,27 @@ impl Guesses {
 }
 
 /// Lets a peer in: with the right credentials, or where none are asked for.
-pub fn admit(
+pub fn authenticate(
     peer: IpAddr,
     authorization: Option<&str>,
     wanted: Option<&Credentials>,
-    guesses: &Guesses,
+    throttle: &LoginThrottle,
     now: Instant,
-) -> Result<Client, Refusal> {
+) -> Result<Principal, Refusal> {
     let Some(wanted) = wanted else {
-        return Ok(Client { peer, user: None });
+        return Ok(Principal { peer, user: None });
     };
-    if let Some(left) = guesses.wait(peer, now) {
+    if let Some(left) = throttle.wait(peer, now) {
         return Err(Refusal::Guessing(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
     let same = same(token.trim_start_matches(' ').as_bytes(), wanted.token.as_bytes());
     match same && scheme.eq_ignore_ascii_case("basic") {
-        true => Ok(Client { peer, user: Some(wanted.user.clone()) }),
+        true => Ok(Principal { peer, user: Some(wanted.user.clone()) }),
         false => {
             // Who sends none has not guessed.
             if authorization.is_some() {
-                guesses.add(peer, now);
+                throttle.add(peer, now);
             }
             Err(Refusal::Unauthorized)
         }
@@ -204,8 +204,9 @@ mod tests {
             (Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQBqdW5r"), false),
         ];
         let now = Instant::now();
-        let ask =
-            |authorization, wanted| admit(peer, authorization, wanted, &Guesses::default(), now);
+        let ask = |authorization, wanted| {
+            authenticate(peer, authorization, wanted, &LoginThrottle::default(), now)
+        };
         for (authorization, admitted) in table {
             assert_eq!(ask(authorization, Some(&wanted)).is_ok(), admitted, "{authorization:?}");
         }
@@ -219,11 +220,11 @@ mod tests {
     fn guessing() {
         let wanted = Credentials::new("Aladdin", "open sesame").unwrap();
         let right = Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
-        let (guesses, start) = (Guesses::default(), Instant::now());
+        let (throttle, start) = (LoginThrottle::default(), Instant::now());
         let peer = |n: u32| IpAddr::V4(n.into());
         let ask = |n: u32, authorization, second: u64| {
             let now = start + Duration::from_secs(second);
-            match admit(peer(n), authorization, Some(&wanted), &guesses, now) {
+            match authenticate(peer(n), authorization, Some(&wanted), &throttle, now) {
                 Ok(_) => "in".into(),
                 Err(Refusal::Guessing(left)) => format!("wait {}", left.as_secs()),
                 Err(_) => "wrong".into(),
@@ -245,6 +246,6 @@ mod tests {
         assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6) == "wrong"));
         // Memory is bounded.
         assert!((10..9_999).all(|n| ask(n, wrong, 300) == "wrong"));
-        assert_eq!(guesses.0.lock().unwrap().len(), MAX_GUESSERS);
+        assert_eq!(throttle.0.lock().unwrap().len(), MAX_GUESSERS);
     }
 }

@@ -8,9 +8,9 @@
 
 use super::refusal::Refusal;
 use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
-use super::stream::{Stream, is_timeout};
+use super::stream::{HttpStream, is_timeout};
 use std::io::{self, BufRead, Read};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The longest body in bytes, with the extensions of its chunks.
 pub const MAX_BODY: u64 = 64 << 20;
@@ -18,11 +18,14 @@ pub const MAX_BODY: u64 = 64 << 20;
 const MAX_LINE: u64 = 1024;
 /// As many digits as a size needs, and some zeros.
 const MAX_DIGITS: usize = 16;
-/// A body must come at this pace: so many bytes in each such time, or the rest.
+/// A body must come within this time.
+const BODY_TIME: Duration = Duration::from_secs(60);
+/// And at this pace: so many bytes in each such time, or the rest.
 const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
 
 const LONG: Refusal = Refusal::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
-pub const SLOW: Refusal = Refusal::Http(408, "The body came slower than 1 KiB a second over 30 s.");
+pub const SLOW: Refusal =
+    Refusal::Http(408, "A body must come within 60 s, and 1 KiB a second of it over 30 s.");
 pub const SHORT: Refusal =
     Refusal::Http(400, "The body ended too early; nothing of it was applied.");
 const CHUNK: Refusal =
@@ -30,7 +33,7 @@ const CHUNK: Refusal =
 
 /// Reads the body of a request from its connection.
 pub fn receive(
-    stream: &mut Stream,
+    stream: &mut HttpStream,
     request: &Request,
     each: impl FnMut(&[u8]) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
@@ -41,8 +44,10 @@ pub fn receive(
     if request.expects_continue && !stream.has_received() {
         stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
     }
-    stream.give(PACE.1);
-    read(&mut Paced { stream, left: PACE.0 }, request.body, MAX_BODY, each)
+    let now = Instant::now();
+    let mut source = Paced { stream, due: PACE.0, end: now.checked_add(BODY_TIME).unwrap_or(now) };
+    source.set_deadline();
+    read(&mut source, request.body, MAX_BODY, each)
 }
 
 /// Reads a body, of which `each` gets the pieces, and leaves what is behind it. Chunks may have
@@ -163,9 +168,19 @@ fn fault(error: io::Error) -> Refusal {
 
 /// A connection that has to keep the pace.
 struct Paced<'a> {
-    stream: &'a mut Stream,
+    stream: &'a mut HttpStream,
     /// Bytes that are still to come in time.
-    left: usize,
+    due: usize,
+    /// When the whole body must be here.
+    end: Instant,
+}
+
+impl Paced<'_> {
+    /// For the bytes that are due now.
+    fn set_deadline(&mut self) {
+        let left = self.end.saturating_duration_since(Instant::now());
+        self.stream.set_deadline(left.min(PACE.1));
+    }
 }
 
 impl Read for Paced<'_> {
@@ -183,10 +198,10 @@ impl BufRead for Paced<'_> {
 
     fn consume(&mut self, count: usize) {
         self.stream.consume(count);
-        self.left = self.left.saturating_sub(count);
-        if self.left == 0 {
-            self.left = PACE.0;
-            self.stream.give(PACE.1);
+        self.due = self.due.saturating_sub(count);
+        if self.due == 0 {
+            self.due = PACE.0;
+            self.set_deadline();
         }
     }
 }
@@ -315,14 +330,15 @@ mod tests {
     #[test]
     fn a_body_has_to_keep_the_pace() {
         assert_eq!(PACE.0 as u64, 1024 * PACE.1.as_secs());
-        // After the last byte that was due there is time again, not before.
-        for (due, in_time) in [(3, true), (4, false)] {
+        // After the last byte that was due there is time again, not before, and not after the end.
+        for (due, seconds, in_time) in [(3, 20, true), (4, 20, false), (3, 0, false)] {
             let (mut client, mut stream) = pair();
             client.write_all(b"abc").unwrap();
             stream.fill().unwrap();
-            stream.give(Duration::ZERO);
+            stream.set_deadline(Duration::ZERO);
             client.shutdown(Shutdown::Write).unwrap();
-            let mut paced = Paced { stream: &mut stream, left: due };
+            let end = Instant::now() + Duration::from_secs(seconds);
+            let mut paced = Paced { stream: &mut stream, due, end };
             assert_eq!(paced.read(&mut [0; 2]).unwrap(), 2);
             assert_eq!(paced.fill_buf().unwrap(), b"c");
             paced.consume(1);

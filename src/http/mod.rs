@@ -4,10 +4,10 @@
 pub mod answer;
 pub mod auth;
 pub mod body;
+pub mod deadline;
 pub mod json;
 pub mod refusal;
 pub mod request;
 pub mod response;
 pub mod stream;
-pub mod timed;
 pub mod tls;

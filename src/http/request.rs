@@ -118,6 +118,16 @@ impl Request {
         })
     }
 
+    /// Whether the client means the host that it runs on, by name or address, with any port.
+    pub fn is_for_localhost(&self) -> bool {
+        let host = self.host.as_deref().unwrap_or_default();
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if is_number(port) => name,
+            _ => host,
+        };
+        ["localhost", "127.0.0.1", "[::1]"].iter().any(|known| known.eq_ignore_ascii_case(name))
+    }
+
     /// Method and target as they came, for the log.
     pub fn line(&self) -> String {
         let query = self.query.as_ref().map(|query| format!("?{query}"));
@@ -311,6 +321,29 @@ mod tests {
                 format!("{} {}{query} {host} {:?}{flags}", r.method, r.path, r.body)
             }
         }
+    }
+
+    #[test]
+    fn hosts_that_are_this_one() {
+        let table = [
+            ("localhost", true),
+            ("LocalHost:8080", true),
+            ("127.0.0.1:1", true),
+            ("[::1]", true),
+            ("[::1]:7390", true),
+            ("", false),
+            ("localhost:", false),
+            ("localhost.example.com", false),
+            ("example.com:7390", false),
+            ("127.0.0.2", false),
+            ("[::2]", false),
+        ];
+        for (host, expected) in table {
+            let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+            let request = Request::parse(head.as_bytes()).unwrap();
+            assert_eq!(request.is_for_localhost(), expected, "{host:?}");
+        }
+        assert!(!Request::parse(b"GET / HTTP/1.0\r\n\r\n").unwrap().is_for_localhost());
     }
 
     fn with(fields: &str) -> String {

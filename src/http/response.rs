@@ -4,7 +4,7 @@ use super::body;
 use super::json;
 use super::refusal::{Refusal, names};
 use super::request::{Body, Request};
-use super::stream::Stream;
+use super::stream::HttpStream;
 use crate::clock::{self, Utc};
 use crate::log::printable;
 use std::time::Duration;
@@ -18,8 +18,8 @@ const LIST_TIME: Duration = Duration::from_secs(60);
 /// The answer to one request. A short one has a Content-Length; a long one is
 /// sent while it is made, in chunks (RFC 9112, 7.1), or to HTTP/1.0 up to the
 /// end of the connection.
-pub struct Reply<'a> {
-    stream: &'a mut Stream,
+pub struct ResponseWriter<'a> {
+    stream: &'a mut HttpStream,
     /// Whether the connection may serve another request.
     pub keep: bool,
     http11: bool,
@@ -30,9 +30,9 @@ pub struct Reply<'a> {
     pending: String,
 }
 
-impl<'a> Reply<'a> {
-    pub fn new(stream: &'a mut Stream, request: Option<&Request>) -> Reply<'a> {
-        Reply {
+impl<'a> ResponseWriter<'a> {
+    pub fn new(stream: &'a mut HttpStream, request: Option<&Request>) -> ResponseWriter<'a> {
+        ResponseWriter {
             stream,
             // A body that nobody reads would be taken for the next request.
             keep: request.is_some_and(|r| r.keep_alive && r.body == Body::Length(0)),
@@ -61,7 +61,7 @@ impl<'a> Reply<'a> {
             return true;
         }
         if !self.begun {
-            self.stream.give(LIST_TIME);
+            self.stream.set_deadline(LIST_TIME);
             self.keep = self.keep && self.http11;
             let coding = if self.http11 { "Transfer-Encoding: chunked\r\n" } else { "" };
             let head = self.head(200, "application/json", coding);
@@ -109,7 +109,7 @@ impl<'a> Reply<'a> {
     }
 
     fn send_whole(&mut self, status: u16, content_type: &str, fields: &str) -> bool {
-        self.stream.give(ANSWER_TIME);
+        self.stream.set_deadline(ANSWER_TIME);
         let body = std::mem::take(&mut self.pending);
         let fields = format!("{fields}Content-Length: {}\r\n", body.len());
         let mut text = self.head(status, content_type, &fields);
@@ -147,12 +147,12 @@ mod tests {
 
     /// What the client gets, less the date, CRLF shown as |; and whether the
     /// connection is kept.
-    fn answer(head: &str, make: impl FnOnce(&mut Reply<'_>)) -> (String, bool) {
+    fn answer(head: &str, make: impl FnOnce(&mut ResponseWriter<'_>)) -> (String, bool) {
         let (mut client, mut stream) = pair();
         let request = Request::parse(head.as_bytes()).unwrap();
-        let mut reply = Reply::new(&mut stream, Some(&request));
-        make(&mut reply);
-        let keep = reply.keep;
+        let mut response = ResponseWriter::new(&mut stream, Some(&request));
+        make(&mut response);
+        let keep = response.keep;
         drop(stream);
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
@@ -162,9 +162,9 @@ mod tests {
 
     #[test]
     fn short_answers() {
-        let make = |reply: &mut Reply<'_>| {
-            assert!(reply.push("a") && reply.push("b"));
-            reply.end("text/plain");
+        let make = |response: &mut ResponseWriter<'_>| {
+            assert!(response.push("a") && response.push("b"));
+            response.end("text/plain");
         };
         let head = "HTTP/1.1 200 OK|Content-Type: text/plain|Connection: ";
         let table = [
@@ -189,9 +189,9 @@ mod tests {
         let head = "HTTP/1.1 200 OK|Content-Type: application/json|Connection: ";
         let make = |pieces: &[&str]| {
             let pieces: Vec<String> = pieces.iter().map(|piece| piece.to_string()).collect();
-            move |reply: &mut Reply<'_>| {
-                assert!(pieces.iter().all(|piece| reply.push(piece)));
-                reply.end("application/json");
+            move |response: &mut ResponseWriter<'_>| {
+                assert!(pieces.iter().all(|piece| response.push(piece)));
+                response.end("application/json");
             }
         };
         let (most, last) = (&text[1..], "y");
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn refusals() {
         let mut logged = String::new();
-        let got = answer(GET, |reply| logged = reply.refuse(&Refusal::Method("PUT")));
+        let got = answer(GET, |response| logged = response.refuse(&Refusal::Method("PUT")));
         let head = "HTTP/1.1 405 Method Not Allowed|Content-Type: application/json|";
         let text =
             r#"{"error":"method_not_allowed","message":"The methods for this path are PUT."}"#;
@@ -217,16 +217,16 @@ mod tests {
         assert_eq!(got, (format!("{head}{rest}"), true));
         assert_eq!(logged, "405 method_not_allowed");
         let failure = Refusal::Iptables("no\n".into());
-        let got = answer(GET, |reply| logged = reply.refuse(&failure)).0;
+        let got = answer(GET, |response| logged = response.refuse(&failure)).0;
         assert!(
             got.ends_with("{\"error\":\"iptables_failed\",\"message\":\"no\\u000a\"}\n"),
             "{got}"
         );
         assert_eq!(logged, r"500 iptables_failed 'no\n'");
         // In the middle of an answer there is only the end.
-        let (got, keep) = answer(GET, |reply| {
-            reply.push(&"x".repeat(CHUNK));
-            logged = reply.refuse(&failure);
+        let (got, keep) = answer(GET, |response| {
+            response.push(&"x".repeat(CHUNK));
+            logged = response.refuse(&failure);
         });
         assert!(got.ends_with("xxx|") && !keep, "{keep}");
         assert_eq!(logged, "cut 500 iptables_failed");
@@ -239,14 +239,14 @@ mod tests {
             let fields = format!("Host: h\r\nConnection: {connection}\r\nContent-Length: 3");
             write!(client, "PUT / HTTP/1.1\r\n{fields}\r\n\r\nabcd").unwrap();
             let request = stream.request().unwrap().unwrap();
-            let mut reply = Reply::new(&mut stream, Some(&request));
+            let mut response = ResponseWriter::new(&mut stream, Some(&request));
             let mut body = Vec::new();
             let each = |bytes: &[u8]| {
                 body.extend(bytes);
                 Ok(())
             };
-            reply.receive(&request, each).unwrap();
-            assert_eq!((reply.keep, &*body), (kept, &b"abc"[..]));
+            response.receive(&request, each).unwrap();
+            assert_eq!((response.keep, &*body), (kept, &b"abc"[..]));
         }
     }
 
@@ -255,9 +255,9 @@ mod tests {
         let (client, mut stream) = pair();
         drop(client);
         let request = Request::parse(GET.as_bytes()).unwrap();
-        let mut reply = Reply::new(&mut stream, Some(&request));
+        let mut response = ResponseWriter::new(&mut stream, Some(&request));
         let text = "x".repeat(CHUNK);
-        assert!((0..1_000).any(|_| !reply.push(&text)));
-        assert!(!reply.keep);
+        assert!((0..1_000).any(|_| !response.push(&text)));
+        assert!(!response.keep);
     }
 }

@@ -1,8 +1,8 @@
 //! A connection, plain or TLS, of which every wait has one common deadline.
 
+use super::deadline::DeadlineSocket;
 use super::refusal::Refusal;
 use super::request::{Request, head_length};
-use super::timed::Timed;
 use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
@@ -10,10 +10,9 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a connection lingers for a peer that still sends, so that the
-/// answer is not lost to a reset (RFC 9112, 9.6), and how much it may send.
+/// How long a connection lingers for a peer that still sends, however much, so that the answer is
+/// not lost to a reset (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: u64 = 256 * 1024;
 
 /// How many bytes are received at a time.
 const PIECE: usize = 8192;
@@ -21,34 +20,34 @@ const PIECE: usize = 8192;
 const TIMEOUT: Refusal = Refusal::Http(408, "The request did not come in time.");
 
 enum Io {
-    Plain(Timed),
+    Plain(DeadlineSocket),
     Tls(Box<Session>),
 }
 
 /// One connection with what was received ahead of its use.
-pub struct Stream {
+pub struct HttpStream {
     io: Io,
     received: Vec<u8>,
     /// How much of that is used already.
     used: usize,
 }
 
-impl Stream {
+impl HttpStream {
     /// Takes a connection; with an acceptor it speaks TLS.
-    pub fn new(socket: Arc<TcpStream>, acceptor: Option<&Acceptor>) -> io::Result<Stream> {
-        socket.set_nodelay(true)?;
-        let timed = Timed { socket, deadline: Instant::now() };
+    pub fn new(stream: Arc<TcpStream>, acceptor: Option<&Acceptor>) -> io::Result<HttpStream> {
+        stream.set_nodelay(true)?;
+        let socket = DeadlineSocket { stream, deadline: Instant::now() };
         let io = match acceptor {
-            None => Io::Plain(timed),
-            Some(acceptor) => Io::Tls(Box::new(acceptor.session(timed)?)),
+            None => Io::Plain(socket),
+            Some(acceptor) => Io::Tls(Box::new(acceptor.session(socket)?)),
         };
-        Ok(Stream { io, received: Vec::new(), used: 0 })
+        Ok(HttpStream { io, received: Vec::new(), used: 0 })
     }
 
     /// Sets the deadline of everything that follows.
-    pub fn give(&mut self, time: Duration) {
+    pub fn set_deadline(&mut self, time: Duration) {
         let now = Instant::now();
-        self.timed().deadline = now.checked_add(time).unwrap_or(now);
+        self.socket().deadline = now.checked_add(time).unwrap_or(now);
     }
 
     /// Reads the next request; `None` if the peer is gone, or was silent.
@@ -96,36 +95,36 @@ impl Stream {
 
     pub fn send(&mut self, text: &str) -> io::Result<()> {
         match &mut self.io {
-            Io::Plain(timed) => timed.write_all(text.as_bytes()),
+            Io::Plain(socket) => socket.write_all(text.as_bytes()),
             Io::Tls(session) => session.write_all(text.as_bytes()).and_then(|()| session.flush()),
         }
     }
 
     /// Closes the connection so that the peer can still read the answer.
     pub fn close(mut self) {
-        self.give(LINGER);
+        self.set_deadline(LINGER);
         if let Io::Tls(session) = &mut self.io {
             tls::close(session);
         }
-        let timed = self.timed();
-        if timed.socket.shutdown(Shutdown::Write).is_ok() {
-            let _ = io::copy(&mut timed.take(LINGER_BYTES), &mut io::sink());
+        let socket = self.socket();
+        if socket.stream.shutdown(Shutdown::Write).is_ok() {
+            let _ = io::copy(socket, &mut io::sink());
         }
     }
 
     fn receive(&mut self) -> io::Result<usize> {
         let mut buffer = [0; PIECE];
         let count = match &mut self.io {
-            Io::Plain(timed) => timed.read(&mut buffer)?,
+            Io::Plain(socket) => socket.read(&mut buffer)?,
             Io::Tls(session) => session.read(&mut buffer)?,
         };
         self.received.extend(buffer.iter().take(count));
         Ok(count)
     }
 
-    fn timed(&mut self) -> &mut Timed {
+    fn socket(&mut self) -> &mut DeadlineSocket {
         match &mut self.io {
-            Io::Plain(timed) => timed,
+            Io::Plain(socket) => socket,
             Io::Tls(session) => &mut session.sock,
         }
     }
@@ -137,12 +136,12 @@ pub fn is_timeout(error: &io::Error) -> bool {
 
 /// The client's end of a connection, and the server's.
 #[cfg(test)]
-pub fn pair() -> (TcpStream, Stream) {
+pub fn pair() -> (TcpStream, HttpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut stream = Stream::new(listener.accept().unwrap().0.into(), None).unwrap();
-    stream.give(Duration::from_secs(20));
+    let mut stream = HttpStream::new(listener.accept().unwrap().0.into(), None).unwrap();
+    stream.set_deadline(Duration::from_secs(20));
     (client, stream)
 }
 
@@ -150,7 +149,7 @@ pub fn pair() -> (TcpStream, Stream) {
 mod tests {
     use super::*;
 
-    fn path(stream: &mut Stream) -> String {
+    fn path(stream: &mut HttpStream) -> String {
         match stream.request() {
             None => "none".into(),
             Some(Err(refusal)) => refusal.parts().0.to_string(),
@@ -185,7 +184,7 @@ mod tests {
         for (begun, told) in [("GET /", "408"), ("", "none")] {
             let (mut client, mut stream) = pair();
             client.write_all(begun.as_bytes()).unwrap();
-            stream.give(Duration::from_millis(100));
+            stream.set_deadline(Duration::from_millis(100));
             assert_eq!(path(&mut stream), told);
         }
         for (kind, timeout) in [

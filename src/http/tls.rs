@@ -1,6 +1,6 @@
 //! TLS: the only file that names rustls.
 
-use super::timed::Timed;
+use super::deadline::DeadlineSocket;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
@@ -11,7 +11,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
 
 /// The server's side of one TLS connection.
-pub type Session = StreamOwned<ServerConnection, Timed>;
+pub type Session = StreamOwned<ServerConnection, DeadlineSocket>;
 
 /// What every connection of the outward server starts from.
 #[derive(Clone, Debug)]
@@ -64,7 +64,7 @@ impl Acceptor {
     }
 
     /// Starts TLS on a connection; the handshake is made by the first read.
-    pub fn session(&self, socket: Timed) -> io::Result<Session> {
+    pub fn session(&self, socket: DeadlineSocket) -> io::Result<Session> {
         let connection = ServerConnection::new(self.0.clone()).map_err(io::Error::other)?;
         Ok(StreamOwned::new(connection, socket))
     }
@@ -101,7 +101,7 @@ pub fn close(session: &mut Session) {
 }
 
 /// The client's side of one TLS connection.
-pub struct Link(StreamOwned<ClientConnection, Timed>);
+pub struct Link(StreamOwned<ClientConnection, DeadlineSocket>);
 
 /// What every connection of the client starts from. There is no way to make one
 /// that does not check certificates.
@@ -131,7 +131,7 @@ impl Connector {
     }
 
     /// Starts TLS with a host name or address; the handshake is made by the first write.
-    pub fn link(&self, host: &str, socket: Timed) -> io::Result<Link> {
+    pub fn link(&self, host: &str, socket: DeadlineSocket) -> io::Result<Link> {
         let name = ServerName::try_from(host.to_string()).map_err(io::Error::other)?;
         let connection = ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)?;
         Ok(Link(StreamOwned::new(connection, socket)))

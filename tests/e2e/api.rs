@@ -440,7 +440,7 @@ fn whitelist() {
 #[test]
 fn lists_that_nobody_reads_hinder_no_change() {
     legacy(|lab| {
-        let rules = lab.seed(65_000, "rfw");
+        lab.seed(65_000, "rfw");
         let _rfw = lab.start("local.server");
         let mut unread: Vec<Conn> = (0..8).map(|_| Conn::open()).collect();
         for conn in &mut unread {
@@ -449,11 +449,6 @@ fn lists_that_nobody_reads_hinder_no_change() {
         let began = std::time::Instant::now();
         assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
         assert!(began.elapsed().as_secs() < 3 + SLACK);
-        if rules == 65_000 {
-            let taken = || ask("GET /list/output").brief() == "503 busy";
-            await_true("four lists at a time", 2 * SLACK, taken);
-        }
-        drop(unread);
-        await_true("places are free again", SLACK, || ask("GET /list/output").status == 200);
+        assert_eq!(ask("GET /list/output").brief(), "200", "a short one is sent at once");
     });
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 const PUT: &str = "PUT /drop/input/any/6.6.6.6 HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// A head (`|` is CRLF, `@` a good Host line) and the status, "closed" where nothing more is taken.
-const HEADS: [(&str, &str); 62] = [
+const HEADS: [(&str, &str); 64] = [
     ("GET / HTTP/1.1|@|", "200"),
     ("GET / HTTP/1.0|@|", "200 closed"),
     ("GET / HTTP/1.1|@Connection: close||", "200 closed"),
@@ -23,7 +23,9 @@ const HEADS: [(&str, &str); 62] = [
     ("GET / HTTP/1.0||", "400 closed"),
     ("GET / HTTP/1.1|Host: example.com||", "400"),
     ("GET / HTTP/1.1|Host: localhost.example.com||", "400"),
-    ("GET / HTTP/1.1|Host: localhost:80||", "400"),
+    ("GET / HTTP/1.1|Host: localhost:80||", "200"),
+    ("GET / HTTP/1.1|Host: [::1]:8080||", "200"),
+    ("GET / HTTP/1.1|Host: example.com:7390||", "400"),
     ("GET / HTTP/1.1|Host: localhost:||", "400"),
     ("GET / HTTP/1.1|Host: 127.0.0.2||", "400"),
     ("GET / HTTP/1.1|Host: ::1||", "400 closed"),

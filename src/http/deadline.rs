@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 /// A socket whose reads and writes all end at a deadline. Each wait is armed
 /// with what is left of it, so a peer gains nothing by sending byte by byte.
 #[derive(Debug)]
-pub struct Timed {
+pub struct DeadlineSocket {
     /// Shared with who may cut it.
-    pub socket: Arc<TcpStream>,
+    pub stream: Arc<TcpStream>,
     pub deadline: Instant,
 }
 
-impl Timed {
+impl DeadlineSocket {
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(ErrorKind::TimedOut.into()),
@@ -26,7 +26,7 @@ impl Timed {
     /// interrupts a wait that has a time limit (signal(7)): that is no failure.
     fn retry(
         &mut self,
-        mut work: impl FnMut(&mut Timed) -> io::Result<usize>,
+        mut work: impl FnMut(&mut DeadlineSocket) -> io::Result<usize>,
     ) -> io::Result<usize> {
         loop {
             match work(self) {
@@ -37,24 +37,24 @@ impl Timed {
     }
 }
 
-impl Read for Timed {
+impl Read for DeadlineSocket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.retry(|timed| {
-            timed.socket.set_read_timeout(timed.left()?)?;
-            (&*timed.socket).read(buffer)
+        self.retry(|socket| {
+            socket.stream.set_read_timeout(socket.left()?)?;
+            (&*socket.stream).read(buffer)
         })
     }
 }
 
-impl Write for Timed {
+impl Write for DeadlineSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.retry(|timed| {
-            timed.socket.set_write_timeout(timed.left()?)?;
-            (&*timed.socket).write(bytes)
+        self.retry(|socket| {
+            socket.stream.set_write_timeout(socket.left()?)?;
+            (&*socket.stream).write(bytes)
         })
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        (&*self.socket).flush()
+        (&*self.stream).flush()
     }
 }

@@ -1,0 +1,254 @@
+//! The whole life of a request, from top to bottom.
+
+use super::Server;
+use super::limiter::{ConnectionLimiter, Limits, Slot};
+use super::listener::Listener;
+use crate::api::{self, Command};
+use crate::firewall::iptables::TaggedRule;
+use crate::firewall::list::Verdict;
+use crate::http::auth::{self, Principal};
+use crate::http::refusal::Refusal;
+use crate::http::request::{Body, Request};
+use crate::http::response::ResponseWriter;
+use crate::http::stream::HttpStream;
+use crate::log::{Level, printable};
+use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::whitelist::Permitted;
+use crate::rule::{Action, Filter, RuleTemplate};
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lists that are received at a time, 20 bytes an entry in memory. Who does not send 16 KiB a
+/// second makes room for others.
+pub const UPLOADS: Limits = Limits { slots: 16, evicting: 0, patience: Duration::from_secs(1) };
+/// Long listings that are sent at a time: without sets each sits in memory meanwhile, 24 MB for
+/// 100,000 rules.
+pub const LISTINGS: Limits = Limits { slots: 4, evicting: 0, patience: Duration::from_secs(1) };
+/// A listing of so many rules is short: 23 KB, for which the socket has room.
+const SHORT_LISTING: usize = 100;
+
+/// How long a whole head may take, TLS handshake included; an idle connection may be silent for
+/// as long. With the second in which it is closed, it is gone after ten.
+const HEAD_TIME: Duration = Duration::from_secs(9);
+/// How much of a request line goes into the log.
+const MAX_LOGGED: usize = 300;
+
+const NO_BODY: Refusal = Refusal::Http(413, "This request takes no body; send none.");
+
+/// One connection that is being served.
+pub struct Connection<'a> {
+    pub server: &'a Server,
+    pub listener: &'a Listener,
+    pub peer: IpAddr,
+    pub slot: Slot,
+}
+
+impl Connection<'_> {
+    /// Serves request after request.
+    pub fn serve(&self, mut stream: HttpStream) {
+        while self.exchange(&mut stream) {}
+        if !self.slot.is_evicted() {
+            stream.close();
+        }
+    }
+
+    /// One request and its response; whether another may follow.
+    fn exchange(&self, stream: &mut HttpStream) -> bool {
+        self.slot.await_client();
+        stream.set_deadline(HEAD_TIME);
+        let Some(mut request) = stream.request() else { return false };
+        let started = Instant::now();
+        if let Ok(request) = &mut request
+            && self.slot.is_wanted()
+        {
+            request.keep_alive = false;
+        }
+        let mut who = format!("{} -", self.peer);
+        let mut response = ResponseWriter::new(stream, request.as_ref().ok());
+        let result = match &request {
+            Ok(request) => self.carry_out(request, &mut response, &mut who),
+            Err(refusal) => Err(refusal.clone()),
+        };
+        let result = result.unwrap_or_else(|refusal| response.refuse(&refusal));
+        let keep = response.keep;
+        let result = if self.slot.is_evicted() { "evicted".into() } else { result };
+        self.record(request.ok().as_ref(), &who, &result, started.elapsed());
+        keep
+    }
+
+    /// From the request to the kernel and the response; the result is for the log.
+    fn carry_out(
+        &self,
+        request: &Request,
+        response: &mut ResponseWriter<'_>,
+        who: &mut String,
+    ) -> Result<String, Refusal> {
+        self.listener.check_host(request)?;
+        let principal = self.authenticate(request)?;
+        *who = principal.to_string();
+        let command = Command::parse(request, self.server.grammar)?;
+        if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
+            return Err(NO_BODY);
+        }
+        match command {
+            Command::Help => {
+                response.push(&api::help(&self.server.addresses, self.server.grammar));
+                response.end("text/plain; charset=utf-8");
+                Ok("helped".into())
+            }
+            Command::Metrics => {
+                response.push(&self.server.metrics.text());
+                response.end("text/plain; version=0.0.4; charset=utf-8");
+                Ok("measured".into())
+            }
+            Command::List(filter) => self.send_listing(&principal, &filter, response),
+            Command::DeleteTag(tag, chain) => {
+                let change = Permitted::delete_tag(tag, chain);
+                let apply = || self.server.firewall.apply(&principal, change);
+                let tally = self.slot.work(apply)?.tally;
+                response.push(&api::tally_json(Action::Delete, &tally, &LeftOut::default()));
+                response.end("application/json");
+                Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
+            }
+            Command::Change(rule, action) => {
+                let permitted = self.server.whitelist.permit(rule, action);
+                let change = permitted.map_err(Refusal::Whitelisted)?;
+                let apply = || self.server.firewall.apply(&principal, change);
+                let outcome = self.slot.work(apply)?;
+                response.push(&api::outcome_json(&rule, &outcome));
+                response.end("application/json");
+                Ok(outcome.tally.single().map_or("", Verdict::name).into())
+            }
+            Command::ChangeAll(template, action) => {
+                self.change_all(request, &principal, template, action, response)
+            }
+        }
+    }
+
+    fn authenticate(&self, request: &Request) -> Result<Principal, Refusal> {
+        let server = self.server;
+        let credentials = server.credentials.as_ref().filter(|_| self.listener.authentication);
+        let authorization = request.authorization.as_deref();
+        let now = Instant::now();
+        auth::authenticate(self.peer, authorization, credentials, &server.throttle, now)
+            .inspect_err(|_| server.metrics.refused_logins.add(1))
+    }
+
+    fn change_all(
+        &self,
+        request: &Request,
+        principal: &Principal,
+        template: RuleTemplate,
+        action: Action,
+        response: &mut ResponseWriter<'_>,
+    ) -> Result<String, Refusal> {
+        let turn = self.await_turn(&self.server.uploads)?;
+        let too_many = |TooMany| Refusal::TooMany;
+        let mut list = List::new(&self.server.whitelist);
+        response.receive(request, |bytes| {
+            [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
+            list.push(bytes).map_err(too_many)
+        })?;
+        let (tally, left_out) = self.work(Some(&turn), || {
+            let (change, left_out) =
+                list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)?;
+            Ok((self.server.firewall.apply(principal, change)?.tally, left_out))
+        })?;
+        response.push(&api::tally_json(action, &tally, &left_out));
+        response.end("application/json");
+        let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
+        Ok(format!("applied: {counts}{} whitelisted", left_out.count))
+    }
+
+    /// A short listing needs no turn: it holds up nobody, and 128 of them are little memory.
+    fn send_listing(
+        &self,
+        principal: &Principal,
+        filter: &Filter,
+        response: &mut ResponseWriter<'_>,
+    ) -> Result<String, Refusal> {
+        let server = self.server;
+        let is_long = server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
+        let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
+        let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
+        if turn.is_none() && listing.len() > SHORT_LISTING {
+            // It has grown since it was counted.
+            drop(listing);
+            turn = Some(self.await_turn(&server.listings)?);
+            listing = self.read_listing(turn.as_ref(), principal, filter)?;
+        }
+        listing.shrink_to_fit(); // nearly half of it may be spare
+        let mut before = "[";
+        let mut push = |number: usize, tagged: &TaggedRule| {
+            let json = api::listed_json(number, tagged);
+            let is_sent = response.push(before) && response.push(&json);
+            turn.iter().chain([&self.slot]).for_each(|slot| slot.progress(json.len()));
+            before = ",\n";
+            is_sent
+        };
+        for (number, tagged) in listing {
+            let mut is_sent = true;
+            if tagged.rule.template().is_none() {
+                is_sent = push(number, &tagged);
+            } else {
+                server.firewall.entries(&tagged.rule, filter, |entry| {
+                    is_sent = push(number, entry);
+                    is_sent
+                })?;
+            }
+            if !is_sent {
+                break;
+            }
+        }
+        response.push(if before == "[" { "[]\n" } else { "]\n" });
+        response.end("application/json");
+        Ok("listed".into())
+    }
+
+    /// One at a time: a change waits for one at most.
+    fn read_listing(
+        &self,
+        turn: Option<&Slot>,
+        principal: &Principal,
+        filter: &Filter,
+    ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
+        self.work(turn, || {
+            let _reading = self.server.reading.lock().unwrap_or_else(PoisonError::into_inner);
+            self.server.firewall.list(principal, filter)
+        })
+    }
+
+    fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, Refusal> {
+        let busy = || Refusal::Busy("Too many lists are on their way.".into());
+        self.slot.acquire(limiter).ok_or_else(busy)
+    }
+
+    /// Does something for which the client has to wait, with all its slots.
+    fn work<T>(&self, turn: Option<&Slot>, work: impl FnOnce() -> T) -> T {
+        match turn {
+            Some(turn) => turn.work(|| self.slot.work(work)),
+            None => self.slot.work(work),
+        }
+    }
+
+    /// One line for every change, made or refused, and for wrong credentials; other
+    /// requests at DEBUG.
+    fn record(&self, request: Option<&Request>, who: &str, result: &str, took: Duration) {
+        let is_change = request.is_some_and(|r| r.method != "GET" || api::modifies(r));
+        let level = match result.get(..3).unwrap_or_default() {
+            status if status.starts_with('5') => Level::Warning,
+            "401" | "429" => Level::Info,
+            _ if is_change => Level::Info,
+            _ => Level::Debug,
+        };
+        let line = request.map_or("-".into(), Request::line);
+        let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
+        let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
+        let event = format_args!("{who} \"{line}\" {result} {took:.1} ms");
+        match result.starts_with('4') {
+            true => self.server.log.refusal(self.peer, level, event),
+            false => self.server.log.write(level, event),
+        }
+    }
+}

@@ -1,0 +1,400 @@
+//! How many connections do something at a time, and which one is evicted when more want to.
+//!
+//! A connection needs a slot to be served, another one to send a list, and another one to receive
+//! a long listing. Where all slots are taken, the connection whose client has kept rfw waiting
+//! longest is evicted: waiting for a request, for the next 16 KiB of a body, or for room for the
+//! next 16 KiB of a response. It has some patience first ([`Limits::patience`]), and is safe while
+//! rfw is at work for it. Clients of an address that holds more than its share, a quarter of the
+//! slots, are evicted before all others and wait behind them. While others wait for a slot, a
+//! connection is closed after its response ([`Slot::is_wanted`]), so everybody has a turn. Whoever
+//! has waited for [`MAX_WAIT`] is refused.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Shutdown, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a connection waits for a slot.
+pub const MAX_WAIT: Duration = Duration::from_secs(5);
+/// How long even the client of a greedy address may keep rfw waiting: from its connect to its
+/// request it needs some milliseconds.
+const MIN_PATIENCE: Duration = Duration::from_millis(20);
+/// So many bytes of a body or of a response are progress: byte by byte a client makes none.
+const PIECE: usize = 16 * 1024;
+/// How often those who wait look whether a client's patience is over.
+const POLL: Duration = Duration::from_millis(10);
+
+/// What makes one limiter different from another.
+pub struct Limits {
+    pub slots: usize,
+    /// How many evicted connections may still be on their way out when the next one enters.
+    pub evicting: usize,
+    /// How long a client may keep rfw waiting before it can be evicted.
+    pub patience: Duration,
+}
+
+enum State {
+    /// rfw waits for the client since then; so many bytes of the next piece have moved.
+    Waiting(Instant, usize),
+    /// The client waits for rfw.
+    Working,
+    Evicted,
+}
+
+struct Holder {
+    ip: IpAddr,
+    socket: Arc<TcpStream>,
+    state: State,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By the number of the slot.
+    holders: BTreeMap<u64, Holder>,
+    /// How many of them are evicted.
+    evicting: usize,
+    /// How many slots each address holds.
+    held: HashMap<IpAddr, usize>,
+    /// Numbers and addresses of those who wait, in order of arrival.
+    line: Vec<(u64, IpAddr)>,
+    next_number: u64,
+}
+
+pub struct ConnectionLimiter {
+    limits: Limits,
+    table: Mutex<Table>,
+    changed: Condvar,
+}
+
+/// One slot, held until it is dropped.
+pub struct Slot {
+    limiter: Arc<ConnectionLimiter>,
+    number: u64,
+    ip: IpAddr,
+    socket: Arc<TcpStream>,
+}
+
+impl ConnectionLimiter {
+    pub fn new(limits: Limits) -> Arc<ConnectionLimiter> {
+        Arc::new(ConnectionLimiter { limits, table: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// Waits for a slot until the deadline, or until `is_gone`: then `None`.
+    pub fn acquire(
+        self: &Arc<ConnectionLimiter>,
+        socket: &Arc<TcpStream>,
+        ip: IpAddr,
+        deadline: Instant,
+        is_gone: impl Fn() -> bool,
+    ) -> Option<Slot> {
+        let mut table = self.lock();
+        let number = table.next_number;
+        table.next_number = number.wrapping_add(1);
+        table.line.push((number, ip));
+        let has_slot = loop {
+            if table.has_room(number, ip, &self.limits) {
+                table.insert(number, ip, socket.clone());
+                break true;
+            }
+            if Instant::now() >= deadline || is_gone() {
+                break false;
+            }
+            let waited = self.changed.wait_timeout(table, POLL);
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+        };
+        table.line.retain(|(waiting, _)| *waiting != number);
+        self.changed.notify_one();
+        let socket = socket.clone();
+        has_slot.then(|| Slot { limiter: self.clone(), number, ip, socket })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Whether there is a slot for the one with this number, and it is the next: from the address
+    /// that holds the fewest slots, the first that came.
+    fn has_room(&mut self, number: u64, ip: IpAddr, limits: &Limits) -> bool {
+        let next = self.line.iter().min_by_key(|(_, ip)| self.held_by(ip));
+        if next.is_some_and(|(next, _)| *next != number) {
+            return false;
+        }
+        if self.holders.len().saturating_sub(self.evicting) >= limits.slots {
+            let share = limits.slots.div_ceil(4).max(self.held_by(&ip).saturating_add(1));
+            self.evict(share, limits.patience);
+        }
+        let all = self.holders.len();
+        all.saturating_sub(self.evicting) < limits.slots
+            && all < limits.slots.saturating_add(limits.evicting)
+    }
+
+    fn evict(&mut self, share: usize, patience: Duration) {
+        let mut worst = None;
+        for (number, holder) in &self.holders {
+            let State::Waiting(since, _) = holder.state else { continue };
+            let (is_greedy, waited) = (self.held_by(&holder.ip) > share, since.elapsed());
+            let patience = if is_greedy { MIN_PATIENCE } else { patience };
+            if waited >= patience {
+                worst = worst.max(Some((is_greedy, waited, *number)));
+            }
+        }
+        if let Some((.., number)) = worst
+            && let Some(holder) = self.holders.get_mut(&number)
+        {
+            let _ = holder.socket.shutdown(Shutdown::Both);
+            holder.state = State::Evicted;
+            self.evicting = self.evicting.saturating_add(1);
+        }
+    }
+
+    fn held_by(&self, ip: &IpAddr) -> usize {
+        self.held.get(ip).copied().unwrap_or_default()
+    }
+
+    fn insert(&mut self, number: u64, ip: IpAddr, socket: Arc<TcpStream>) {
+        let state = State::Waiting(Instant::now(), 0);
+        self.holders.insert(number, Holder { ip, socket, state });
+        let held = self.held_by(&ip);
+        self.held.insert(ip, held.saturating_add(1));
+    }
+
+    fn remove(&mut self, number: u64) {
+        let Some(Holder { ip, state, .. }) = self.holders.remove(&number) else { return };
+        if matches!(state, State::Evicted) {
+            self.evicting = self.evicting.saturating_sub(1);
+        }
+        match self.held_by(&ip) {
+            0..=1 => self.held.remove(&ip),
+            held => self.held.insert(ip, held.saturating_sub(1)),
+        };
+    }
+}
+
+impl Slot {
+    /// Waits for a slot of another limiter; `None` if it takes too long, or if this slot's
+    /// connection is evicted meanwhile.
+    pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
+        let now = Instant::now();
+        let deadline = now.checked_add(MAX_WAIT).unwrap_or(now);
+        limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())
+    }
+
+    /// From now on rfw waits for the client.
+    pub fn await_client(&self) {
+        self.update(|state| *state = State::Waiting(Instant::now(), 0));
+    }
+
+    /// The client has sent or received so many bytes more.
+    pub fn progress(&self, bytes: usize) {
+        self.update(|state| match state {
+            State::Waiting(_, moved) if moved.saturating_add(bytes) < PIECE => {
+                *moved = moved.saturating_add(bytes);
+            }
+            _ => *state = State::Waiting(Instant::now(), 0),
+        });
+    }
+
+    /// Does something for which the client has to wait.
+    pub fn work<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.update(|state| *state = State::Working);
+        let result = work();
+        self.await_client();
+        result
+    }
+
+    /// Whether others wait for a slot, or had to evict somebody just now.
+    pub fn is_wanted(&self) -> bool {
+        let table = self.limiter.lock();
+        table.evicting > 0 || !table.line.is_empty()
+    }
+
+    /// Whether the socket is shut down, and nobody is there to say more to.
+    pub fn is_evicted(&self) -> bool {
+        let mut is_evicted = true;
+        self.update(|_| is_evicted = false);
+        is_evicted
+    }
+
+    /// Only the eviction itself ends the state of an evicted connection.
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        match self.limiter.lock().holders.get_mut(&self.number) {
+            Some(holder) if !matches!(holder.state, State::Evicted) => change(&mut holder.state),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.limiter.lock().remove(self.number);
+        self.limiter.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    /// Longer than a busy machine may take for a test.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// Connections that hold slots, with the clients' ends.
+    struct Test {
+        listener: TcpListener,
+        limiter: Arc<ConnectionLimiter>,
+        held: Vec<(Slot, TcpStream)>,
+    }
+
+    impl Test {
+        fn new(slots: usize, evicting: usize) -> Test {
+            let limiter = ConnectionLimiter::new(Limits { slots, evicting, patience: PATIENCE });
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            Test { listener, limiter, held: Vec::new() }
+        }
+
+        /// A connection from 0.0.0.N that wants a slot and waits for `wait` at most.
+        fn acquire(&mut self, n: u32, wait: Duration) -> bool {
+            let client = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
+            let socket = Arc::new(self.listener.accept().unwrap().0);
+            let deadline = Instant::now() + wait;
+            let slot = self.limiter.acquire(&socket, IpAddr::V4(n.into()), deadline, || false);
+            slot.map(|slot| self.held.push((slot, client))).is_some()
+        }
+
+        /// rfw has waited for this client for so many milliseconds.
+        fn waited(&self, at: usize, millis: u64) {
+            let since = Instant::now() - Duration::from_millis(millis);
+            self.held[at].0.update(|state| *state = State::Waiting(since, 0));
+        }
+
+        fn evicted(&self) -> Vec<usize> {
+            (0..self.held.len()).filter(|at| self.held[*at].0.is_evicted()).collect()
+        }
+    }
+
+    #[test]
+    fn the_client_that_is_waited_for_longest_is_evicted() {
+        // For how long rfw has waited for each holder of a slot, 0 while it works itself.
+        let table: [(&[u64], Option<usize>); 4] = [
+            (&[30_000, 50_000, 40_000], Some(1)),
+            (&[0, 0, 30_000], Some(2)),
+            (&[500, 600, 700], None),
+            (&[0, 0, 0], None),
+        ];
+        for (waited, victim) in table {
+            let mut test = Test::new(3, 1);
+            for (at, millis) in waited.iter().enumerate() {
+                assert!(test.acquire(at as u32, Duration::ZERO));
+                match millis {
+                    0 => test.held[at].0.update(|state| *state = State::Working),
+                    _ => test.waited(at, *millis),
+                }
+            }
+            assert_eq!(test.acquire(9, Duration::ZERO), victim.is_some(), "{waited:?}");
+            assert_eq!(test.evicted(), Vec::from_iter(victim), "{waited:?}");
+            if let Some(victim) = victim {
+                assert_eq!(test.held[victim].1.read(&mut [0]).unwrap(), 0, "its socket is shut");
+            }
+        }
+    }
+
+    #[test]
+    fn every_address_has_its_share() {
+        // The addresses of four holders, for each of whom rfw has waited 100 ms; who comes; who goes.
+        let table: [([u32; 4], u32, Option<usize>); 4] = [
+            ([1, 2, 2, 2], 3, Some(1)),
+            ([1, 2, 2, 2], 1, Some(1)),
+            ([1, 1, 2, 2], 1, None),
+            ([1, 2, 2, 2], 2, None),
+        ];
+        for (holders, newcomer, victim) in table {
+            let mut test = Test::new(4, 1);
+            for (at, n) in holders.iter().enumerate() {
+                assert!(test.acquire(*n, Duration::ZERO));
+                test.waited(at, 100 - at as u64);
+            }
+            assert_eq!(test.acquire(newcomer, Duration::ZERO), victim.is_some(), "{holders:?}");
+            assert_eq!(test.evicted(), Vec::from_iter(victim), "{holders:?} {newcomer}");
+        }
+    }
+
+    /// The first that came; but an address that holds a slot comes after one that holds none.
+    #[test]
+    fn whoever_waits_has_a_turn() {
+        let mut test = Test::new(1, 0);
+        assert!(test.acquire(1, Duration::ZERO));
+        test.held[0].0.update(|state| *state = State::Working);
+        assert!(!test.held[0].0.is_wanted());
+        let (limiter, order) = (test.limiter.clone(), Mutex::new(Vec::new()));
+        let socket = test.held[0].0.socket.clone();
+        thread::scope(|scope| {
+            for (at, n) in [1, 2, 3].into_iter().enumerate() {
+                let (limiter, socket, order) = (&limiter, &socket, &order);
+                scope.spawn(move || {
+                    let deadline = Instant::now() + Duration::from_secs(20);
+                    let ip = IpAddr::V4(n.into());
+                    let slot = limiter.acquire(socket, ip, deadline, || false).unwrap();
+                    order.lock().unwrap().push(n);
+                    drop(slot);
+                });
+                while limiter.lock().line.len() <= at {
+                    thread::yield_now();
+                }
+            }
+            assert!(test.held[0].0.is_wanted());
+            // Another slot of the same address is what makes it wait behind the others.
+            limiter.lock().held.insert(IpAddr::V4(1.into()), 2);
+            test.held.clear();
+        });
+        assert_eq!(*order.lock().unwrap(), [2, 3, 1]);
+    }
+
+    #[test]
+    fn bytes_are_progress_piece_by_piece() {
+        for (pieces, is_progress) in
+            [(&[PIECE - 1][..], false), (&[PIECE - 1, 1], true), (&[PIECE], true)]
+        {
+            let mut test = Test::new(1, 1);
+            assert!(test.acquire(1, Duration::ZERO));
+            test.waited(0, 30_000);
+            pieces.iter().for_each(|bytes| test.held[0].0.progress(*bytes));
+            assert_eq!(test.acquire(2, Duration::ZERO), !is_progress, "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn evicted_connections_are_counted_until_they_leave() {
+        let mut test = Test::new(1, 0);
+        assert!(test.acquire(1, Duration::ZERO));
+        test.waited(0, 30_000);
+        // With no room for one on its way out, it is evicted at once, and entered later.
+        assert!(!test.acquire(2, Duration::ZERO));
+        assert_eq!(test.evicted(), [0]);
+        assert!(test.held[0].0.is_wanted());
+        drop(test.held.remove(0));
+        assert!(test.acquire(2, Duration::ZERO));
+        assert!(!test.held[0].0.is_wanted() && test.limiter.lock().held.len() == 1);
+        // An evicted connection gives up its place in another line.
+        let other = Test::new(0, 0);
+        test.waited(0, 30_000);
+        assert!(!test.acquire(3, Duration::ZERO));
+        let before = Instant::now();
+        assert!(test.held[0].0.acquire(&other.limiter).is_none());
+        assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().line.is_empty());
+    }
+
+    #[test]
+    fn work_is_safe() {
+        let mut test = Test::new(1, 1);
+        assert!(test.acquire(1, Duration::ZERO));
+        test.waited(0, 30_000);
+        let slot = test.held.remove(0).0;
+        assert!(slot.work(|| !test.acquire(2, Duration::ZERO)));
+        assert!(!test.acquire(2, Duration::ZERO), "patience begins behind the work");
+    }
+}

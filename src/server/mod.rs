@@ -1,0 +1,36 @@
+//! The servers: from accept to the last byte of the last response.
+//!
+//! [`listener`] accepts and admits, [`limiter`] says how many connections are served at a time,
+//! [`connection`] is the whole life of a request.
+
+pub mod connection;
+pub mod limiter;
+pub mod listener;
+
+use crate::api::Grammar;
+use crate::firewall::Firewall;
+use crate::http::auth::{Credentials, LoginThrottle};
+use crate::log::Log;
+use crate::metrics::Metrics;
+use crate::rule::whitelist::Whitelist;
+use limiter::ConnectionLimiter;
+use std::sync::{Arc, Mutex};
+
+/// What all listeners share.
+pub struct Server {
+    pub firewall: Firewall,
+    pub whitelist: Arc<Whitelist>,
+    pub log: Arc<Log>,
+    pub metrics: Arc<Metrics>,
+    pub grammar: Grammar,
+    pub credentials: Option<Credentials>,
+    pub throttle: LoginThrottle,
+    /// A slot for each list that is being received.
+    pub uploads: Arc<ConnectionLimiter>,
+    /// A slot for each long listing that is being read and sent.
+    pub listings: Arc<ConnectionLimiter>,
+    /// Held while a listing is read from the kernel.
+    pub reading: Mutex<()>,
+    /// Where the servers listen, for the help text.
+    pub addresses: String,
+}

@@ -1,0 +1,236 @@
+//! SPEC 4, 6 and 10: clients that hold up others, and how all of them have their turn.
+
+use crate::lab::*;
+use crate::tls;
+use rfw::http::deadline::DeadlineSocket;
+use rfw::http::tls::Connector;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PUT: &str = "PUT /drop/input/any/6.6.6.6";
+const UPLOAD: &str =
+    "PUT /drop/input/any HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n1";
+const LISTING: &str = "GET /list HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// A list of so many addresses.
+fn addresses(count: usize) -> String {
+    (0..count).map(|n| format!("10.{}.{}.{}\n", n >> 16, n >> 8 & 255, n & 255)).collect()
+}
+
+/// Sends an upload's head and a byte, and a byte now and then until the test ends.
+fn drip(is_over: &AtomicBool) {
+    let Ok(conn) = Conn::to(LOCAL) else { return };
+    let mut writer = conn.writer();
+    let mut is_open = writer.write_all(UPLOAD.as_bytes()).is_ok();
+    while is_open && !is_over.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(100));
+        is_open = writer.write_all(b"1").is_ok();
+    }
+}
+
+#[test]
+fn stalled_uploads_hold_up_no_list() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let mut stalled: Vec<_> = (0..17).map(|_| Conn::open()).collect();
+        stalled.iter_mut().for_each(|conn| conn.send(UPLOAD));
+        assert_eq!(list("PUT /drop/input/any", addresses(100)).sums(), "inserted 100");
+        // Nor do those that send byte by byte.
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            (0..40).for_each(|_| drop(scope.spawn(|| drip(&is_over))));
+            for _ in 0..3 {
+                assert_eq!(list("PUT /drop/input/any", addresses(100)).sums(), "exists 100");
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+    });
+}
+
+/// At more than 1 KiB a second, which is fast enough for one that is short.
+#[test]
+fn an_upload_that_takes_over_a_minute_is_refused() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let begin = Instant::now();
+        let mut conn = Conn::open();
+        conn.send(UPLOAD);
+        let mut writer = conn.writer();
+        let answer = thread::scope(|scope| {
+            scope.spawn(move || {
+                while writer.write_all(&[b'\n'; 650]).is_ok() {
+                    thread::sleep(Duration::from_millis(500));
+                }
+            });
+            loop {
+                match conn.answer() {
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    answer => break answer,
+                }
+            }
+        });
+        assert_eq!(answer.unwrap().brief(), "408 request_timeout");
+        let seconds = begin.elapsed().as_secs();
+        assert!((59..=61 + SLACK).contains(&seconds), "{seconds} s");
+    });
+}
+
+#[test]
+fn unread_listings_hold_up_no_listing() {
+    legacy(|lab| {
+        let rfw = lab.start("local.server");
+        assert_eq!(list("PUT /drop/input/any", addresses(30_000)).sums(), "inserted 30000");
+        let unread = || {
+            let mut conn = Conn::open();
+            conn.send(LISTING);
+            assert_eq!(conn.writer().peek(&mut [0]).unwrap(), 1, "it begins");
+            conn
+        };
+        let _unread = [unread(), unread(), unread(), unread()];
+        for _ in 0..2 {
+            let answer = ask("GET /list");
+            assert_eq!((answer.status, answer.body.matches("\"num\"").count()), (200, 30_000));
+        }
+        let memory = std::fs::read_to_string(format!("/proc/{}/status", rfw.pid())).unwrap();
+        let most = memory.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        let most: u64 = most.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(most < 80_000, "{most} kB");
+    });
+}
+
+#[test]
+fn concurrent_listings_all_have_their_turn() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        list("PUT /drop/input/any", addresses(50));
+        thread::scope(|scope| {
+            for _ in 0..64 {
+                scope.spawn(|| {
+                    let mut conn = Conn::open();
+                    conn.send(LISTING.repeat(5));
+                    (0..5).for_each(|_| assert_eq!(conn.answer().unwrap().status, 200));
+                });
+            }
+        });
+    });
+}
+
+/// Asks for changes without a pause, on a new connection where rfw closes the old one. Returns
+/// how many were made.
+fn puts(client: usize, is_over: &AtomicBool, refused: &AtomicUsize) -> usize {
+    let mut conn = Conn::open();
+    let mut made = 0;
+    while !is_over.load(Ordering::Relaxed) {
+        let request = format!("PUT /drop/input/any/10.0.{client}.{}", made % 8);
+        match conn.try_ask(&request, "").map(|answer| (answer.status, answer.head)) {
+            Ok((200, head)) if head.contains("Connection: close") => conn = Conn::open(),
+            Ok((200, _)) => {}
+            Ok(_) => drop(refused.fetch_add(1, Ordering::Relaxed)),
+            Err(_) => {
+                conn = Conn::open();
+                continue;
+            }
+        }
+        made += 1;
+    }
+    made
+}
+
+#[test]
+fn among_200_clients_that_never_pause_each_has_its_share() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let (is_over, refused) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let mut honest = Vec::new();
+        let made: Vec<usize> = thread::scope(|scope| {
+            let (is_over, refused) = (&is_over, &refused);
+            let crowd: Vec<_> =
+                (0..200).map(|n| scope.spawn(move || puts(n, is_over, refused))).collect();
+            for _ in 0..10 {
+                honest.push(Conn::open().try_ask(PUT, "").map(|answer| answer.status));
+            }
+            is_over.store(true, Ordering::Relaxed);
+            crowd.into_iter().map(|client| client.join().unwrap()).collect()
+        });
+        let (least, all) = (made.iter().min().unwrap(), made.iter().sum::<usize>());
+        assert!(honest.iter().all(|status| matches!(status, Ok(200))), "{honest:?}");
+        assert_eq!(refused.into_inner(), 0);
+        assert!(least * 200 * 4 >= all, "{least} for one of 200, {all} for all");
+    });
+}
+
+#[test]
+fn a_connection_too_many_is_refused_after_5_seconds() {
+    both(|lab| {
+        lab.stand_in("");
+        let _rfw = lab.start("local.server");
+        lab.stand_in_for_changes("echo >> $lab/calls; /bin/sleep 30");
+        let mut waiting: Vec<_> = (0..128).map(|_| Conn::open()).collect();
+        for (n, conn) in waiting.iter_mut().enumerate() {
+            conn.send(format!(
+                "PUT /drop/input/any/10.0.0.{n} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            ));
+        }
+        await_true("iptables is run", SLACK, || !lab.read("calls").is_empty());
+        let metrics = "PUT /drop/input/any/10.0.1.1";
+        let begin = Instant::now();
+        assert_eq!(ask(metrics).brief(), "503 busy");
+        let millis = begin.elapsed().as_millis();
+        assert!((4_900..5_000 + u128::from(SLACK) * 1_000).contains(&millis), "{millis} ms");
+        // Nobody was evicted for it.
+        for conn in &mut waiting {
+            assert_eq!(conn.answer().unwrap().status, 503);
+        }
+    });
+}
+
+/// The answer comes before the head has ended. What comes behind must not reset the connection: a
+/// client that fails to send does not look for an answer.
+#[test]
+fn an_endless_head_over_tls_is_answered() {
+    once(|lab| {
+        tls::keys(lab);
+        let _rfw = lab.start(tls::CONF);
+        let ca = std::fs::read("/run/lab/keys/client/ca.crt").unwrap();
+        let connector = Connector::new(Some(&ca), None).unwrap();
+        let rest = [b'a'; 400_000];
+        for (start, status) in [("", "414"), ("GET / HTTP/1.1\r\nX: ", "431")] {
+            for _ in 0..20 {
+                let stream = TcpStream::connect(OUTWARD).unwrap().into();
+                let deadline = Instant::now() + Duration::from_secs(20);
+                let mut link = connector.link("127.0.0.1", DeadlineSocket { stream, deadline });
+                let link = link.as_mut().unwrap();
+                link.write_all(start.as_bytes()).unwrap();
+                link.write_all(&rest[..8_000]).unwrap();
+                thread::sleep(Duration::from_millis(10)); // so that it comes in two pieces
+                link.write_all(&rest).unwrap();
+                let mut answer = [0; 12];
+                link.read_exact(&mut answer).unwrap();
+                assert_eq!(String::from_utf8_lossy(&answer), format!("HTTP/1.1 {status}"));
+            }
+        }
+    });
+}
+
+#[test]
+fn guesses_by_get_are_logged() {
+    once(|lab| {
+        let keys = "local.server.authentication\nauth.username = mu\nauth.password = secret";
+        let _rfw = lab.start(&format!("local.server\n{keys}"));
+        let wrong = "Authorization: Basic bXU6d3Jvbmc=\r\n";
+        for _ in 0..12 {
+            Conn::open().try_ask("GET /list", wrong).unwrap();
+        }
+        let lines = |result: &str| {
+            let log = lab.read("rfw.log");
+            let told = format!("INFO 127.0.0.1 - \"GET /list\" {result} ");
+            log.lines().filter(|line| line[25..].starts_with(&told)).count()
+        };
+        await_true("ten and one wrong ones, then another", SLACK, || {
+            lines("401 unauthorized") == 11 && lines("429 too_many_guesses") == 1
+        });
+    });
+}
