@@ -17,14 +17,20 @@ use crate::rule::whitelist::Permitted;
 use crate::rule::{Action, Filter, RuleTemplate};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Lists that are received at a time, 20 bytes an entry in memory. Who does not send 16 KiB a
 /// second makes room for others.
-pub const UPLOADS: Limits = Limits { slots: 16, evicting: 0, patience: Duration::from_secs(1) };
+pub const UPLOADS: Limits = Limits {
+    slots: 16,
+    evicting: 0,
+    patience: Duration::from_secs(1),
+    poll: Duration::from_millis(10),
+};
 /// Long listings that are sent at a time: without sets each sits in memory meanwhile, 24 MB for
 /// 100,000 rules.
-pub const LISTINGS: Limits = Limits { slots: 4, evicting: 0, patience: Duration::from_secs(1) };
+pub const LISTINGS: Limits = Limits { slots: 4, ..UPLOADS };
 /// A listing of so many rules is short: 23 KB, for which the socket has room.
 const SHORT_LISTING: usize = 100;
 
@@ -35,6 +41,7 @@ const HEAD_TIME: Duration = Duration::from_secs(9);
 const MAX_LOGGED: usize = 300;
 
 const NO_BODY: Refusal = Refusal::Http(413, "This request takes no body; send none.");
+const EVICTED: Refusal = Refusal::Http(408, "The body came too slowly while others waited.");
 
 /// One connection that is being served.
 pub struct Connection<'a> {
@@ -57,11 +64,13 @@ impl Connection<'_> {
     fn exchange(&self, stream: &mut HttpStream) -> bool {
         self.slot.await_client();
         stream.set_deadline(HEAD_TIME);
+        if stream.has_received() {
+            // Others first: many that pipeline would hold up those who ask for one thing.
+            thread::yield_now();
+        }
         let Some(mut request) = stream.request() else { return false };
         let started = Instant::now();
-        if let Ok(request) = &mut request
-            && self.slot.is_wanted()
-        {
+        if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
             request.keep_alive = false;
         }
         let mut who = format!("{} -", self.peer);
@@ -72,7 +81,6 @@ impl Connection<'_> {
         };
         let result = result.unwrap_or_else(|refusal| response.refuse(&refusal));
         let keep = response.keep;
-        let result = if self.slot.is_evicted() { "evicted".into() } else { result };
         self.record(request.ok().as_ref(), &who, &result, started.elapsed());
         keep
     }
@@ -146,10 +154,12 @@ impl Connection<'_> {
         let turn = self.await_turn(&self.server.uploads)?;
         let too_many = |TooMany| Refusal::TooMany;
         let mut list = List::new(&self.server.whitelist);
-        response.receive(request, |bytes| {
+        let received = response.receive(request, |bytes| {
             [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
             list.push(bytes).map_err(too_many)
-        })?;
+        });
+        let is_evicted = turn.is_evicted() || self.slot.is_evicted();
+        received.map_err(|refusal| if is_evicted { EVICTED } else { refusal })?;
         let (tally, left_out) = self.work(Some(&turn), || {
             let (change, left_out) =
                 list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)?;
@@ -198,7 +208,7 @@ impl Connection<'_> {
                 })?;
             }
             if !is_sent {
-                break;
+                return Ok("listed in part".into());
             }
         }
         response.push(if before == "[" { "[]\n" } else { "]\n" });

@@ -21,8 +21,6 @@ pub const MAX_WAIT: Duration = Duration::from_secs(5);
 const MIN_PATIENCE: Duration = Duration::from_millis(20);
 /// So many bytes of a body or of a response are progress: byte by byte a client makes none.
 const PIECE: usize = 16 * 1024;
-/// How often those who wait look whether a client's patience is over.
-const POLL: Duration = Duration::from_millis(10);
 
 /// What makes one limiter different from another.
 pub struct Limits {
@@ -31,6 +29,8 @@ pub struct Limits {
     pub evicting: usize,
     /// How long a client may keep rfw waiting before it can be evicted.
     pub patience: Duration,
+    /// How often those who wait look whether somebody can be evicted by now.
+    pub poll: Duration,
 }
 
 enum State {
@@ -99,7 +99,7 @@ impl ConnectionLimiter {
             if Instant::now() >= deadline || is_gone() {
                 break false;
             }
-            let waited = self.changed.wait_timeout(table, POLL);
+            let waited = self.changed.wait_timeout(table, self.limits.poll);
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
         table.line.retain(|(waiting, _)| *waiting != number);
@@ -252,7 +252,9 @@ mod tests {
 
     impl Test {
         fn new(slots: usize, evicting: usize) -> Test {
-            let limiter = ConnectionLimiter::new(Limits { slots, evicting, patience: PATIENCE });
+            let poll = Duration::from_millis(10);
+            let limiter =
+                ConnectionLimiter::new(Limits { slots, evicting, patience: PATIENCE, poll });
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             Test { listener, limiter, held: Vec::new() }
         }
