@@ -70,6 +70,7 @@ impl Connection<'_> {
         }
         let Some(mut request) = stream.request() else { return false };
         let started = Instant::now();
+        self.slot.await_client(); // now for the response
         if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
             request.keep_alive = false;
         }

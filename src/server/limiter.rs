@@ -36,7 +36,7 @@ pub struct Limits {
 enum State {
     /// rfw waits for the client since then; so many bytes of the next piece have moved.
     Waiting(Instant, usize),
-    /// The client waits for rfw.
+    /// The client waits for rfw, at first until a thread serves it.
     Working,
     Evicted,
 }
@@ -154,8 +154,7 @@ impl Table {
     }
 
     fn insert(&mut self, number: u64, ip: IpAddr, socket: Arc<TcpStream>) {
-        let state = State::Waiting(Instant::now(), 0);
-        self.holders.insert(number, Holder { ip, socket, state });
+        self.holders.insert(number, Holder { ip, socket, state: State::Working });
         let held = self.held_by(&ip);
         self.held.insert(ip, held.saturating_add(1));
     }
@@ -178,7 +177,9 @@ impl Slot {
     pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
         let now = Instant::now();
         let deadline = now.checked_add(MAX_WAIT).unwrap_or(now);
-        limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())
+        let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
+        slot.await_client();
+        Some(slot)
     }
 
     /// From now on rfw waits for the client.
@@ -292,9 +293,8 @@ mod tests {
             let mut test = Test::new(3, 1);
             for (at, millis) in waited.iter().enumerate() {
                 assert!(test.acquire(at as u32, Duration::ZERO));
-                match millis {
-                    0 => test.held[at].0.update(|state| *state = State::Working),
-                    _ => test.waited(at, *millis),
+                if *millis > 0 {
+                    test.waited(at, *millis);
                 }
             }
             assert_eq!(test.acquire(9, Duration::ZERO), victim.is_some(), "{waited:?}");
@@ -330,7 +330,6 @@ mod tests {
     fn whoever_waits_has_a_turn() {
         let mut test = Test::new(1, 0);
         assert!(test.acquire(1, Duration::ZERO));
-        test.held[0].0.update(|state| *state = State::Working);
         assert!(!test.held[0].0.is_wanted());
         let (limiter, order) = (test.limiter.clone(), Mutex::new(Vec::new()));
         let socket = test.held[0].0.socket.clone();
@@ -382,12 +381,22 @@ mod tests {
         assert!(test.acquire(2, Duration::ZERO));
         assert!(!test.held[0].0.is_wanted() && test.limiter.lock().held.len() == 1);
         // An evicted connection gives up its place in another line.
-        let other = Test::new(0, 0);
+        let other = Test::new(0, 0); // has none to give
         test.waited(0, 30_000);
         assert!(!test.acquire(3, Duration::ZERO));
         let before = Instant::now();
         assert!(test.held[0].0.acquire(&other.limiter).is_none());
         assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().line.is_empty());
+    }
+
+    /// Until it is served a connection is safe; with a slot for a transfer it is being served.
+    #[test]
+    fn patience_begins_with_the_service() {
+        let mut test = Test::new(1, 1);
+        assert!(test.acquire(1, Duration::ZERO));
+        test.held[0].0.update(|state| assert!(matches!(state, State::Working)));
+        let transfer = test.held[0].0.acquire(&Test::new(1, 1).limiter).unwrap();
+        transfer.update(|state| assert!(matches!(state, State::Waiting(..))));
     }
 
     #[test]
