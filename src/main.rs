@@ -178,6 +178,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         Err(reason) => log.warning(format_args!("IPv6 rules are not accepted: {reason}")),
     }
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
+    let ipv6 = iptables.iter().any(|iptables| iptables.family == Family::V6);
     let tools = Tools::new(iptables, Ipset::new(path, lock));
     let doors = Door::open(&config, acceptor)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
@@ -197,7 +198,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
-    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
+    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some(), ipv6 };
     let (received, sent, guesses) = Default::default();
     let server = Server {
         firewall,

@@ -14,9 +14,9 @@ use crate::http::tls::Acceptor;
 use crate::log::{Level, Log, printable};
 use crate::metrics::Metrics;
 use crate::places::{Place, Places, State};
-use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::list::{List, ListOptions, ListReport};
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{self, Action, Chain};
+use crate::rule::{Action, Chain, RuleTemplate};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
@@ -274,13 +274,14 @@ impl Visit<'_> {
                 reply.end("application/json");
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(template, action) => {
-                let (change, left_out) = self.read_list(request, reply, template, action)?;
+            Command::ChangeAll(template, action, options) => {
+                let (change, report) = self.read_list(request, reply, template, action, options)?;
                 let tally = self.apply(&client, change)?.tally;
-                reply.push(&api::tally_json(action, &tally, &left_out));
+                reply.push(&api::tally_json(action, &tally, &report));
                 reply.end("application/json");
-                let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
-                Ok(format!("applied: {counts}{} whitelisted", left_out.count))
+                let word = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
+                let counts = api::tally_of(action, &tally, word) + &api::report_of(&report, word);
+                Ok(format!("applied:{}", counts.trim_end_matches(',')))
             }
         }
     }
@@ -289,13 +290,13 @@ impl Visit<'_> {
         &self,
         request: &Request,
         reply: &mut Reply<'_>,
-        template: rule::RuleTemplate,
+        template: RuleTemplate,
         action: Action,
-    ) -> Result<(Permitted, LeftOut), Refusal> {
-        let too_many = |TooMany| Refusal::TooMany;
-        let mut list = List::new(&self.server.whitelist);
-        reply.receive(request, |bytes| list.push(bytes).map_err(too_many))?;
-        list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)
+        options: ListOptions,
+    ) -> Result<(Permitted, ListReport), Refusal> {
+        let mut list = List::new(&self.server.whitelist, template, action, options);
+        reply.receive(request, |bytes| list.push(bytes).map_err(Refusal::List))?;
+        list.finish().map_err(Refusal::List)
     }
 
     fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {

@@ -29,7 +29,8 @@ use std::str::FromStr;
 pub const WIDEST_V4: u8 = 9;
 pub const WIDEST_V6: u8 = 17;
 
-fn widest(family: Family) -> u8 {
+/// The shortest prefix of a family.
+pub fn widest(family: Family) -> u8 {
     if family == Family::V4 { WIDEST_V4 } else { WIDEST_V6 }
 }
 
@@ -260,9 +261,11 @@ pub enum RuleError {
     AnyAddress,
     /// Addresses of two families in one rule.
     Families,
-    /// Not a prefix length, or too short a one.
+    /// Not a prefix length; the address and what follows it.
     Mask(String),
-    /// In a list: no range, or one that holds too wide a block.
+    /// A block that is wider than a rule may name.
+    Wide(Net),
+    /// In a list: not a range.
     Range(String),
     /// In a list: too many bytes for a line.
     Long,
@@ -391,10 +394,12 @@ fn take_block(chain: Chain, rest: &mut Iter<'_, &str>) -> Result<Net, RuleError>
         return Ok(if host.is_unspecified() { Net::any(host.family()) } else { host });
     };
     rest.next();
-    let prefix = decimal(mask).filter(|prefix| *prefix >= widest(host.family()));
-    let net = prefix.and_then(|prefix| Net::new(host.addr(), prefix));
-    let net = net.ok_or_else(|| RuleError::Mask(mask.to_string()))?;
-    if net.is_unspecified() { Err(wrong()) } else { Ok(net) }
+    let net = decimal(mask).and_then(|prefix| Net::new(host.addr(), prefix));
+    match net.ok_or_else(|| RuleError::Mask(format!("{text}/{mask}")))? {
+        net if net.is_unspecified() => Err(wrong()),
+        net if !is_narrow(&net) => Err(RuleError::Wide(net)),
+        net => Ok(net),
+    }
 }
 
 /// Decimal digits, at least one, and nothing else.
@@ -480,6 +485,7 @@ mod tests {
     fn paths_that_name_no_rule() {
         use RuleError::*;
         let text = |s: &str| s.to_string();
+        let net = |s: &str| Net::parse(s).unwrap();
         let table = [
             ("drop/input/any/1.2.3.4", Shape),
             ("/drop", Shape),
@@ -487,8 +493,8 @@ mod tests {
             ("/drop/input/any", Shape),
             ("/drop/input/any/1.2.3.4/24/5", Shape),
             ("/drop/forward/any/1.2.3.4/", Iface(text(""))),
-            ("/drop/input/any/1.2.3.4/", Mask(text(""))),
-            ("/drop/input/any/1.2.3.4/-1", Mask(text("-1"))),
+            ("/drop/input/any/1.2.3.4/", Mask(text("1.2.3.4/"))),
+            ("/drop/input/any/1.2.3.4/-1", Mask(text("1.2.3.4/-1"))),
             ("/drop/forward/any/1.2.3.4/-1", Iface(text("-1"))),
             ("/drop/forward/any/1.2.3.4/any/5.6.7.8/32/x", Shape),
             ("/log/input/any/1.2.3.4", Unknown),
@@ -511,13 +517,13 @@ mod tests {
             ("/drop/output/any/::", AnyAddress),
             ("/drop/input/any/0.0.0.0/32", Address(text("0.0.0.0"))),
             ("/drop/forward/any/::/128", Address(text("::"))),
-            ("/drop/input/any/1.2.3.4/8", Mask(text("8"))),
-            ("/drop/input/any/1.2.3.4/33", Mask(text("33"))),
-            ("/drop/input/any/1.2.3.4/024", Mask(text("024"))),
-            ("/drop/input/any/1.2.3.4/300", Mask(text("300"))),
-            ("/drop/input/any/0.0.0.0/0", Mask(text("0"))),
-            ("/drop/input/any/2001:db8::/16", Mask(text("16"))),
-            ("/drop/input/any/2001:db8::/129", Mask(text("129"))),
+            ("/drop/input/any/1.2.3.4/8", Wide(net("1.0.0.0/8"))),
+            ("/drop/input/any/1.2.3.4/33", Mask(text("1.2.3.4/33"))),
+            ("/drop/input/any/1.2.3.4/024", Mask(text("1.2.3.4/024"))),
+            ("/drop/input/any/1.2.3.4/300", Mask(text("1.2.3.4/300"))),
+            ("/drop/input/any/0.0.0.0/0", Wide(net("0.0.0.0/0"))),
+            ("/drop/input/any/2001:db8::/16", Wide(net("2001::/16"))),
+            ("/drop/input/any/2001:db8::/129", Mask(text("2001:db8::/129"))),
             ("/drop/forward/any/1.2.3.4/any/::1", Families),
         ];
         for (path, error) in table {

@@ -526,7 +526,15 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             rfw.await_ready();
             assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
             assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
-            assert_eq!(ask("GET /list").body.matches("source").count(), 1);
+            let lines = "1.2.3.4\n2001:db8::1\n5.6.7.8\n2001:db8::/64\n";
+            let answer = list("PUT /drop/input/any", lines);
+            assert_eq!(answer.sums(), "inserted 1 exists 1");
+            assert_eq!(answer.field("ipv6_skipped"), "2");
+            assert_eq!(list("PUT /drop/input/any", "::2\nx\n").sums(), "400 bad_list 2");
+            let answer = list("DELETE /drop/input/any", "::2\n");
+            assert_eq!((answer.sums(), answer.field("ipv6_skipped")), ("".into(), "1"));
+            assert_eq!(ask("GET /list").body.matches("source").count(), 2);
+            assert_eq!(list("DELETE /drop/input/any", "5.6.7.8").sums(), "deleted 1");
             let log = lab.read("rfw.log");
             assert_eq!(log.lines().filter(|line| line.contains(" WARNING ")).count(), 1, "{log}");
         }
