@@ -8,6 +8,7 @@ use rfw::firewall::iptables::{Iptables, restore_beside};
 use rfw::firewall::process::InstanceLock;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
+use rfw::host;
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
@@ -195,6 +196,11 @@ fn run(options: &Options) -> Result<Infallible, String> {
         StartError::Message(message) => message,
         StartError::State(error) => in_state(error),
     })?;
+    if let Err(error) = host::list_addresses() {
+        log.warning(format_args!(
+            "only white.list protects this host's own addresses from blocks and lists: {error}"
+        ));
+    }
     let addresses = doors.iter().map(Door::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;

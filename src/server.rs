@@ -5,6 +5,7 @@ use crate::config::{Config, Local};
 use crate::firewall::Firewall;
 use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Outcome, Verdict};
+use crate::host;
 use crate::http::auth::{self, Client, Credentials, Guesses};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
@@ -268,8 +269,9 @@ impl Visit<'_> {
             }
             Command::List(chain) => send_list(server, &client, chain, reply),
             Command::Change(rule, action) => {
-                let change = server.whitelist.permit(rule, action).map_err(Refusal::Whitelisted)?;
-                let outcome = self.apply(&client, change)?;
+                let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
+                let change = server.whitelist.permit(rule, action, &own);
+                let outcome = self.apply(&client, change.map_err(Refusal::Whitelisted)?)?;
                 reply.push(&api::outcome_json(&rule, &outcome));
                 reply.end("application/json");
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
@@ -294,7 +296,8 @@ impl Visit<'_> {
         action: Action,
         options: ListOptions,
     ) -> Result<(Permitted, ListReport), Refusal> {
-        let mut list = List::new(&self.server.whitelist, template, action, options);
+        let (whitelist, own) = (&self.server.whitelist, host::own_addresses(&[]));
+        let mut list = List::new(whitelist, &own, template, action, options);
         reply.receive(request, |bytes| list.push(bytes).map_err(Refusal::List))?;
         list.finish().map_err(Refusal::List)
     }

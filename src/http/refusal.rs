@@ -3,7 +3,7 @@
 use super::json;
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
-use crate::rule::net::Net;
+use crate::rule::whitelist::Conflict;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -35,8 +35,8 @@ pub enum Refusal {
     Full(&'static str),
     /// The state file cannot be written, as this sentence says.
     State(String),
-    /// The change overlaps this block of the whitelist.
-    Whitelisted(Net),
+    /// The change touches a block that no change may touch.
+    Whitelisted(Conflict),
     /// An IPv6 rule on a host without IPv6.
     NoIpv6,
     /// The kernel did not take the rule; iptables' own words.
@@ -80,8 +80,12 @@ impl Refusal {
             Refusal::State(sentence) => {
                 (507, "state_failed", format!("{sentence} Nothing was applied."))
             }
-            Refusal::Whitelisted(net) => {
-                (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
+            Refusal::Whitelisted(conflict) => {
+                let message = match conflict {
+                    Conflict::Whitelisted(net) => format!("This overlaps {net} of the whitelist."),
+                    Conflict::Own(net) => format!("This overlaps {net}, this host's own address."),
+                };
+                (409, "whitelisted", message)
             }
             Refusal::NoIpv6 => {
                 (400, "bad_address", "This host filters no IPv6; send IPv4 addresses.".into())
@@ -276,11 +280,14 @@ fn code(status: u16) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::net::Net;
 
     #[test]
     fn status_code_and_sentence() {
         let x = || String::from("x");
         let net = |text: &str| Net::parse(text).unwrap();
+        let (white, own) =
+            (Conflict::Whitelisted(net("1.2.3.0/24")), Conflict::Own(net("1.2.3.4")));
         let invalid = |count, of| {
             let lines = vec![(2, RuleError::Long)];
             Refusal::List(ListError::Invalid(Invalid { count, of, lines }))
@@ -317,7 +324,8 @@ mod tests {
             (Refusal::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
             (Refusal::Full("No room."), 507, "set_full", "Nothing was applied"),
             (Refusal::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
-            (Refusal::Whitelisted(net("1.2.3.0/24")), 409, "whitelisted", "overlaps 1.2.3.0/24"),
+            (Refusal::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
+            (Refusal::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
             (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
             (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
             (Refusal::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),

@@ -79,13 +79,14 @@ pub enum ListError {
 impl List {
     pub fn new(
         whitelist: &Whitelist,
+        own: &[Net],
         template: RuleTemplate,
         action: Action,
         options: ListOptions,
     ) -> List {
         List {
             options,
-            sieve: Sieve::new(whitelist, template, action),
+            sieve: Sieve::new(whitelist, own, template, action),
             cut: Vec::new(),
             report: ListReport::default(),
             invalid: Invalid::default(),
@@ -231,9 +232,10 @@ mod tests {
         ipv6: bool,
     ) -> Result<(String, String), String> {
         let whitelist = Whitelist::parse("10.0.0.0/24\n2001:db8::1").unwrap();
+        let own = [Net::parse("198.18.0.3").unwrap()];
         let template = RuleTemplate::parse(&["drop", "output", "eth0"]).unwrap();
         let options = ListOptions { lenient, ipv6 };
-        let mut list = List::new(&whitelist, template, Action::Delete, options);
+        let mut list = List::new(&whitelist, &own, template, Action::Delete, options);
         for bytes in text.chunks(step) {
             list.push(bytes).unwrap();
         }
@@ -283,6 +285,7 @@ mod tests {
                 "9.255.255.255",
                 "2: 10.0.0.7 9.255.255.255-10.0.0.0",
             ),
+            ("198.18.0.0/30", "198.18.0.0/31 198.18.0.2", "1: 198.18.0.0/30"),
             ("127.0.0.1\n::1\n128.0.0.0/9\n8000::/17", "128.0.0.0/9 8000::/17", "2: 127.0.0.1 ::1"),
             (&long, "1.1.1.1 2.2.2.2", "0: "),
             (&longest, "1.1.1.1", "0: "),
@@ -372,9 +375,10 @@ mod tests {
     #[test]
     fn the_most_entries() {
         let whitelist = Whitelist::parse("10.0.0.0/24").unwrap();
-        let template = RuleTemplate::parse(&["drop", "input", "any"]);
+        let (own, template) = ([], RuleTemplate::parse(&["drop", "input", "any"]));
         let options = ListOptions { lenient: false, ipv6: true };
-        let new = || List::new(&whitelist, template.clone().unwrap(), Action::Delete, options);
+        let new =
+            || List::new(&whitelist, &own, template.clone().unwrap(), Action::Delete, options);
         let mut list = new();
         for _ in 0..MAX_ENTRIES / 2 {
             assert_eq!(list.push(b"10.0.0.7\n10.1.0.7\n"), Ok(()));

@@ -76,6 +76,53 @@ fn any_address_in_forward() {
     });
 }
 
+/// Request; answer. 198.18.0.1 and fd18::1 are this host's own.
+const OWN: [(&str, &str); 15] = [
+    ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+    ("PUT /reject/output/eth0/198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/198.18.0.0/16", "409 whitelisted"),
+    ("PUT /drop/forward/any/1.2.3.4/any/198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/fd18::1", "409 whitelisted"),
+    ("PUT /drop/input/any/fd18::/64", "409 whitelisted"),
+    ("PUT /drop/input/any/::ffff:198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/198.18.0.2", "200 inserted"),
+    ("PUT /drop/input/any/198.19.0.0/16", "200 inserted"),
+    ("PUT /drop/input/any/fd18::2", "200 inserted"),
+    ("PUT /drop/forward/any/0.0.0.0/any/1.2.3.4", "200 inserted"),
+    ("PUT /accept/input/any/198.18.0.1", "200 inserted"),
+    ("PUT /accept/input/any/fd18::/64", "200 inserted"),
+    ("DELETE /drop/input/any/198.18.0.1", "200 absent"),
+    ("DELETE /drop/input/any/fd18::/64", "200 absent"),
+];
+
+#[test]
+fn this_hosts_own_addresses_are_never_blocked() {
+    both(|lab| {
+        modes(lab, "", |_, _| {
+            // What it did not have when it was blocked can be unblocked.
+            transcript(&[("PUT /drop/input/any/198.18.0.1", "200 inserted")]);
+            sh("ip addr add 198.18.0.1/32 dev lo; ip addr add fd18::1/128 dev lo nodad");
+            transcript(&[
+                ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+                ("DELETE /drop/input/any/198.18.0.1", "200 deleted"),
+            ]);
+            transcript(&OWN);
+            let answer = ask("PUT /drop/input/any/198.18.0.0/16");
+            let message = answer.field("message");
+            assert!(message.contains("198.18.0.1, this host's own address"), "{answer:?}");
+            // Where a socket can be bound to any address, and where there are thousands of routes.
+            sh("echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind");
+            transcript(&[
+                ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+                ("PUT /drop/input/any/198.18.0.3", "200 inserted"),
+            ]);
+            sh("echo 0 > /proc/sys/net/ipv4/ip_nonlocal_bind
+                ip addr del 198.18.0.1/32 dev lo; ip addr del fd18::1/128 dev lo");
+            transcript(&[("PUT /drop/input/any/198.18.0.1", "200 inserted")]);
+        });
+    });
+}
+
 const BAD: [(&str, &str); 80] = [
     ("PUT /drop", "400 bad_path"),
     ("PUT /drop/input", "400 bad_path"),

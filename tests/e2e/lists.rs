@@ -198,6 +198,7 @@ fn bodies_where_none_belongs_and_none_where_one_does() {
     });
 }
 
+/// The white.list names 192.0.2.0/24 and 2001:db8:ff::/48; 198.18.7.7 is this host's own address.
 #[test]
 fn whitelisted_addresses_are_cut_out_of_a_list() {
     both(|lab| {
@@ -227,17 +228,22 @@ fn whitelisted_addresses_are_cut_out_of_a_list() {
 }
 
 #[test]
-fn a_block_around_one_whitelisted_address_becomes_sixteen() {
+fn a_block_around_one_address_of_this_host_becomes_sixteen() {
     both(|lab| {
         lab.write("white.list", "198.19.7.7\n");
+        sh("ip addr add 198.18.7.7/32 dev lo");
         modes(lab, "", |_, _| {
-            let rows = [
-                ("PUT /drop", "inserted 16 whitelisted 1"),
-                ("PUT /drop", "exists 16 whitelisted 1"),
-                ("DELETE /drop", "deleted 16 whitelisted 1"),
-            ];
-            table(&rows, |request| list(&format!("{request}/input/any"), "198.19.0.0/16").sums());
-            assert!(lab.kept().is_empty(), "{:?}", lab.kept());
+            for net in ["198.18.0.0/16", "198.19.0.0/16"] {
+                let rows = [
+                    ("PUT /drop", "inserted 16 whitelisted 1"),
+                    ("PUT /drop", "exists 16 whitelisted 1"),
+                    ("DELETE /drop", "deleted 16 whitelisted 1"),
+                ];
+                table(&rows, |request| list(&format!("{request}/input/any"), net).sums());
+                assert!(lab.kept().is_empty(), "{:?}", lab.kept());
+            }
+            // No packet is lost that an ACCEPT lets through.
+            assert_eq!(list("PUT /accept/input/any", "198.18.0.0/16").sums(), "inserted 1");
         });
     });
 }

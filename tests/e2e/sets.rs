@@ -472,7 +472,7 @@ fn listed() -> Vec<(String, Option<u64>)> {
 #[test]
 fn switching_moves_all_and_unblocks_nothing() {
     both(|lab| {
-        sh("ip addr add 10.9.9.9/32 dev lo; ip addr add fd09::9/128 dev lo nodad");
+        sh(STRANGERS);
         let mut rfw = lab.start("local.server");
         transcript(&[
             ("PUT /drop/input/any/10.9.9.9?expire=1h", "200 inserted"),
@@ -515,7 +515,7 @@ fn switching_moves_all_and_unblocks_nothing() {
 #[test]
 fn a_change_unblocks_nothing_meanwhile() {
     both(|lab| {
-        sh("ip addr add 10.9.9.9/32 dev lo; ip addr add fd09::9/128 dev lo nodad");
+        sh(STRANGERS);
         modes(lab, "", |_, _| {
             let many: String = (0..50).map(|n| format!("10.9.9.{n}\nfd09::{n}\n")).collect();
             list("PUT /drop/input/any", &many);

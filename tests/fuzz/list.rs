@@ -13,13 +13,14 @@ use std::sync::LazyLock;
 static WHITELIST: LazyLock<Whitelist> = LazyLock::new(|| {
     Whitelist::parse("10.0.0.0/24\n2001:db8::1\n192.0.2.0/26\n").expect("a white.list")
 });
+static OWN: LazyLock<[Net; 1]> = LazyLock::new(|| [Net::parse("192.0.2.77").expect("an address")]);
 const PLAIN: ListOptions = ListOptions { lenient: false, ipv6: true };
 
 type Outcome = Result<(Vec<Net>, ListReport), ListError>;
 
 fn read(bytes: &[u8], piece: usize, options: ListOptions) -> Outcome {
     let template = RuleTemplate::parse(&["drop", "input", "any"]).expect("a template");
-    let mut list = List::new(&WHITELIST, template, Action::Delete, options);
+    let mut list = List::new(&WHITELIST, &*OWN, template, Action::Delete, options);
     bytes.chunks(piece).try_for_each(|bytes| list.push(bytes))?;
     let (permitted, report) = list.finish()?;
     match permitted.into_change().rules {
@@ -29,7 +30,7 @@ fn read(bytes: &[u8], piece: usize, options: ListOptions) -> Outcome {
 }
 
 fn is_free(net: &Net) -> bool {
-    WHITELIST.overlapping(net).is_none()
+    WHITELIST.overlapping(net).is_none() && !net.overlaps(&OWN[0])
 }
 
 fuzz_target!(|bytes: &[u8]| {
