@@ -76,7 +76,7 @@ impl Command {
                 grammar.check(action, true).map(|()| Command::ChangeAll(template, action, options))
             }
             _ => {
-                let rule = Rule::parse(&segments);
+                let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let action = query.action(request, rule.as_ref().err(), grammar)?;
                 let rule = rule.map_err(Refusal::Rule)?;
                 let action_fits = grammar.check(action, rule.template().is_some());
@@ -175,6 +175,17 @@ impl Query {
     }
 }
 
+/// The rule of a path. `curl -T FILE URL/` sends a list to URL/FILE.
+fn parse_rule(segments: &[&str], has_body: bool) -> Result<Rule, RuleError> {
+    let rule = Rule::parse(segments);
+    match (segments, &rule) {
+        ([target, chain, iface, _], Err(RuleError::Address(_))) if has_body => {
+            Err(RuleError::FileName(format!("/{target}/{chain}/{iface}")))
+        }
+        _ => rule,
+    }
+}
+
 /// What `GET /` answers.
 pub fn help(addresses: &str, grammar: Grammar) -> String {
     let expire = match grammar.default_expire {
@@ -239,6 +250,11 @@ pub fn report_of(report: &ListReport, form: impl Fn(&str, usize) -> String) -> S
     let wrong = report.invalid.as_ref().map(|invalid| ("wrong_count", invalid.count));
     let counts = [skipped, wrong, Some(("whitelisted_count", report.whitelisted_count))];
     counts.into_iter().flatten().map(|(name, count)| form(name, count)).collect()
+}
+
+/// The same JSON object with a note at its end.
+pub fn with_note(object: &str, note: &str) -> String {
+    format!("{},\"note\":{}}}\n", object.trim_end_matches("}\n"), json::string(note))
 }
 
 /// The verdicts that an action may meet, with their counts, each in some form.
@@ -330,6 +346,7 @@ mod tests {
             ("PUT /drop/output/ppp/?expire=100+", "Put(100) /drop/output/ppp+/0.0.0.0 …"),
             ("DELETE /accept/forward/any+", "Delete /accept/forward/any/0.0.0.0 …"),
             ("PUT /drop/input/eth0?lenient=true+", "Put(7) /drop/input/eth0/0.0.0.0 … lenient"),
+            ("PUT /drop/input/eth0.5+", "Put(7) /drop/input/eth0.5/0.0.0.0 …"),
             ("PUT /drop/input/any/1.2.3.4?expire=100", "Put(100) /drop/input/any/1.2.3.4"),
             (
                 "PUT /drop/forward/any/1.2.3.4/any/5.6.7.8?expire=25d",
@@ -369,6 +386,11 @@ mod tests {
             ("DELETE /drop/input/any", "400 empty_list"),
             ("GET /drop/input/any", "405 PUT, DELETE"),
             ("PUT /drop/nat/any+", "404 not_found"),
+            ("PUT /drop/input/feed.txt+", "400 bad_interface"),
+            ("PUT /drop/input/any/feed.txt+", "400 bad_interface"),
+            ("PUT /drop/input/any/feed.txt", "400 bad_address"),
+            ("PUT /drop/input/all/1.2.3.4", "400 bad_interface"),
+            ("PUT /drop/input/all+", "400 bad_interface"),
             ("PUT /drop/input/any?lenient=1+", "400 bad_query"),
             ("PUT /drop/input/any/1.2.3.4?lenient=true", "400 bad_query"),
             ("GET /list?lenient=true", "400 bad_query"),
@@ -448,13 +470,15 @@ mod tests {
             r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
 "#
         );
-        let lines = vec![(2, RuleError::Iface("\"".into()))];
+        let lines = vec![(2, RuleError::All("\"".into()))];
         report.invalid = Some(Invalid { count: 3, of: 9, lines });
         report.ipv6_skipped = 7;
         let json = tally_json(Action::Delete, &tally, &report);
         assert!(json.contains(r#","ipv6_skipped":7,"wrong_count":3,"whitelisted_count":21,"#));
-        let start = r#"],"wrong":[{"line":2,"message":"'\\\"' is not an interface; "#;
-        assert!(json.contains(start) && json.ends_with("\"}]}\n"), "{json}");
+        let end = r#"],"wrong":[{"line":2,"message":"'all' is not an interface; every interface is any, as in \"."}]}
+"#;
+        assert!(json.ends_with(end), "{json}");
+        assert_eq!(with_note("{\"a\":{}}\n", "\""), "{\"a\":{},\"note\":\"\\\"\"}\n");
         let mut tagged = TaggedRule::new(KernelRule::plain(rule), None);
         tagged.counters = (5, 7);
         assert_eq!(

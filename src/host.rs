@@ -1,7 +1,8 @@
-//! What this host has at the moment: its addresses.
+//! What this host has at the moment: addresses and interfaces.
 //!
 //! The files are those of the process, `/proc/self/net`, which `ProcSubset=pid` does not hide.
 
+use crate::rule::Iface;
 use crate::rule::net::Net;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
@@ -11,6 +12,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 const ROUTES: &str = "/proc/self/net/fib_trie";
 /// A line for each own address of IPv6. A kernel without IPv6 lacks it.
 const ADDRESSES_V6: &str = "/proc/self/net/if_inet6";
+const INTERFACES: &str = "/proc/self/net/dev";
 /// The most that is read of a file, in bytes; of [`ROUTES`], 18,000 routes. The kernel walks all
 /// routes again for every 4 KiB, which takes 0.02 s for so many and minutes for all of the Internet.
 const MAX_FILE: u64 = 2 << 20;
@@ -43,6 +45,25 @@ pub fn list_addresses() -> Result<Vec<Net>> {
         Err(error) => return Err(error),
     }
     Ok(nets)
+}
+
+/// A sentence about an interface that a rule names and this host does not have, if there is one.
+pub fn missing_interface(named: [Iface; 2]) -> Option<String> {
+    let mut named = named.into_iter().filter(|iface| *iface != Iface::ANY).peekable();
+    named.peek()?;
+    let text = read(INTERFACES).ok()?;
+    let missing = named.find(|iface| !interfaces(&text).any(|name| iface.is_about(name)))?;
+    let missing = missing.to_string();
+    let what = match missing.strip_suffix('+') {
+        Some(start) => format!("no interface has a name that starts with '{start}'"),
+        None => format!("no interface is named '{missing}'"),
+    };
+    Some(format!("At present {what}: until there is one, this has no effect."))
+}
+
+/// Reads lines such as `  eth0: 0 0 ...`, each with the name of an interface.
+fn interfaces(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim())
 }
 
 fn read(path: &str) -> Result<String> {
@@ -128,6 +149,19 @@ x 1
     fn this_host() {
         let loopback = Net::parse("127.0.0.1").unwrap();
         assert!(list_addresses().unwrap().contains(&loopback));
+        let table = [
+            ("any", "any", ""),
+            ("lo", "any", ""),
+            ("any", "l", ""),
+            ("eht9", "lo", "no interface is named 'eht9'"),
+            ("lo", "nosuch", "no interface has a name that starts with 'nosuch'"),
+        ];
+        for (one, two, what) in table {
+            let named = [one, two].map(|name| Iface::parse(name).unwrap());
+            let missing = missing_interface(named).unwrap_or_default();
+            assert!(missing.contains(what) && missing.is_empty() == what.is_empty(), "{missing}");
+        }
+        assert!(interfaces("Inter-| x\n face |y\n  lo: 1 2\neth0.5: 3\n").eq(["lo", "eth0.5"]));
         assert!(!is_foreign(&loopback) && !is_foreign(&Net::parse("203.0.113.0/24").unwrap()));
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::places::{Place, Places, State};
 use crate::rule::list::{List, ListOptions, ListReport};
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{Action, Chain, RuleTemplate};
+use crate::rule::{Action, Chain, Iface, RuleTemplate};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
@@ -272,15 +272,16 @@ impl Visit<'_> {
                 let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
                 let change = server.whitelist.permit(rule, action, &own);
                 let outcome = self.apply(&client, change.map_err(Refusal::Whitelisted)?)?;
-                reply.push(&api::outcome_json(&rule, &outcome));
-                reply.end("application/json");
+                let json = api::outcome_json(&rule, &outcome);
+                self.send_outcome(json, rule.ifaces().into(), reply, who);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
             Command::ChangeAll(template, action, options) => {
                 let (change, report) = self.read_list(request, reply, template, action, options)?;
                 let tally = self.apply(&client, change)?.tally;
-                reply.push(&api::tally_json(action, &tally, &report));
-                reply.end("application/json");
+                let ifaces = [template.in_iface, template.out_iface];
+                let json = api::tally_json(action, &tally, &report);
+                self.send_outcome(json, ifaces, reply, who);
                 let word = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
                 let counts = api::tally_of(action, &tally, word) + &api::report_of(&report, word);
                 Ok(format!("applied:{}", counts.trim_end_matches(',')))
@@ -300,6 +301,20 @@ impl Visit<'_> {
         let mut list = List::new(whitelist, &own, template, action, options);
         reply.receive(request, |bytes| list.push(bytes).map_err(Refusal::List))?;
         list.finish().map_err(Refusal::List)
+    }
+
+    /// Sends the JSON of a change, with a note where this host lacks an interface of the rule: a
+    /// typing error would look like success.
+    fn send_outcome(&self, json: String, ifaces: [Iface; 2], reply: &mut Reply<'_>, who: &str) {
+        let json = match host::missing_interface(ifaces) {
+            None => json,
+            Some(note) => {
+                self.server.log.warning(format_args!("{who}: {note}"));
+                api::with_note(&json, &note)
+            }
+        };
+        reply.push(&json);
+        reply.end("application/json");
     }
 
     fn apply(&self, client: &Client, change: Permitted) -> Result<Outcome, Refusal> {

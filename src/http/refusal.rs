@@ -171,6 +171,17 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
                 quoted(name)
             ),
         ),
+        RuleError::All(path) => (
+            "bad_interface",
+            format!("'all' is not an interface; every interface is any, as in {path}."),
+        ),
+        RuleError::FileName(path) => (
+            "bad_interface",
+            format!(
+                "This path ends in a file's name, which curl -T appends to a URL that ends in /; \
+                 send the list to {path}, with no / behind it."
+            ),
+        ),
         RuleError::Address(text) => ("bad_address", address_message(text)),
         RuleError::AnyAddress => {
             ("bad_address", "0.0.0.0 and :: are any address, which only FORWARD takes.".into())
@@ -301,6 +312,8 @@ mod tests {
             (Refusal::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
             (Refusal::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
             (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is not an interface"),
+            (Refusal::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
+            (Refusal::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
             (Refusal::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
             (Refusal::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
             (Refusal::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),

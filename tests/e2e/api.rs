@@ -1,6 +1,6 @@
 //! SPEC 4: every row of the API, as tables of requests, answers and kernel rules.
 
-use crate::lab::*;
+use crate::lab::{list as send, *};
 
 /// Path of the rule; the rule in the kernel.
 const ROWS: [(&str, &str); 24] = [
@@ -73,6 +73,70 @@ fn any_address_in_forward() {
             "FORWARD -d 2001:db8::1/128 -j DROP [rfw]",
         ];
         assert_eq!(lab.rules(), rules);
+    });
+}
+
+/// Interface, and whether the answer and the log say that there is none.
+const NOTED: [(&str, bool); 8] = [
+    ("any", false),
+    ("lo0", true),
+    ("lo", false),
+    ("l", false),
+    ("eht0", true),
+    ("eht", true),
+    ("v0", false),
+    ("v0.5", true),
+];
+
+#[test]
+fn an_interface_that_does_not_exist_is_noted() {
+    once(|lab| {
+        sh("ip link add v0 type veth peer v1");
+        let _rfw = lab.start("local.server");
+        for (iface, is_noted) in NOTED {
+            for request in ["PUT", "DELETE"] {
+                let chain = if is_noted { "input" } else { "output" };
+                let path = format!("{request} /drop/{chain}/{iface}");
+                lab.clear_log();
+                for answer in [ask(&format!("{path}/1.2.3.4")), send(&path, "5.6.7.8")] {
+                    assert_eq!((answer.status, answer.field("error")), (200, ""), "{answer:?}");
+                    let note = answer.field("note");
+                    assert_eq!(note.contains(&format!("'{iface}'")), is_noted, "{answer:?}");
+                    assert_eq!(note.is_empty(), !is_noted, "{answer:?}");
+                    assert!(answer.body.ends_with("}\n"), "{answer:?}");
+                }
+                let log = lab.read("rfw.log");
+                let warnings = log.lines().filter(|line| line.contains(" WARNING "));
+                assert!(warnings.count() == if is_noted { 2 } else { 0 }, "{log}");
+            }
+        }
+        let answer = ask("PUT /drop/forward/lo/1.2.3.4/eht0");
+        assert!(answer.field("note").contains("'eht0'"), "{answer:?}");
+    });
+}
+
+#[test]
+fn a_typing_error_in_a_path_is_told_with_the_right_path() {
+    once(|lab| {
+        lab.write("feed.txt", "1.2.3.4\n");
+        let _rfw = lab.start("local.server");
+        // curl appends the file's name where the URL ends in /.
+        let rows = [
+            ("-T lab/feed.txt", "/drop/input/", "400 bad_interface", "/drop/input/any,"),
+            ("-T lab/feed.txt -X DELETE", "/drop/input/", "400 bad_interface", "/drop/input/any,"),
+            ("-T lab/feed.txt", "/drop/output/eth0/", "400 bad_interface", "/drop/output/eth0,"),
+            ("-T lab/feed.txt", "/drop/input/all", "400 bad_interface", "/drop/input/any."),
+            ("-X PUT", "/drop/input/all/1.2.3.4", "400 bad_interface", "/drop/input/any."),
+            ("-X PUT", "/Drop/FORWARD/ALL/1.2.3.4", "400 bad_interface", "/drop/forward/any."),
+            ("-X PUT", "/drop/forward/any/1.2.3.4/all", "400 bad_interface", "write any"),
+        ];
+        for (options, path, brief, right) in rows {
+            let body = sh(&format!("curl -sS -m 30 {options} http://localhost:7390{path}"));
+            let answer = Answer { status: 400, head: String::new(), body };
+            assert_eq!(answer.brief(), brief, "{options} {path}");
+            assert!(answer.field("message").contains(right), "{answer:?}");
+        }
+        assert_eq!(lab.rules(), [""; 0]);
     });
 }
 
@@ -249,6 +313,7 @@ fn allow_names_the_methods() {
 #[test]
 fn answers_are_one_line_of_json() {
     both(|lab| {
+        sh("ip link add eth0 type veth peer eth1; ip link add ppp0 type veth peer ppp1");
         let _rfw = lab.start("local.server");
         let rule = r#""rule":{"chain":"INPUT","target":"DROP","inp":"eth0","out":"*","source":"11.22.33.44","destination":"0.0.0.0/0"}"#;
         let request = "/drop/input/eth0/11.22.33.44";
