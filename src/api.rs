@@ -79,6 +79,9 @@ impl Command {
                 let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let action = query.action(request, rule.as_ref().err(), grammar)?;
                 let rule = rule.map_err(Refusal::Rule)?;
+                if rule.addresses().next().is_none() && action != Action::Delete {
+                    return Err(Refusal::Rule(RuleError::NoAddress));
+                }
                 let action_fits = grammar.check(action, rule.template().is_some());
                 action_fits.map(|()| Command::Change(rule, action))
             }
@@ -347,6 +350,7 @@ mod tests {
             ("DELETE /accept/forward/any+", "Delete /accept/forward/any/0.0.0.0 …"),
             ("PUT /drop/input/eth0?lenient=true+", "Put(7) /drop/input/eth0/0.0.0.0 … lenient"),
             ("PUT /drop/input/eth0.5+", "Put(7) /drop/input/eth0.5/0.0.0.0 …"),
+            ("DELETE /drop/forward/any/0.0.0.0", "Delete /drop/forward/any/0.0.0.0"),
             ("PUT /drop/input/any/1.2.3.4?expire=100", "Put(100) /drop/input/any/1.2.3.4"),
             (
                 "PUT /drop/forward/any/1.2.3.4/any/5.6.7.8?expire=25d",
@@ -394,6 +398,8 @@ mod tests {
             ("PUT /drop/input/any?lenient=1+", "400 bad_query"),
             ("PUT /drop/input/any/1.2.3.4?lenient=true", "400 bad_query"),
             ("GET /list?lenient=true", "400 bad_query"),
+            ("PUT /drop/forward/any/0.0.0.0", "400 bad_path"),
+            ("PUT /drop/forward/eth0/::/eth1", "400 bad_path"),
             ("PUT /drop/input/-+", "400 bad_interface"),
             ("POST /drop/input/any+", "405 PUT, DELETE"),
             ("PUT /drop/input/any?expire=25d+", "400 bad_expire"),

@@ -123,6 +123,7 @@ def meaning(method, target, sets):
             other, destination = blocks(rest, True)
             need(other == version)
     need(not rest)
+    need(source or destination or method == "DELETE")
     if sets and (source is None) != (destination is None):
         need(expire <= 2147483)
     return Meaning(method == "PUT", chain, target, inp, out, source, destination, version, expire)

@@ -47,7 +47,7 @@ def fit(method, segments):
             if other != version or segments:
                 return False
             is_any &= other_is_any
-        return True
+        return method == "DELETE" or not is_any
     except ValueError:
         return False
 

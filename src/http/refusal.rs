@@ -163,6 +163,10 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
              body; GET / shows all forms."
                 .into(),
         ),
+        RuleError::NoAddress => (
+            "bad_path",
+            "A rule in FORWARD must name an address; without one all routing stops.".into(),
+        ),
         RuleError::Iface(name) => (
             "bad_interface",
             format!(
@@ -311,6 +315,7 @@ mod tests {
             (Refusal::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (Refusal::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
             (Refusal::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
+            (Refusal::Rule(RuleError::NoAddress), 400, "bad_path", "must name an address"),
             (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is not an interface"),
             (Refusal::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
             (Refusal::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),

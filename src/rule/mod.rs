@@ -278,6 +278,8 @@ pub enum RuleError {
     Address(String),
     /// All addresses, outside FORWARD.
     AnyAddress,
+    /// No address at all, in FORWARD.
+    NoAddress,
     /// Addresses of two families in one rule.
     Families,
     /// Not a prefix length; the address and what follows it.

@@ -76,6 +76,24 @@ fn any_address_in_forward() {
     });
 }
 
+/// It would stop all routing. One that an older version has taken can be deleted.
+#[test]
+fn a_forward_rule_names_an_address() {
+    both(|lab| {
+        lab.iptables("-I FORWARD -i eth0 -m comment --comment rfw -j DROP");
+        let _rfw = lab.start("local.server");
+        transcript(&[
+            ("PUT /drop/forward/any/0.0.0.0", "400 bad_path"),
+            ("PUT /drop/forward/eth0/0.0.0.0", "400 bad_path"),
+            ("PUT /accept/forward/any/::/eth1", "400 bad_path"),
+            ("PUT /drop/forward/any/::/any/::", "400 bad_path"),
+            ("DELETE /drop/forward/eth0/0.0.0.0", "200 deleted"),
+            ("DELETE /drop/forward/eth0/0.0.0.0", "200 absent"),
+        ]);
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
 /// Interface, and whether the answer and the log say that there is none.
 const NOTED: [(&str, bool); 8] = [
     ("any", false),
