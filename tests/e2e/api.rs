@@ -205,6 +205,27 @@ fn this_hosts_own_addresses_are_never_blocked() {
     });
 }
 
+/// contrib/rfw.service: ProcSubset=pid hides /proc/net, and ProtectProc=invisible other processes.
+#[test]
+fn own_addresses_and_interfaces_are_known_in_the_hardened_unit() {
+    once(|lab| {
+        sh("ip addr add 198.18.0.1/32 dev lo");
+        lab.configure("local.server");
+        let proc = "mount -t proc -o subset=pid,hidepid=invisible proc /proc
+            test -e /proc/self/net && ! test -e /proc/net && exec \"$0\" \"$@\"";
+        let mut rfw = lab.launch(&["unshare", "-mpf", "--kill-child", "/bin/sh", "-c", proc]);
+        rfw.await_ready();
+        transcript(&[
+            ("PUT /drop/input/any/198.18.0.0/16", "409 whitelisted"),
+            ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+            ("PUT /drop/input/any/198.18.0.2", "200 inserted"),
+        ]);
+        assert!(!ask("PUT /drop/input/eht0/198.18.0.2").field("note").is_empty());
+        let log = lab.read("rfw.log");
+        assert!(!log.contains("only white.list protects"), "{log}");
+    });
+}
+
 const BAD: [(&str, &str); 80] = [
     ("PUT /drop", "400 bad_path"),
     ("PUT /drop/input", "400 bad_path"),
