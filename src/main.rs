@@ -9,6 +9,7 @@ use rfw::firewall::lock::InstanceLock;
 use rfw::firewall::process::Programs;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
+use rfw::host;
 use rfw::http::auth::LoginThrottle;
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
@@ -203,6 +204,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         Err(reason) => log.warning(format_args!("IPv6 rules are not accepted: {reason}")),
     }
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
+    let ipv6 = iptables.iter().any(|iptables| iptables.family == Family::V6);
     let tools = Tools::new(iptables, Ipset::new(path, programs));
     let listeners = Listener::open(&config, acceptor)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
@@ -219,10 +221,15 @@ fn run(options: &Options) -> Result<Infallible, String> {
         StartError::Message(message) => message,
         StartError::State(error) => in_state(error),
     })?;
+    if let Err(error) = host::list_addresses() {
+        log.warning(format_args!(
+            "only white.list protects this host's own addresses from blocks and lists: {error}"
+        ));
+    }
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, credentials, .. } = config;
-    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
+    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some(), ipv6 };
     let server = Server {
         firewall,
         whitelist,

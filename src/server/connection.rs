@@ -5,16 +5,17 @@ use super::limiter::{ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
 use crate::firewall::iptables::TaggedRule;
-use crate::firewall::list::Verdict;
+use crate::firewall::list::{Tally, Verdict};
+use crate::host;
 use crate::http::auth::{self, Principal};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::log::{Level, printable};
-use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::list::{List, ListReport};
 use crate::rule::whitelist::Permitted;
-use crate::rule::{Action, Filter, RuleTemplate};
+use crate::rule::{Action, Filter, Iface};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
 use std::thread;
@@ -116,21 +117,30 @@ impl Connection<'_> {
                 let change = Permitted::delete_tag(tag, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
-                response.push(&api::tally_json(Action::Delete, &tally, &LeftOut::default()));
+                response.push(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 response.end("application/json");
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
             Command::Change(rule, action) => {
-                let permitted = self.server.whitelist.permit(rule, action);
+                let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
+                let permitted = self.server.whitelist.permit(rule, action, &own);
                 let change = permitted.map_err(Refusal::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.slot.work(apply)?;
-                response.push(&api::outcome_json(&rule, &outcome));
-                response.end("application/json");
+                let json = api::outcome_json(&rule, &outcome);
+                self.send_outcome(json, rule.ifaces().into(), response, who);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(template, action) => {
-                self.change_all(request, &principal, template, action, response)
+            Command::ChangeAll(template, action, options) => {
+                let own = host::own_addresses(&[]);
+                let list = List::new(&self.server.whitelist, &own, template, action, options);
+                let (tally, report) = self.change_all(request, &principal, list, response)?;
+                let ifaces = [template.in_iface, template.out_iface];
+                let json = api::tally_json(action, &tally, &report);
+                self.send_outcome(json, ifaces, response, who);
+                let word = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
+                let counts = api::tally_of(action, &tally, word) + &api::report_of(&report, word);
+                Ok(format!("applied:{}", counts.trim_end_matches(',')))
             }
         }
     }
@@ -148,28 +158,40 @@ impl Connection<'_> {
         &self,
         request: &Request,
         principal: &Principal,
-        template: RuleTemplate,
-        action: Action,
+        mut list: List,
         response: &mut ResponseWriter<'_>,
-    ) -> Result<String, Refusal> {
+    ) -> Result<(Tally, ListReport), Refusal> {
         let turn = self.await_turn(&self.server.uploads)?;
-        let too_many = |TooMany| Refusal::TooMany;
-        let mut list = List::new(&self.server.whitelist);
         let received = response.receive(request, |bytes| {
             [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
-            list.push(bytes).map_err(too_many)
+            list.push(bytes).map_err(Refusal::List)
         });
         let is_evicted = turn.is_evicted() || self.slot.is_evicted();
         received.map_err(|refusal| if is_evicted { EVICTED } else { refusal })?;
-        let (tally, left_out) = self.work(Some(&turn), || {
-            let (change, left_out) =
-                list.finish(template, action).map_err(too_many)?.map_err(Refusal::List)?;
-            Ok((self.server.firewall.apply(principal, change)?.tally, left_out))
-        })?;
-        response.push(&api::tally_json(action, &tally, &left_out));
+        self.work(Some(&turn), || {
+            let (change, report) = list.finish().map_err(Refusal::List)?;
+            Ok((self.server.firewall.apply(principal, change)?.tally, report))
+        })
+    }
+
+    /// Sends the JSON of a change, with a note where this host lacks an interface of the rule: a
+    /// typing error would look like success.
+    fn send_outcome(
+        &self,
+        json: String,
+        ifaces: [Iface; 2],
+        response: &mut ResponseWriter<'_>,
+        who: &str,
+    ) {
+        let json = match host::missing_interface(ifaces) {
+            None => json,
+            Some(note) => {
+                self.server.log.warning(format_args!("{who}: {note}"));
+                api::with_note(&json, &note)
+            }
+        };
+        response.push(&json);
         response.end("application/json");
-        let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
-        Ok(format!("applied: {counts}{} whitelisted", left_out.count))
     }
 
     /// A short listing needs no turn: it holds up nobody, and 128 of them are little memory.

@@ -86,6 +86,6 @@ fuzz_target!(|text: &str| {
     ];
     for path in paths {
         let Ok(rule) = format!("{path}{addr}/{prefix}").parse::<Rule>() else { continue };
-        assert_eq!(list.permit(rule, Action::Delete).is_err(), overlaps);
+        assert_eq!(list.permit(rule, Action::Delete, &[]).is_err(), overlaps);
     }
 });
