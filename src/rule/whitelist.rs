@@ -19,13 +19,14 @@ pub enum Conflict {
     Own(Net),
 }
 
-/// A change that touches no whitelisted address and blocks none of this host's own. Only
-/// [`Whitelist::permit`] and [`Sieve::permit`] make one, and the firewall takes nothing else.
+/// A change that touches no whitelisted address and blocks none of this host's own: from
+/// [`Whitelist::permit`], from [`Sieve::permit`], or one that adds no rule. The firewall takes
+/// nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
 
 impl Permitted {
-    /// The rules that rfw keeps touch no whitelisted address.
+    /// Deletes the rules with a tag, none of which touches the whitelist.
     pub fn delete_tag(tag: Tag, chain: Option<Chain>) -> Permitted {
         Permitted(Change { rules: Rules::Tagged(tag, chain), action: Action::Delete })
     }
@@ -168,7 +169,8 @@ impl Whitelist {
             return Err(Conflict::Whitelisted(net));
         }
         let is_own = |own: &&Net| rule.addresses().any(|net| net.overlaps(own));
-        let blocks = rule.target != Target::Accept && action != Action::Delete;
+        let is_put = matches!(action, Action::Put(_) | Action::Replace(_));
+        let blocks = rule.target != Target::Accept && is_put;
         match own.iter().find(is_own).filter(|_| blocks) {
             None => Ok(Permitted(Change { rules: Rules::One(rule), action })),
             Some(net) => Err(Conflict::Own(*net)),

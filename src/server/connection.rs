@@ -202,7 +202,8 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, Refusal> {
         let server = self.server;
-        let is_long = server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
+        let is_long = filter.net.is_none()
+            && server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
         let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
         if turn.is_none() && listing.len() > SHORT_LISTING {
