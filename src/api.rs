@@ -3,10 +3,10 @@
 use crate::firewall::iptables::{KernelRule, TaggedRule};
 use crate::firewall::list::{Outcome, Tally, Verdict};
 use crate::http::json;
-use crate::http::refusal::Refusal;
+use crate::http::refusal::{Refusal, lines_json};
 use crate::http::request::{Body, Request};
 use crate::rule::interval::{self, LONGEST_IN_SET};
-use crate::rule::list::LeftOut;
+use crate::rule::list::{ListError, ListOptions, ListReport};
 use crate::rule::net::Net;
 use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
@@ -27,7 +27,7 @@ pub enum Command<A> {
     /// A rule more or less.
     Change(Rule, A),
     /// The rules of a template for each line of the body, more or less.
-    ChangeAll(RuleTemplate, A),
+    ChangeAll(RuleTemplate, A, ListOptions),
 }
 
 /// The parts of the grammar that rfw.conf sets.
@@ -39,6 +39,8 @@ pub struct Grammar {
     pub non_restful: bool,
     /// Whether addresses go to sets, and so expire sooner.
     pub sets: bool,
+    /// Whether this host filters IPv6.
+    pub ipv6: bool,
 }
 
 /// The query parameters that have a meaning.
@@ -50,6 +52,7 @@ struct Query {
     tag: Option<String>,
     replace: Option<String>,
     ip: Option<String>,
+    lenient: Option<String>,
 }
 
 impl Command<Intent> {
@@ -60,6 +63,9 @@ impl Command<Intent> {
         let segments = segments.ok_or(Refusal::Rule(RuleError::Shape))?;
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
         let query = Query::parse(request.query.as_deref())?;
+        if query.lenient.is_some() && segments.len() != 3 {
+            return Err(Refusal::Query("The parameter 'lenient' is for lists only.".into()));
+        }
         match *segments {
             [] => query.only_get(request, Command::Help),
             ["metrics"] => query.only_get(request, Command::Metrics),
@@ -67,19 +73,27 @@ impl Command<Intent> {
             ["list", chain] => {
                 query.list(request, Some(Chain::parse(chain).ok_or(Refusal::NotFound)?))
             }
-            [_, _, _] if request.body != Body::Length(0) => {
+            [_, _, _] => {
+                let options = ListOptions { lenient: query.lenient.is_some(), ipv6: grammar.ipv6 };
                 let template = RuleTemplate::parse(&segments);
                 let intent = query.intent(request, template.as_ref().err(), grammar)?;
                 let template = template.map_err(Refusal::Rule)?;
-                grammar.check(intent.action, true).map(|()| Command::ChangeAll(template, intent))
+                if request.body == Body::Length(0) {
+                    return Err(Refusal::List(ListError::Empty));
+                }
+                let action_fits = grammar.check(intent.action, true);
+                action_fits.map(|()| Command::ChangeAll(template, intent, options))
             }
             _ => {
-                let rule = Rule::parse(&segments);
+                let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let intent = query.intent(request, rule.as_ref().err(), grammar)?;
                 if matches!(intent.action, Action::Replace(_)) {
                     return Err(Refusal::Query("The parameter 'replace' goes with a list.".into()));
                 }
                 let rule = rule.map_err(Refusal::Rule)?;
+                if rule.addresses().next().is_none() && matches!(intent.action, Action::Put(_)) {
+                    return Err(Refusal::Rule(RuleError::NoAddress));
+                }
                 let action_fits = grammar.check(intent.action, rule.template().is_some());
                 action_fits.map(|()| Command::Change(rule, intent))
             }
@@ -103,7 +117,9 @@ impl Command<Intent> {
             Command::List(filter) => Command::List(filter),
             Command::DeleteTag(intent, chain) => Command::DeleteTag(allow(intent)?, chain),
             Command::Change(rule, intent) => Command::Change(rule, allow(intent)?),
-            Command::ChangeAll(template, intent) => Command::ChangeAll(template, allow(intent)?),
+            Command::ChangeAll(template, intent, options) => {
+                Command::ChangeAll(template, allow(intent)?, options)
+            }
         })
     }
 }
@@ -115,7 +131,7 @@ impl Command<Allowed> {
             Command::Help | Command::Metrics | Command::List(_) => Tag::NONE,
             Command::DeleteTag(allowed, _)
             | Command::Change(_, allowed)
-            | Command::ChangeAll(_, allowed) => allowed.tag(),
+            | Command::ChangeAll(_, allowed, _) => allowed.tag(),
         }
     }
 }
@@ -149,6 +165,7 @@ impl Query {
                 "tag" => &mut parsed.tag,
                 "replace" => &mut parsed.replace,
                 "ip" => &mut parsed.ip,
+                "lenient" => &mut parsed.lenient,
                 _ => return Err(wrong("is unknown; take expire=INTERVAL")),
             };
             let value = decode(value).ok_or_else(|| wrong("holds a wrong %XX escape"))?;
@@ -156,7 +173,9 @@ impl Query {
                 return Err(wrong("stands twice"));
             }
         }
-        for (name, value) in [("wait", &parsed.wait), ("replace", &parsed.replace)] {
+        let flags =
+            [("wait", &parsed.wait), ("replace", &parsed.replace), ("lenient", &parsed.lenient)];
+        for (name, value) in flags {
             if value.as_ref().is_some_and(|value| value != "true") {
                 return Err(Refusal::Query(format!("The parameter '{name}' can only be true.")));
             }
@@ -262,6 +281,17 @@ fn parse_tag(text: &str) -> Result<Tag, Refusal> {
     Tag::parse(text).ok_or_else(|| Refusal::Tag(text.into()))
 }
 
+/// The rule of a path. `curl -T FILE URL/` sends a list to URL/FILE.
+fn parse_rule(segments: &[&str], has_body: bool) -> Result<Rule, RuleError> {
+    let rule = Rule::parse(segments);
+    match (segments, &rule) {
+        ([target, chain, iface, _], Err(RuleError::Address(_))) if has_body => {
+            Err(RuleError::FileName(format!("/{target}/{chain}/{iface}")))
+        }
+        _ => rule,
+    }
+}
+
 /// What `GET /` answers.
 pub fn help(addresses: &str, grammar: Grammar) -> String {
     let expire = match grammar.default_expire {
@@ -310,14 +340,28 @@ pub fn outcome_json(rule: &Rule, tag: Tag, Outcome { tally, expires }: &Outcome)
 }
 
 /// The answer to a change of many.
-pub fn tally_json(action: Action, tally: &Tally, left_out: &LeftOut) -> String {
+pub fn tally_json(action: Action, tally: &Tally, report: &ListReport) -> String {
     let counts: String = tally_of(action, tally, |name, count| format!("\"{name}\":{count},"));
-    let lines: Vec<String> = left_out.lines.iter().map(|line| json::string(line)).collect();
-    format!(
-        "{{\"result\":\"applied\",{counts}\"whitelisted_count\":{},\"whitelisted\":[{}]}}\n",
-        left_out.count,
-        lines.join(",")
-    )
+    let lines: Vec<String> = report.whitelisted.iter().map(|line| json::string(line)).collect();
+    let counts = counts + &report_of(report, |name, count| format!("\"{name}\":{count},"));
+    let wrong = report.invalid.as_ref();
+    let wrong =
+        wrong.map_or(String::new(), |wrong| format!(",\"wrong\":{}", lines_json(&wrong.lines)));
+    let lines = lines.join(",");
+    format!("{{\"result\":\"applied\",{counts}\"whitelisted\":[{lines}]{wrong}}}\n")
+}
+
+/// How many lines of a list were not applied, for each reason, in some form.
+pub fn report_of(report: &ListReport, form: impl Fn(&str, usize) -> String) -> String {
+    let skipped = Some(("ipv6_skipped", report.ipv6_skipped)).filter(|(_, count)| *count > 0);
+    let wrong = report.invalid.as_ref().map(|invalid| ("wrong_count", invalid.count));
+    let counts = [skipped, wrong, Some(("whitelisted_count", report.whitelisted_count))];
+    counts.into_iter().flatten().map(|(name, count)| form(name, count)).collect()
+}
+
+/// The same JSON object with a note at its end.
+pub fn with_note(object: &str, note: &str) -> String {
+    format!("{},\"note\":{}}}\n", object.trim_end_matches("}\n"), json::string(note))
 }
 
 /// The verdicts that an action may meet, with their counts, each in some form.
@@ -369,6 +413,7 @@ fn ends_json(rule: &Rule) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::list::Invalid;
     use crate::rule::net::{Family, Net};
 
     /// What a request line comes to; `!` stands for non.restful.
@@ -378,7 +423,7 @@ mod tests {
         let (line, length) = line.strip_suffix('+').map_or((line, 0), |line| (line, 9));
         let head = format!("{line} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
         let request = Request::parse(head.as_bytes()).unwrap();
-        let grammar = Grammar { default_expire: 7, non_restful, sets: true };
+        let grammar = Grammar { default_expire: 7, non_restful, sets: true, ipv6: true };
         match Command::parse(&request, grammar).and_then(|command| command.allow(&Rights::All)) {
             Ok(Command::Help) => "help".into(),
             Ok(Command::Metrics) => "metrics".into(),
@@ -394,9 +439,10 @@ mod tests {
             Ok(Command::Change(rule, allowed)) => {
                 format!("{:?} {rule}{}", allowed.action(), allowed.tag())
             }
-            Ok(Command::ChangeAll(template, allowed)) => {
+            Ok(Command::ChangeAll(template, allowed, options)) => {
+                let lenient = if options.lenient { " lenient" } else { "" };
                 let rule = template.rule(Net::any(Family::V4));
-                format!("{:?} {rule}{} …", allowed.action(), allowed.tag())
+                format!("{:?} {rule}{} …{lenient}", allowed.action(), allowed.tag())
             }
             Err(Refusal::Method(allow)) => format!("405 {allow}"),
             Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
@@ -437,6 +483,9 @@ mod tests {
             ("PUT /drop/input/eth0+", "Put(7) /drop/input/eth0/0.0.0.0 …"),
             ("PUT /drop/output/ppp/?expire=100+", "Put(100) /drop/output/ppp+/0.0.0.0 …"),
             ("DELETE /accept/forward/any+", "Delete /accept/forward/any/0.0.0.0 …"),
+            ("PUT /drop/input/eth0?lenient=true+", "Put(7) /drop/input/eth0/0.0.0.0 … lenient"),
+            ("PUT /drop/input/eth0.5+", "Put(7) /drop/input/eth0.5/0.0.0.0 …"),
+            ("DELETE /drop/forward/any/0.0.0.0", "Delete /drop/forward/any/0.0.0.0"),
             ("PUT /drop/input/any/1.2.3.4?expire=100", "Put(100) /drop/input/any/1.2.3.4"),
             (
                 "PUT /drop/forward/any/1.2.3.4/any/5.6.7.8?expire=25d",
@@ -489,8 +538,21 @@ mod tests {
             ("GET //", "404 not_found"),
             ("PUT /drop", "400 bad_path"),
             ("PUT /drop/nat/any/1.2.3.4", "404 not_found"),
-            ("PUT /drop/input/any", "400 bad_path"),
+            ("PUT /drop/input", "400 bad_path"),
+            ("PUT /drop/input/any", "400 empty_list"),
+            ("DELETE /drop/input/any", "400 empty_list"),
+            ("GET /drop/input/any", "405 PUT, DELETE"),
             ("PUT /drop/nat/any+", "404 not_found"),
+            ("PUT /drop/input/feed.txt+", "400 bad_interface"),
+            ("PUT /drop/input/any/feed.txt+", "400 bad_interface"),
+            ("PUT /drop/input/any/feed.txt", "400 bad_address"),
+            ("PUT /drop/input/all/1.2.3.4", "400 bad_interface"),
+            ("PUT /drop/input/all+", "400 bad_interface"),
+            ("PUT /drop/input/any?lenient=1+", "400 bad_query"),
+            ("PUT /drop/input/any/1.2.3.4?lenient=true", "400 bad_query"),
+            ("GET /list?lenient=true", "400 bad_query"),
+            ("PUT /drop/forward/any/0.0.0.0", "400 bad_path"),
+            ("PUT /drop/forward/eth0/::/eth1", "400 bad_path"),
             ("PUT /drop/input/-+", "400 bad_interface"),
             ("POST /drop/input/any+", "405 PUT, DELETE"),
             ("PUT /drop/input/any?expire=25d+", "400 bad_expire"),
@@ -523,12 +585,13 @@ mod tests {
 
     #[test]
     fn help_says_what_is_configured() {
-        let grammar = Grammar { default_expire: 0, non_restful: false, sets: false };
+        let grammar = Grammar { default_expire: 0, non_restful: false, sets: false, ipv6: true };
         let text = help("127.0.0.1:7390", grammar);
         assert!(text.starts_with("rfw 0.") && text.contains(" at 127.0.0.1:7390\n"), "{text}");
         assert!(text.contains("without it for ever\n") && !text.contains("?modify"), "{text}");
         assert!(text.contains("\nGET    /list"), "{text}");
-        let text = help("", Grammar { default_expire: 90, non_restful: true, sets: false });
+        let text =
+            help("", Grammar { default_expire: 90, non_restful: true, sets: false, ipv6: true });
         assert!(text.contains("without it 90 s\n"), "{text}");
         assert!(text.contains("\nGET    the same path?modify=insert or delete"), "{text}");
     }
@@ -554,17 +617,27 @@ mod tests {
             r#"{"result":"refreshed","rule":{"chain":"FORWARD","target":"DROP","inp":"eth0","out":"*","source":"1.2.3.0/24","destination":"0.0.0.0/0"},"expires":9,"tag":null}
 "#
         );
-        let left_out = LeftOut { count: 21, lines: vec!["::1".into(), "a\"".into()] };
+        let whitelisted = vec!["::1".into(), "a\"".into()];
+        let mut report = ListReport { whitelisted_count: 21, whitelisted, ..Default::default() };
         assert_eq!(
-            tally_json(Action::Put(0), &tally, &left_out),
+            tally_json(Action::Put(0), &tally, &report),
             r#"{"result":"applied","inserted":0,"refreshed":2,"exists":0,"deleted":0,"whitelisted_count":21,"whitelisted":["::1","a\""]}
 "#
         );
         assert_eq!(
-            tally_json(Action::Delete, &tally, &LeftOut::default()),
+            tally_json(Action::Delete, &tally, &ListReport::default()),
             r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
 "#
         );
+        let lines = vec![(2, RuleError::All("\"".into()))];
+        report.invalid = Some(Invalid { count: 3, of: 9, lines });
+        report.ipv6_skipped = 7;
+        let json = tally_json(Action::Delete, &tally, &report);
+        assert!(json.contains(r#","ipv6_skipped":7,"wrong_count":3,"whitelisted_count":21,"#));
+        let end = r#"],"wrong":[{"line":2,"message":"'all' is not an interface; every interface is any, as in \"."}]}
+"#;
+        assert!(json.ends_with(end), "{json}");
+        assert_eq!(with_note("{\"a\":{}}\n", "\""), "{\"a\":{},\"note\":\"\\\"\"}\n");
         let rule = Rule { tag: Tag::parse("a.b").unwrap(), ..rule };
         let mut tagged = TaggedRule::new(KernelRule::plain(rule), None);
         tagged.counters = Some((5, 7));

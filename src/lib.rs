@@ -8,10 +8,10 @@
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
-//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`log`],
-//! [`metrics`] and [`clock`]. The other way round goes [`client`], the same program by the name of rfwc:
-//! from the command line to the request, with what [`http`] has for it
-//! ([`http::answer`], [`http::tls`], [`http::deadline`]).
+//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`host`] (its own
+//! addresses and interfaces), [`log`], [`metrics`] and [`clock`]. The other way round goes
+//! [`client`], the same program by the name of rfwc: from the command line to the request, with what
+//! [`http`] has for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
 #![cfg_attr(
     test,
@@ -29,6 +29,7 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod firewall;
+pub mod host;
 pub mod http;
 pub mod log;
 pub mod metrics;

@@ -5,9 +5,11 @@ use rfw::client;
 use rfw::config::{Config, Named, Outward};
 use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
 use rfw::firewall::iptables::{Iptables, restore_beside};
-use rfw::firewall::process::{InstanceLock, own_user};
+use rfw::firewall::lock::{InstanceLock, own_user};
+use rfw::firewall::process::Programs;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
+use rfw::host;
 use rfw::http::auth::{LoginThrottle, Users};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
@@ -197,19 +199,22 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
-    let lock = Arc::new(InstanceLock::take(Duration::from_secs(15), || {
+    let lock = InstanceLock::take(Duration::from_secs(15), || {
         log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
-    })?);
-    let mut iptables = vec![Iptables::new(Family::V4, config.iptables.path.clone(), lock.clone())];
+    })?;
+    let programs = Arc::new(Programs::new(lock));
+    let mut iptables =
+        vec![Iptables::new(Family::V4, config.iptables.path.clone(), programs.clone())];
     match check_ipv6(&config.ip6tables.path) {
         Ok(()) => {
             let ip6tables = config.ip6tables.path.clone();
-            iptables.push(Iptables::new(Family::V6, ip6tables, lock.clone()));
+            iptables.push(Iptables::new(Family::V6, ip6tables, programs.clone()));
         }
         Err(reason) => log.warning(format_args!("IPv6 rules are not accepted: {reason}")),
     }
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
-    let tools = Tools::new(iptables, Ipset::new(path, lock));
+    let ipv6 = iptables.iter().any(|iptables| iptables.family == Family::V6);
+    let tools = Tools::new(iptables, Ipset::new(path, programs));
     let listeners = Listener::open(&config, acceptor)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
     let in_state = |error| match &config.state {
@@ -225,10 +230,15 @@ fn run(options: &Options) -> Result<Infallible, String> {
         StartError::Message(message) => message,
         StartError::State(error) => in_state(error),
     })?;
+    if let Err(error) = host::list_addresses() {
+        log.warning(format_args!(
+            "only white.list protects this host's own addresses from blocks and lists: {error}"
+        ));
+    }
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     let Config { default_expire, non_restful, .. } = config;
-    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some() };
+    let grammar = Grammar { default_expire, non_restful, sets: sets.is_some(), ipv6 };
     let server = Server {
         firewall,
         whitelist,

@@ -47,7 +47,7 @@ def interface(text):
     """-> what iptables calls it, None for every interface."""
     if text == "any":
         return None
-    need(text.lower() != "any")
+    need(text.lower() not in ("any", "all"))
     name = text if text[-1:].isdigit() or text.endswith("+") else text + "+"
     need(re.fullmatch(r"[A-Za-z0-9_@][A-Za-z0-9._@-]*\+?", name) and len(name) <= 15)
     return name
@@ -123,6 +123,7 @@ def meaning(method, target, sets):
             other, destination = blocks(rest, True)
             need(other == version)
     need(not rest)
+    need(source or destination or method == "DELETE")
     if sets and (source is None) != (destination is None):
         need(expire <= 2147483)
     return Meaning(method == "PUT", chain, target, inp, out, source, destination, version, expire)
@@ -229,8 +230,8 @@ def untag(words_, expire, since):
 
 # --- Requests --------------------------------------------------------------------------------------
 
-FACES = ["any", "eth0", "ppp", "ppp+", "wlan0.12", "br-lan", "eth0@if3", "a" * 14 + "1", "a" * 14, "a" * 15, "x_1", "any+",
-         "Any", "-i", "--jump", ".1", "eth0/", "", "+", "eth 0", "lo;id", "$(id)", "`id`", "eth0\n-j", "0", "veth@9"]
+FACES = ["any", "eth0", "ppp", "ppp+", "wlan0.12", "all+", "br-lan", "eth0@if3", "a" * 14 + "1", "a" * 14, "a" * 15, "x_1", "any+",
+         "Any", "all", "ALL", "-i", "--jump", ".1", "eth0/", "", "+", "eth 0", "lo;id", "$(id)", "`id`", "eth0\n-j", "0", "veth@9"]
 MASKS = ["/8", "/9", "/16", "/24", "/31", "/32", "/33", "/64", "/128", "/129", "/0", "/16/16", "/024", "/-1", "/+24", "/a", "/"]
 EVIL = [b"%00", b"%0a", b"%0d%0a", b"%20", b" ", b"\t", b"\0", b"\r\n", b"\n", b"%2f", b"%2F", b"%252f", b"..", b"./", b"//", b"/",
         b"%", b"%2", b"%zz", b";", b"|", b"&", b"$(reboot)", b"`reboot`", b"'", b'"', b"\\", b"<", b">", b"#", b"?", b"=", b"!",

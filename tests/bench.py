@@ -578,11 +578,12 @@ def huge_list_memory(what):
     return measure
 
 
-def one_among_many(method, verb, net):
+def one_among_many(method, verb, net, tags=0):
+    """The addresses are untagged, or of so many tags alike; the change is then with one more."""
     def measure(box):
         rfw, bare, client = [], [], box.with_sets()
         lines = feed(550000) + [address("250", i) for i in range(100)]
-        client.ask(put_list(lines))
+        put_in_tags(client, lines, tags)
         create = "create bare hash:net maxelem 1048576 timeout 0 counters"
         seconds_of([box.ipset, "restore"], box.write("restore", [create, *(f"add bare {line}" for line in lines)]))
         for i in range(100):
@@ -590,6 +591,22 @@ def one_among_many(method, verb, net):
             bare.append(seconds_of([box.ipset, verb, "bare", address(net, i)]))
         return times(rfw, bare)
     return measure
+
+
+def put_in_tags(client, lines, tags):
+    for n in range(max(tags, 1)):
+        query = f"?tag=feed{n}" if tags else ""
+        client.ask(put_list(lines[n::max(tags, 1)], "/drop/input/any" + query))
+
+
+def rules_about(box):
+    """GET /list?ip= among 550,000 addresses in sets of 16 tags."""
+    rfw, bare, client, lines = [], [], box.with_sets(), feed(550000)
+    put_in_tags(client, lines, 16)
+    for line in [line for line in lines[::16] if "/" not in line][::700]:
+        rfw.append(client.ask(request("GET", "/list?ip=" + line)))
+        bare.append(seconds_of([box.ipset, "test", SET + "@feed0", line]))
+    return times(rfw, bare)
 
 
 def packets(blocks):
@@ -715,6 +732,8 @@ ROWS = [
     Row("memory at most by then, 550,000, sets", "at most 80 MB", huge_list_memory("VmHWM")),
     Row("one PUT among 550,000, sets: one ipset add", "at most 2 ms", one_among_many("PUT", "add", "251")),
     Row("one DELETE among 550,000, sets: one ipset del", "at most 2 ms", one_among_many("DELETE", "del", "250")),
+    Row("one PUT among 550,000 of 16 tags: one ipset add", "at most 2 ms", one_among_many("PUT", "add", "251", 16)),
+    Row("GET /list?ip= among 550,000 of 16 tags: one ipset test", "at most 10 ms", rules_about),
     Row("packets a second, 120,000 hosts in sets: none", "at least 0.9 x", packets(False)),
     Row("the same, 1,200 of them blocks of 14 sizes: none", "", packets(True)),
     Row("GET /list of 120,000, sets: ipset save", "at most 2 x", listing_of_set),

@@ -21,6 +21,7 @@ from model import *
 
 CLASSES = {
     "list": "lists in a body",
+    "tag": "many sources: tags, lists that replace, DELETE whatever the tag or of a whole tag",
     "expire": "rules that expire within seconds",
     "load": "concurrent requests",
     "outward": "the outward server, with its guard rules",
@@ -77,6 +78,13 @@ def some_change(r, classes, client=0, size=12):
     expire = r.choice([0, 0, 0, LONG, 2 * LONG, 24 * LONG]) if put else 0
     if put and "expire" in classes and r.random() < 0.15:
         expire = r.randrange(2, 5)
+    tag, replace = r.choice(TAGS) if "tag" in classes else "", False
+    if tag and not put and r.random() < 0.3:
+        tag = "*"
+    # Those that reach beyond what they name are for a client that is alone.
+    alone = tag not in ("", "*") and client == 0
+    if alone and not put and r.random() < 0.1:
+        return Change("DELETE", "/list", 0, None, tag, False)
     if "list" not in classes or r.random() < 0.7:
         path, body = r.choice(PLACES), None
     else:
@@ -84,7 +92,9 @@ def some_change(r, classes, client=0, size=12):
         hosts += [f"2001:db8:{client}:3::{r.randrange(20):x}" for _ in range(r.randrange(size))]
         lines = hosts + r.sample(LIST_LINES, r.randrange(1, 5))
         path, body = r.choice(LIST_PLACES), "".join(line.replace("T", str(client)) + "\n" for line in lines)
-    return Change("PUT" if put else "DELETE", f"/{target}/{path.replace('T', str(client))}", expire, body)
+        replace = alone and put and r.random() < 0.5
+    path = f"/{target}/{path.replace('T', str(client))}"
+    return Change("PUT" if put else "DELETE", path, expire, body, tag, replace)
 
 
 # --- A round ---------------------------------------------------------------------------------------
@@ -156,9 +166,10 @@ class Round:
 
     def effects(self, change, since, until):
         """-> what a change makes of each rule: {key: ABSENT or its expiry}."""
-        keys, effects = keys_of(change), {}
+        keys = keys_of(change)
+        effects = {key: ABSENT for key in self.model.entries if is_gone(change, key)}
         if change.method == "DELETE":
-            return dict.fromkeys(keys, ABSENT)
+            return {**effects, **dict.fromkeys(keys, ABSENT)}
         for key in keys:
             if self.sets and in_set(key):  # it moves out of the sets of the other targets
                 effects.update({key._replace(target=target): ABSENT for target in TARGETS})
@@ -183,13 +194,13 @@ class Round:
         with self.lock:
             calm, sent, since = self.calm(), self.model.tick(), time.time()
             before = {key: self.model.options(key) for key in self.effects(change, 0, 0)}
-        said = self.ask(change.method, change.path + (f"?expire={change.expire}" if change.expire else ""), change.body)
+        said = self.ask(change.method, change.url(), change.body)
         with self.lock:
             effects = self.effects(change, since, time.time())
             status, answer_ = said or (None, {})
             words = answer_.get("result") or answer_.get("message", "")
             lines = (change.body or "").splitlines()
-            self.note(change.method, change.path, change.expire or "", "->", status, words, lines or "")
+            self.note(change.method, change.url(), "->", status, words, lines or "")
             if status == 200:
                 self.check_answer(change, answer_, effects, before if calm else {})
                 self.model.done(effects, sent, answer_["result"], self.sets)
@@ -210,8 +221,8 @@ class Round:
             if (expires is None) != (want is None) or want and not want[0] - 1 <= expires <= want[1] + 1:
                 raise Failure(f"PUT {change.path}: expires {expires}, not {want}")
             effects[keys[0]] = expires and (expires, expires)
-        times = [option for key in keys for option in before.get(key, []) if option not in (ABSENT, None)]
-        if not before or any(earliest < time.time() + 60 for earliest, _ in times):
+        times = [option for key in before for option in before.get(key, []) if option not in (ABSENT, None)]
+        if not before or change.tag == "*" or any(earliest < time.time() + 60 for earliest, _ in times):
             return
         new = sum(before[key] == [ABSENT] for key in keys)
         found = {"inserted": result == "inserted", "absent": result == "absent"} if change.body is None else answer_
@@ -539,7 +550,7 @@ class Round:
         with contextlib.suppress(OSError), open(RUN + "/disk/full", "wb", 0) as f:
             while True:
                 f.write(bytes(4096))
-        long = Change("PUT", "/drop/input/any", 0, "".join(f"10.9.{n // 200}.{n % 200}\n" for n in range(300)))
+        long = Change("PUT", "/drop/input/any", 0, "".join(f"10.9.{n // 200}.{n % 200}\n" for n in range(300)), "", False)
         if self.change(long)[0] == 200:
             raise Failure("a list of 300 lines is answered with 200 on a full disk")
 

@@ -14,7 +14,8 @@ class Failure(Exception):
 
 # --- A rule in its four forms: path, iptables -S, GET /list, state file ----------------------------
 
-Key = collections.namedtuple("Key", "chain target inp out src dst")  # None: any
+Key = collections.namedtuple("Key", "chain target inp out src dst tag", defaults=[""])  # None: any
+TAGS = ["", "a", "feed.1"]
 ABSENT = "absent"  # what a rule can be, beside its expiry: None, or (earliest, latest)
 
 
@@ -40,7 +41,10 @@ def interface(name):
     return None if name == "any" else name if name[-1] in "0123456789+" else name + "+"
 
 
-def key_of_path(path):
+def key_of_path(path, tag=None):
+    """-> the key of a path; that of the state file has the tag at its end."""
+    if tag is None:
+        path, _, tag = path.partition("@")
     target, chain, first, *rest = path.strip("/").split("/")
 
     def address():
@@ -54,8 +58,8 @@ def key_of_path(path):
     one, second = address(), interface(rest.pop(0)) if rest else None
     two, chain, target = address(), chain.upper(), target.upper()
     if chain == "OUTPUT":
-        return Key(chain, target, None, interface(first), None, one)
-    return Key(chain, target, interface(first), second, one, two)
+        return Key(chain, target, None, interface(first), None, one, tag)
+    return Key(chain, target, interface(first), second, one, two, tag)
 
 
 def path_of(key):
@@ -63,7 +67,7 @@ def path_of(key):
     ends = {"INPUT": [inp, key.src], "OUTPUT": [out, key.dst], "FORWARD": [inp, key.src or any_ip]}[key.chain]
     if key.chain == "FORWARD" and (key.out or key.dst):
         ends += [out] + ([key.dst] if key.dst else [])
-    return "/".join(["", key.target.lower(), key.chain.lower(), *ends])
+    return "/".join(["", key.target.lower(), key.chain.lower(), *ends]) + ("@" + key.tag if key.tag else "")
 
 
 OPTIONS = {*"-s -d -i -o -j -m -p --dport --sport --comment --reject-with --match-set".split()}
@@ -93,14 +97,15 @@ def set_name(key):
     side = "src" if key.src else "dst"
     parts = {"INPUT": ["in", key.inp], "OUTPUT": ["out", key.out], "FORWARD": ["fwd", key.inp, key.out, side]}
     name = f"rfw{version(key)}:{key.target.lower()}:" + ":".join(part or "any" for part in parts[key.chain])
-    return name if len(name) <= 31 else name.split("fwd:")[0] + "fwd:~"
+    name += "@" + key.tag if key.tag else ""
+    return name if len(name) <= 31 else ":".join(name.split(":")[:3]) + ":~"
 
 
 def rows_of_list(listed):
     """-> what GET /list says, row by row."""
     for row in listed:
         faces = (None if row[end] == "*" else row[end] for end in ("inp", "out"))
-        key = Key(row["chain"], row["target"], *faces, plain(row["source"]), plain(row["destination"]))
+        key = Key(row["chain"], row["target"], *faces, plain(row["source"]), plain(row["destination"]), row["tag"] or "")
         yield Row(version(key), row["chain"], int(row["num"]), key, row["expires"])
 
 
@@ -120,20 +125,39 @@ def read_state(text, now):
     return [(key, expires) for key, expires in found.items() if expires is None or expires > now]
 
 
-Change = collections.namedtuple("Change", "method path expire body")
+class Change(collections.namedtuple("Change", "method path expire body tag replace")):
+    """`tag` may be * in a DELETE: whatever the tag; `replace`: a list and nothing else. A DELETE of
+    /list is that of a tag."""
+
+    def url(self):
+        query = {"expire": self.expire, "tag": self.tag, "replace": "true" if self.replace else ""}
+        return self.path + "?" + "&".join(f"{name}={value}" for name, value in query.items() if value)
 
 
 def keys_of(change):
     """-> the rules that a request names."""
+    if change.path == "/list":
+        return []
+    if change.tag == "*":
+        return [key for tag in TAGS for key in keys_of(change._replace(tag=tag))]
     if change.body is None:
-        return [key_of_path(change.path)]
+        return [key_of_path(change.path, change.tag)]
     keys = []
     for line in change.body.split("\n")[:-1]:
         first, _, last = line.partition("#")[0].strip().partition("-")
         ends = [ipaddress.ip_address(end) for end in (first, last) if last]
         nets = ipaddress.summarize_address_range(*ends) if ends else [first]
-        keys += [key_of_path(f"{change.path}/{net}") for net in nets]
+        keys += [key_of_path(f"{change.path}/{net}", change.tag) for net in nets]
     return list(dict.fromkeys(keys))
+
+
+def is_gone(change, key):
+    """Whether a request deletes a rule that it does not name."""
+    if change.path == "/list":
+        return key.tag == change.tag
+    like = key_of_path(change.path + "/192.0.2.9", change.tag) if change.replace else None
+    return like is not None and in_set(key) and (key.src is None) == (like.src is None) and (
+        key._replace(src=like.src, dst=like.dst) == like)
 
 
 # --- What the kernel holds -------------------------------------------------------------------------
@@ -213,7 +237,8 @@ class Kernel:
             view.guards.setdefault((v, chain), []).append((address and plain(address), port, found["-j"]))
             return 0
         ends = [plain(found[o]) if o in found else None for o in ("-s", "-d")]
-        key = Key(chain, found["-j"], found.get("-i"), found.get("-o"), *ends)
+        tag = found["--comment"].partition("@")[2]
+        key = Key(chain, found["-j"], found.get("-i"), found.get("-o"), *ends, tag)
         name = found.get("--match-set")
         if name is None:
             time_ = re.match(r"rfw:(\d+)", found["--comment"])

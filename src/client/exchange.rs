@@ -173,7 +173,7 @@ const RESULT: &str = "{\"result\":\"";
 const ERROR: &str = "{\"error\":\"";
 
 /// An answer of rfw's for a line: `inserted`, `applied: inserted 3, refreshed 0`,
-/// `whitelisted: SENTENCE`, and behind the sentence what lines of a list are wrong.
+/// `whitelisted: SENTENCE`, and behind the sentence what lines of a list are wrong. A note follows.
 fn words(body: &str) -> String {
     let begin = |start| body.strip_prefix(start).and_then(|rest: &str| rest.split_once('"'));
     let Some((word, rest)) = begin(RESULT).or_else(|| begin(ERROR)) else {
@@ -186,10 +186,13 @@ fn words(body: &str) -> String {
             let counts = counts.trim_start_matches(',').replace('"', "");
             (counts.replace(':', " ").replace(',', ", "), "")
         }
-        None => return word.into(),
+        None => Default::default(),
     };
     let lines = lines.trim_end().trim_end_matches('}').replacen(",\"lines\":", " ", 1);
-    format!("{word}: {more}{lines}")
+    let note = rest.split_once(",\"note\":\"").map_or(String::new(), |(_, note)| unescape(note).0);
+    let parts = [more + &lines, note];
+    let parts = parts.iter().filter(|part| !part.is_empty()).map(|part| format!(": {part}"));
+    word.to_string() + &parts.collect::<String>()
 }
 
 /// A string of JSON's up to its closing quote, and what is behind it. Control
@@ -241,6 +244,11 @@ mod tests {
             (
                 r#"{"result":"applied","inserted":3,"exists":0,"whitelisted_count":1,"whitelisted":["::1"]}"#,
                 "applied: inserted 3, exists 0, whitelisted_count 1",
+            ),
+            (r#"{"result":"inserted","expires":null,"note":"No \"x\"."}"#, "inserted: No \"x\"."),
+            (
+                r#"{"result":"applied","inserted":3,"wrong_count":1,"whitelisted":[],"wrong":[],"note":"N."}"#,
+                "applied: inserted 3, wrong_count 1: N.",
             ),
             (r#"{"error":"whitelisted","message":"It overlaps."}"#, "whitelisted: It overlaps."),
             (r#"{"error":"e","message":"a \"b\" \\n \u000a\"c"}"#, r#"e: a "b" \n \u000a"c"#),

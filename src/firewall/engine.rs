@@ -700,7 +700,8 @@ impl<K: Kernel> Engine<K> {
     pub fn listing(&mut self, filter: &Filter) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
         self.begin();
         let mut rules = Vec::new();
-        for family in self.kernel.families() {
+        let is_asked = |family: &&Family| filter.net.is_none_or(|net| net.family() == **family);
+        for family in self.kernel.families().iter().filter(is_asked) {
             let mut listing = self.kernel.read_rules(*family, self.limit(0))?;
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
                 listing = self.read_rules(*family)?;
@@ -722,9 +723,6 @@ impl<K: Kernel> Engine<K> {
     fn entries(&self, set: &KernelRule, filter: &Filter) -> Vec<TaggedRule> {
         let whole = || vec![TaggedRule::new(*set, None)];
         let (Some(template), Some(net)) = (set.template(), filter.net) else { return whole() };
-        if net.family() != set.rule.family() {
-            return Vec::new();
-        }
         let entries = self.list.overlapping(template, net).take(MAX_FEW + 1);
         let entry = |(net, entry): (Net, Entry)| {
             TaggedRule::new(KernelRule::plain(template.rule(net)), entry.expires())

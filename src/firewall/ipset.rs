@@ -7,7 +7,7 @@
 //!                    ; if the name were too long or had an @ in an interface: a hash of the rest
 //! ```
 
-use super::process::{self, InstanceLock, ToolError};
+use super::process::{self, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, RuleTemplate, Side, Target};
 use std::fmt;
@@ -126,19 +126,19 @@ impl fmt::Display for SetEdit<'_> {
 #[derive(Clone)]
 pub struct Ipset {
     program: PathBuf,
-    lock: Arc<InstanceLock>,
+    programs: Arc<Programs>,
 }
 
 impl Ipset {
     /// `program` is an absolute path.
-    pub fn new(program: PathBuf, lock: Arc<InstanceLock>) -> Ipset {
-        Ipset { program, lock }
+    pub fn new(program: PathBuf, programs: Arc<Programs>) -> Ipset {
+        Ipset { program, programs }
     }
 
     /// rfw's sets. ipset exits with 0 even if it could not read them all.
     pub fn headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
         let mut headers = Vec::new();
-        process::read_lines(&self.lock, &self.program, &["list", "-terse"], limit, |line| {
+        process::read_lines(&self.programs, &self.program, &["list", "-terse"], limit, |line| {
             parse_header(line.trim_end(), &mut headers);
             true
         })?;
@@ -155,10 +155,11 @@ impl Ipset {
         mut each: impl FnMut(SetEntry) -> bool,
     ) -> Result<bool, ToolError> {
         let mut found = false;
-        let read = process::read_lines(&self.lock, &self.program, &["save", name], limit, |line| {
-            found |= line.starts_with("create ");
-            parse_entry(line).is_none_or(&mut each)
-        });
+        let read =
+            process::read_lines(&self.programs, &self.program, &["save", name], limit, |line| {
+                found |= line.starts_with("create ");
+                parse_entry(line).is_none_or(&mut each)
+            });
         match read {
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             Ok(()) if !found => {
@@ -173,8 +174,13 @@ impl Ipset {
     /// Whether a set has an address, or a block that contains it.
     pub fn contains(&self, name: &str, net: Net, limit: Duration) -> Result<bool, ToolError> {
         let net = net.to_string();
-        match process::read_lines(&self.lock, &self.program, &["test", name, &net], limit, |_| true)
-        {
+        match process::read_lines(
+            &self.programs,
+            &self.program,
+            &["test", name, &net],
+            limit,
+            |_| true,
+        ) {
             Err(ToolError::Rejected(text)) if text.contains("is NOT in set") => Ok(false),
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             result => result.map(|()| true),
@@ -193,9 +199,9 @@ impl Ipset {
         let Some(second) = edits.next() else {
             let line = first.to_string();
             let args: Vec<&str> = ["-exist"].into_iter().chain(line.split(' ')).collect();
-            return process::run(&self.lock, &self.program, &args, limit, |_| Ok(()));
+            return process::run(&self.programs, &self.program, &args, limit, |_| Ok(()));
         };
-        process::run(&self.lock, &self.program, &["-exist", "restore"], limit, |stdin| {
+        process::run(&self.programs, &self.program, &["-exist", "restore"], limit, |stdin| {
             let mut edits = [first, second].into_iter().chain(edits);
             edits.try_for_each(|edit| stdin.line(edit))
         })

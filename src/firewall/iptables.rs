@@ -9,7 +9,7 @@
 //! and stays untouched.
 
 use super::ipset::set_name;
-use super::process::{self, InstanceLock, ToolError};
+use super::process::{self, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target, is_number};
@@ -257,7 +257,7 @@ pub struct Iptables {
     pub family: Family,
     iptables: PathBuf,
     restore: PathBuf,
-    lock: Arc<InstanceLock>,
+    programs: Arc<Programs>,
 }
 
 /// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` next to it.
@@ -269,8 +269,8 @@ pub fn restore_beside(iptables: &Path) -> PathBuf {
 
 impl Iptables {
     /// `iptables` is an absolute path.
-    pub fn new(family: Family, iptables: PathBuf, lock: Arc<InstanceLock>) -> Iptables {
-        Iptables { family, restore: restore_beside(&iptables), iptables, lock }
+    pub fn new(family: Family, iptables: PathBuf, programs: Arc<Programs>) -> Iptables {
+        Iptables { family, restore: restore_beside(&iptables), iptables, programs }
     }
 
     /// Commits edits in order, all or none: a single one as the command that its `Display`
@@ -282,11 +282,11 @@ impl Iptables {
                 let line = edit.to_string();
                 let args: Vec<&str> =
                     ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-                process::run(&self.lock, &self.iptables, &args, limit, |_| Ok(()))
+                process::run(&self.programs, &self.iptables, &args, limit, |_| Ok(()))
             }
             _ => {
                 let args = ["--noflush", "-w", LOCK_WAIT];
-                process::run(&self.lock, &self.restore, &args, limit, |stdin| {
+                process::run(&self.programs, &self.restore, &args, limit, |stdin| {
                     stdin.line("*filter")?;
                     edits.iter().try_for_each(|edit| stdin.line(edit))?;
                     stdin.line("COMMIT")
@@ -304,7 +304,7 @@ impl Iptables {
     ) -> Result<(), ToolError> {
         let args = ["-w", LOCK_WAIT, "-v", "-S"];
         let (mut policies, mut count) = (0_usize, 0_usize);
-        process::read_lines(&self.lock, &self.iptables, &args, limit, |line| {
+        process::read_lines(&self.programs, &self.iptables, &args, limit, |line| {
             policies = policies.saturating_add(usize::from(line.starts_with("-P ")));
             if let Some((chain, rule)) = parse_row(line, self.family) {
                 count = count.saturating_add(1);

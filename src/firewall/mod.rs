@@ -9,6 +9,7 @@ pub mod engine;
 pub mod ipset;
 pub mod iptables;
 pub mod list;
+pub mod lock;
 pub mod process;
 pub mod queue;
 pub mod reconcile;

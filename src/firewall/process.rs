@@ -3,13 +3,12 @@
 //! A program runs by absolute path, with an argument array and an empty environment. Its input
 //! and output pass through socket pairs, because those, unlike pipes, take a time limit.
 
+use super::lock::InstanceLock;
 use std::fmt::{self, Write as _};
-use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -63,51 +62,16 @@ impl fmt::Display for ToolError {
     }
 }
 
-/// Held by rfw and, as their standard output, by the programs that change rules: while one of
-/// them lives, no other rfw starts in this network namespace. So a program that outlives a
-/// killed rfw is waited for before the kernel is read. The kernel releases the lock with its last
-/// holder.
-pub struct InstanceLock {
-    file: File,
+/// What all programs have in common.
+pub struct Programs {
+    lock: InstanceLock,
     /// Killed children that have not ended.
     unended: Mutex<Vec<Child>>,
 }
 
-impl InstanceLock {
-    /// Waits until no other rfw, nor a program of a killed one, holds the lock; if one does,
-    /// calls `on_wait` first. The error is a sentence.
-    pub fn take(limit: Duration, on_wait: impl FnOnce()) -> Result<InstanceLock, String> {
-        // OpenWrt before 24.10 has no /run.
-        let run = if Path::new("/run").is_dir() { "/run" } else { "/var/run" };
-        let folder = Path::new(run).join("rfw");
-        let unusable = |error: io::Error| {
-            format!(
-                "cannot lock {0}: {error}; as root, run install -d -m 700 -o USER {0}, where USER \
-                 runs rfw (in a unit of systemd, RuntimeDirectory=rfw does that)",
-                folder.display()
-            )
-        };
-        let (file, path) = open_lock(&folder).map_err(unusable)?;
-        let started = Instant::now();
-        let mut on_wait = Some(on_wait);
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(InstanceLock { file, unended: Mutex::default() }),
-                Err(TryLockError::Error(error)) => return Err(unusable(error)),
-                Err(TryLockError::WouldBlock) => {}
-            }
-            if started.elapsed() >= limit {
-                let holder = "another rfw, or a program of a killed one, runs here";
-                return Err(format!(
-                    "{holder}; stop it first (fuser -v {} shows it)",
-                    path.display()
-                ));
-            }
-            if let Some(on_wait) = on_wait.take() {
-                on_wait();
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
+impl Programs {
+    pub fn new(lock: InstanceLock) -> Programs {
+        Programs { lock, unended: Mutex::default() }
     }
 
     fn unended(&self) -> MutexGuard<'_, Vec<Child>> {
@@ -125,40 +89,15 @@ impl InstanceLock {
     }
 }
 
-/// The user that runs rfw. Without /proc it counts as root, and only root is trusted.
-pub fn own_user() -> u32 {
-    fs::metadata("/proc/self").map_or(0, |data| data.uid())
-}
-
-/// Opens the lock file of this network namespace. Only root can make `folder` or give it away,
-/// and only its owner can enter it: nobody else can hold the lock or put a link in its place.
-fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
-    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    let data = fs::metadata(folder)?;
-    let (owner, mode) = (data.uid(), data.mode() & 0o777);
-    if ![0, own_user()].contains(&owner) || mode & 0o077 != 0 {
-        let message = format!("others may enter it (owner {owner}, mode {mode:o})");
-        return Err(io::Error::other(message));
-    }
-    // A kernel without namespaces has no such file.
-    let namespace = fs::metadata("/proc/self/ns/net").map_or(0, |data| data.ino());
-    let path = folder.join(format!("net-{namespace}"));
-    match File::options().write(true).create_new(true).mode(0o600).open(&path) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
-        // Only for reading: no program can fill the disk through its standard output.
-        _ => Ok((File::open(&path)?, path)),
-    }
-}
-
 /// Runs a program to its end on what `input` writes. `limit` is for all of it.
 pub fn run(
-    lock: &InstanceLock,
+    programs: &Programs,
     program: &Path,
     args: &[&str],
     limit: Duration,
     input: impl FnOnce(&mut StdinWriter) -> io::Result<()>,
 ) -> Result<(), ToolError> {
-    let child = ChildProcess::start(lock, program, args, Task::Change, limit);
+    let child = ChildProcess::start(programs, program, args, Task::Change, limit);
     let (child, socket) = child.map_err(|error| cannot_start(program, &error))?;
     let mut stdin = StdinWriter { socket, pending: String::new(), deadline: child.deadline };
     let written = input(&mut stdin).and_then(|()| stdin.flush());
@@ -202,13 +141,13 @@ impl StdinWriter {
 /// Runs a program and passes each line of its output to `each`, until that returns `false`:
 /// then the program is killed, and that is no error.
 pub fn read_lines(
-    lock: &InstanceLock,
+    programs: &Programs,
     program: &Path,
     args: &[&str],
     limit: Duration,
     mut each: impl FnMut(&str) -> bool,
 ) -> Result<(), ToolError> {
-    let child = ChildProcess::start(lock, program, args, Task::List, limit);
+    let child = ChildProcess::start(programs, program, args, Task::List, limit);
     let (mut child, socket) = child.map_err(|error| cannot_start(program, &error))?;
     let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
     let mut line = Vec::new();
@@ -246,7 +185,7 @@ enum Task {
 
 /// A child, to be killed at its deadline.
 struct ChildProcess<'a> {
-    lock: &'a InstanceLock,
+    programs: &'a Programs,
     name: String,
     child: Child,
     stderr: UnixStream,
@@ -255,17 +194,17 @@ struct ChildProcess<'a> {
 
 impl<'a> ChildProcess<'a> {
     fn start(
-        lock: &'a InstanceLock,
+        programs: &'a Programs,
         program: &Path,
         args: &[&str],
         task: Task,
         limit: Duration,
     ) -> io::Result<(ChildProcess<'a>, UnixStream)> {
-        lock.reap()?;
+        programs.reap()?;
         let (socket, theirs) = pair()?;
         let theirs = Stdio::from(OwnedFd::from(theirs));
         let (stdin, stdout) = match task {
-            Task::Change => (theirs, lock.file.try_clone()?.into()),
+            Task::Change => (theirs, programs.lock.for_child()?),
             Task::List => (Stdio::null(), theirs),
         };
         let (stderr, theirs) = pair()?;
@@ -274,7 +213,7 @@ impl<'a> ChildProcess<'a> {
         let mut command = Command::new(program);
         command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
         let (child, name) = (command.spawn()?, program.display().to_string());
-        Ok((ChildProcess { lock, name, child, stderr, deadline: after(limit) }, socket))
+        Ok((ChildProcess { programs, name, child, stderr, deadline: after(limit) }, socket))
     }
 
     fn output<'b>(&'b mut self, socket: &'b UnixStream) -> ChildOutput<'b> {
@@ -322,7 +261,7 @@ impl<'a> ChildProcess<'a> {
             return "was killed".into();
         }
         let id = self.child.id();
-        self.lock.unended().push(self.child);
+        self.programs.unended().push(self.child);
         format!("cannot be killed (process {id})")
     }
 
@@ -385,16 +324,14 @@ impl Read for ChildOutput<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
-    /// One that excludes nobody.
-    fn lock() -> InstanceLock {
-        InstanceLock { file: File::open("/dev/null").unwrap(), unended: Mutex::default() }
+    fn programs() -> Programs {
+        Programs::new(InstanceLock::none())
     }
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), ToolError> {
         let limit = Duration::from_millis(limit);
-        run(&lock(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| match input {
+        run(&programs(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| match input {
             "" => Ok(()),
             _ => stdin.line(input),
         })
@@ -442,7 +379,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_started() {
-        let failure = run(&lock(), Path::new("/no/such"), &[], POLL, |_| Ok(())).unwrap_err();
+        let failure = run(&programs(), Path::new("/no/such"), &[], POLL, |_| Ok(())).unwrap_err();
         assert!(failure.is_transient() && failure.to_string().contains("/no/such"), "{failure}");
     }
 
@@ -455,7 +392,7 @@ mod tests {
                 seen.len() < most
             };
             let limit = Duration::from_secs(2);
-            let end = read_lines(&lock(), Path::new("/bin/sh"), &["-c", script], limit, each);
+            let end = read_lines(&programs(), Path::new("/bin/sh"), &["-c", script], limit, each);
             (seen, end)
         };
         assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
@@ -477,7 +414,7 @@ mod tests {
         assert_eq!(sh(&format!("{flood}; cat >/dev/null"), &input, 5_000), Ok(()));
         let script = format!("{flood}; echo a");
         let (mut count, limit) = (0, Duration::from_secs(5));
-        let end = read_lines(&lock(), Path::new("/bin/sh"), &["-c", &script], limit, |_| {
+        let end = read_lines(&programs(), Path::new("/bin/sh"), &["-c", &script], limit, |_| {
             count += 1;
             true
         });
@@ -486,54 +423,21 @@ mod tests {
 
     #[test]
     fn killed_children_that_have_not_ended_are_few_and_reaped() {
-        let lock = lock();
+        let programs = programs();
         let limit = Duration::from_secs(5);
         let sleep = || Command::new("sleep").arg("9").spawn().unwrap();
-        let sh = || run(&lock, Path::new("/bin/sh"), &["-c", "exit 0"], limit, |_| Ok(()));
-        lock.unended().extend((1..MAX_UNENDED).map(|_| sleep()));
+        let sh = || run(&programs, Path::new("/bin/sh"), &["-c", "exit 0"], limit, |_| Ok(()));
+        programs.unended().extend((1..MAX_UNENDED).map(|_| sleep()));
         assert_eq!(sh(), Ok(()));
-        lock.unended().push(sleep());
+        programs.unended().push(sleep());
         let sentence =
             format!("/bin/sh could not be started: {MAX_UNENDED} programs cannot be killed.");
         assert_eq!(sh(), Err(ToolError::Transient(sentence)));
-        lock.unended().iter_mut().for_each(|child| child.kill().unwrap());
+        programs.unended().iter_mut().for_each(|child| child.kill().unwrap());
         let from = Instant::now();
-        while lock.reap().is_err() || !lock.unended().is_empty() {
+        while programs.reap().is_err() || !programs.unended().is_empty() {
             assert!(from.elapsed() < limit, "not reaped");
         }
         assert_eq!(sh(), Ok(()));
-    }
-
-    #[test]
-    fn the_lock_file_is_in_a_folder_that_only_its_owner_can_enter() {
-        let folder = std::env::temp_dir().join(format!("rfw-lock-{}", std::process::id()));
-        let mode = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
-        let (first, path) = open_lock(&folder).unwrap();
-        let (second, same) = open_lock(&folder).unwrap();
-        assert_eq!((fs::metadata(&folder).unwrap().mode() & 0o777, &path), (0o700, &same));
-        first.try_lock().unwrap();
-        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)));
-        let held = first.try_clone().unwrap();
-        drop(first);
-        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)), "inherited");
-        drop(held);
-        second.try_lock().unwrap();
-        assert!((&second).write(b"x").is_err(), "nothing can be written to it");
-        for wrong in [0o701, 0o710, 0o755, 0o770] {
-            mode(wrong);
-            let error = open_lock(&folder).unwrap_err().to_string();
-            assert!(error.contains(&format!("mode {wrong:o})")), "{error}");
-        }
-        mode(0o700);
-        fs::remove_file(&path).unwrap();
-        let victim = folder.join("victim");
-        std::os::unix::fs::symlink(&victim, &path).unwrap();
-        assert_eq!(open_lock(&folder).unwrap_err().kind(), ErrorKind::NotFound);
-        assert!(!victim.exists());
-        fs::remove_dir_all(&folder).unwrap();
-        fs::write(&folder, "").unwrap();
-        mode(0o600);
-        assert!(open_lock(&folder).is_err(), "it is a file");
-        fs::remove_file(&folder).unwrap();
     }
 }

@@ -2,11 +2,15 @@
 
 use super::json;
 use crate::rule::interval::LONGEST_IN_SET;
-use crate::rule::list::{MAX_ENTRIES, MAX_LINE, Wrong};
-use crate::rule::net::Net;
+use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
 use crate::rule::rights::Forbidden;
-use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6};
+use crate::rule::whitelist::Conflict;
+use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
+
+/// How many characters of a client's text a message shows.
+const MAX_SHOWN: usize = 80;
 
 /// Why a request is not carried out. This is the one place where reasons
 /// become status codes.
@@ -31,15 +35,13 @@ pub enum Refusal {
     Expire(String),
     /// Longer than an address is kept in a set.
     LongExpire,
-    /// Lines of a list that name no rule.
-    List(Wrong),
-    TooMany,
+    List(ListError),
     /// There is no room for so many; what to do.
     Full(&'static str),
     /// The state file cannot be written, as this sentence says.
     State(String),
-    /// The change overlaps this block of the whitelist.
-    Whitelisted(Net),
+    /// The change touches a block that no change may touch.
+    Whitelisted(Conflict),
     /// An IPv6 rule on a host without IPv6.
     NoIpv6,
     /// The kernel did not take the rule; iptables' own words.
@@ -75,7 +77,8 @@ impl Refusal {
             }
             Refusal::Expire(text) => {
                 let write = "write up to 9 digits and s, m, h or d, as in 10m";
-                (400, "bad_expire", format!("'{text}' is no interval; {write}."))
+                let message = format!("{} is not an interval; {write}.", quoted(text));
+                (400, "bad_expire", message)
             }
             Refusal::LongExpire => {
                 let most = format!(
@@ -83,20 +86,17 @@ impl Refusal {
                 );
                 (400, "bad_expire", format!("{most}; 0 is for ever."))
             }
-            Refusal::List(Wrong { count, .. }) => {
-                let message =
-                    format!("Lines that are wrong: {count}. Nothing of the list is applied.");
-                (400, "bad_list", message)
-            }
-            Refusal::TooMany => {
-                (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
-            }
+            Refusal::List(error) => list_parts(error),
             Refusal::Full(sentence) => (507, code(507), format!("{sentence} Nothing was applied.")),
             Refusal::State(sentence) => {
                 (507, "state_failed", format!("{sentence} Nothing was applied."))
             }
-            Refusal::Whitelisted(net) => {
-                (409, "whitelisted", format!("This overlaps {net} of the whitelist."))
+            Refusal::Whitelisted(conflict) => {
+                let message = match conflict {
+                    Conflict::Whitelisted(net) => format!("This overlaps {net} of the whitelist."),
+                    Conflict::Own(net) => format!("This overlaps {net}, this host's own address."),
+                };
+                (409, "whitelisted", message)
             }
             Refusal::NoIpv6 => {
                 (400, "bad_address", "This host filters no IPv6; send IPv4 addresses.".into())
@@ -108,11 +108,12 @@ impl Refusal {
 
     /// What else the answer says, as members of a JSON object.
     pub fn members(&self) -> String {
-        let Refusal::List(Wrong { lines, .. }) = self else { return String::new() };
-        let line = |(line, error): &(usize, RuleError)| {
-            format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_parts(error).2))
-        };
-        format!(",\"lines\":[{}]", lines.iter().map(line).collect::<Vec<_>>().join(","))
+        match self {
+            Refusal::List(ListError::Invalid(Invalid { lines, .. })) => {
+                format!(",\"lines\":{}", lines_json(lines))
+            }
+            _ => String::new(),
+        }
     }
 
     /// The field that belongs to the status.
@@ -129,6 +130,42 @@ impl Refusal {
     }
 }
 
+/// Invalid lines of a list as a JSON array.
+pub fn lines_json(lines: &[(usize, RuleError)]) -> String {
+    let line = |(line, error): &(usize, RuleError)| {
+        format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_parts(error).2))
+    };
+    format!("[{}]", lines.iter().map(line).collect::<Vec<_>>().join(","))
+}
+
+fn list_parts(error: &ListError) -> (u16, &'static str, String) {
+    match error {
+        ListError::TooMany => {
+            (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
+        }
+        ListError::Empty => (
+            400,
+            "empty_list",
+            "The body names no address, and nothing was changed; send a list with curl -T FILE or \
+             --data-binary @FILE (-d strips the newlines), or name an address in the path."
+                .into(),
+        ),
+        ListError::Invalid(Invalid { count, of, lines }) => {
+            let first = lines.first().map_or(String::new(), |(line, error)| {
+                format!(" Line {line}: {}", rule_parts(error).2)
+            });
+            let end = match *count > of / 2 {
+                true => "; a body of which more than half is invalid is not a list.",
+                false => "; with lenient=true the rest would be.",
+            };
+            let message = format!(
+                "{count} of {of} lines are invalid.{first} Nothing of the list is applied{end}"
+            );
+            (400, "bad_list", message)
+        }
+    }
+}
+
 fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
     let (code, message) = match error {
         RuleError::Unknown | RuleError::Shape => (
@@ -137,30 +174,47 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
              body; GET / shows all forms."
                 .into(),
         ),
+        RuleError::NoAddress => (
+            "bad_path",
+            "A rule in FORWARD must name an address; without one all routing stops.".into(),
+        ),
         RuleError::Iface(name) => (
             "bad_interface",
             format!(
-                "'{name}' is no interface; write any, or up to 15 of A-Z a-z 0-9 . _ @ - \
-                 such as eth0, or up to 14 such as ppp for all that start so."
+                "{} is not an interface; write any, or up to 15 of A-Z a-z 0-9 . _ @ - \
+                 such as eth0, or up to 14 such as ppp for all that start so.",
+                quoted(name)
             ),
         ),
-        RuleError::Address(text) => (
-            "bad_address",
-            format!("'{text}' is no host; write an address like 192.0.2.1 or 2001:db8::1."),
+        RuleError::All(path) => (
+            "bad_interface",
+            format!("'all' is not an interface; every interface is any, as in {path}."),
         ),
+        RuleError::FileName(path) => (
+            "bad_interface",
+            format!(
+                "This path ends in a file's name, which curl -T appends to a URL that ends in /; \
+                 send the list to {path}, with no / behind it."
+            ),
+        ),
+        RuleError::Address(text) => ("bad_address", address_message(text)),
         RuleError::AnyAddress => {
             ("bad_address", "0.0.0.0 and :: are any address, which only FORWARD takes.".into())
         }
         RuleError::Families => ("bad_address", "Both addresses must be IPv4, or both IPv6.".into()),
-        RuleError::Mask(text) => {
-            let write = format!("{WIDEST_V4} to 32 for IPv4, {WIDEST_V6} to 128 for IPv6");
-            ("bad_mask", format!("'{text}' is no mask; write {write}."))
+        RuleError::Mask(text) => ("bad_mask", mask_message(text)),
+        RuleError::Wide(net) => {
+            let (family, widest) = (net.family(), widest(net.family()));
+            let message = format!(
+                "{net} is wider than /{widest}, the widest block of {family}; leave it out, or split it."
+            );
+            ("bad_mask", message)
         }
         RuleError::Range(text) => (
             "bad_address",
             format!(
-                "'{text}' is no range; write FIRST-LAST, both of one family, around no block \
-                 wider than /{WIDEST_V4} or, for IPv6, /{WIDEST_V6}."
+                "{} is not a range; write FIRST-LAST, both of one family, FIRST not above LAST.",
+                quoted(text)
             ),
         ),
         RuleError::Long => {
@@ -168,6 +222,58 @@ fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
         }
     };
     (400, code, message)
+}
+
+/// What is wrong with the text of an address: each usual mistake has a hint of its own.
+fn address_message(text: &str) -> String {
+    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    let first = text.split_whitespace().next().unwrap_or_default();
+    let hint = if let Ok(socket) = text.parse::<SocketAddr>() {
+        format!("a rule is about all ports, so write {}", socket.ip())
+    } else if let (Ok(ip), true) = (bare.parse::<IpAddr>(), bare != text) {
+        format!("write {ip}, without brackets")
+    } else if let (Ok(ip), true) = (first.parse::<IpAddr>(), first != text) {
+        let rest = text.get(first.len()..).unwrap_or_default().trim();
+        match prefix_of(rest) {
+            Some(prefix) => format!("write the netmask as a prefix length: {ip}/{prefix}"),
+            None => format!("write {ip} alone, or start a comment with #"),
+        }
+    } else {
+        "write an address like 192.0.2.1 or 2001:db8::1".into()
+    };
+    format!("{} is not an address; {hint}.", quoted(text))
+}
+
+/// What is wrong with `ADDRESS/MASK`.
+fn mask_message(text: &str) -> String {
+    let (address, mask) = text.split_once('/').unwrap_or((text, ""));
+    match prefix_of(mask) {
+        Some(prefix) => {
+            let mask = quoted(mask);
+            format!("{mask} is a netmask; write it as a prefix length: {address}/{prefix}.")
+        }
+        None => format!(
+            "{} is not a block; its mask must be {WIDEST_V4} to 32 for IPv4, {WIDEST_V6} to 128 \
+             for IPv6.",
+            quoted(text)
+        ),
+    }
+}
+
+/// The prefix length of an IPv4 netmask such as 255.255.255.0.
+fn prefix_of(netmask: &str) -> Option<u32> {
+    let bits = netmask.parse::<Ipv4Addr>().ok()?.to_bits();
+    Some(bits.leading_ones()).filter(|ones| bits.count_ones() == *ones)
+}
+
+/// A client's text: what is not printable is escaped, and no more is shown than tells what it is.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(MAX_SHOWN) {
+        None => format!("'{}'", text.escape_debug()),
+        Some((end, _)) => {
+            format!("'{}...'", text.get(..end).unwrap_or_default().escape_debug())
+        }
+    }
 }
 
 /// Reason phrase (RFC 9110, 15) and the error code that goes with it.
@@ -201,45 +307,59 @@ fn code(status: u16) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rule::net::Net;
     use crate::rule::tag::Tag;
 
     #[test]
     fn status_code_and_sentence() {
+        let tags = ["a", "b"].map(|tag| Tag::parse(tag).unwrap()).into();
         let x = || String::from("x");
-        let net = Net::parse("1.2.3.0/24").unwrap();
-        let wrong = Wrong { count: 7, lines: vec![(2, RuleError::Long)] };
+        let net = |text: &str| Net::parse(text).unwrap();
+        let (white, own) =
+            (Conflict::Whitelisted(net("1.2.3.0/24")), Conflict::Own(net("1.2.3.4")));
+        let invalid = |count, of| {
+            let lines = vec![(2, RuleError::Long)];
+            Refusal::List(ListError::Invalid(Invalid { count, of, lines }))
+        };
         let table = [
             (Refusal::Http(414, "x"), 414, "uri_too_long", "x"),
             (Refusal::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
             (Refusal::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
-            (
-                Refusal::Forbidden(Forbidden(
-                    ["a", "b"].map(|tag| Tag::parse(tag).unwrap()).into(),
-                )),
-                403,
-                "forbidden",
-                "GET, and changes with tag=a or tag=b.",
-            ),
+            (Refusal::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
             (Refusal::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
             (Refusal::NotFound, 404, "not_found", "No such action"),
             (Refusal::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (Refusal::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
             (Refusal::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
-            (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is no interface"),
-            (Refusal::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is no host"),
+            (Refusal::Rule(RuleError::NoAddress), 400, "bad_path", "must name an address"),
+            (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is not an interface"),
+            (Refusal::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
+            (Refusal::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
+            (Refusal::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
             (Refusal::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
             (Refusal::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),
-            (Refusal::Rule(RuleError::Mask(x())), 400, "bad_mask", "write 9 to 32 for IPv4, 17"),
-            (Refusal::Rule(RuleError::Range(x())), 400, "bad_address", "'x' is no range"),
+            (Refusal::Rule(RuleError::Mask(x())), 400, "bad_mask", "be 9 to 32 for IPv4, 17"),
+            (Refusal::Rule(RuleError::Wide(net("1.0.0.0/8"))), 400, "bad_mask", "wider than /9"),
+            (Refusal::Rule(RuleError::Wide(net("1::/8"))), 400, "bad_mask", "wider than /17"),
+            (Refusal::Rule(RuleError::Range(x())), 400, "bad_address", "'x' is not a range"),
             (Refusal::Rule(RuleError::Long), 400, "bad_address", "1024 bytes"),
             (Refusal::Query(x()), 400, "bad_query", "x"),
-            (Refusal::Expire(x()), 400, "bad_expire", "'x' is no interval"),
+            (Refusal::Expire(x()), 400, "bad_expire", "'x' is not an interval"),
             (Refusal::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
-            (Refusal::List(wrong.clone()), 400, "bad_list", "wrong: 7. Nothing"),
-            (Refusal::TooMany, 413, "content_too_large", "1000000 entries"),
+            (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
+            (
+                invalid(3, 6),
+                400,
+                "bad_list",
+                "comment. Nothing of the list is applied; with lenient",
+            ),
+            (invalid(3, 5), 400, "bad_list", "more than half is invalid is not a list."),
+            (Refusal::List(ListError::TooMany), 413, "content_too_large", "1000000 entries"),
+            (Refusal::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
             (Refusal::Full("No room."), 507, "set_full", "Nothing was applied"),
             (Refusal::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
-            (Refusal::Whitelisted(net), 409, "whitelisted", "overlaps 1.2.3.0/24"),
+            (Refusal::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
+            (Refusal::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
             (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
             (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
             (Refusal::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),
@@ -254,6 +374,63 @@ mod tests {
                 if code == "bad_list" { format!(",\"lines\":{lines}") } else { String::new() };
             assert_eq!(refusal.members(), members);
         }
+    }
+
+    #[test]
+    fn usual_mistakes_have_hints() {
+        let table = [
+            (
+                "[2001:db8::1]",
+                "'[2001:db8::1]' is not an address; write 2001:db8::1, without brackets.",
+            ),
+            (
+                "1.2.3.4:80",
+                "'1.2.3.4:80' is not an address; a rule is about all ports, so write 1.2.3.4.",
+            ),
+            (
+                "[2001:db8::1]:443",
+                "'[2001:db8::1]:443' is not an address; a rule is about all ports, so write 2001:db8::1.",
+            ),
+            (
+                "1.2.3.0 255.255.255.0",
+                "'1.2.3.0 255.255.255.0' is not an address; write the netmask as a prefix length: 1.2.3.0/24.",
+            ),
+            (
+                "1.2.3.4\t80",
+                "'1.2.3.4\\t80' is not an address; write 1.2.3.4 alone, or start a comment with #.",
+            ),
+            (
+                "1.2.3.4 255.0.255.0",
+                "'1.2.3.4 255.0.255.0' is not an address; write 1.2.3.4 alone, or start a comment with #.",
+            ),
+            (
+                "\u{1b}[2J",
+                "'\\u{1b}[2J' is not an address; write an address like 192.0.2.1 or 2001:db8::1.",
+            ),
+            ("", "'' is not an address; write an address like 192.0.2.1 or 2001:db8::1."),
+        ];
+        for (text, message) in table {
+            assert_eq!(address_message(text), message);
+        }
+        let table = [
+            (
+                "1.2.3.0/255.255.255.0",
+                "'255.255.255.0' is a netmask; write it as a prefix length: 1.2.3.0/24.",
+            ),
+            (
+                "1.2.3.0/0.0.0.255",
+                "'1.2.3.0/0.0.0.255' is not a block; its mask must be 9 to 32 for IPv4, 17 to 128 for IPv6.",
+            ),
+            (
+                "1.2.3.0/33",
+                "'1.2.3.0/33' is not a block; its mask must be 9 to 32 for IPv4, 17 to 128 for IPv6.",
+            ),
+        ];
+        for (text, message) in table {
+            assert_eq!(mask_message(text), message);
+        }
+        assert_eq!(quoted(&"é".repeat(80)), format!("'{}'", "é".repeat(80)));
+        assert_eq!(quoted(&"é".repeat(81)), format!("'{}...'", "é".repeat(80)));
     }
 
     #[test]

@@ -33,7 +33,8 @@ use tag::Tag;
 pub const WIDEST_V4: u8 = 9;
 pub const WIDEST_V6: u8 = 17;
 
-fn widest(family: Family) -> u8 {
+/// The shortest prefix of a family.
+pub fn widest(family: Family) -> u8 {
     if family == Family::V4 { WIDEST_V4 } else { WIDEST_V6 }
 }
 
@@ -98,12 +99,21 @@ impl Iface {
     pub fn parse(text: &str) -> Option<Iface> {
         match text {
             "any" => Some(Iface::ANY),
-            // Who writes it so means the word, and no interface is called so.
-            _ if text.eq_ignore_ascii_case("any") => None,
+            // Whoever writes these means every interface, and no interface has such a name.
+            _ if text.eq_ignore_ascii_case("any") || text.eq_ignore_ascii_case("all") => None,
             _ if text.ends_with('+') || text.ends_with(|c: char| c.is_ascii_digit()) => {
                 Iface::named(text)
             }
             _ => Iface::named(&format!("{text}+")),
+        }
+    }
+
+    /// Whether it is about the interface of this name.
+    pub fn is_about(&self, name: &str) -> bool {
+        let text = self.to_string();
+        match text.strip_suffix('+') {
+            Some(start) => name.starts_with(start),
+            None => *self == Iface::ANY || text == name,
         }
     }
 
@@ -179,7 +189,13 @@ impl RuleTemplate {
     pub fn parse(segments: &[&str]) -> Result<RuleTemplate, RuleError> {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
-        if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(template) }
+        match segments {
+            [target, chain, name] if is_file_name(name) => {
+                Err(RuleError::FileName(format!("/{target}/{chain}/any")))
+            }
+            [_, _, _] => Ok(template),
+            _ => Err(RuleError::Shape),
+        }
     }
 
     /// The rule for one block; for any address it is as wide as the template.
@@ -297,14 +313,22 @@ pub enum RuleError {
     /// Too few or too many segments.
     Shape,
     Iface(String),
+    /// `all` where `any` is meant, as in this path.
+    All(String),
+    /// In a list: a file's name; the list belongs to this path.
+    FileName(String),
     Address(String),
     /// All addresses, outside FORWARD.
     AnyAddress,
+    /// No address at all, in FORWARD.
+    NoAddress,
     /// Addresses of two families in one rule.
     Families,
-    /// Not a prefix length, or too short a one.
+    /// Not a prefix length; the address and what follows it.
     Mask(String),
-    /// In a list: no range, or one that holds too wide a block.
+    /// A block that is wider than a rule may name.
+    Wide(Net),
+    /// In a list: not a range.
     Range(String),
     /// In a list: too many bytes for a line.
     Long,
@@ -406,6 +430,10 @@ fn take_template(rest: &mut Iter<'_, &str>) -> Result<RuleTemplate, RuleError> {
     let target = known.ok_or(RuleError::Unknown)?;
     let chain = rest.next().ok_or(RuleError::Shape)?;
     let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
+    if rest.as_slice().first().is_some_and(|name| name.eq_ignore_ascii_case("all")) {
+        let path = format!("/{}/{}/any", target.name(), chain.name());
+        return Err(RuleError::All(path.to_ascii_lowercase()));
+    }
     let iface = take_iface(rest)?;
     let (in_iface, out_iface, side) = match chain {
         Chain::Output => (Iface::ANY, iface, Side::Destination),
@@ -431,10 +459,20 @@ fn take_block(chain: Chain, rest: &mut Iter<'_, &str>) -> Result<Net, RuleError>
         return Ok(if host.is_unspecified() { Net::any(host.family()) } else { host });
     };
     rest.next();
-    let prefix = decimal(mask).filter(|prefix| *prefix >= widest(host.family()));
-    let net = prefix.and_then(|prefix| Net::new(host.addr(), prefix));
-    let net = net.ok_or_else(|| RuleError::Mask(mask.to_string()))?;
-    if net.is_unspecified() { Err(wrong()) } else { Ok(net) }
+    let net = decimal(mask).and_then(|prefix| Net::new(host.addr(), prefix));
+    match net.ok_or_else(|| RuleError::Mask(format!("{text}/{mask}")))? {
+        net if net.is_unspecified() => Err(wrong()),
+        net if !is_narrow(&net) => Err(RuleError::Wide(net)),
+        net => Ok(net),
+    }
+}
+
+/// Whether `curl -T FILE URL/` made it, which sends FILE to URL/FILE: it has a dot and, after the
+/// last one, a letter. Of interfaces, VLANs such as eth0.5 have dots; with a + behind it, any name
+/// is taken.
+fn is_file_name(name: &str) -> bool {
+    let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
+    !name.ends_with('+') && extension.contains(|c: char| c.is_ascii_alphabetic())
 }
 
 /// Decimal digits, at least one, and nothing else.
@@ -500,6 +538,7 @@ mod tests {
             ("/DROP/Input/eth0/1.2.3.4/32", "/drop/input/eth0/1.2.3.4"),
             ("/reject/output/ppp/7.7.7.77/24", "/reject/output/ppp+/7.7.7.0/24"),
             ("/accept/input/ppp+/1.2.3.4/9", "/accept/input/ppp+/1.0.0.0/9"),
+            ("/drop/input/all+/1.2.3.4", "/drop/input/all+/1.2.3.4"),
             ("/drop/input/eth0+/1.2.3.4", "/drop/input/eth0+/1.2.3.4"),
             ("/drop/input/Eth0.5@x-1/1.2.3.4", "/drop/input/Eth0.5@x-1/1.2.3.4"),
             ("/drop/input/abcdefghijklmn5/1.2.3.4", "/drop/input/abcdefghijklmn5/1.2.3.4"),
@@ -540,6 +579,7 @@ mod tests {
     fn paths_that_name_no_rule() {
         use RuleError::*;
         let text = |s: &str| s.to_string();
+        let net = |s: &str| Net::parse(s).unwrap();
         let table = [
             ("drop/input/any/1.2.3.4", Shape),
             ("/drop", Shape),
@@ -547,8 +587,8 @@ mod tests {
             ("/drop/input/any", Shape),
             ("/drop/input/any/1.2.3.4/24/5", Shape),
             ("/drop/forward/any/1.2.3.4/", Iface(text(""))),
-            ("/drop/input/any/1.2.3.4/", Mask(text(""))),
-            ("/drop/input/any/1.2.3.4/-1", Mask(text("-1"))),
+            ("/drop/input/any/1.2.3.4/", Mask(text("1.2.3.4/"))),
+            ("/drop/input/any/1.2.3.4/-1", Mask(text("1.2.3.4/-1"))),
             ("/drop/forward/any/1.2.3.4/-1", Iface(text("-1"))),
             ("/drop/forward/any/1.2.3.4/any/5.6.7.8/32/x", Shape),
             ("/log/input/any/1.2.3.4", Unknown),
@@ -556,6 +596,9 @@ mod tests {
             ("/drop/prerouting/any/1.2.3.4", Unknown),
             ("/drop/input/+/1.2.3.4", Iface(text("+"))),
             ("/drop/input/ANY/1.2.3.4", Iface(text("ANY"))),
+            ("/drop/input/all/1.2.3.4", All(text("/drop/input/any"))),
+            ("/Reject/FORWARD/All/1.2.3.4", All(text("/reject/forward/any"))),
+            ("/drop/forward/any/1.2.3.4/all", Iface(text("all"))),
             ("/drop/input//1.2.3.4", Iface(text(""))),
             ("/drop/input/-i/1.2.3.4", Iface(text("-i"))),
             ("/drop/input/.x/1.2.3.4", Iface(text(".x"))),
@@ -571,18 +614,18 @@ mod tests {
             ("/drop/output/any/::", AnyAddress),
             ("/drop/input/any/0.0.0.0/32", Address(text("0.0.0.0"))),
             ("/drop/forward/any/::/128", Address(text("::"))),
-            ("/drop/input/any/1.2.3.4/8", Mask(text("8"))),
-            ("/drop/input/any/1.2.3.4/33", Mask(text("33"))),
-            ("/drop/input/any/1.2.3.4/024", Mask(text("024"))),
-            ("/drop/input/any/1.2.3.4/300", Mask(text("300"))),
-            ("/drop/input/any/0.0.0.0/0", Mask(text("0"))),
-            ("/drop/input/any/2001:db8::/16", Mask(text("16"))),
-            ("/drop/input/any/2001:db8::/129", Mask(text("129"))),
+            ("/drop/input/any/1.2.3.4/8", Wide(net("1.0.0.0/8"))),
+            ("/drop/input/any/1.2.3.4/33", Mask(text("1.2.3.4/33"))),
+            ("/drop/input/any/1.2.3.4/024", Mask(text("1.2.3.4/024"))),
+            ("/drop/input/any/1.2.3.4/300", Mask(text("1.2.3.4/300"))),
+            ("/drop/input/any/0.0.0.0/0", Wide(net("0.0.0.0/0"))),
+            ("/drop/input/any/2001:db8::/16", Wide(net("2001::/16"))),
+            ("/drop/input/any/2001:db8::/129", Mask(text("2001:db8::/129"))),
             ("/drop/forward/any/1.2.3.4/any/::1", Families),
             ("/drop/input/any/1.2.3.4@", Shape),
             ("/drop/input/any/1.2.3.4@Feed", Shape),
-            ("/drop/input/any/1.2.3.4/24@a/b", Mask(text("24@a"))),
-            ("/drop/input/any/1.2.3.4/x@a", Mask(text("x@a"))),
+            ("/drop/input/any/1.2.3.4/24@a/b", Mask(text("1.2.3.4/24@a"))),
+            ("/drop/input/any/1.2.3.4/x@a", Mask(text("1.2.3.4/x@a"))),
         ];
         for (path, error) in table {
             assert_eq!(path.parse::<Rule>(), Err(error), "{path}");
@@ -639,6 +682,34 @@ mod tests {
             assert_eq!(parse(path), Err(RuleError::Shape), "{path}");
         }
         assert_eq!(parse("drop/nat/any"), Err(RuleError::Unknown));
+        for name in ["feed.txt", "drop_v4.json", "level1.netset", "a.b5", ".txt"] {
+            let error = parse(&format!("drop/input/{name}"));
+            let path = RuleError::FileName("/drop/input/any".into());
+            let is_iface = Iface::parse(name).is_some();
+            assert_eq!(error, Err(if is_iface { path } else { RuleError::Iface(name.into()) }));
+        }
+        for name in ["eth0.5", "feed", "eth0.lan+", "Lan_1.2@x-3", "eth0."] {
+            assert_eq!(
+                parse(&format!("drop/input/{name}")).is_ok(),
+                name != "Lan_1.2@x-3",
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn interfaces_of_a_name() {
+        let table = [
+            ("eth0", "eth0", true),
+            ("eth0", "eth01", false),
+            ("ppp", "ppp0", true),
+            ("ppp+", "ppp", true),
+            ("ppp", "pp", false),
+            ("any", "lo", true),
+        ];
+        for (iface, name, is_about) in table {
+            assert_eq!(Iface::parse(iface).unwrap().is_about(name), is_about, "{iface} {name}");
+        }
     }
 
     #[test]

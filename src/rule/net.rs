@@ -124,6 +124,15 @@ impl Net {
             && (number(self.addr) ^ number(other.addr)) & !host_bits == 0
     }
 
+    /// Its two halves; of a single address there are none.
+    pub fn halves(&self) -> impl Iterator<Item = Net> {
+        let (family, first) = (self.family(), number(self.addr));
+        let host_bits = family.width().saturating_sub(self.prefix);
+        let upper = first | (low_bits(host_bits) ^ low_bits(host_bits.saturating_sub(1)));
+        let prefix = self.prefix.saturating_add(1);
+        [first, upper].into_iter().filter_map(move |half| Net::new(address(family, half), prefix))
+    }
+
     /// Whether the blocks share an address: then one contains the other.
     pub fn overlaps(&self, other: &Net) -> bool {
         self.contains(other) || other.contains(self)
@@ -221,6 +230,24 @@ mod tests {
         for (a, b, contains, overlaps) in table {
             let (a, b) = (Net::parse(a).unwrap(), Net::parse(b).unwrap());
             assert_eq!((a.contains(&b), a.overlaps(&b)), (contains, overlaps), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn halves() {
+        let table = [
+            ("10.0.0.0/8", "10.0.0.0/9 10.128.0.0/9"),
+            ("10.0.0.6/31", "10.0.0.6 10.0.0.7"),
+            ("10.0.0.6", ""),
+            ("0.0.0.0/0", "0.0.0.0/1 128.0.0.0/1"),
+            ("::/0", "::/1 8000::/1"),
+            ("2001:db8::1", ""),
+            // The other half is IPv4, which is another family's.
+            ("::fffe:0:0/95", "::fffe:0:0/96"),
+        ];
+        for (net, halves) in table {
+            let shown: Vec<_> = Net::parse(net).unwrap().halves().map(|n| n.to_string()).collect();
+            assert_eq!(shown.join(" "), halves, "{net}");
         }
     }
 

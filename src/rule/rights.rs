@@ -92,6 +92,14 @@ impl fmt::Display for Forbidden {
 }
 
 #[cfg(test)]
+impl Rights {
+    /// An action that a user with all rights takes on untagged rules.
+    pub fn admin(action: Action) -> Allowed {
+        Rights::All.allow(Intent { action, tag: Tag::NONE }).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::rule::Chain;

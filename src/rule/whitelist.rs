@@ -3,7 +3,7 @@
 
 use super::net::Net;
 use super::rights::Allowed;
-use super::{Chain, Change, Rule, Rules};
+use super::{Action, Chain, Change, Rule, RuleTemplate, Rules, Target};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The whitelist: what `white.list` names, and the loopback addresses.
@@ -12,25 +12,79 @@ pub struct Whitelist {
     nets: Vec<Net>,
 }
 
-/// A change that its user may make and that touches no whitelisted address. Only
-/// [`Whitelist::permit`] and a sifted list make one, out of what [`Allowed`] shows, and the
-/// firewall takes nothing else.
+/// The block that a change may not touch: of the whitelist, or an address of this host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Conflict {
+    Whitelisted(Net),
+    Own(Net),
+}
+
+/// A change that its user may make, and that touches no whitelisted address and blocks none of this
+/// host's own: an [`Allowed`] one from [`Whitelist::permit`], from [`Sieve::permit`], or one that
+/// adds no rule. The firewall takes nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
 
 impl Permitted {
-    /// Of a list, each line of which was looked at.
-    pub(super) fn sifted(rules: Rules, allowed: Allowed) -> Permitted {
-        Permitted(allowed.change(rules))
-    }
-
-    /// The rules that rfw keeps touch no whitelisted address.
+    /// Deletes the rules with a tag, none of which touches the whitelist.
     pub fn delete_tag(allowed: Allowed, chain: Option<Chain>) -> Permitted {
         Permitted(allowed.change(Rules::Tagged(allowed.tag(), chain)))
     }
 
     pub fn into_change(self) -> Change {
         self.0
+    }
+}
+
+/// Cuts out of the blocks of a list what no change may touch.
+#[derive(Debug)]
+pub struct Sieve {
+    protected: Whitelist,
+    template: RuleTemplate,
+    allowed: Allowed,
+    nets: Vec<Net>,
+}
+
+impl Sieve {
+    /// PUT and DELETE have the same holes, so that a DELETE finds what the PUT of its list made.
+    pub fn new(
+        whitelist: &Whitelist,
+        own: &[Net],
+        template: RuleTemplate,
+        allowed: Allowed,
+    ) -> Sieve {
+        let mut nets = whitelist.nets.clone();
+        if template.target != Target::Accept {
+            nets.extend(own);
+        }
+        Sieve { protected: Whitelist::new(nets), template, allowed, nets: Vec::new() }
+    }
+
+    /// Adds the fewest blocks that are this one without the holes; whether there are any holes.
+    pub fn add(&mut self, net: Net) -> bool {
+        let Some(hole) = self.protected.overlapping(&net) else {
+            // 0.0.0.0 and :: are nobody's, and no rule may name them.
+            self.nets.extend(Some(net).filter(|net| !net.is_unspecified()));
+            return false;
+        };
+        if !hole.contains(&net) {
+            for half in net.halves() {
+                self.add(half);
+            }
+        }
+        true
+    }
+
+    /// How many blocks were added.
+    pub fn count(&self) -> usize {
+        self.nets.len()
+    }
+
+    /// The change of all blocks, each once.
+    pub fn permit(mut self) -> Permitted {
+        self.nets.sort_unstable();
+        self.nets.dedup();
+        Permitted(self.allowed.change(Rules::List(self.template, self.nets)))
     }
 }
 
@@ -76,10 +130,14 @@ impl Whitelist {
         }
         nets.extend(Net::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8));
         nets.push(Net::host(IpAddr::V6(Ipv6Addr::LOCALHOST)));
-        // A block sorts before those that it contains, and stands for them.
+        Ok(Whitelist::new(nets))
+    }
+
+    /// A block sorts before those that it contains, and stands for them.
+    fn new(mut nets: Vec<Net>) -> Whitelist {
         nets.sort();
         nets.dedup_by(|net, before| before.contains(net));
-        Ok(Whitelist { nets })
+        Whitelist { nets }
     }
 
     pub fn nets(&self) -> &[Net] {
@@ -104,12 +162,18 @@ impl Whitelist {
         rule.addresses().find_map(|net| self.overlapping(&net))
     }
 
-    /// Lets the change of a rule pass, or names the whitelisted block that it
-    /// overlaps. A list is sifted line by line instead.
-    pub fn permit(&self, rule: Rule, allowed: Allowed) -> Result<Permitted, Net> {
-        match self.conflict(&rule) {
+    /// Lets the change of a rule pass, or names the block that it may not touch. Of this host's own
+    /// addresses, an ACCEPT takes nothing away, and a DELETE may be what gives one back.
+    pub fn permit(&self, rule: Rule, allowed: Allowed, own: &[Net]) -> Result<Permitted, Conflict> {
+        if let Some(net) = self.conflict(&rule) {
+            return Err(Conflict::Whitelisted(net));
+        }
+        let is_own = |own: &&Net| rule.addresses().any(|net| net.overlaps(own));
+        let is_put = matches!(allowed.action(), Action::Put(_) | Action::Replace(_));
+        let blocks = rule.target != Target::Accept && is_put;
+        match own.iter().find(is_own).filter(|_| blocks) {
             None => Ok(Permitted(allowed.change(Rules::One(rule)))),
-            Some(net) => Err(net),
+            Some(net) => Err(Conflict::Own(*net)),
         }
     }
 }
@@ -118,8 +182,7 @@ impl Whitelist {
 mod tests {
     use super::*;
     use crate::rule::Action;
-    use crate::rule::rights::{Intent, Rights};
-    use crate::rule::tag::Tag;
+    use crate::rule::rights::Rights;
 
     #[test]
     fn files() {
@@ -169,13 +232,72 @@ mod tests {
             ("/drop/forward/any/::/any/2001:db8::2", None),
             ("/drop/input/any/10.2.0.0/16", None),
         ];
-        let intent = Intent { action: Action::Delete, tag: Tag::NONE };
-        let allowed = Rights::All.allow(intent).unwrap();
         for (path, conflict) in table {
-            let net = list.permit(path.parse().unwrap(), allowed).err().map(|net| net.to_string());
-            assert_eq!(net.as_deref(), conflict, "{path}");
+            let permitted = list.permit(path.parse().unwrap(), Rights::admin(Action::Delete), &[]);
+            let whitelisted = conflict.map(|net| Conflict::Whitelisted(Net::parse(net).unwrap()));
+            assert_eq!(permitted.err(), whitelisted, "{path}");
         }
         assert!(list.admits("::ffff:10.1.9.9".parse().unwrap()));
         assert!(!list.admits("10.2.0.1".parse().unwrap()));
+    }
+
+    #[test]
+    fn own_addresses_are_never_blocked() {
+        let list = Whitelist::parse("10.1.0.0/16").unwrap();
+        let own = ["198.18.0.1", "10.1.2.3", "fe80::1"].map(|net| Net::parse(net).unwrap());
+        let (put, delete) = (Action::Put(0), Action::Delete);
+        let table = [
+            ("/drop/input/any/198.18.0.1", put, Some(Conflict::Own(own[0]))),
+            ("/reject/output/eth0/198.18.0.0/15", put, Some(Conflict::Own(own[0]))),
+            ("/drop/forward/any/1.2.3.4/any/198.18.0.1", put, Some(Conflict::Own(own[0]))),
+            ("/drop/output/any/fe80::/64", put, Some(Conflict::Own(own[2]))),
+            ("/drop/input/any/198.18.0.1", delete, None),
+            ("/accept/input/any/198.18.0.1", put, None),
+            ("/drop/input/any/198.18.0.2", put, None),
+            ("/drop/forward/any/0.0.0.0/any/1.2.3.4", put, None),
+            ("/drop/input/any/10.1.2.3", delete, Some(Conflict::Whitelisted(list.nets[0]))),
+        ];
+        for (path, action, conflict) in table {
+            let permitted = list.permit(path.parse().unwrap(), Rights::admin(action), &own);
+            assert_eq!(permitted.err(), conflict, "{path} {action:?}");
+        }
+    }
+
+    #[test]
+    fn holes() {
+        let whitelist = Whitelist::parse("10.0.0.5\n10.0.0.8/30\n0.0.0.1\n2001:db8::/32").unwrap();
+        let own = [Net::parse("10.0.0.15").unwrap()];
+        let around_5 = "10.0.0.0/30 10.0.0.4 10.0.0.6/31";
+        let table = [
+            ("drop", "1.2.3.0/24", false, "1.2.3.0/24"),
+            ("drop", "10.0.0.5", true, ""),
+            ("drop", "10.0.0.8/31", true, ""),
+            ("drop", "10.0.0.0/29", true, around_5),
+            ("drop", "10.0.0.0/28", true, &format!("{around_5} 10.0.0.12/31 10.0.0.14")),
+            ("accept", "10.0.0.0/28", true, &format!("{around_5} 10.0.0.12/30")),
+            ("accept", "10.0.0.15", false, "10.0.0.15"),
+            ("reject", "0.0.0.0/30", true, "0.0.0.2/31"),
+            ("drop", "2001:db8:1::/48", true, ""),
+            ("drop", "2001:db8::/30", true, "2001:db9::/32 2001:dba::/31"),
+        ];
+        for (target, net, has_holes, left) in table {
+            let template = RuleTemplate::parse(&[target, "input", "any"]).unwrap();
+            let mut sieve = Sieve::new(&whitelist, &own, template, Rights::admin(Action::Put(0)));
+            let nets = [Net::parse(net).unwrap()].repeat(2);
+            assert!(nets.iter().all(|net| sieve.add(*net) == has_holes), "{target} {net}");
+            assert_eq!(sieve.count(), 2 * left.split_whitespace().count());
+            let Rules::List(_, nets) = sieve.permit().into_change().rules else {
+                panic!("no list")
+            };
+            let nets: Vec<String> = nets.iter().map(Net::to_string).collect();
+            assert_eq!(nets.join(" "), left, "{target} {net}");
+        }
+        // The /16 of SPEC 3.
+        let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
+        let mut sieve = Sieve::new(&whitelist, &own, template, Rights::admin(Action::Put(0)));
+        let whitelisted = Whitelist::parse("198.18.7.7").unwrap();
+        sieve.protected = whitelisted;
+        assert!(sieve.add(Net::parse("198.18.0.0/16").unwrap()));
+        assert_eq!(sieve.count(), 16);
     }
 }

@@ -5,28 +5,35 @@ use super::limiter::{ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
 use crate::firewall::iptables::TaggedRule;
-use crate::firewall::list::Verdict;
+use crate::firewall::list::{Tally, Verdict};
+use crate::host;
 use crate::http::auth::{self, Principal};
 use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::log::{Level, printable};
-use crate::rule::list::{LeftOut, List, TooMany};
+use crate::rule::list::{List, ListReport};
 use crate::rule::rights::Allowed;
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
-use crate::rule::{Action, Filter, RuleTemplate};
+use crate::rule::{Action, Filter, Iface};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Lists that are received at a time, 20 bytes an entry in memory. Who does not send 16 KiB a
 /// second makes room for others.
-pub const UPLOADS: Limits = Limits { slots: 16, evicting: 0, patience: Duration::from_secs(1) };
+pub const UPLOADS: Limits = Limits {
+    slots: 16,
+    evicting: 0,
+    patience: Duration::from_secs(1),
+    poll: Duration::from_millis(10),
+};
 /// Long listings that are sent at a time: without sets each sits in memory meanwhile, 24 MB for
 /// 100,000 rules.
-pub const LISTINGS: Limits = Limits { slots: 4, evicting: 0, patience: Duration::from_secs(1) };
+pub const LISTINGS: Limits = Limits { slots: 4, ..UPLOADS };
 /// A listing of so many rules is short: 23 KB, for which the socket has room.
 const SHORT_LISTING: usize = 100;
 
@@ -37,6 +44,7 @@ const HEAD_TIME: Duration = Duration::from_secs(9);
 const MAX_LOGGED: usize = 300;
 
 const NO_BODY: Refusal = Refusal::Http(413, "This request takes no body; send none.");
+const EVICTED: Refusal = Refusal::Http(408, "The body came too slowly while others waited.");
 
 /// One connection that is being served.
 pub struct Connection<'a> {
@@ -59,11 +67,14 @@ impl Connection<'_> {
     fn exchange(&self, stream: &mut HttpStream) -> bool {
         self.slot.await_client();
         stream.set_deadline(HEAD_TIME);
+        if stream.has_received() {
+            // Others first: many that pipeline would hold up those who ask for one thing.
+            thread::yield_now();
+        }
         let Some(mut request) = stream.request() else { return false };
         let started = Instant::now();
-        if let Ok(request) = &mut request
-            && self.slot.is_wanted()
-        {
+        self.slot.await_client(); // now for the response
+        if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
             request.keep_alive = false;
         }
         let mut who = format!("{} -", self.peer);
@@ -74,7 +85,6 @@ impl Connection<'_> {
         };
         let result = result.unwrap_or_else(|refusal| response.refuse(&refusal));
         let keep = response.keep;
-        let result = if self.slot.is_evicted() { "evicted".into() } else { result };
         self.record(request.ok().as_ref(), &who, &result, started.elapsed());
         keep
     }
@@ -86,17 +96,7 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
         who: &mut String,
     ) -> Result<String, Refusal> {
-        self.listener.check_host(request)?;
-        let principal = self.authenticate(request)?;
-        *who = principal.to_string();
-        let command = Command::parse(request, self.server.grammar)?;
-        if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
-            return Err(NO_BODY);
-        }
-        let command = command.allow(principal.rights())?;
-        if command.tag() != Tag::NONE {
-            *who = format!("{principal} {}", command.tag());
-        }
+        let (principal, command) = self.admit(request, who)?;
         match command {
             Command::Help => {
                 response.push(&api::help(&self.server.addresses, self.server.grammar));
@@ -113,23 +113,53 @@ impl Connection<'_> {
                 let change = Permitted::delete_tag(allowed, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
-                response.push(&api::tally_json(Action::Delete, &tally, &LeftOut::default()));
+                response.push(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 response.end("application/json");
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
             Command::Change(rule, allowed) => {
-                let permitted = self.server.whitelist.permit(rule, allowed);
+                let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
+                let permitted = self.server.whitelist.permit(rule, allowed, &own);
                 let change = permitted.map_err(Refusal::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.slot.work(apply)?;
-                response.push(&api::outcome_json(&rule, allowed.tag(), &outcome));
-                response.end("application/json");
+                let json = api::outcome_json(&rule, allowed.tag(), &outcome);
+                self.send_outcome(json, rule.ifaces().into(), response, who);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(template, allowed) => {
-                self.change_all(request, &principal, template, allowed, response)
+            Command::ChangeAll(template, allowed, options) => {
+                let own = host::own_addresses(&[]);
+                let list = List::new(&self.server.whitelist, &own, template, allowed, options);
+                let (tally, report) = self.change_all(request, &principal, list, response)?;
+                let action = allowed.action();
+                let ifaces = [template.in_iface, template.out_iface];
+                let json = api::tally_json(action, &tally, &report);
+                self.send_outcome(json, ifaces, response, who);
+                let word = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
+                let counts = api::tally_of(action, &tally, word) + &api::report_of(&report, word);
+                Ok(format!("applied:{}", counts.trim_end_matches(',')))
             }
         }
+    }
+
+    /// Who asks for what; `who` is for the log. Only what the principal may do passes.
+    fn admit(
+        &self,
+        request: &Request,
+        who: &mut String,
+    ) -> Result<(Principal, Command<Allowed>), Refusal> {
+        self.listener.check_host(request)?;
+        let principal = self.authenticate(request)?;
+        *who = principal.to_string();
+        let command = Command::parse(request, self.server.grammar)?;
+        if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
+            return Err(NO_BODY);
+        }
+        let command = command.allow(principal.rights())?;
+        if command.tag() != Tag::NONE {
+            *who = format!("{principal} {}", command.tag());
+        }
+        Ok((principal, command))
     }
 
     fn authenticate(&self, request: &Request) -> Result<Principal, Refusal> {
@@ -145,27 +175,40 @@ impl Connection<'_> {
         &self,
         request: &Request,
         principal: &Principal,
-        template: RuleTemplate,
-        allowed: Allowed,
+        mut list: List,
         response: &mut ResponseWriter<'_>,
-    ) -> Result<String, Refusal> {
+    ) -> Result<(Tally, ListReport), Refusal> {
         let turn = self.await_turn(&self.server.uploads)?;
-        let too_many = |TooMany| Refusal::TooMany;
-        let mut list = List::new(&self.server.whitelist);
-        response.receive(request, |bytes| {
+        let received = response.receive(request, |bytes| {
             [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
-            list.push(bytes).map_err(too_many)
-        })?;
-        let (tally, left_out) = self.work(Some(&turn), || {
-            let (change, left_out) =
-                list.finish(template, allowed).map_err(too_many)?.map_err(Refusal::List)?;
-            Ok((self.server.firewall.apply(principal, change)?.tally, left_out))
-        })?;
-        let action = allowed.action();
-        response.push(&api::tally_json(action, &tally, &left_out));
+            list.push(bytes).map_err(Refusal::List)
+        });
+        let is_evicted = turn.is_evicted() || self.slot.is_evicted();
+        received.map_err(|refusal| if is_evicted { EVICTED } else { refusal })?;
+        self.work(Some(&turn), || {
+            let (change, report) = list.finish().map_err(Refusal::List)?;
+            Ok((self.server.firewall.apply(principal, change)?.tally, report))
+        })
+    }
+
+    /// Sends the JSON of a change, with a note where this host lacks an interface of the rule: a
+    /// typing error would look like success.
+    fn send_outcome(
+        &self,
+        json: String,
+        ifaces: [Iface; 2],
+        response: &mut ResponseWriter<'_>,
+        who: &str,
+    ) {
+        let json = match host::missing_interface(ifaces) {
+            None => json,
+            Some(note) => {
+                self.server.log.warning(format_args!("{who}: {note}"));
+                api::with_note(&json, &note)
+            }
+        };
+        response.push(&json);
         response.end("application/json");
-        let counts = api::tally_of(action, &tally, |name, n| format!("{n} {name}, "));
-        Ok(format!("applied: {counts}{} whitelisted", left_out.count))
     }
 
     /// A short listing needs no turn: it holds up nobody, and 128 of them are little memory.
@@ -176,7 +219,8 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, Refusal> {
         let server = self.server;
-        let is_long = server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
+        let is_long = filter.net.is_none()
+            && server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
         let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
         if turn.is_none() && listing.len() > SHORT_LISTING {
@@ -205,7 +249,7 @@ impl Connection<'_> {
                 })?;
             }
             if !is_sent {
-                break;
+                return Ok("listed in part".into());
             }
         }
         response.push(if before == "[" { "[]\n" } else { "]\n" });

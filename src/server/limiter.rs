@@ -21,8 +21,6 @@ pub const MAX_WAIT: Duration = Duration::from_secs(5);
 const MIN_PATIENCE: Duration = Duration::from_millis(20);
 /// So many bytes of a body or of a response are progress: byte by byte a client makes none.
 const PIECE: usize = 16 * 1024;
-/// How often those who wait look whether a client's patience is over.
-const POLL: Duration = Duration::from_millis(10);
 
 /// What makes one limiter different from another.
 pub struct Limits {
@@ -31,12 +29,14 @@ pub struct Limits {
     pub evicting: usize,
     /// How long a client may keep rfw waiting before it can be evicted.
     pub patience: Duration,
+    /// How often those who wait look whether somebody can be evicted by now.
+    pub poll: Duration,
 }
 
 enum State {
     /// rfw waits for the client since then; so many bytes of the next piece have moved.
     Waiting(Instant, usize),
-    /// The client waits for rfw.
+    /// The client waits for rfw, at first until a thread serves it.
     Working,
     Evicted,
 }
@@ -99,7 +99,7 @@ impl ConnectionLimiter {
             if Instant::now() >= deadline || is_gone() {
                 break false;
             }
-            let waited = self.changed.wait_timeout(table, POLL);
+            let waited = self.changed.wait_timeout(table, self.limits.poll);
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
         table.line.retain(|(waiting, _)| *waiting != number);
@@ -154,8 +154,7 @@ impl Table {
     }
 
     fn insert(&mut self, number: u64, ip: IpAddr, socket: Arc<TcpStream>) {
-        let state = State::Waiting(Instant::now(), 0);
-        self.holders.insert(number, Holder { ip, socket, state });
+        self.holders.insert(number, Holder { ip, socket, state: State::Working });
         let held = self.held_by(&ip);
         self.held.insert(ip, held.saturating_add(1));
     }
@@ -178,7 +177,9 @@ impl Slot {
     pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
         let now = Instant::now();
         let deadline = now.checked_add(MAX_WAIT).unwrap_or(now);
-        limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())
+        let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
+        slot.await_client();
+        Some(slot)
     }
 
     /// From now on rfw waits for the client.
@@ -252,7 +253,9 @@ mod tests {
 
     impl Test {
         fn new(slots: usize, evicting: usize) -> Test {
-            let limiter = ConnectionLimiter::new(Limits { slots, evicting, patience: PATIENCE });
+            let poll = Duration::from_millis(10);
+            let limiter =
+                ConnectionLimiter::new(Limits { slots, evicting, patience: PATIENCE, poll });
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             Test { listener, limiter, held: Vec::new() }
         }
@@ -290,9 +293,8 @@ mod tests {
             let mut test = Test::new(3, 1);
             for (at, millis) in waited.iter().enumerate() {
                 assert!(test.acquire(at as u32, Duration::ZERO));
-                match millis {
-                    0 => test.held[at].0.update(|state| *state = State::Working),
-                    _ => test.waited(at, *millis),
+                if *millis > 0 {
+                    test.waited(at, *millis);
                 }
             }
             assert_eq!(test.acquire(9, Duration::ZERO), victim.is_some(), "{waited:?}");
@@ -328,7 +330,6 @@ mod tests {
     fn whoever_waits_has_a_turn() {
         let mut test = Test::new(1, 0);
         assert!(test.acquire(1, Duration::ZERO));
-        test.held[0].0.update(|state| *state = State::Working);
         assert!(!test.held[0].0.is_wanted());
         let (limiter, order) = (test.limiter.clone(), Mutex::new(Vec::new()));
         let socket = test.held[0].0.socket.clone();
@@ -380,12 +381,22 @@ mod tests {
         assert!(test.acquire(2, Duration::ZERO));
         assert!(!test.held[0].0.is_wanted() && test.limiter.lock().held.len() == 1);
         // An evicted connection gives up its place in another line.
-        let other = Test::new(0, 0);
+        let other = Test::new(0, 0); // has none to give
         test.waited(0, 30_000);
         assert!(!test.acquire(3, Duration::ZERO));
         let before = Instant::now();
         assert!(test.held[0].0.acquire(&other.limiter).is_none());
         assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().line.is_empty());
+    }
+
+    /// Until it is served a connection is safe; with a slot for a transfer it is being served.
+    #[test]
+    fn patience_begins_with_the_service() {
+        let mut test = Test::new(1, 1);
+        assert!(test.acquire(1, Duration::ZERO));
+        test.held[0].0.update(|state| assert!(matches!(state, State::Working)));
+        let transfer = test.held[0].0.acquire(&Test::new(1, 1).limiter).unwrap();
+        transfer.update(|state| assert!(matches!(state, State::Waiting(..))));
     }
 
     #[test]

@@ -18,8 +18,12 @@ use std::time::{Duration, Instant};
 
 /// Connections that one listener serves at a time, a thread each. From its connect to its request
 /// a client needs some milliseconds; and 4,000 connections a second still find room.
-const CONNECTIONS: Limits =
-    Limits { slots: 128, evicting: 64, patience: Duration::from_millis(20) };
+const CONNECTIONS: Limits = Limits {
+    slots: 128,
+    evicting: 64,
+    patience: Duration::from_millis(20),
+    poll: Duration::from_millis(1),
+};
 /// Connections that are accepted and wait for a slot: a burst waits here, because the kernel's
 /// queue (128, by std) drops what it has no room for, and a client tries again only after a
 /// second. All together stay under 1,024 descriptors, with some left for the programs.

@@ -1,6 +1,6 @@
 //! SPEC 4: every row of the API, as tables of requests, answers and kernel rules.
 
-use crate::lab::*;
+use crate::lab::{list as send, *};
 
 /// Path of the rule; the rule in the kernel.
 const ROWS: [(&str, &str); 24] = [
@@ -63,27 +63,173 @@ fn any_address_in_forward() {
     both(|lab| {
         let _rfw = lab.start("local.server");
         transcript(&[
-            ("PUT /drop/forward/eth0/0.0.0.0", "200 inserted"),
             ("PUT /drop/forward/any/0.0.0.0/eth1/5.6.7.8", "200 inserted"),
-            ("PUT /drop/forward/eth0/::", "200 inserted"),
             ("PUT /drop/forward/any/::/any/2001:db8::1", "200 inserted"),
             ("PUT /drop/forward/any/1.2.3.4/eth1/0.0.0.0", "200 inserted"),
         ]);
         let rules = [
             "FORWARD -s 1.2.3.4/32 -o eth1 -j DROP [rfw]",
             "FORWARD -d 5.6.7.8/32 -o eth1 -j DROP [rfw]",
-            "FORWARD -i eth0 -j DROP [rfw]",
             "FORWARD -d 2001:db8::1/128 -j DROP [rfw]",
-            "FORWARD -i eth0 -j DROP [rfw]",
         ];
         assert_eq!(lab.rules(), rules);
+    });
+}
+
+/// It would stop all routing. One that an older version has taken can be deleted.
+#[test]
+fn a_forward_rule_names_an_address() {
+    both(|lab| {
+        lab.iptables("-I FORWARD -i eth0 -m comment --comment rfw -j DROP");
+        let _rfw = lab.start("local.server");
+        transcript(&[
+            ("PUT /drop/forward/any/0.0.0.0", "400 bad_path"),
+            ("PUT /drop/forward/eth0/0.0.0.0", "400 bad_path"),
+            ("PUT /accept/forward/any/::/eth1", "400 bad_path"),
+            ("PUT /drop/forward/any/::/any/::", "400 bad_path"),
+            ("DELETE /drop/forward/eth0/0.0.0.0", "200 deleted"),
+            ("DELETE /drop/forward/eth0/0.0.0.0", "200 absent"),
+        ]);
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+/// Interface, and whether the answer and the log say that there is none.
+const NOTED: [(&str, bool); 8] = [
+    ("any", false),
+    ("lo0", true),
+    ("lo", false),
+    ("l", false),
+    ("eht0", true),
+    ("eht", true),
+    ("v0", false),
+    ("v0.5", true),
+];
+
+#[test]
+fn an_interface_that_does_not_exist_is_noted() {
+    once(|lab| {
+        sh("ip link add v0 type veth peer v1");
+        let _rfw = lab.start("local.server");
+        for (iface, is_noted) in NOTED {
+            for request in ["PUT", "DELETE"] {
+                let chain = if is_noted { "input" } else { "output" };
+                let path = format!("{request} /drop/{chain}/{iface}");
+                lab.clear_log();
+                for answer in [ask(&format!("{path}/1.2.3.4")), send(&path, "5.6.7.8")] {
+                    assert_eq!((answer.status, answer.field("error")), (200, ""), "{answer:?}");
+                    let note = answer.field("note");
+                    assert_eq!(note.contains(&format!("'{iface}'")), is_noted, "{answer:?}");
+                    assert_eq!(note.is_empty(), !is_noted, "{answer:?}");
+                    assert!(answer.body.ends_with("}\n"), "{answer:?}");
+                }
+                let log = lab.log();
+                let warnings = log.lines().filter(|line| line.contains(" WARNING "));
+                assert!(warnings.count() == if is_noted { 2 } else { 0 }, "{log}");
+            }
+        }
+        let answer = ask("PUT /drop/forward/lo/1.2.3.4/eht0");
+        assert!(answer.field("note").contains("'eht0'"), "{answer:?}");
+    });
+}
+
+#[test]
+fn a_typing_error_in_a_path_is_told_with_the_right_path() {
+    once(|lab| {
+        lab.write("feed.txt", "1.2.3.4\n");
+        let _rfw = lab.start("local.server");
+        // curl appends the file's name where the URL ends in /.
+        let rows = [
+            ("-T lab/feed.txt", "/drop/input/", "400 bad_interface", "/drop/input/any,"),
+            ("-T lab/feed.txt -X DELETE", "/drop/input/", "400 bad_interface", "/drop/input/any,"),
+            ("-T lab/feed.txt", "/drop/output/eth0/", "400 bad_interface", "/drop/output/eth0,"),
+            ("-T lab/feed.txt", "/drop/input/all", "400 bad_interface", "/drop/input/any."),
+            ("-X PUT", "/drop/input/all/1.2.3.4", "400 bad_interface", "/drop/input/any."),
+            ("-X PUT", "/Drop/FORWARD/ALL/1.2.3.4", "400 bad_interface", "/drop/forward/any."),
+            ("-X PUT", "/drop/forward/any/1.2.3.4/all", "400 bad_interface", "write any"),
+        ];
+        for (options, path, brief, right) in rows {
+            let body = sh(&format!("curl -sS -m 30 {options} http://localhost:7390{path}"));
+            let answer = Answer { status: 400, head: String::new(), body };
+            assert_eq!(answer.brief(), brief, "{options} {path}");
+            assert!(answer.field("message").contains(right), "{answer:?}");
+        }
+        assert_eq!(lab.rules(), [""; 0]);
+    });
+}
+
+/// Request; answer. 198.18.0.1 and fd18::1 are this host's own.
+const OWN: [(&str, &str); 15] = [
+    ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+    ("PUT /reject/output/eth0/198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/198.18.0.0/16", "409 whitelisted"),
+    ("PUT /drop/forward/any/1.2.3.4/any/198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/fd18::1", "409 whitelisted"),
+    ("PUT /drop/input/any/fd18::/64", "409 whitelisted"),
+    ("PUT /drop/input/any/::ffff:198.18.0.1", "409 whitelisted"),
+    ("PUT /drop/input/any/198.18.0.2", "200 inserted"),
+    ("PUT /drop/input/any/198.19.0.0/16", "200 inserted"),
+    ("PUT /drop/input/any/fd18::2", "200 inserted"),
+    ("PUT /drop/forward/any/0.0.0.0/any/1.2.3.4", "200 inserted"),
+    ("PUT /accept/input/any/198.18.0.1", "200 inserted"),
+    ("PUT /accept/input/any/fd18::/64", "200 inserted"),
+    ("DELETE /drop/input/any/198.18.0.1", "200 absent"),
+    ("DELETE /drop/input/any/fd18::/64", "200 absent"),
+];
+
+#[test]
+fn this_hosts_own_addresses_are_never_blocked() {
+    both(|lab| {
+        modes(lab, "", |_, _| {
+            // What it did not have when it was blocked can be unblocked.
+            transcript(&[("PUT /drop/input/any/198.18.0.1", "200 inserted")]);
+            sh("ip addr add 198.18.0.1/32 dev lo; ip addr add fd18::1/128 dev lo nodad");
+            transcript(&[
+                ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+                ("DELETE /drop/input/any/198.18.0.1", "200 deleted"),
+            ]);
+            transcript(&OWN);
+            let answer = ask("PUT /drop/input/any/198.18.0.0/16");
+            let message = answer.field("message");
+            assert!(message.contains("198.18.0.1, this host's own address"), "{answer:?}");
+            // Where a socket can be bound to any address, and where there are thousands of routes.
+            sh("echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind");
+            transcript(&[
+                ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+                ("PUT /drop/input/any/198.18.0.3", "200 inserted"),
+            ]);
+            sh("echo 0 > /proc/sys/net/ipv4/ip_nonlocal_bind
+                ip addr del 198.18.0.1/32 dev lo; ip addr del fd18::1/128 dev lo");
+            transcript(&[("PUT /drop/input/any/198.18.0.1", "200 inserted")]);
+        });
+    });
+}
+
+/// contrib/rfw.service: ProcSubset=pid hides /proc/net, and ProtectProc=invisible other processes.
+#[test]
+fn own_addresses_and_interfaces_are_known_in_the_hardened_unit() {
+    once(|lab| {
+        sh("ip addr add 198.18.0.1/32 dev lo");
+        lab.configure("local.server");
+        let proc = "mount -t proc -o subset=pid,hidepid=invisible proc /proc
+            test -e /proc/self/net && ! test -e /proc/net && exec \"$0\" \"$@\"";
+        let mut rfw = lab.launch(&["unshare", "-mpf", "--kill-child", "/bin/sh", "-c", proc]);
+        rfw.await_ready();
+        transcript(&[
+            ("PUT /drop/input/any/198.18.0.0/16", "409 whitelisted"),
+            ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
+            ("PUT /drop/input/any/198.18.0.2", "200 inserted"),
+        ]);
+        assert!(!ask("PUT /drop/input/eht0/198.18.0.2").field("note").is_empty());
+        let log = lab.log();
+        assert!(!log.contains("only white.list protects"), "{log}");
     });
 }
 
 const BAD: [(&str, &str); 81] = [
     ("PUT /drop", "400 bad_path"),
     ("PUT /drop/input", "400 bad_path"),
-    ("PUT /drop/input/eth0", "400 bad_path"),
+    ("PUT /drop/input/eth0", "400 empty_list"),
     ("PUT /drop/input/eth0/1.2.3.4/24/eth1", "400 bad_path"),
     ("PUT /drop/output/eth0/1.2.3.4/eth1", "400 bad_mask"),
     ("PUT /drop/forward/eth0/1.2.3.4/24/eth1/5.6.7.8/24/x", "400 bad_path"),
@@ -207,6 +353,7 @@ fn allow_names_the_methods() {
 #[test]
 fn answers_are_one_line_of_json() {
     both(|lab| {
+        sh("ip link add eth0 type veth peer eth1; ip link add ppp0 type veth peer ppp1");
         let _rfw = lab.start("local.server");
         let rule = r#""rule":{"chain":"INPUT","target":"DROP","inp":"eth0","out":"*","source":"11.22.33.44","destination":"0.0.0.0/0"}"#;
         let request = "/drop/input/eth0/11.22.33.44";

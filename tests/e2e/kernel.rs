@@ -512,6 +512,7 @@ fn a_held_xtables_lock_gives_503() {
 #[test]
 fn without_ip6tables_or_ipv6_ipv4_works() {
     once(|lab| {
+        sh("ip addr add 198.18.0.1/32 dev lo");
         // As /proc is where the kernel has no IPv6.
         let proc =
             "mount -t tmpfs proc /proc; mkdir /proc/net; touch /proc/net/dev; exec \"$0\" \"$@\"";
@@ -526,9 +527,23 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             rfw.await_ready();
             assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
             assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
-            assert_eq!(ask("GET /list").body.matches("source").count(), 1);
+            let lines = "1.2.3.4\n2001:db8::1\n5.6.7.8\n2001:db8::/64\n";
+            let answer = list("PUT /drop/input/any", lines);
+            assert_eq!(answer.sums(), "inserted 1 exists 1");
+            assert_eq!(answer.field("ipv6_skipped"), "2");
+            assert_eq!(list("PUT /drop/input/any", "::2\nx\n").sums(), "400 bad_list 2");
+            let answer = list("DELETE /drop/input/any", "::2\n");
+            assert_eq!((answer.sums(), answer.field("ipv6_skipped")), ("".into(), "1"));
+            assert_eq!(ask("GET /list").body.matches("source").count(), 2);
+            assert_eq!(list("DELETE /drop/input/any", "5.6.7.8").sums(), "deleted 1");
+            // With no file that lists the own addresses, a socket still tells whether it is one.
+            assert_eq!(ask("PUT /drop/input/any/198.18.0.1").brief(), "409 whitelisted");
             let log = lab.log();
-            assert_eq!(log.lines().filter(|line| line.contains(" WARNING ")).count(), 1, "{log}");
+            let count = |what: &str| log.matches(what).count();
+            assert_eq!(count(" WARNING IPv6 rules are not accepted"), 1, "{log}");
+            let unlisted = usize::from(!prefix.is_empty());
+            assert_eq!(count(" WARNING only white.list protects this host's own"), unlisted);
+            assert_eq!(count(" WARNING "), 1 + unlisted, "{log}");
         }
         // An ip6tables that fails is another matter: IPv6 would be open.
         lab.stand_in(

@@ -10,9 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Each kind of line, and what it adds to the kernel.
-const LINES: [(&str, &str); 18] = [
+const LINES: [(&str, &str); 20] = [
     ("# a feed", ""),
     ("; a comment of the other kind", ""),
+    ("//and of the third", ""),
+    ("9.0.0.9/32//a slash", "9.0.0.9"),
     ("", ""),
     (" \t ", ""),
     ("1.2.3.4", "1.2.3.4"),
@@ -53,13 +55,16 @@ fn every_kind_of_line() {
             let nets: Vec<_> = LINES.iter().flat_map(|(_, nets)| nets.split(' ')).collect();
             let nets: Vec<_> = nets.into_iter().filter(|net| !net.is_empty()).collect();
             let requests = [
-                ("PUT", whole.clone(), "inserted 12"),
-                ("PUT", whole.replace('\n', "\r\n"), "exists 12"),
-                ("PUT", whole.trim_end().into(), "exists 12"),
-                ("DELETE", whole.clone(), "deleted 12"),
-                ("DELETE", whole, "absent 12"),
-                ("PUT", nets.join("\n"), "inserted 12"),
-                ("DELETE", nets.join("\r\n"), "deleted 12"),
+                ("PUT", whole.clone(), "inserted 13"),
+                ("PUT", whole.replace('\n', "\r\n"), "exists 13"),
+                ("PUT", whole.replace('\n', "\r"), "exists 13"),
+                ("PUT", format!("\u{feff}{whole}"), "exists 13"),
+                ("PUT", format!("\u{feff}{}", nets.join("\r\n")), "exists 13"),
+                ("PUT", whole.trim_end().into(), "exists 13"),
+                ("DELETE", whole.clone(), "deleted 13"),
+                ("DELETE", whole, "absent 13"),
+                ("PUT", nets.join("\n"), "inserted 13"),
+                ("DELETE", nets.join("\r\n"), "deleted 13"),
             ];
             for (place, rule, set) in PLACES {
                 for (method, body, sums) in &requests {
@@ -109,7 +114,7 @@ const WRONG: &str = "0.0.0.0|::|0.0.0.0/0|0.0.0.0/32|::/0|1.2.3.4/8|1.2.3.4/0|1.
     1.2.3.4,5.6.7.8|1.2.3.4-|-1.2.3.4|1.2.3.4-1.2.3.3|1.2.3.4-9|1.2.3.4-1.2.3.8-1.2.3.9|\
     1.2.3.0/24-1.2.4.0/24|1.2.3.4-2001:db8::1|12.0.0.0-13.255.255.255|0.0.0.0-255.255.255.255|\
     2001::-2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff|drop 1.2.3.4|1.2.3.4 -j ACCEPT|COMMIT|\
-    add rfw4:drop:in:any 1.2.3.4|1.2.3.4\r5.6.7.8|1.2.3.4\0|\u{a0}1.2.3.4|1.2.3.4\u{b}";
+    add rfw4:drop:in:any 1.2.3.4|1.2.3.4\0|\u{a0}1.2.3.4|1.2.3.4\u{b}";
 
 /// Where a wrong line can stand, and its number.
 const FRAMES: [(&str, &str); 6] = [
@@ -145,7 +150,8 @@ fn the_first_twenty_wrong_lines_are_told() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let answer = list("PUT /drop/input/any", "1.2.3.4\nexample.com\n");
-        let start = "{\"error\":\"bad_list\",\"message\":\"";
+        let start =
+            "{\"error\":\"bad_list\",\"message\":\"1 of 2 lines are invalid. Line 2: 'example.com'";
         assert!(answer.body.starts_with(start), "{answer:?}");
         assert!(answer.body.contains(",\"lines\":[{\"line\":2,\"message\":\""), "{answer:?}");
         assert!(answer.body.ends_with(".\"}]}\n"), "{answer:?}");
@@ -159,8 +165,8 @@ fn the_first_twenty_wrong_lines_are_told() {
 
 /// Request; body; answer. Nothing of it reaches the kernel.
 const REFUSED: [(&str, &str, &str); 20] = [
-    ("PUT /drop/input/any", "", "400 bad_path"),
-    ("DELETE /drop/input/any", "", "400 bad_path"),
+    ("PUT /drop/input/any", "", "400 empty_list"),
+    ("DELETE /drop/input/any", "", "400 empty_list"),
     ("PUT /drop/input/any?expire=10w", "1.2.3.4", "400 bad_expire"),
     ("PUT /drop/input/any?other=1", "1.2.3.4", "400 bad_query"),
     ("PUT /drop/input/any?expire=1&expire=1", "1.2.3.4", "400 bad_query"),
@@ -178,7 +184,7 @@ const REFUSED: [(&str, &str, &str); 20] = [
     ("PUT /drop/input/any/1.2.3.4", "1.2.3.4", "413 content_too_large"),
     ("DELETE /drop/input/any/1.2.3.4/24", "1.2.3.4", "413 content_too_large"),
     ("PUT /drop/forward/any/1.2.3.4/eth1", "1.2.3.4", "413 content_too_large"),
-    ("PUT /drop/input/any", "# nothing\r\n \n; at all", "200 applied"),
+    ("PUT /drop/input/any", "# nothing\r\n \n; at all", "400 empty_list"),
 ];
 
 #[test]
@@ -192,22 +198,25 @@ fn bodies_where_none_belongs_and_none_where_one_does() {
     });
 }
 
+/// The white.list names 192.0.2.0/24 and 2001:db8:ff::/48; 198.18.7.7 is this host's own address.
 #[test]
-fn whitelisted_lines_are_left_out_and_told() {
+fn whitelisted_addresses_are_cut_out_of_a_list() {
     both(|lab| {
         lab.write("white.list", "192.0.2.0/24\n2001:db8:ff::/48\n");
         modes(lab, "", |_, _| {
-            let lines = "192.0.2.77\n9.9.9.9\n192.0.2.77/25 # mine\n192.0.0.0/16\n\
+            let lines = "192.0.2.77\n9.9.9.9\n192.0.2.77/25 # mine\n192.0.2.0/23\n\
                          192.0.1.250-192.0.2.1\n2001:DB8:FF::1\n127.0.0.1\n2001:db8::1\n";
+            let left =
+                ["192.0.1.250/31", "192.0.1.252/30", "192.0.3.0/24", "2001:db8::1", "9.9.9.9"];
             let told = "\"whitelisted_count\":6,\"whitelisted\":[\"192.0.2.77\",\"192.0.2.0/25\",\
-                        \"192.0.0.0/16\",\"192.0.1.250-192.0.2.1\",\"2001:db8:ff::1\",\"127.0.0.1\"]";
-            let put = format!("\"inserted\":2,\"refreshed\":0,\"exists\":0,\"deleted\":0,{told}");
-            let delete = format!("\"deleted\":2,\"absent\":0,{told}");
+                        \"192.0.2.0/23\",\"192.0.1.250-192.0.2.1\",\"2001:db8:ff::1\",\"127.0.0.1\"]";
+            let put = format!("\"inserted\":5,\"refreshed\":0,\"exists\":0,\"deleted\":0,{told}");
+            let delete = format!("\"deleted\":5,\"absent\":0,{told}");
             for (request, sums) in [("PUT", put), ("DELETE", delete)] {
                 let answer = list(&format!("{request} /drop/output/any"), lines);
                 assert_eq!(answer.body, format!("{{\"result\":\"applied\",{sums}}}\n"));
                 assert_eq!(answer.header("Content-Type"), Some("application/json"));
-                let there = ["2001:db8::1", "9.9.9.9"].iter().filter(|_| request == "PUT");
+                let there = left.iter().filter(|_| request == "PUT");
                 assert!(lab.kept().keys().eq(there), "{request}: {:?}", lab.kept());
             }
             let own: String = (1..=25).map(|n| format!("192.0.2.{n}\n")).collect();
@@ -215,6 +224,140 @@ fn whitelisted_lines_are_left_out_and_told() {
             assert_eq!(answer.sums(), "whitelisted 25");
             assert_eq!(answer.body.matches("192.0.2.").count(), 20);
         });
+    });
+}
+
+#[test]
+fn a_block_around_one_address_of_this_host_becomes_sixteen() {
+    both(|lab| {
+        lab.write("white.list", "198.19.7.7\n");
+        sh("ip addr add 198.18.7.7/32 dev lo");
+        modes(lab, "", |_, _| {
+            for net in ["198.18.0.0/16", "198.19.0.0/16"] {
+                let rows = [
+                    ("PUT /drop", "inserted 16 whitelisted 1"),
+                    ("PUT /drop", "exists 16 whitelisted 1"),
+                    ("DELETE /drop", "deleted 16 whitelisted 1"),
+                ];
+                table(&rows, |request| list(&format!("{request}/input/any"), net).sums());
+                assert!(lab.kept().is_empty(), "{:?}", lab.kept());
+            }
+            // No packet is lost that an ACCEPT lets through.
+            assert_eq!(list("PUT /accept/input/any", "198.18.0.0/16").sums(), "inserted 1");
+        });
+    });
+}
+
+/// What curl sends; whether it says of which file. Each names no address.
+const EMPTY: [&str; 8] = [
+    "-T lab/empty",
+    "-T - < lab/empty",
+    "-T lab/comments",
+    "-X PUT --data-binary @lab/comments",
+    "-X PUT -d @lab/feed",
+    "-X DELETE -d @lab/feed",
+    "-X PUT -H Content-Length:0",
+    "-X PUT",
+];
+
+#[test]
+fn a_body_without_an_address_changes_nothing() {
+    once(|lab| {
+        lab.write("empty", "");
+        lab.write("comments", "\u{feff}# none\r\n\r\n ; 1.2.3.4\r// 5.6.7.8");
+        lab.write("feed", "# curl -d strips the newlines\n1.2.3.4\n5.6.7.8\n");
+        let _rfw = lab.start("local.server");
+        for options in EMPTY {
+            for query in ["", "?lenient=true"] {
+                let url = format!("http://localhost:7390/drop/input/any{query}");
+                let answer = sh(&format!("curl -sS -m 30 -w %{{http_code}} {options} '{url}'"));
+                let (body, status) = answer.split_at(answer.len() - 3);
+                let answer =
+                    Answer { status: status.parse().unwrap(), head: "".into(), body: body.into() };
+                assert_eq!(answer.brief(), "400 empty_list", "{options}");
+                let message = answer.field("message");
+                assert!(message.contains("-T") && message.contains("--data-binary"), "{answer:?}");
+            }
+        }
+        assert_eq!(lab.rules(), [""; 0]);
+        let answer = sh("curl -sS -T lab/feed http://localhost:7390/drop/input/any");
+        assert!(answer.contains("\"inserted\":2"), "{answer}");
+    });
+}
+
+#[test]
+fn a_lenient_list_skips_invalid_lines() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let lines = "1.2.3.4\nexample.com\n# x\n5.6.7.8\n10.0.0.0/8 # wide\n192.0.2.1\n";
+        let wrong = "\"wrong\":[{\"line\":2,\"message\":\"'example.com' is not an \
+                     address; write an address like 192.0.2.1 or 2001:db8::1.\"},{\"line\":5,\
+                     \"message\":\"10.0.0.0/8 is wider than /9, the widest block of IPv4; leave it \
+                     out, or split it.\"}]}";
+        for (request, counts) in [
+            (
+                "PUT /drop/input/any?lenient=true&expire=1h",
+                "\"inserted\":2,\"refreshed\":0,\"exists\":0,\"deleted\":0",
+            ),
+            ("DELETE /drop/input/any?lenient=true", "\"deleted\":2,\"absent\":0"),
+        ] {
+            let answer = list(request, lines);
+            let counts = format!("{counts},\"wrong_count\":2,\"whitelisted_count\":1");
+            let want = format!(
+                "{{\"result\":\"applied\",{counts},\"whitelisted\":[\"192.0.2.1\"],{wrong}\n"
+            );
+            assert_eq!(answer.body, want);
+        }
+        let rows = [
+            ("1.2.3.4\n", "inserted 1"),
+            ("1.2.3.4\nx\n", "exists 1"),
+            ("1.2.3.4\nx\ny\n", "400 bad_list 2 3"),
+            ("<html>\n<body>404\n1.2.3.4\n", "400 bad_list 1 2"),
+            ("# x\n# y\n\nx\n", "400 bad_list 4"),
+            ("", "400 empty_list"),
+        ];
+        table(&rows, |lines| list("PUT /drop/input/any?lenient=true", lines).sums());
+        let clean = list("PUT /drop/input/any?lenient=true", "1.2.3.4");
+        assert!(clean.body.contains("\"wrong_count\":0,"), "{clean:?}");
+        assert!(clean.body.contains(",\"wrong\":[]}"), "{clean:?}");
+        transcript(&[
+            ("PUT /drop/input/any/1.2.3.4?lenient=true", "400 bad_query"),
+            ("GET /list?lenient=true", "400 bad_query"),
+        ]);
+        assert_eq!(list("PUT /drop/input/any?lenient=yes", "1.2.3.4").brief(), "400 bad_query");
+        assert_eq!(
+            list("PUT /drop/input/any?lenient=true&lenient=true", "x").brief(),
+            "400 bad_query"
+        );
+        let log = lab.read("rfw.log");
+        assert!(log.contains(" 2 wrong, 1 whitelisted "), "{log}");
+    });
+}
+
+/// An invalid line; what its message says.
+const HINTS: [(&str, &str); 9] = [
+    ("1.0.0.0/8", "1.0.0.0/8 is wider than /9"),
+    ("2000::/16", "2000::/16 is wider than /17"),
+    ("12.0.0.0-13.255.255.255", "12.0.0.0/7 is wider than /9"),
+    ("[2001:db8::1]", "write 2001:db8::1, without brackets"),
+    ("1.2.3.4:80", "all ports, so write 1.2.3.4."),
+    ("[2001:db8::1]:443", "all ports, so write 2001:db8::1."),
+    ("1.2.3.0/255.255.255.0", "as a prefix length: 1.2.3.0/24"),
+    ("1.2.3.0 255.255.255.0", "as a prefix length: 1.2.3.0/24"),
+    ("\u{1b}]0;x\u{7}\"'\\", r#"'\\u{1b}]0' is not"#),
+];
+
+#[test]
+fn an_invalid_line_is_explained() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        for (line, hint) in HINTS {
+            let answer = list("PUT /drop/input/any", format!("1.1.1.1\r{line}"));
+            assert_eq!(answer.sums(), "400 bad_list 2", "{answer:?}");
+            assert_eq!(answer.body.matches(hint).count(), 2, "{hint}: {answer:?}");
+            assert!(answer.body.contains("Line 2: "), "{answer:?}");
+        }
+        assert_eq!(lab.rules(), [""; 0]);
     });
 }
 
@@ -323,8 +466,8 @@ const CHUNKS: [(&str, &str); 38] = [
     ("3|1.2|1|.|3|3.4|0||", "inserted 1"),
     ("9|1.2.3.4\r\n|9|5.6.7.8\r\n|0||", "inserted 2"),
     ("8|1.2.3.4\r|1|\n|0||", "inserted 1"),
-    ("2|# |7|1.2.3.4|0||", ""),
-    ("0||", ""),
+    ("2|# |7|1.2.3.4|0||", "400 empty_list"),
+    ("0||", "400 empty_list"),
     ("7;a|1.2.3.4|0||", "inserted 1"),
     ("7;a=b;c=\"d;\\\"e\"|1.2.3.4|0;f||", "inserted 1"),
     ("7|1.2.3.4|0|X: y|Content-Length: 3||", "inserted 1"),
@@ -483,7 +626,7 @@ fn limits() {
         let rows = [
             ("a million entries", entries(1_000_000).collect::<String>(), "absent 1000000", ""),
             ("and one more", entries(1_000_001).collect(), "413 content_too_large", "1000000"),
-            ("64 MiB", "#".repeat(64 * MIB), "", ""),
+            ("64 MiB", "#".repeat(64 * MIB), "400 empty_list", ""),
             ("and one more", "#".repeat(64 * MIB + 1), "413 content_too_large", "64 MiB"),
             ("a line of 1 KiB", line(1024), "absent 1", ""),
             ("and one more", line(1025), "400 bad_list 1", ""),

@@ -495,7 +495,7 @@ pub fn metric(name: &str) -> usize {
 #[test]
 fn foreign_rules_in_front_let_blocked_addresses_through() {
     both(|lab| {
-        sh("ip addr add 10.9.9.9/32 dev lo; ip addr add fd09::9/128 dev lo nodad");
+        sh(STRANGERS);
         in_forms(lab, &FORMS, "", |_, form| {
             put_some();
             ask("PUT /drop/input/any/10.9.9.9");
@@ -534,7 +534,7 @@ fn foreign_rules_in_front_let_blocked_addresses_through() {
 #[test]
 fn rules_that_move_to_the_front_block_meanwhile() {
     both(|lab| {
-        sh("ip addr add 10.9.9.9/32 dev lo; ip addr add fd09::9/128 dev lo nodad");
+        sh(STRANGERS);
         modes(lab, "", |_, _| {
             let many: String = (0..50).map(|n| format!("10.9.9.{n}\nfd09::{n}\n")).collect();
             list("PUT /drop/input/any", &many);

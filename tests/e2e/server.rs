@@ -41,7 +41,7 @@ fn stalled_uploads_hold_up_no_list() {
         // Nor do those that send byte by byte.
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
-            (0..40).for_each(|_| drop(scope.spawn(|| drip(&is_over))));
+            (0..24).for_each(|_| drop(scope.spawn(|| drip(&is_over))));
             for _ in 0..3 {
                 assert_eq!(list("PUT /drop/input/any", addresses(100)).sums(), "exists 100");
             }
@@ -118,47 +118,56 @@ fn concurrent_listings_all_have_their_turn() {
     });
 }
 
-/// Asks for changes without a pause, on a new connection where rfw closes the old one. Returns
-/// how many were made.
-fn puts(client: usize, is_over: &AtomicBool, refused: &AtomicUsize) -> usize {
-    let mut conn = Conn::open();
-    let mut made = 0;
-    while !is_over.load(Ordering::Relaxed) {
-        let request = format!("PUT /drop/input/any/10.0.{client}.{}", made % 8);
-        match conn.try_ask(&request, "").map(|answer| (answer.status, answer.head)) {
-            Ok((200, head)) if head.contains("Connection: close") => conn = Conn::open(),
-            Ok((200, _)) => {}
-            Ok(_) => drop(refused.fetch_add(1, Ordering::Relaxed)),
-            Err(_) => {
-                conn = Conn::open();
-                continue;
+/// What came of the requests of a crowd: how many changes were made, and refused.
+#[derive(Default)]
+struct Crowd {
+    made: AtomicUsize,
+    refused: AtomicUsize,
+    is_over: AtomicBool,
+}
+
+impl Crowd {
+    /// Asks for changes without a pause, on a new connection where rfw closes the old one.
+    /// Returns how many were made.
+    fn ask(&self, client: usize) -> usize {
+        let (mut conn, mut made) = (Conn::open(), 0);
+        while !self.is_over.load(Ordering::Relaxed) {
+            match conn.try_ask(&format!("PUT /drop/input/any/10.0.{client}.{}", made % 8), "") {
+                Ok(answer) if answer.status == 200 => {
+                    made += 1;
+                    self.made.fetch_add(1, Ordering::Relaxed);
+                    if answer.header("Connection") == Some("close") {
+                        conn = Conn::open();
+                    }
+                }
+                Ok(_) => drop(self.refused.fetch_add(1, Ordering::Relaxed)),
+                Err(_) => conn = Conn::open(),
             }
         }
-        made += 1;
+        made
     }
-    made
 }
 
 #[test]
 fn among_200_clients_that_never_pause_each_has_its_share() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        let (is_over, refused) = (AtomicBool::new(false), AtomicUsize::new(0));
-        let mut honest = Vec::new();
+        let (crowd, mut honest) = (Crowd::default(), Vec::new());
         let made: Vec<usize> = thread::scope(|scope| {
-            let (is_over, refused) = (&is_over, &refused);
-            let crowd: Vec<_> =
-                (0..200).map(|n| scope.spawn(move || puts(n, is_over, refused))).collect();
-            for _ in 0..10 {
+            let crowd = &crowd;
+            let clients = (0..200).map(|n| scope.spawn(move || crowd.ask(n)));
+            let clients: Vec<_> = clients.collect();
+            let refused = || crowd.refused.load(Ordering::Relaxed);
+            while crowd.made.load(Ordering::Relaxed) < 4_000 && refused() == 0 {
                 honest.push(Conn::open().try_ask(PUT, "").map(|answer| answer.status));
             }
-            is_over.store(true, Ordering::Relaxed);
-            crowd.into_iter().map(|client| client.join().unwrap()).collect()
+            crowd.is_over.store(true, Ordering::Relaxed);
+            clients.into_iter().map(|client| client.join().unwrap()).collect()
         });
-        let (least, all) = (made.iter().min().unwrap(), made.iter().sum::<usize>());
         assert!(honest.iter().all(|status| matches!(status, Ok(200))), "{honest:?}");
-        assert_eq!(refused.into_inner(), 0);
-        assert!(least * 200 * 4 >= all, "{least} for one of 200, {all} for all");
+        assert_eq!(crowd.refused.into_inner(), 0);
+        let least = made.iter().min().unwrap();
+        assert!(*least >= 5, "{least} for one of 200, 20 for each on average");
     });
 }
 
@@ -174,10 +183,12 @@ fn a_connection_too_many_is_refused_after_5_seconds() {
                 "PUT /drop/input/any/10.0.0.{n} HTTP/1.1\r\nHost: localhost\r\n\r\n"
             ));
         }
-        await_true("iptables is run", SLACK, || !lab.read("calls").is_empty());
-        let metrics = "PUT /drop/input/any/10.0.1.1";
+        await_true("iptables is run, and every request is read", SLACK, || {
+            let unread = sh("ss -Htn sport = :7390 | awk '{ sum += $2 } END { print sum }'");
+            unread.trim() == "0" && !lab.read("calls").is_empty()
+        });
         let begin = Instant::now();
-        assert_eq!(ask(metrics).brief(), "503 busy");
+        assert_eq!(ask("PUT /drop/input/any/10.0.1.1").brief(), "503 busy");
         let millis = begin.elapsed().as_millis();
         assert!((4_900..5_000 + u128::from(SLACK) * 1_000).contains(&millis), "{millis} ms");
         // Nobody was evicted for it.
@@ -198,7 +209,7 @@ fn an_endless_head_over_tls_is_answered() {
         let connector = Connector::new(Some(&ca), None).unwrap();
         let rest = [b'a'; 400_000];
         for (start, status) in [("", "414"), ("GET / HTTP/1.1\r\nX: ", "431")] {
-            for _ in 0..20 {
+            for _ in 0..10 {
                 let stream = TcpStream::connect(OUTWARD).unwrap().into();
                 let deadline = Instant::now() + Duration::from_secs(20);
                 let mut link = connector.link("127.0.0.1", DeadlineSocket { stream, deadline });

@@ -86,6 +86,10 @@ fn a_list_that_replaces_is_exactly_the_list() {
                 (replace, "400 bad_list"),
             ];
             table(&rows, |request| list(request, "nonsense\n").brief());
+            // A failed download unblocks nobody.
+            for body in ["", "\n", "# nothing\n"] {
+                assert_eq!(list(replace, body).brief(), "400 empty_list", "{body:?}");
+            }
             assert_eq!(all("/input"), ["2001:db8::2@feed", others].join(" ").sorted());
             assert_eq!(all("/output").matches("feed").count(), 1, "other chains stay");
         });

@@ -16,7 +16,8 @@ fn parse(bits: u8, target: &str) -> Option<Command<Allowed>> {
     let length = bits >> 2 & 1;
     let head = format!("{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
     let request = Request::parse(head.as_bytes()).ok()?;
-    let grammar = Grammar { default_expire: 7, non_restful: bits & 8 > 0, sets: bits & 16 > 0 };
+    let (non_restful, sets) = (bits & 8 > 0, bits & 16 > 0);
+    let grammar = Grammar { default_expire: 7, non_restful, sets, ipv6: true };
     let command = Command::parse(&request, grammar).and_then(|c| c.allow(&Rights::All)).ok()?;
     let changes = matches!(command, Command::Change(..) | Command::ChangeAll(..));
     // GET changes nothing, unless the configuration and the client both say so.
@@ -47,7 +48,7 @@ fuzz_target!(|input: (u8, &str)| {
                 _ => assert_eq!(again, Some(Command::Change(rule, allowed))),
             }
         }
-        Some(Command::ChangeAll(template, _)) => {
+        Some(Command::ChangeAll(template, ..)) => {
             let net = Net::parse("192.0.2.7").expect("an address");
             let rule = template.rule(net);
             check(rule);

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use rfw::rule::net::Net;
-use rfw::rule::rights::{Allowed, Intent, Rights};
+use rfw::rule::rights::{Intent, Rights};
 use rfw::rule::tag::Tag;
 use rfw::rule::whitelist::Whitelist;
 use rfw::rule::{Action, Rule};
@@ -88,12 +88,8 @@ fuzz_target!(|text: &str| {
     ];
     for path in paths {
         let Ok(rule) = format!("{path}{addr}/{prefix}").parse::<Rule>() else { continue };
-        assert_eq!(list.permit(rule, allowed()).is_err(), overlaps);
+        let intent = Intent { action: Action::Delete, tag: Tag::NONE };
+        let allowed = Rights::All.allow(intent).expect("all rights");
+        assert_eq!(list.permit(rule, allowed, &[]).is_err(), overlaps);
     }
 });
-
-/// That everybody who may do everything may delete.
-fn allowed() -> Allowed {
-    let intent = Intent { action: Action::Delete, tag: Tag::NONE };
-    Rights::All.allow(intent).expect("all rights")
-}

@@ -1,0 +1,131 @@
+//! The lock that one rfw in each network namespace holds.
+
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Held by rfw and, as their standard output, by the programs that change rules: while one of
+/// them lives, no other rfw starts in this network namespace. So a program that outlives a
+/// killed rfw is waited for before the kernel is read. The kernel releases the lock with its last
+/// holder.
+pub struct InstanceLock(File);
+
+impl InstanceLock {
+    /// Waits until no other rfw, nor a program of a killed one, holds the lock; if one does,
+    /// calls `on_wait` first. The error is a sentence.
+    pub fn take(limit: Duration, on_wait: impl FnOnce()) -> Result<InstanceLock, String> {
+        // OpenWrt before 24.10 has no /run.
+        let run = if Path::new("/run").is_dir() { "/run" } else { "/var/run" };
+        let folder = Path::new(run).join("rfw");
+        let unusable = |error: io::Error| {
+            format!(
+                "cannot lock {0}: {error}; as root, run install -d -m 700 -o USER {0}, where USER \
+                 runs rfw (in a unit of systemd, RuntimeDirectory=rfw does that)",
+                folder.display()
+            )
+        };
+        let (file, path) = open_lock(&folder).map_err(unusable)?;
+        let started = Instant::now();
+        let mut on_wait = Some(on_wait);
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(InstanceLock(file)),
+                Err(TryLockError::Error(error)) => return Err(unusable(error)),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if started.elapsed() >= limit {
+                let holder = "another rfw, or a program of a killed one, runs here";
+                return Err(format!(
+                    "{holder}; stop it first (fuser -v {} shows it)",
+                    path.display()
+                ));
+            }
+            if let Some(on_wait) = on_wait.take() {
+                on_wait();
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The lock as the standard output of a program.
+    pub fn for_child(&self) -> io::Result<Stdio> {
+        Ok(self.0.try_clone()?.into())
+    }
+}
+
+/// The user that runs rfw. Without /proc it counts as root, and only root is trusted.
+pub fn own_user() -> u32 {
+    fs::metadata("/proc/self").map_or(0, |data| data.uid())
+}
+
+/// Opens the lock file of this network namespace. Only root can make `folder` or give it away,
+/// and only its owner can enter it: nobody else can hold the lock or put a link in its place.
+fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let data = fs::metadata(folder)?;
+    let (owner, mode) = (data.uid(), data.mode() & 0o777);
+    if ![0, own_user()].contains(&owner) || mode & 0o077 != 0 {
+        let message = format!("others may enter it (owner {owner}, mode {mode:o})");
+        return Err(io::Error::other(message));
+    }
+    // A kernel without namespaces has no such file.
+    let namespace = fs::metadata("/proc/self/ns/net").map_or(0, |data| data.ino());
+    let path = folder.join(format!("net-{namespace}"));
+    match File::options().write(true).create_new(true).mode(0o600).open(&path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        // Only for reading: no program can fill the disk through its standard output.
+        _ => Ok((File::open(&path)?, path)),
+    }
+}
+
+#[cfg(test)]
+impl InstanceLock {
+    /// One that excludes nobody.
+    pub fn none() -> InstanceLock {
+        InstanceLock(File::open("/dev/null").unwrap())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_lock_file_is_in_a_folder_that_only_its_owner_can_enter() {
+        let folder = std::env::temp_dir().join(format!("rfw-lock-{}", std::process::id()));
+        let mode = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+        let (first, path) = open_lock(&folder).unwrap();
+        let (second, same) = open_lock(&folder).unwrap();
+        assert_eq!((fs::metadata(&folder).unwrap().mode() & 0o777, &path), (0o700, &same));
+        first.try_lock().unwrap();
+        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)));
+        let held = first.try_clone().unwrap();
+        drop(first);
+        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)), "inherited");
+        drop(held);
+        second.try_lock().unwrap();
+        assert!((&second).write(b"x").is_err(), "nothing can be written to it");
+        for wrong in [0o701, 0o710, 0o755, 0o770] {
+            mode(wrong);
+            let error = open_lock(&folder).unwrap_err().to_string();
+            assert!(error.contains(&format!("mode {wrong:o})")), "{error}");
+        }
+        mode(0o700);
+        fs::remove_file(&path).unwrap();
+        let victim = folder.join("victim");
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        assert_eq!(open_lock(&folder).unwrap_err().kind(), ErrorKind::NotFound);
+        assert!(!victim.exists());
+        fs::remove_dir_all(&folder).unwrap();
+        fs::write(&folder, "").unwrap();
+        mode(0o600);
+        assert!(open_lock(&folder).is_err(), "it is a file");
+        fs::remove_file(&folder).unwrap();
+    }
+}
