@@ -7,7 +7,7 @@ schemathesis makes EXAMPLES (100) requests for each operation of the description
 and what it forbids, besides every example, limit and undeclared method, and sends them to a real rfw
 with the real iptables-nft, in namespaces of its own: with rules, with sets, and to the outward server
 without credentials. Every status, field, content type and body must be as declared, what is allowed
-taken and what is forbidden refused. Then the other way round: of a hundred times as many random requests
+taken and what is forbidden refused. A user who may only read gets 403 for each change. Then the other way round: of a hundred times as many random requests
 the description must allow the very ones that rfw takes. Prometheus' own promtool reads the metrics.
 Exit status 1 where they differ.
 """
@@ -61,15 +61,19 @@ schemathesis.openapi.format("address-list", st.lists(max_size=5, elements=st.one
     st.builds(lambda first, more: f"{first} - {first + more}", four, st.integers(0, 64)),
     st.builds(lambda ip, text: f"{ip} # {text}", four, st.text().map(lambda text: re.sub("[\r\n]", " ", text))),
 )).map("\n".join))
+schemathesis.openapi.format("tag", st.sampled_from(["feed", "a", "0.9_z-", "a-tag-of-20-letters."]))  # more than 64 get 507
+schemathesis.openapi.format("address-or-block", st.one_of(
+    four.map(str), six.map(str), st.builds("{}/{}".format, four, st.integers(0, 32)), st.builds("{}/{}".format, six, st.integers(0, 128))))
 
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """A refusal is right where the segments do not fit, a list is empty, or sets are not to keep an address for so long."""
+    """A refusal is right where the segments do not fit, a list is empty, `replace` comes without a tag, or sets
+    are not to keep an address for so long."""
     if not isinstance(failure, RejectedPositiveData):
         return True
     values = [urllib.parse.unquote(str(case.path_parameters[name])) for name in re.findall("{(.*?)}", case.path)]
-    right = b"(24 days)" in response.content or b'"empty_list"' in response.content
+    right = any(words in response.content for words in (b"(24 days)", b'"empty_list"', b"needs a tag"))
     return ("{ip}" not in case.path or fit(case.method.upper(), values[2:])) and not right
 
 
@@ -147,6 +151,8 @@ ADDRESSES = ["203.0.113.9", "203.0.113.9", "2001:db8::9", "2001:DB8:0::9", "::ff
 MASKS = ["8", "9", "16", "17", "24", "31", "32", "33", "64", "127", "128", "129", "024", "+24", "24+", "x"]
 TIMES = ["0", "90", "90s", "10m", "12h", "30d", "999999999d", "123456789", "12345678", "1234567890", "", "s", "1w", "-1", "1.5h", "+1"]
 
+TAGS = ["feed", "0", "a.b_c-d", "a" * 20, "a" * 21, "Feed", "-a", ".a", "a b", "", "*", "**", "é"]
+
 
 def some(seed):
     """A random request: method, path, query."""
@@ -155,7 +161,7 @@ def some(seed):
     words += [pick(FACES), pick(ADDRESSES), *pick([[], [pick(MASKS)]])]
     if words[1].lower() == "forward":
         words += pick([[], [pick(FACES)], [pick(FACES), pick(ADDRESSES), *pick([[], [pick(MASKS)]])]])
-    query = [pick([("expire", pick(TIMES)), ("wait", pick(["true", "false", ""])), ("x", "1")]) for _ in range(pick([0, 0, 0, 1, 1]))]
+    query = [pick([("expire", pick(TIMES)), ("wait", pick(["true", "false", ""])), ("tag", pick(TAGS)), ("x", "1"), ("replace", "true")]) for _ in range(pick([0, 0, 0, 1, 1]))]
     return pick(["PUT", "DELETE"]), "/" + "/".join(words), query
 
 
@@ -186,7 +192,7 @@ def metrics(promtool):
 
 # --- The run ---------------------------------------------------------------------------------------
 
-SEEDS = ["/drop/input/eth0/203.0.113.0/24", "/reject/output/any/2001:db8::1?expire=10m", "/accept/input/ppp/198.51.100.4",
+SEEDS = ["/drop/input/eth0/203.0.113.0/24?tag=feed", "/reject/output/any/2001:db8::1?expire=10m", "/accept/input/ppp/198.51.100.4",
          "/drop/forward/any/0.0.0.0/any/203.0.113.9", "/drop/forward/any/::/any/2001:db8::9"]
 
 
@@ -206,11 +212,14 @@ def main(program, promtool, examples="100"):
     keys()
     local, outward = f"http://127.0.0.1:{LOCAL}", f"https://127.0.0.1:{OUTWARD}"
     many, few, trust = ["--max-examples", examples], ["--phases", "examples"], ["--tls-verify", RUN + "/client/ca.crt"]
-    rfw = started(program, OUTWARD_CONF)
+    write("users", "guard:secret read\n")
+    rfw = started(program, OUTWARD_CONF + "auth.file = users\n")
     met = metrics(promtool)
     met &= run("rules", local, ["200", "4xx"], *many)
     met &= round_trip(100 * int(examples))
     met &= run("no credentials", outward, ["401"], *trust, "--phases", "examples,coverage")
+    met &= run("a user who may only read", outward, ["403", "400"], *trust, "--auth", "guard:secret",
+               "--include-method", "PUT", "--include-method", "DELETE", "--exclude-path-regex", "ip2_or_mask2", *few)
     for _ in range(11):
         exchange(connect(OUTWARD, context=tls()), request("GET", "/", "Authorization: Basic eDp5\r\n"))
     met &= run("too many guesses", outward, ["429"], *trust, *few)

@@ -242,14 +242,16 @@ def ranks_z(a, b):
 
 def timing(program, table):
     """Refusals in which more or less is right, in turns; from ever new addresses, because each may
-    guess ten times. All of a kind are refused alike: a right user and password is another answer."""
+    guess ten times. All of a kind are refused alike: a right user and password is another answer.
+    Among as many users as there may be, the first is compared before all others, the last after them."""
     what = "timing of unknown user, wrong password, right password"
     if not table.wants(what):
         return
-    rfw = Rfw(program, AUTHENTICATE)
+    write("users", "".join(f"user{n}:{'p' * (n % 40 + 1)} read\n" for n in range(254)) + f"zz:{PASSWORD} all\n")
+    rfw = Rfw(program, AUTHENTICATE + "auth.file = users\n")
     wrong = "x" * len(PASSWORD)
     kinds = {"unknown user": ("xx", wrong), "wrong password": (USER, wrong), "unknown user, right password": ("xx", PASSWORD),
-             "last letter wrong": (USER, PASSWORD[:-1] + "x")}
+             "last letter wrong": (USER, PASSWORD[:-1] + "x"), "last of 256 users, last letter wrong": ("zz", PASSWORD[:-1] + "x")}
     asked = {name: request("GET", "/nothing", basic(*pair)) for name, pair in kinds.items()}
     took = {name: [] for name in kinds}
     for n in range(SAMPLES // 2):
