@@ -1,7 +1,7 @@
 //! One request to one server, again and again until it is answered or the time
-//! is over.
+//! is over; and the connection, which the next one can use.
 
-use super::options::{Job, Server};
+use super::options::{Fleet, Job, Server};
 use crate::http::answer::Head;
 use crate::http::body;
 use crate::http::deadline::DeadlineSocket;
@@ -19,6 +19,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 /// How long each address of a host may take to be reached.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// How long a connection is used: rfw closes it once it has been idle for nine seconds.
+const MAX_AGE: Duration = Duration::from_secs(5);
 /// The longest answer in bytes, but for what `get` brings.
 const MAX_ANSWER: usize = 64 * 1024;
 
@@ -30,11 +32,31 @@ trait Wire: Read + Write {}
 impl Wire for DeadlineSocket {}
 impl Wire for tls::Link {}
 
+/// A connection for one request after the other. All waits end at the deadline of the first one,
+/// so the later ones have to come soon.
+pub struct Connection {
+    wire: BufReader<Box<dyn Wire>>,
+    opened: Instant,
+    deadline: Instant,
+}
+
+impl Connection {
+    fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
+        Connection { wire: BufReader::new(Box::new(wire)), opened: Instant::now(), deadline }
+    }
+
+    /// Whether more than half of its time is left, and rfw has not closed it for idleness.
+    fn is_usable(&self) -> bool {
+        let age = self.opened.elapsed();
+        age < MAX_AGE && age < self.deadline.saturating_duration_since(Instant::now())
+    }
+}
+
 /// Why one try failed.
-struct Failure {
-    words: String,
+pub struct Failure {
+    pub words: String,
     /// It may do better after so long, or a pause, whichever is longer.
-    again: Option<Duration>,
+    pub again: Option<Duration>,
 }
 
 fn for_good(words: impl Into<String>) -> Failure {
@@ -45,14 +67,26 @@ fn for_now(words: impl Into<String>) -> Failure {
     Failure { words: words.into(), again: Some(Duration::ZERO) }
 }
 
-/// Sends the job to a server. Returns the words of the result, which are empty
-/// where the sink has got it; as an error if the server did not do it.
-pub fn ask(job: &Job, server: &Server, sink: &mut Sink<'_>) -> Result<String, String> {
+/// A job for one server.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    pub fleet: &'a Fleet,
+    pub server: &'a Server,
+    pub job: &'a Job,
+}
+
+/// Sends a request, on the connection that is kept if possible. Returns the words of the
+/// result, which are empty where the sink has got it; as an error if the server did not do it.
+pub fn ask(
+    request: Request<'_>,
+    kept: &mut Option<Connection>,
+    sink: &mut Sink<'_>,
+) -> Result<String, Failure> {
     let started = Instant::now();
-    let deadline = started.checked_add(job.timeout).unwrap_or(started);
+    let deadline = started.checked_add(request.fleet.timeout).unwrap_or(started);
     let mut pause = FIRST_PAUSE;
     loop {
-        let failure = match exchange(job, server, deadline, sink) {
+        let failure = match exchange(request, deadline, kept, sink) {
             Ok(words) => return Ok(words),
             Err(failure) => failure,
         };
@@ -60,34 +94,40 @@ pub fn ask(job: &Job, server: &Server, sink: &mut Sink<'_>) -> Result<String, St
         let left = deadline.saturating_duration_since(Instant::now());
         match wait.filter(|wait| *wait < left) {
             Some(wait) => thread::sleep(wait),
-            None => return Err(failure.words),
+            None => return Err(failure),
         }
         pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
     }
 }
 
 fn exchange(
-    job: &Job,
-    server: &Server,
+    request: Request<'_>,
     deadline: Instant,
+    kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
-    let mut link = BufReader::new(connect(job, server, deadline)?);
-    let sent = send(link.get_mut(), job, server);
+    let mut connection = match kept.take().filter(Connection::is_usable) {
+        Some(connection) => connection,
+        None => connect(request, deadline)?,
+    };
+    let wire = &mut connection.wire;
+    let sent = send(wire.get_mut(), request);
     // Who refuses a list may say why before it is there, and close.
-    let head = read_head(&mut link).map_err(|error| match (tls::complaint(&error), sent) {
+    let head = read_head(wire).map_err(|error| match (tls::complaint(&error), sent) {
         (None, Err(unsent)) => fault(&unsent),
         _ => fault(&error),
     })?;
     let wrong = "the answer is not HTTP/1.1, or does not say how long it is";
     let head = Head::parse(&head).ok_or_else(|| for_good(wrong))?;
-    if head.status == 200 && job.method == "GET" {
+    if head.status == 200 && request.job.method == "GET" {
         let each = |bytes: &[u8]| sink(bytes).map_err(|error| for_good(error.to_string()));
-        let read = body::read(&mut link, head.body, u64::MAX, each);
+        let read = body::read(wire, head.body, u64::MAX, each);
         // What is written cannot be taken back.
         return read.map(|()| String::new()).map_err(|failure| for_good(failure.words));
     }
-    judge(&head, &mut link)
+    let answer = judge(&head, wire);
+    *kept = Some(connection).filter(|_| head.keep_alive && answer.is_ok());
+    answer
 }
 
 /// Reads an answer that has a result or an error.
@@ -111,12 +151,14 @@ fn judge(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> {
     }
 }
 
-fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire>, Failure> {
+fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failure> {
+    let Request { fleet, server, .. } = request;
     let addresses = (&*server.host, server.port).to_socket_addrs();
     let addresses = addresses.map_err(|error| for_now(format!("cannot find the host: {error}")))?;
     let mut failure = for_now("the host has no address");
     for address in addresses {
-        if job.credentials.is_some() && !server.tls && !address.ip().to_canonical().is_loopback() {
+        if fleet.credentials.is_some() && !server.tls && !address.ip().to_canonical().is_loopback()
+        {
             return Err(for_good("user and password go over https only; write https://"));
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -126,25 +168,23 @@ fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire
         });
         match opened {
             Err(error) => failure = for_now(format!("cannot connect to {address}: {error}")),
-            Ok(socket) if !server.tls => return Ok(Box::new(socket)),
+            Ok(socket) if !server.tls => return Ok(Connection::new(socket, deadline)),
             Ok(socket) => {
-                let link = job.connector.link(&server.host, socket);
+                let link = fleet.connector.link(&server.host, socket);
                 let link = link.map_err(|error| for_good(error.to_string()))?;
-                return Ok(Box::new(link));
+                return Ok(Connection::new(link, deadline));
             }
         }
     }
     Err(failure)
 }
 
-fn send(link: &mut impl Write, job: &Job, server: &Server) -> io::Result<()> {
-    let Job { method, path, list, .. } = job;
-    let Server { host, port, .. } = server;
+fn send(link: &mut impl Write, Request { fleet, server, job }: Request<'_>) -> io::Result<()> {
+    let (Job { method, path, list }, Server { host, port, .. }) = (job, server);
     let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-    let authorization = job.credentials.as_ref().map(|credentials| credentials.field());
+    let authorization = fleet.credentials.as_ref().map(|credentials| credentials.field());
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\
-         Content-Length: {}\r\n{}\r\n",
+        "{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {}\r\n{}\r\n",
         list.len(),
         authorization.unwrap_or_default()
     );
