@@ -887,7 +887,6 @@ fn batch_sends_each_line_at_once_from_a_pipe_that_stays_open() {
         done(4);
         rfw.kill();
         writeln!(pipe, "put /drop/input/any/10.0.0.5").unwrap();
-        thread::sleep(Duration::from_secs(1));
         rfw.restart();
         await_true("the line is done when rfw is back", SLACK + 5, || lab.rules().len() == 5);
         drop(pipe);
