@@ -113,13 +113,11 @@ fn work(fleet: &Fleet, server: &Server, queue: &Queue, report: &Mutex<Report>) {
         let since = Instant::now();
         let request = Request { fleet, server, job: &line.job };
         let result = ask(request, &mut connection, &mut |_| Ok(()));
-        let waiting = match &result {
-            Err(failure) if failure.again.is_some() => queue.give_up(since),
-            _ => {
-                lock(&queue.lines).answered = Some(since);
-                VecDeque::new()
-            }
-        };
+        let mut waiting = VecDeque::new();
+        match &result {
+            Err(failure) if failure.again.is_some() => waiting = queue.give_up(since),
+            _ => queue.answered(since),
+        }
         if let Err(Failure { words, .. }) = result {
             for Line { number, job, .. } in iter::once(&line).chain(&waiting).map(AsRef::as_ref) {
                 let words = format!("line {number}: {} {}: {words}", job.method, job.path);
@@ -143,7 +141,7 @@ struct Queue {
 struct Lines {
     waiting: VecDeque<Arc<Line>>,
     under_way: Vec<Arc<Line>>,
-    /// When the last request that was answered had been begun.
+    /// When the latest of the requests that were answered had been begun.
     answered: Option<Instant>,
     has_ended: bool,
 }
@@ -184,6 +182,12 @@ impl Queue {
         lines.under_way.push(line.clone());
         self.room.notify_one();
         Some(line)
+    }
+
+    /// A request begun then was answered, so the server lives.
+    fn answered(&self, since: Instant) {
+        let mut lines = lock(&self.lines);
+        lines.answered = lines.answered.max(Some(since));
     }
 
     /// Takes all that wait, unless the server has answered a request begun since then.
@@ -239,7 +243,8 @@ mod tests {
         let third = queue.next(Some(first)).unwrap();
         assert!(lock(&queue.lines).must_wait(), "the second is under way, too");
         let since = Instant::now();
-        lock(&queue.lines).answered = Some(since);
+        queue.answered(since);
+        queue.answered(since.checked_sub(std::time::Duration::from_millis(1)).unwrap());
         assert!(queue.give_up(since).is_empty(), "the server is alive");
         assert_eq!(queue.give_up(Instant::now()).len(), 1);
         queue.end();

@@ -19,6 +19,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 /// How long each address of a host may take to be reached.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// How long the answer to a change of one rule may take: rfw needs 30 s at most. After that the
+/// connection is taken for dead, whatever time is left.
+const CHANGE_TIME: Duration = Duration::from_secs(35);
 /// How long a connection is used: rfw closes it once it has been idle for nine seconds.
 const MAX_AGE: Duration = Duration::from_secs(5);
 /// The longest answer in bytes, but for what `get` brings.
@@ -32,23 +35,23 @@ trait Wire: Read + Write {}
 impl Wire for DeadlineSocket {}
 impl Wire for tls::Link {}
 
-/// A connection for one request after the other. All waits end at the deadline of the first one,
-/// so the later ones have to come soon.
+/// A connection for one request after the other.
 pub struct Connection {
     wire: BufReader<Box<dyn Wire>>,
-    opened: Instant,
-    deadline: Instant,
+    /// When it is too old for another request.
+    until: Instant,
 }
 
 impl Connection {
+    /// All its waits end at the deadline, so more than half of the time must be left for a request.
     fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
-        Connection { wire: BufReader::new(Box::new(wire)), opened: Instant::now(), deadline }
-    }
-
-    /// Whether more than half of its time is left, and rfw has not closed it for idleness.
-    fn is_usable(&self) -> bool {
-        let age = self.opened.elapsed();
-        age < MAX_AGE && age < self.deadline.saturating_duration_since(Instant::now())
+        let now = Instant::now();
+        let half = deadline.saturating_duration_since(now).checked_div(2).unwrap_or_default();
+        let age = MAX_AGE.min(half);
+        Connection {
+            wire: BufReader::new(Box::new(wire)),
+            until: now.checked_add(age).unwrap_or(now),
+        }
     }
 }
 
@@ -106,9 +109,11 @@ fn exchange(
     kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
-    let mut connection = match kept.take().filter(Connection::is_usable) {
+    let is_single = request.job.list.is_empty() && request.job.method != "GET";
+    let soon = Instant::now().checked_add(CHANGE_TIME).filter(|_| is_single);
+    let mut connection = match kept.take().filter(|kept| Instant::now() < kept.until) {
         Some(connection) => connection,
-        None => connect(request, deadline)?,
+        None => connect(request, deadline.min(soon.unwrap_or(deadline)))?,
     };
     let wire = &mut connection.wire;
     let sent = send(wire.get_mut(), request);

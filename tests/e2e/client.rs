@@ -614,6 +614,16 @@ fn what_is_tried_again_and_what_is_not() {
 }
 
 #[test]
+fn a_change_whose_answer_is_lost_is_tried_again() {
+    once(|_| {
+        let server = stand_in(&[STALL, &ok(INSERTED)]);
+        let begun = Instant::now();
+        assert_eq!(result(&server.url, "put /x --timeout 58"), "0 200 inserted");
+        assert!(begun.elapsed() < Duration::from_secs(50) && server.seen().len() == 2);
+    });
+}
+
+#[test]
 fn answers_that_are_none() {
     once(|_| {
         let not_http = "the answer is not HTTP/1.1, or does not say how long it is";
