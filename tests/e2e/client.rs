@@ -807,7 +807,20 @@ fn batch(arguments: &str, lines: &[u8]) -> Said {
 }
 
 fn put_lines(count: usize) -> String {
-    (0..count).map(|n| format!("put /drop/input/any/10.{}.{}.1\n", n / 256, n % 256)).collect()
+    let path = |n| format!("/drop/input/any/10.{}.{}.{}", n / 65536, n / 256 % 256, n % 256);
+    (0..count).map(|n| format!("put {}\n", path(n))).collect()
+}
+
+/// The numbers of the lines that a server has not done, sorted; each is reported with these words.
+fn failed_lines(out: &str, url: &str, words: &str) -> Vec<usize> {
+    let mut numbers = Vec::new();
+    for line in out.lines().filter_map(|line| line.strip_prefix(&format!("{url}: line "))) {
+        let (number, rest) = line.split_once(": PUT /drop/input/any/10.").expect(line);
+        assert!(rest.contains(words), "{line}");
+        numbers.push(number.parse().unwrap());
+    }
+    numbers.sort_unstable();
+    numbers
 }
 
 #[test]
@@ -917,13 +930,7 @@ fn batch_goes_on_where_one_server_is_down() {
         assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         assert_eq!((status, lab.rules().len()), (1, 300));
         for (url, words) in [(&*hung.url, "no answer in time"), (gone, "cannot connect to")] {
-            let mut numbers: Vec<usize> = Vec::new();
-            for line in out.lines().filter_map(|line| line.strip_prefix(&format!("{url}: line "))) {
-                let (number, rest) = line.split_once(": PUT /drop/input/any/10.").expect(line);
-                assert!(rest.contains(words), "{line}");
-                numbers.push(number.parse().unwrap());
-            }
-            numbers.sort_unstable();
+            let numbers = failed_lines(&out, url, words);
             assert_eq!(numbers, (1..=300).collect::<Vec<_>>(), "{url}: each line, once");
         }
         let mut failed: Vec<_> = err.lines().collect();
@@ -931,6 +938,18 @@ fn batch_goes_on_where_one_server_is_down() {
         let mut want = vec![gone, &hung.url];
         want.sort_unstable();
         assert_eq!((failed, out.lines().count()), (want, 600));
+    });
+}
+
+#[test]
+fn batch_loses_no_line_when_more_wait_than_a_queue_holds() {
+    once(|_| {
+        let (count, gone) = (100_500, "http://127.0.0.1:1");
+        let lines = put_lines(count);
+        let (status, out, err) = batch(&format!("--server {gone} --timeout 1"), lines.as_bytes());
+        assert_eq!((status, err), (1, format!("{gone}\n")));
+        let failed = failed_lines(&out, gone, "cannot connect to");
+        assert_eq!(failed, (1..=count).collect::<Vec<_>>(), "each line, once");
     });
 }
 
