@@ -91,9 +91,10 @@ fn one_server() {
             ),
             (
                 "put /drop/input/any --list wrong",
-                "1 400 bad_list: Lines that are wrong: 1. Nothing of the list is applied. \
-                 [{\"line\":2,\"message\":\"'x\\\"' is no host; write an address like 192.0.2.1 \
-                 or 2001:db8::1.\"}]",
+                "1 400 bad_list: 1 of 2 lines are invalid. Line 2: 'x\\\"' is not an address; write an \
+                 address like 192.0.2.1 or 2001:db8::1. Nothing of the list is applied; with \
+                 lenient=true the rest would be. [{\"line\":2,\"message\":\"'x\\\\\\\"' is not an \
+                 address; write an address like 192.0.2.1 or 2001:db8::1.\"}]",
             ),
         ];
         table(&rows, |arguments| result(LOCAL_URL, arguments));
