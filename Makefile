@@ -10,6 +10,8 @@ rfw := $(CARGO_TARGET_DIR)/release/rfw
 BIN ?= $(rfw)
 schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 fail2ban := $(CARGO_TARGET_DIR)/fail2ban
+crowdsec := $(CARGO_TARGET_DIR)/crowdsec
+mqtt := $(CARGO_TARGET_DIR)/mqtt
 promtool := $(CARGO_TARGET_DIR)/prometheus/usr/bin/promtool
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
@@ -18,7 +20,7 @@ unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/rfw.service
 etc := $(DESTDIR)/etc/rfw
 rotate := $(DESTDIR)/etc/logrotate.d/rfw
 pages := $(wildcard contrib/man/*)
-scripts := contrib/rfwgen $(wildcard contrib/*.sh contrib/deb/* tests/*.sh tests/*/*.sh) \
+scripts := contrib/rfwgen contrib/rfw-feed contrib/crowdsec/rfw-crowdsec $(wildcard contrib/*.sh contrib/deb/* tests/*.sh tests/*/*.sh) \
     contrib/openwrt/rfw.init .ci/run
 
 # What libFuzzer is let loose on, and for how many seconds each: an hour in all.
@@ -28,7 +30,7 @@ SECONDS ?= 450
 # rustup's Rust where there is one; ordinary users have no sbin.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban static static-test \
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt static static-test \
     run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## the release binary, target/release/rfw (the default)
@@ -95,11 +97,22 @@ fail2ban: $(rfw) $(fail2ban) ## the real fail2ban bans through rfw, and feeds by
 	contrib/deps.sh bench
 	python3 tests/fail2ban.py $(rfw) $(fail2ban)
 
+crowdsec: $(rfw) $(crowdsec) ## the real CrowdSec and its custom bouncer ban through rfw; a quarter of a minute
+	contrib/deps.sh bench
+	python3 tests/crowdsec.py $(rfw) $(crowdsec)
+
+mqtt: $(rfw) $(mqtt) ## peers publish through a real mosquitto, a fleet's host obeys; a quarter of a minute
+	contrib/deps.sh bench
+	python3 tests/mqtt.py $(rfw) $(mqtt)
+
 # Debian's packages unpacked, not installed: nothing of them starts on this host.
-$(fail2ban) $(CARGO_TARGET_DIR)/prometheus:
+packages_crowdsec := crowdsec crowdsec-custom-bouncer
+packages_mqtt := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
+$(fail2ban) $(crowdsec) $(mqtt) $(CARGO_TARGET_DIR)/prometheus:
 	rm -rf $@.new
 	mkdir -p $@.new
-	cd $@.new && apt-get -qq download $(@F) && dpkg -x $(@F)_*.deb .
+	cd $@.new && apt-get -qq download $(or $(packages_$(@F)),$(@F)) && \
+	    for package in *.deb; do dpkg -x $$package . || exit; done
 	mv $@.new $@
 
 $(promtool): | $(CARGO_TARGET_DIR)/prometheus
@@ -134,6 +147,7 @@ install: $(BIN) ## programs, manual, systemd unit to PREFIX, new files only to /
 	install -m 755 $(BIN) "$(sbin)/rfw"
 	ln -sf rfw "$(sbin)/rfwc"
 	install -m 755 contrib/rfwgen "$(bin)/rfwgen"
+	install -m 755 contrib/rfw-feed "$(bin)/rfw-feed"
 	for page in $(pages); do \
 	    install -D -m 644 $$page "$(man)/man$${page##*.}/$${page##*/}" || exit; done
 	install -D -m 644 contrib/rfw.service "$(unit)"
@@ -144,7 +158,7 @@ install: $(BIN) ## programs, manual, systemd unit to PREFIX, new files only to /
 	[ -e "$(rotate)" ] || install -D -m 644 contrib/logrotate "$(rotate)"
 
 uninstall: ## removes all that but the files in /etc; the rules in iptables stay, too
-	rm -f "$(sbin)/rfw" "$(sbin)/rfwc" "$(bin)/rfwgen" "$(unit)"
+	rm -f "$(sbin)/rfw" "$(sbin)/rfwc" "$(bin)/rfwgen" "$(bin)/rfw-feed" "$(unit)"
 	for page in $(pages); do rm -f "$(man)/man$${page##*.}/$${page##*/}"; done
 	@echo 'Left: $(etc), $(rotate), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
 

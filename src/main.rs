@@ -322,7 +322,7 @@ fn check_tables(iptables: &Path) -> Result<(), String> {
 
 /// Whether this host has IPv6 to filter. A kernel without it has no such file in /proc.
 fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
-    if Path::new("/proc/net/dev").exists() && !Path::new("/proc/net/if_inet6").exists() {
+    if Path::new("/proc/self/net/dev").exists() && !Path::new("/proc/self/net/if_inet6").exists() {
         return Err("this host has no IPv6".into());
     }
     check_tables(ip6tables)

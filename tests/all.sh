@@ -72,6 +72,9 @@ step mandoc 'command -v mandoc' 'not installed' mandoc -Tlint -Wwarning contrib/
 step tests/argv.py 'command -v python3' 'no python3' python3 tests/argv.py "$rfw" 3000
 step tests/chaos.py 'command -v python3' 'no python3' \
 	python3 tests/chaos.py "$rfw" 16 1 --without hang
+unpacked() { command -v python3 && make -s "${CARGO_TARGET_DIR:-target}/$1"; }
+step tests/crowdsec.py 'unpacked crowdsec' 'no python3, or no package crowdsec to unpack' make crowdsec
+step tests/mqtt.py 'unpacked mqtt' 'no python3, or no package mosquitto to unpack' make mqtt
 step tests/deb.sh has_systemd 'needs root, dpkg and systemd' make deb-test
 cargo_test
 step fuzzing 'cargo +nightly fuzz --version && command -v c++' \

@@ -152,7 +152,7 @@ def set_name(m):
     ends = [m.inp or "any"] if m.chain == "INPUT" else [m.out or "any"] if m.chain == "OUTPUT" else \
         [m.inp or "any", m.out or "any", "src" if m.source else "dst"]
     name = f"rfw{m.version}:{m.target.lower()}:{at}{':'.join(ends)}"
-    return name if len(name) <= 31 else name.split("fwd:")[0] + "fwd:~HASH"
+    return name if len(name) <= 31 and "@" not in name else name.split(at)[0] + at + "~HASH"
 
 
 # --- What reached the programs ---------------------------------------------------------------------
@@ -345,7 +345,7 @@ def reached(recorder, m, sets, since):
     made = [" ".join([name, *untag(words_, m.expire if m else 0, since)]) for name, words_ in changes(recorder.take())]
     if not sets or not m:
         return made
-    made = [re.sub(r"fwd:~[0-9a-f]{14}", "fwd:~HASH", line) for line in made]
+    made = [re.sub(r":~[0-9a-f]{14}", ":~HASH", line) for line in made]
     # An expiry is rounded up, and the time to it, too.
     made = [re.sub(f" timeout {m.expire + 1}$", f" timeout {m.expire}", line) if m.expire else line for line in made]
     if not in_set(m):  # behind the rules of sets

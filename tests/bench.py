@@ -687,6 +687,23 @@ def fleet(box):
     return times(many, single)
 
 
+def batch(sets):
+    """PUTs of rfwc batch, beside one curl for each."""
+    def measure(box):
+        rfw, bare = [], []
+        lines = feed(3000)
+        path = box.write("lines", [f"put /drop/input/any/{line}?expire=1h&tag=feed" for line in lines])
+        loop = box.write("loop", [f"curl -sfX PUT 'http://127.0.0.1:{LOCAL}/drop/input/any/{line}?expire=1h&tag=feed'" for line in lines[:300]])
+        for _ in range(3):
+            box.with_sets() if sets else box.fresh()
+            rfw.append(3000 / seconds_of([box.rfw, "client", "batch", path]))
+            box.with_sets() if sets else box.fresh()
+            bare.append(300 / seconds_of(["/bin/sh", "-e", loop]))
+        rfw, bare = statistics.median(rfw), statistics.median(bare)
+        return f"{rfw:.0f} /s", f"{bare:.0f} /s", f"{rfw / bare:.2f} x"
+    return measure
+
+
 async def half_a_second(addresses):
     async def answer(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -737,6 +754,8 @@ ROWS = [
     Row("packets a second, 120,000 hosts in sets: none", "at least 0.9 x", packets(False)),
     Row("the same, 1,200 of them blocks of 14 sizes: none", "", packets(True)),
     Row("GET /list of 120,000, sets: ipset save", "at most 2 x", listing_of_set),
+    Row("rfwc batch, rules: one curl for each change", "", batch(False)),
+    Row("rfwc batch, sets: one curl for each change", "", batch(True)),
     Row("rfwc: a list of 10,000 to 200 servers: to one", "", fleet),
     Row("size of the program", "at most 1.6 MB", lambda box: megabytes(os.stat(box.rfw).st_size)),
 ]

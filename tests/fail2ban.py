@@ -8,9 +8,11 @@ own jail.conf with contrib/fail2ban/rfw.conf for action, a log that this test wr
 namespace of its own. Exit status 1 at the first thing that is not as it should be.
 """
 
-import re, shutil, signal
+import http.server, re, shutil, signal, threading, zlib
 from lab import *
 
+HTTPS = f"--cacert {RUN}/client/ca.crt --credentials"
+AGAIN = "again-host-and-many-"  # the tag of the jail Again@host-and-many-more
 LOG, F2B_LOG = RUN + "/service.log", RUN + "/fail2ban.log"
 
 SETTINGS = f"""[Definition]
@@ -35,8 +37,7 @@ maxretry = 1
 bantime = 10m
 filter = lab[tag=%(__name__)s]
 [web]
-[again]
-banaction = rfw[place="input/eth0"]
+[Again@host-and-many-more]
 [ever]
 bantime = -1
 [long]
@@ -46,9 +47,11 @@ bantime = 3s
 bantime.increment = true
 bantime.factor = 100
 [edge]
-banaction = rfw[server="https://127.0.0.1:{OUTWARD}", target=reject, place="forward/any", config={RUN}/right.curl]
+banaction = rfw[server="https://127.0.0.1:{OUTWARD}", target=reject, place="forward/any", options="{HTTPS} {RUN}/right"]
 [wrong]
-banaction = rfw[server="https://127.0.0.1:{OUTWARD}", config={RUN}/wrong.curl]
+banaction = rfw[server="https://127.0.0.1:{OUTWARD}", options="{HTTPS} {RUN}/wrong"]
+[fleet]
+banaction = rfw[servers="--servers {RUN}/servers", options="{HTTPS} {RUN}/right", prefix6=64]
 [junk]
 filter = junk
 """
@@ -83,18 +86,18 @@ def rules(program="iptables"):
     return subprocess.run([f"/usr/sbin/{program}-nft", "-S"], capture_output=True, text=True, check=True).stdout
 
 
-def rule(address, words="-A INPUT", end="-j DROP"):
-    """-> in how many seconds that rule expires; 0: never; None: there is none."""
+def rule(address, words="-A INPUT", end="-j DROP", tag=""):
+    """-> in how many seconds that rule, with any tag or this one, expires; 0: never; None: there is none."""
     for line in rules("ip6tables" if ":" in address else "iptables").splitlines():
-        if line.startswith(words) and f"-s {address}/" in line and end in line:
-            expiry = re.search(r'"?rfw:(\d+)', line)
-            return int(expiry.group(1)) - time.time() if expiry else 0
+        comment = re.search(r'--comment "?rfw:?(\d*)@([^" ]*)', line)
+        if line.startswith(words) and f"-s {address}/" in line and end in line and comment.group(2).startswith(tag):
+            return int(comment.group(1)) - time.time() if comment.group(1) else 0
     return None
 
 
-def lasts(seconds, address, *words):
+def lasts(seconds, address, *words, tag=""):
     """Whether the rule is there, with that expiry."""
-    left = rule(address, *words)
+    left = rule(address, *words, tag=tag)
     return left is not None and (seconds - 30 < left < seconds + 5 if seconds else left == 0)
 
 
@@ -117,9 +120,10 @@ class Fail2ban:
         for name, text in [("fail2ban.local", SETTINGS), ("jail.local", re.sub(r"(\n\[.*\])", r"\1\nenabled = true", JAILS)),
                            ("filter.d/lab.conf", FILTER), ("filter.d/junk.conf", JUNK)]:
             write("etc/" + name, text)
-        write("right.curl", f'user = "{USER}:{PASSWORD}"\ncacert = "{RUN}/client/ca.crt"\n')
-        write("wrong.curl", f'user = "{USER}:guess"\ncacert = "{RUN}/client/ca.crt"\n')
-        self.env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1",
+        write("right", f"{USER}:{PASSWORD}\n")
+        write("wrong", f"{USER}:guess\n")
+        write("servers", f"https://127.0.0.1:{OUTWARD}\nhttp://127.0.0.1:{LOCAL}\n")
+        self.env = {"PATH": RUN + "/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1",
                     "PYTHONPATH": self.package + "/usr/lib/python3/dist-packages"}
 
     def start(self):
@@ -147,12 +151,12 @@ def bans(fail2ban):
     seen("unbanip: both are gone", lambda: rule("203.0.113.7") is rule("2001:db8::7") is None)
 
     fails("web", "203.0.113.8")
-    fails("again", "203.0.113.8")
+    fails("Again@host-and-many-more", "203.0.113.8")
     seen("two jails ban one address, each by a rule of its own",
-         lambda: lasts(600, "203.0.113.8", "-A INPUT", "/32 -m") and lasts(600, "203.0.113.8", "-A INPUT", "-i eth0"))
+         lambda: lasts(600, "203.0.113.8", tag="web") and lasts(600, "203.0.113.8", tag=AGAIN))
     fail2ban.client("set", "web", "unbanip", "203.0.113.8")
-    seen("what one unbans the other holds", lambda: rule("203.0.113.8", "-A INPUT", "/32 -m") is None)
-    check("(the other's rule)", lasts(600, "203.0.113.8", "-A INPUT", "-i eth0"))
+    seen("what one unbans the other holds", lambda: rule("203.0.113.8", tag="web") is None)
+    check("(the other's rule)", lasts(600, "203.0.113.8", tag=AGAIN))
 
     fails("ever", "203.0.113.9")
     seen("bantime -1: no expiry", lambda: lasts(0, "203.0.113.9"))
@@ -169,7 +173,7 @@ def bans(fail2ban):
 def refusals():
     fails("web", "192.0.2.1")
     seen("a whitelisted address: an error in fail2ban's log, with rfw's sentence",
-         lambda: logged("ERROR", "stdout", '"error":"whitelisted"') and logged("ERROR", "Failed to execute ban", "'web'"))
+         lambda: logged("ERROR", "stdout", "409 whitelisted: ") and logged("ERROR", "Failed to execute ban", "'web'"))
     check("(no rule)", rule("192.0.2.1") is None)
     before = rules() + rules("ip6tables")
     with open(LOG, "a") as f:
@@ -193,7 +197,7 @@ def errors(jail):
         return sum("ERROR" in line and "Failed to execute ban" in line and jail in line for line in f)
 
 
-def edge():
+def edge(fail2ban):
     fails("edge", "0.0.0.0")
     seen("0.0.0.0 is not banned: in forward it is any address", lambda: errors("'edge'") == 1)
     fails("edge", "198.51.100.7")
@@ -203,9 +207,18 @@ def edge():
     check("(nothing else there)", sum("-A FORWARD" in line for line in (rules() + rules("ip6tables")).splitlines()) == 2)
     fails("wrong", "198.51.100.8")
     seen("a wrong password: an error in fail2ban's log, with rfw's sentence",
-         lambda: logged("ERROR", "stdout", '"error":"unauthorized"') and errors("'wrong'"))
+         lambda: logged("ERROR", "stdout", "401 unauthorized: ") and errors("'wrong'"))
     check("(no rule)", rule("198.51.100.8") is None)
-    check("no password in fail2ban's log of commands", logged("right.curl") and not logged(PASSWORD))
+    fails("fleet", "203.0.113.30")
+    seen("two servers at once", lambda: lasts(600, "203.0.113.30", tag="fleet"))
+    with open(RUN + "/rfw.log") as f:
+        came = [line for line in f if "PUT /drop/input/any/203.0.113.30?" in line]
+    check("(each has got it)", len(came) == 2 and any(f" {USER} " in line for line in came))
+    fails("fleet", "2001:db8:1:2::9")
+    seen("prefix6=64: the whole /64", lambda: "-s 2001:db8:1:2::/64 " in rules("ip6tables"))
+    fail2ban.client("set", "fleet", "unbanip", "2001:db8:1:2::9")
+    seen("(and unbanip)", lambda: "2001:db8:1:2::/64" not in rules("ip6tables"))
+    check("no password in fail2ban's log of commands", logged("/right") and not logged(PASSWORD))
 
 
 def outages(fail2ban, start):
@@ -249,48 +262,85 @@ WANTED = {
     "drop_v4.json": ["198.18.4.0/22", "198.18.8.0/24"],
     "drop_v6.json": ["2001:db8:6::/48"],
 }
-# curl -o FILE URL, of what is not this host, is a copy.
-CURL = f"""#!/bin/sh
-case "$*" in
-*https://*) for url; do :; done; exec cp "{RUN}/feeds/$(echo "$url" | tr / _)" "$3" ;;
-*) exec /usr/bin/curl "$@" ;;
-esac
+# The real one; what is not this host is the server below.
+CURL = """#!/bin/sh
+for word; do
+    shift
+    case $word in https://*) word=http://127.0.0.1:8000/$(echo "$word" | tr / _) ;; esac
+    set -- "$@" "$word"
+done
+exec /usr/bin/curl "$@"
 """
 
 
-def sources():
+class Feeds(http.server.BaseHTTPRequestHandler):
+    """Serves FEEDS with entity tags, or fails in the way of `mode`."""
+    mode, answers = "", []
+
+    def do_GET(self):
+        body = next(text for name, text in FEEDS.items() if self.path.endswith(name.replace("/", "_"))).encode()
+        etag = '"%d"' % zlib.crc32(body)
+        same = self.headers["If-None-Match"] == etag and not self.mode
+        status = 304 if same else 500 if self.mode == "error" else 200
+        self.answers.append(status)
+        self.send_response(status)
+        self.send_header("ETag", '"broken"' if self.mode else etag)
+        if not same:
+            body = b"" if self.mode in ("empty", "error") else b"# none\n" if self.mode == "comment" else body
+            body = body.replace(b"198.18.0.1", b"<html>") if self.mode == "html" else body
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if not same:
+            self.wfile.write(body[:-14] if self.mode == "cut" else body)
+
+    def log_message(self, *_):
+        pass
+
+
+def sources(tag):
     lines = (rules() + rules("ip6tables")).splitlines()
-    return sorted(re.search(r" -s (\S+)", line).group(1) for line in lines if re.search(r' -s .*"?rfw:\d', line))
+    return sorted(re.search(r" -s (\S+)", line).group(1) for line in lines if re.search(rf' -s .*"?rfw@{tag}\b', line))
 
 
 def feeds():
-    """Each line of feeds.cron, as cron runs it, but that its download is a file of FEEDS."""
+    """Each line of feeds.cron, as cron runs it, but that its download comes from this host."""
     subprocess.run(["mount", "-t", "tmpfs", "cache", "/var/cache"], check=True)
-    os.mkdir(RUN + "/feeds")
-    os.mkdir(RUN + "/bin")
     write("bin/curl", CURL)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Feeds)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     with open(ROOT + "/contrib/feeds.cron") as f:
         crontab = [line.split(None, 6)[5:] for line in f if line[0].isdigit()]
     check("as many lines as feeds, no % in any", len(crontab) == len(FEEDS) and not any("%" in line for _, line in crontab))
+    path = f"{RUN}/bin:{ROOT}/contrib:/usr/bin:/bin"
+    cron = lambda command: subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, env={"PATH": path})
     for user, command in crontab:
-        url = re.search(r"https://\S+", command).group()
-        feed = next(name for name in FEEDS if url.endswith(name))
-        write("feeds/" + url.replace("/", "_"), FEEDS[feed])
-        before = sources()
-        done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True,
-                              env={"PATH": RUN + "/bin:/usr/bin:/bin"})
-        come = sorted(set(sources()) - set(before))
-        check(f"{feed}: {' '.join(come)}", user == "root" and done.returncode == 0 and not done.stderr
-              and '"result":"applied"' in done.stdout and come == WANTED[feed])
+        tag = command.split()[1]
+        feed = next(name for name in FEEDS if name in command)
+        done = cron(command)
+        check(f"{feed}: {' '.join(sources(tag))}", user == "root" and done.returncode == 0 and not done.stderr
+              and "200 applied" in done.stdout and sources(tag) == WANTED[feed])
+    ipsum = next(command for _, command in crontab if " ipsum " in command)
+    others = sources("spamhaus4")
+    check("a feed that has not changed is not sent again, and put again",
+          cron(ipsum).returncode == 0 and Feeds.answers[-1] == 304 and sources("ipsum") == WANTED["levels/3.txt"])
+    for Feeds.mode in "error", "empty", "comment", "html", "cut":
+        FEEDS["levels/3.txt"] = "198.18.0.9\n198.18.0.1\n198.18.0.2\n"
+        done = cron(ipsum)
+        check(f"a download that is wrong unblocks nobody: {Feeds.mode}", sources("ipsum") == WANTED["levels/3.txt"]
+              and done.returncode != 0 and done.stderr + done.stdout != "")
+    check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
+    Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
+    check("what has left the feed is unblocked, what is new is blocked",
+          cron(ipsum).returncode == 0 and sources("ipsum") == ["198.18.0.2/32", "198.18.0.3/32"])
+    check("(the other feeds)", sources("spamhaus4") == others)
     for what, text, filter_ in [
             ("drop.txt, as it is", "; Spamhaus DROP List 2026/11/24 - (c) 2026 The Spamhaus Project SLU\n"
              "; Expires: Wed, 25 Nov 2026 11:43:35 GMT\n198.18.20.0/24 ; SBL100001\n198.18.22.0/23 ; SBL100002\n", "cat"),
             ("ipsum.txt, cut -f1", "# IPsum Threat Intelligence Feed\n# (https://github.com/stamparm/ipsum)\n#\n"
              "198.18.24.1\t10\n198.18.24.2\t3\n", "cut -f1")]:
-        before = sources()
         subprocess.run(f"{filter_} '{write('sample', text)}' | curl -sS --fail-with-body -T - "
-                       "'http://127.0.0.1:7390/drop/input/any?expire=25h'", shell=True, check=True, stdout=subprocess.DEVNULL)
-        check(f"{what}: {' '.join(sorted(set(sources()) - set(before)))}", len(set(sources()) - set(before)) == 2)
+                       "'http://127.0.0.1:7390/drop/input/any?tag=sample&replace=true'", shell=True, check=True, stdout=subprocess.DEVNULL)
+        check(f"{what}: {' '.join(sources('sample'))}", len(sources("sample")) == 2)
 
 
 def main():
@@ -298,6 +348,8 @@ def main():
         sys.exit(__doc__)
     inside()
     keys()
+    os.mkdir(RUN + "/bin")
+    os.symlink(os.path.abspath(sys.argv[1]), RUN + "/bin/rfwc")
     write("service.log", "")
     write("fail2ban.log", "")
     start = lambda: Rfw(sys.argv[1], OUTWARD_CONF)
@@ -307,7 +359,7 @@ def main():
         fail2ban.start()
         bans(fail2ban)
         refusals()
-        edge()
+        edge(fail2ban)
         rfw.stop()
         rfw = outages(fail2ban, start)
         feeds()

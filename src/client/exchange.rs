@@ -1,7 +1,7 @@
 //! One request to one server, again and again until it is answered or the time
-//! is over.
+//! is over; and the connection, which the next one can use.
 
-use super::options::{Job, Server};
+use super::options::{Fleet, Job, Server};
 use crate::http::answer::Head;
 use crate::http::body;
 use crate::http::deadline::DeadlineSocket;
@@ -19,6 +19,11 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 /// How long each address of a host may take to be reached.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// How long the answer to a change of one rule may take: rfw needs 30 s at most. After that the
+/// connection is taken for dead, whatever time is left.
+const CHANGE_TIME: Duration = Duration::from_secs(35);
+/// How long a connection is used: rfw closes it once it has been idle for nine seconds.
+const MAX_AGE: Duration = Duration::from_secs(5);
 /// The longest answer in bytes, but for what `get` brings.
 const MAX_ANSWER: usize = 64 * 1024;
 
@@ -30,11 +35,31 @@ trait Wire: Read + Write {}
 impl Wire for DeadlineSocket {}
 impl Wire for tls::Link {}
 
+/// A connection for one request after the other.
+pub struct Connection {
+    wire: BufReader<Box<dyn Wire>>,
+    /// When it is too old for another request.
+    until: Instant,
+}
+
+impl Connection {
+    /// All its waits end at the deadline, so more than half of the time must be left for a request.
+    fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
+        let now = Instant::now();
+        let half = deadline.saturating_duration_since(now).checked_div(2).unwrap_or_default();
+        let age = MAX_AGE.min(half);
+        Connection {
+            wire: BufReader::new(Box::new(wire)),
+            until: now.checked_add(age).unwrap_or(now),
+        }
+    }
+}
+
 /// Why one try failed.
-struct Failure {
-    words: String,
+pub struct Failure {
+    pub words: String,
     /// It may do better after so long, or a pause, whichever is longer.
-    again: Option<Duration>,
+    pub again: Option<Duration>,
 }
 
 fn for_good(words: impl Into<String>) -> Failure {
@@ -45,14 +70,26 @@ fn for_now(words: impl Into<String>) -> Failure {
     Failure { words: words.into(), again: Some(Duration::ZERO) }
 }
 
-/// Sends the job to a server. Returns the words of the result, which are empty
-/// where the sink has got it; as an error if the server did not do it.
-pub fn ask(job: &Job, server: &Server, sink: &mut Sink<'_>) -> Result<String, String> {
+/// A job for one server.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    pub fleet: &'a Fleet,
+    pub server: &'a Server,
+    pub job: &'a Job,
+}
+
+/// Sends a request, on the connection that is kept if possible. Returns the words of the
+/// result, which are empty where the sink has got it; as an error if the server did not do it.
+pub fn ask(
+    request: Request<'_>,
+    kept: &mut Option<Connection>,
+    sink: &mut Sink<'_>,
+) -> Result<String, Failure> {
     let started = Instant::now();
-    let deadline = started.checked_add(job.timeout).unwrap_or(started);
+    let deadline = started.checked_add(request.fleet.timeout).unwrap_or(started);
     let mut pause = FIRST_PAUSE;
     loop {
-        let failure = match exchange(job, server, deadline, sink) {
+        let failure = match exchange(request, deadline, kept, sink) {
             Ok(words) => return Ok(words),
             Err(failure) => failure,
         };
@@ -60,34 +97,42 @@ pub fn ask(job: &Job, server: &Server, sink: &mut Sink<'_>) -> Result<String, St
         let left = deadline.saturating_duration_since(Instant::now());
         match wait.filter(|wait| *wait < left) {
             Some(wait) => thread::sleep(wait),
-            None => return Err(failure.words),
+            None => return Err(failure),
         }
         pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
     }
 }
 
 fn exchange(
-    job: &Job,
-    server: &Server,
+    request: Request<'_>,
     deadline: Instant,
+    kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
-    let mut link = BufReader::new(connect(job, server, deadline)?);
-    let sent = send(link.get_mut(), job, server);
+    let is_single = request.job.list.is_empty() && request.job.method != "GET";
+    let soon = Instant::now().checked_add(CHANGE_TIME).filter(|_| is_single);
+    let mut connection = match kept.take().filter(|kept| Instant::now() < kept.until) {
+        Some(connection) => connection,
+        None => connect(request, deadline.min(soon.unwrap_or(deadline)))?,
+    };
+    let wire = &mut connection.wire;
+    let sent = send(wire.get_mut(), request);
     // Who refuses a list may say why before it is there, and close.
-    let head = read_head(&mut link).map_err(|error| match (tls::complaint(&error), sent) {
+    let head = read_head(wire).map_err(|error| match (tls::complaint(&error), sent) {
         (None, Err(unsent)) => fault(&unsent),
         _ => fault(&error),
     })?;
     let wrong = "the answer is not HTTP/1.1, or does not say how long it is";
     let head = Head::parse(&head).ok_or_else(|| for_good(wrong))?;
-    if head.status == 200 && job.method == "GET" {
+    if head.status == 200 && request.job.method == "GET" {
         let each = |bytes: &[u8]| sink(bytes).map_err(|error| for_good(error.to_string()));
-        let read = body::read(&mut link, head.body, u64::MAX, each);
+        let read = body::read(wire, head.body, u64::MAX, each);
         // What is written cannot be taken back.
         return read.map(|()| String::new()).map_err(|failure| for_good(failure.words));
     }
-    judge(&head, &mut link)
+    let answer = judge(&head, wire);
+    *kept = Some(connection).filter(|_| head.keep_alive && answer.is_ok());
+    answer
 }
 
 /// Reads an answer that has a result or an error.
@@ -111,12 +156,14 @@ fn judge(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> {
     }
 }
 
-fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire>, Failure> {
+fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failure> {
+    let Request { fleet, server, .. } = request;
     let addresses = (&*server.host, server.port).to_socket_addrs();
     let addresses = addresses.map_err(|error| for_now(format!("cannot find the host: {error}")))?;
     let mut failure = for_now("the host has no address");
     for address in addresses {
-        if job.credentials.is_some() && !server.tls && !address.ip().to_canonical().is_loopback() {
+        if fleet.credentials.is_some() && !server.tls && !address.ip().to_canonical().is_loopback()
+        {
             return Err(for_good("user and password go over https only; write https://"));
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -126,25 +173,23 @@ fn connect(job: &Job, server: &Server, deadline: Instant) -> Result<Box<dyn Wire
         });
         match opened {
             Err(error) => failure = for_now(format!("cannot connect to {address}: {error}")),
-            Ok(socket) if !server.tls => return Ok(Box::new(socket)),
+            Ok(socket) if !server.tls => return Ok(Connection::new(socket, deadline)),
             Ok(socket) => {
-                let link = job.connector.link(&server.host, socket);
+                let link = fleet.connector.link(&server.host, socket);
                 let link = link.map_err(|error| for_good(error.to_string()))?;
-                return Ok(Box::new(link));
+                return Ok(Connection::new(link, deadline));
             }
         }
     }
     Err(failure)
 }
 
-fn send(link: &mut impl Write, job: &Job, server: &Server) -> io::Result<()> {
-    let Job { method, path, list, .. } = job;
-    let Server { host, port, .. } = server;
+fn send(link: &mut impl Write, Request { fleet, server, job }: Request<'_>) -> io::Result<()> {
+    let (Job { method, path, list }, Server { host, port, .. }) = (job, server);
     let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-    let authorization = job.credentials.as_ref().map(|credentials| credentials.field());
+    let authorization = fleet.credentials.as_ref().map(|credentials| credentials.field());
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\
-         Content-Length: {}\r\n{}\r\n",
+        "{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {}\r\n{}\r\n",
         list.len(),
         authorization.unwrap_or_default()
     );

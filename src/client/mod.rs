@@ -1,12 +1,15 @@
 //! The client, `rfwc`: one request to one server, or to many at once.
 //!
 //! In this order: [`options`], from arguments and files to a job; here, the
-//! threads and what they report; [`exchange`], the request to one server.
+//! threads and what they report; [`batch`], the same for a stream of jobs;
+//! [`exchange`], the request to one server.
 
+pub mod batch;
 pub mod exchange;
 pub mod options;
 
-use options::{Ask, Job, Server, USAGE};
+use exchange::Request;
+use options::{Ask, Fleet, Job, Server, USAGE};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -28,7 +31,8 @@ const COLUMNS: usize = 70;
 /// servers did it, 1 some did not or the output cannot be written, 2 wrong usage.
 pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
     let text = match options::parse(args, env::var("RFW_CREDENTIALS").ok()) {
-        Ok(Ask::Send(job)) => return send(&job),
+        Ok(Ask::Send(fleet, job)) => return send(&fleet, &job),
+        Ok(Ask::Batch(fleet, source, query)) => return batch::run(&fleet, source, &query),
         Ok(Ask::Help) => USAGE,
         Ok(Ask::Version) => concat!("rfwc ", env!("CARGO_PKG_VERSION"), "\n"),
         Err(message) => {
@@ -53,14 +57,14 @@ fn is_written(result: &io::Result<()>) -> bool {
     result.is_ok()
 }
 
-fn send(job: &Job) -> ExitCode {
-    let total = job.servers.len();
+fn send(fleet: &Fleet, job: &Job) -> ExitCode {
+    let total = fleet.servers.len();
     let bar = total > 1 && io::stderr().is_terminal();
-    let report = Mutex::new(Report { total, done: 0, failed: Vec::new(), bar, written: Ok(()) });
+    let report = Mutex::new(Report::new(total, bar));
     let next = AtomicUsize::new(0);
     let work = || {
-        while let Some(server) = job.servers.get(next.fetch_add(1, Relaxed)) {
-            ask(job, server, &report);
+        while let Some(server) = fleet.servers.get(next.fetch_add(1, Relaxed)) {
+            ask(Request { fleet, server, job }, &report);
         }
     };
     lock(&report).draw();
@@ -71,19 +75,14 @@ fn send(job: &Job) -> ExitCode {
         }
         work();
     });
-    let report = lock(&report);
-    report.clear();
-    for name in &report.failed {
-        let _ = writeln!(io::stderr(), "{name}");
-    }
-    let written = is_written(&report.written);
-    ExitCode::from(u8::from(!written || !report.failed.is_empty()))
+    lock(&report).finish()
 }
 
 /// Asks one server, and reports.
-fn ask(job: &Job, server: &Server, report: &Mutex<Report>) {
+fn ask(request: Request<'_>, report: &Mutex<Report>) {
+    let Request { fleet, server, job } = request;
     let name = format!("{}: ", server.name);
-    let alone = job.servers.len() == 1;
+    let alone = fleet.servers.len() == 1;
     let mut begun = Vec::new();
     let mut print_lines = |bytes: &[u8]| {
         let mut text = Vec::new();
@@ -97,7 +96,7 @@ fn ask(job: &Job, server: &Server, report: &Mutex<Report>) {
         }
         lock(report).print(&text)
     };
-    let result = exchange::ask(job, server, &mut |bytes| {
+    let result = exchange::ask(request, &mut None, &mut |bytes| {
         let written = if alone { lock(report).print(bytes) } else { print_lines(bytes) };
         // The reader has seen enough; a `get` changes nothing, so nobody misses the rest.
         if written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
@@ -110,17 +109,18 @@ fn ask(job: &Job, server: &Server, report: &Mutex<Report>) {
         begun.push(b'\n');
         report.print_result(&[name.as_bytes(), &begun].concat());
     }
-    report.end(server, &result, alone && job.method == "GET");
+    report.end(server, &result.map_err(|failure| failure.words), alone && job.method == "GET");
 }
 
-fn lock(report: &Mutex<Report>) -> MutexGuard<'_, Report> {
-    report.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How far it is, and the only writer of what is written meanwhile.
 struct Report {
     total: usize,
     done: usize,
+    /// The servers that failed.
     failed: Vec<String>,
     /// Whether standard error is a terminal, and there is something to wait for.
     bar: bool,
@@ -129,13 +129,17 @@ struct Report {
 }
 
 impl Report {
+    fn new(total: usize, bar: bool) -> Report {
+        Report { total, done: 0, failed: Vec::new(), bar, written: Ok(()) }
+    }
+
     /// Takes the result of a server. Where standard output is for a body, it goes
     /// to standard error, as a comment in a list of servers.
     fn end(&mut self, server: &Server, result: &Result<String, String>, beside: bool) {
         let (Ok(words) | Err(words)) = result;
         // What came from a server colours no terminal.
         let line = format!("{}: {}\n", server.name, words.replace(char::is_control, "?"));
-        if result.is_err() {
+        if result.is_err() && !self.failed.contains(&server.name) {
             self.failed.push(server.name.clone());
         }
         if beside && result.is_err() {
@@ -145,6 +149,16 @@ impl Report {
         }
         self.done = self.done.saturating_add(1);
         self.draw();
+    }
+
+    /// Names the servers that failed, and returns the exit status.
+    fn finish(&self) -> ExitCode {
+        self.clear();
+        for name in &self.failed {
+            let _ = writeln!(io::stderr(), "{name}");
+        }
+        let written = is_written(&self.written);
+        ExitCode::from(u8::from(!written || !self.failed.is_empty()))
     }
 
     fn print_result(&mut self, bytes: &[u8]) {

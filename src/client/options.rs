@@ -12,29 +12,35 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 pub const USAGE: &str = "\
-usage: rfwc [OPTION]... put PATH [--list FILE]
+usage: rfwc [OPTION]... put PATH [--list FILE [--replace]]
        rfwc [OPTION]... delete PATH [--list FILE]
        rfwc [OPTION]... get PATH
+       rfwc [OPTION]... batch FILE
 
-Sends a request to rfw servers, PATH as in /drop/input/any/192.0.2.1?expire=1h
+Sends a request to rfw servers, PATH as in /drop/input/any/192.0.2.1?expire=1h,
+or with batch each line of FILE, put PATH or delete PATH, as soon as it is read;
+FILE - is standard input.
 
   --server URL        http[s]://HOST[:PORT], for each server; ports 7390 and,
                       of https, 7393; default http://127.0.0.1:7390
   --servers FILE      servers, a URL a line; # starts a comment
   --list FILE         the list to send; - is standard input
+  --tag NAME          whose rules: adds tag=NAME to PATH
+  --replace           adds replace=true: this list is all that the tag has there
   --credentials FILE  one line USER:PASSWORD, for its owner only (mode 0600);
                       or RFW_CREDENTIALS=USER:PASSWORD in the environment
   --cacert FILE       the CA of the servers, in place of the public ones
   --cert FILE         certificate of this client, and
   --key FILE          its key, where servers ask for one
-  --timeout SECONDS   for each server, default 30; so long one that is busy or
-                      not reached is tried again
+  --timeout SECONDS   for each server, default 30: how long one that is busy or
+                      cannot be reached is tried again
   -V, --version       print the version
   -h, --help          print this
 
 Standard output has a line for each server, URL: STATUS RESULT or URL: SENTENCE,
 or what get brings: of one server as it is, of several with URL: before each
-line. Standard error has the URLs of the servers that failed, one a line, as
+line. Of batch it has the lines that failed, and at the end URL: DONE of LINES.
+Standard error has the URLs of the servers that failed, one a line, as
 --servers takes them. Exit status: 0 all did it, 1 some failed, 2 wrong usage.
 ";
 
@@ -44,20 +50,27 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Ask {
     Help,
     Version,
-    Send(Job),
+    Send(Fleet, Job),
+    /// Jobs by the line, and what is added to the query of each.
+    Batch(Fleet, Box<dyn Read>, Vec<String>),
 }
 
-/// One request, and to whom.
-pub struct Job {
+/// The servers, and what is the same for each request to them.
+pub struct Fleet {
     pub servers: Vec<Server>,
+    pub credentials: Option<Credentials>,
+    pub connector: Connector,
+    pub timeout: Duration,
+}
+
+/// One request.
+#[derive(Debug)]
+pub struct Job {
     pub method: &'static str,
     /// The path with its query, as it is sent.
     pub path: String,
     /// The body: every thread sends this very copy.
     pub list: Vec<u8>,
-    pub credentials: Option<Credentials>,
-    pub connector: Connector,
-    pub timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -80,13 +93,13 @@ pub fn parse(
         match arg.as_str() {
             "-h" | "--help" => return Ok(Ask::Help),
             "-V" | "--version" => return Ok(Ask::Version),
-            option if option.starts_with('-') => {
+            option if option.starts_with('-') && option != "-" => {
                 given.set(option, || args.next().ok_or(format!("{option} needs a value")))?;
             }
             _ => given.words.push(arg),
         }
     }
-    given.job().map(Ask::Send)
+    given.ask()
 }
 
 /// What was given so far.
@@ -94,6 +107,8 @@ pub fn parse(
 struct Given {
     servers: Vec<Server>,
     list: Option<String>,
+    /// What is added to the query of every path.
+    query: Vec<String>,
     credentials: Option<String>,
     ca: Option<Vec<u8>>,
     chain: Option<Vec<u8>>,
@@ -112,6 +127,8 @@ impl Given {
             "--server" => self.servers.push(Server::parse(&value()?)?),
             "--servers" => self.servers.extend(read_servers(&value()?)?),
             "--list" => self.list = Some(value()?),
+            "--tag" => self.query.push(format!("tag={}", value()?)),
+            "--replace" => self.query.push("replace=true".into()),
             "--credentials" => self.credentials = Some(read_secret(&value()?)?),
             "--cacert" => self.ca = Some(read(&value()?, false)?),
             "--cert" => self.chain = Some(read(&value()?, false)?),
@@ -122,11 +139,7 @@ impl Given {
         Ok(())
     }
 
-    fn job(mut self) -> Result<Job, String> {
-        let (method, path) = request(&self.words)?;
-        if self.list.is_some() && method == "GET" {
-            return Err("get takes no --list".into());
-        }
+    fn ask(mut self) -> Result<Ask, String> {
         if self.servers.is_empty() {
             self.servers.push(Server::parse(DEFAULT_SERVER)?);
         }
@@ -135,28 +148,47 @@ impl Given {
             (None, None) => None,
             _ => return Err("--cert and --key go together".into()),
         };
-        Ok(Job {
+        let fleet = Fleet {
             servers: self.servers,
-            method,
-            path,
             connector: Connector::new(self.ca.as_deref(), pair)?,
             credentials: self.credentials.as_deref().map(user_and_password).transpose()?,
             timeout: self.timeout.unwrap_or(DEFAULT_TIMEOUT),
-            list: self.list.as_deref().map(read_list).transpose()?.unwrap_or_default(),
-        })
+        };
+        if let [command, file] = &*self.words
+            && command.eq_ignore_ascii_case("batch")
+        {
+            return match self.list {
+                Some(_) => Err("batch takes no --list".into()),
+                None => Ok(Ask::Batch(fleet, open(file)?, self.query)),
+            };
+        }
+        let mut job = Job::parse(&self.words, &self.query)?;
+        match self.list {
+            Some(_) if job.method == "GET" => return Err("get takes no --list".into()),
+            Some(file) => job.list = read_list(&file)?,
+            None => {}
+        }
+        Ok(Ask::Send(fleet, job))
     }
 }
 
-fn request(words: &[String]) -> Result<(&'static str, String), String> {
-    let [method, path] = words else {
-        return Err("write put, delete or get, and a path; rfwc -h shows all".into());
-    };
-    let methods = ["PUT", "DELETE", "GET"].into_iter();
-    let method = methods.clone().find(|known| known.eq_ignore_ascii_case(method));
-    let method = method.ok_or("write put, delete or get before the path")?;
-    match path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
-        true => Ok((method, path.clone())),
-        false => Err("the path must start with / and hold no spaces; escape them: %20".into()),
+impl Job {
+    /// Reads a method and a path, and adds to the query of the path.
+    pub fn parse(words: &[impl AsRef<str>], query: &[String]) -> Result<Job, String> {
+        let [method, path] = words else {
+            return Err("write put, delete or get, and a path; rfwc -h shows all".into());
+        };
+        let mut methods = ["PUT", "DELETE", "GET"].into_iter();
+        let method = methods.find(|known| known.eq_ignore_ascii_case(method.as_ref()));
+        let method = method.ok_or("write put, delete or get before the path")?;
+        let mut path = path.as_ref().to_string();
+        for pair in query {
+            path = format!("{path}{}{pair}", if path.contains('?') { '&' } else { '?' });
+        }
+        match path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+            true => Ok(Job { method, path, list: Vec::new() }),
+            false => Err("the path must start with / and hold no spaces; escape them: %20".into()),
+        }
     }
 }
 
@@ -211,13 +243,18 @@ fn read_servers(file: &str) -> Result<Vec<Server>, String> {
 }
 
 fn read_list(file: &str) -> Result<Vec<u8>, String> {
-    let list = match file {
-        "-" => whole(io::stdin()).map_err(|error| format!("standard input: {error}"))?,
-        _ => read(file, false)?,
-    };
+    let list = whole(open(file)?).map_err(|error| unreadable(file, &error))?;
     match list.len() as u64 > MAX_BODY {
         true => Err(format!("{file}: a list may have {MAX_BODY} bytes (64 MiB) at most")),
         false => Ok(list),
+    }
+}
+
+/// Opens a file; `-` is standard input.
+fn open(file: &str) -> Result<Box<dyn Read>, String> {
+    match file {
+        "-" => Ok(Box::new(io::stdin())),
+        _ => Ok(Box::new(File::open(file).map_err(|error| unreadable(file, &error))?)),
     }
 }
 
@@ -233,12 +270,16 @@ fn user_and_password(text: &str) -> Result<Credentials, String> {
 
 /// Reads a file; a secret one only if nobody but its owner may do so.
 fn read(file: &str, secret: bool) -> Result<Vec<u8>, String> {
-    let wrong = |error: io::Error| format!("{file}: cannot read it: {error}");
+    let wrong = |error| unreadable(file, &error);
     let open = File::open(file).map_err(wrong)?;
     if secret && open.metadata().map_err(wrong)?.mode() & 0o077 != 0 {
         return Err(format!("{file}: others than its owner may use it; run chmod 600 on it"));
     }
     whole(open).map_err(wrong)
+}
+
+fn unreadable(file: &str, error: &io::Error) -> String {
+    format!("{file}: cannot read it: {error}")
 }
 
 /// All that comes, or enough to show that it is too long for a list.
@@ -312,10 +353,11 @@ mod tests {
             Err(error) => error,
             Ok(Ask::Help) => "help".into(),
             Ok(Ask::Version) => "version".into(),
-            Ok(Ask::Send(job)) => {
-                let names: Vec<_> = job.servers.iter().map(|server| &*server.name).collect();
-                let field = job.credentials.map(|c| c.field()).unwrap_or_default();
-                let seconds = job.timeout.as_secs();
+            Ok(Ask::Batch(_, _, query)) => format!("batch {}", query.join(" ")),
+            Ok(Ask::Send(fleet, job)) => {
+                let names: Vec<_> = fleet.servers.iter().map(|server| &*server.name).collect();
+                let field = fleet.credentials.map(|c| c.field()).unwrap_or_default();
+                let seconds = fleet.timeout.as_secs();
                 let line =
                     format!("{} {} {} {seconds} {field}", job.method, job.path, names.join(" "));
                 line.trim_end().into()
@@ -342,12 +384,22 @@ mod tests {
             ("get /x --cert Cargo.toml", "--cert and --key go together"),
             ("get /x --key Cargo.toml", "--cert and --key go together"),
             ("get /x --list Cargo.toml", "get takes no --list"),
+            ("put /x --tag feed", "PUT /x?tag=feed http://127.0.0.1:7390 30"),
+            ("delete /x?y=1 --tag *", "DELETE /x?y=1&tag=* http://127.0.0.1:7390 30"),
+            (
+                "put /x --replace --list Cargo.toml --tag a.b_c-9",
+                "PUT /x?replace=true&tag=a.b_c-9 http://127.0.0.1:7390 30",
+            ),
+            ("batch -", "batch "),
+            ("Batch Cargo.toml --tag peer", "batch tag=peer"),
+            ("batch - --list Cargo.toml", "batch takes no --list"),
+            ("batch", "write put, delete or get, and a path; rfwc -h shows all"),
         ];
         for (line, expected) in table {
             assert_eq!(read(line, None), expected, "{line}");
         }
         for path in ["x", "", "/\u{1}", "/\u{7f}", "/\u{e9}", "/a b"] {
-            assert!(request(&["get".into(), path.into()]).is_err(), "{path:?}");
+            assert!(Job::parse(&["get", path], &[]).is_err(), "{path:?}");
         }
     }
 

@@ -15,6 +15,8 @@ pub struct Head {
     pub body: Body,
     /// How long the server asks to wait; zero where it says nothing, or a date.
     pub retry_after: Duration,
+    /// Whether another request may follow on the connection.
+    pub keep_alive: bool,
 }
 
 impl Head {
@@ -45,6 +47,7 @@ impl Head {
             status: status.parse().ok()?,
             body: body(&fields, minor).ok()?,
             retry_after: Duration::from_secs(seconds),
+            keep_alive: fields.keep_alive(minor),
         })
     }
 }
@@ -55,20 +58,23 @@ mod tests {
 
     fn read(head: &str) -> String {
         Head::parse(head.as_bytes()).map_or("none".into(), |head| {
-            format!("{} {:?} {}", head.status, head.body, head.retry_after.as_secs())
+            let keep = if head.keep_alive { " keep" } else { "" };
+            format!("{} {:?} {}{keep}", head.status, head.body, head.retry_after.as_secs())
         })
     }
 
     #[test]
     fn heads() {
         let table = [
-            ("HTTP/1.1 200 OK|Content-Length: 3||", "200 Length(3) 0"),
-            ("HTTP/1.1 200|content-length: 003||", "200 Length(3) 0"),
+            ("HTTP/1.1 200 OK|Content-Length: 3||", "200 Length(3) 0 keep"),
+            ("HTTP/1.1 200|content-length: 003||", "200 Length(3) 0 keep"),
             ("HTTP/1.0 404 \u{e9} no|X: y|Content-Length:0||", "404 Length(0) 0"),
-            ("HTTP/1.1 200 |Transfer-Encoding: chunked||", "200 Chunked 0"),
-            ("HTTP/1.1 503 B|Retry-After: 7|Content-Length: 1||", "503 Length(1) 7"),
-            ("HTTP/1.1 503 B|Retry-After: Fri, 31 Dec|Content-Length: 1||", "503 Length(1) 0"),
-            ("HTTP/1.1 503 B|Retry-After: +7|Content-Length: 1||", "503 Length(1) 0"),
+            ("HTTP/1.1 200 |Transfer-Encoding: chunked||", "200 Chunked 0 keep"),
+            ("HTTP/1.1 503 B|Retry-After: 7|Content-Length: 1||", "503 Length(1) 7 keep"),
+            ("HTTP/1.1 503 B|Retry-After: Fri, 31 Dec|Content-Length: 1||", "503 Length(1) 0 keep"),
+            ("HTTP/1.1 503 B|Retry-After: +7|Content-Length: 1||", "503 Length(1) 0 keep"),
+            ("HTTP/1.1 200 OK|Connection: x, Close|Content-Length: 3||", "200 Length(3) 0"),
+            ("HTTP/1.0 200 OK|Connection: keep-alive|Content-Length: 3||", "200 Length(3) 0 keep"),
             ("HTTP/1.1 200 OK||", "none"),
             ("HTTP/1.1 200 OK|Content-Length: 3|", "none"),
             ("", "none"),

@@ -101,10 +101,6 @@ impl Request {
         if expect.is_some_and(|value| !value.eq_ignore_ascii_case("100-continue")) {
             return Err(EXPECTATION);
         }
-        let wants = |option: &str| {
-            let mut options = fields.all("connection").flat_map(|value| value.split(','));
-            options.any(|token| token.trim_matches([' ', '\t']).eq_ignore_ascii_case(option))
-        };
         Ok(Request {
             method: method.into(),
             path: path.into(),
@@ -114,7 +110,7 @@ impl Request {
             body: body(&fields, minor)?,
             expects_continue: expect.is_some(),
             http11: minor > 0,
-            keep_alive: !wants("close") && (minor > 0 || wants("keep-alive")),
+            keep_alive: fields.keep_alive(minor),
         })
     }
 
@@ -237,6 +233,15 @@ impl<'a> Fields<'a> {
 
     pub(super) fn all(&self, name: &str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
+    }
+
+    /// Whether the connection may carry another message (9.3).
+    pub(super) fn keep_alive(&self, minor: u8) -> bool {
+        let wants = |option: &str| {
+            let mut options = self.all("connection").flat_map(|value| value.split(','));
+            options.any(|token| token.trim_matches([' ', '\t']).eq_ignore_ascii_case(option))
+        };
+        !wants("close") && (minor > 0 || wants("keep-alive"))
     }
 
     /// The value of a field that may stand only once.

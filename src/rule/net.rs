@@ -127,10 +127,9 @@ impl Net {
     /// Its two halves; of a single address there are none.
     pub fn halves(&self) -> impl Iterator<Item = Net> {
         let (family, first) = (self.family(), number(self.addr));
-        let host_bits = family.width().saturating_sub(self.prefix);
-        let upper = first | (low_bits(host_bits) ^ low_bits(host_bits.saturating_sub(1)));
+        let last = first | low_bits(family.width().saturating_sub(self.prefix));
         let prefix = self.prefix.saturating_add(1);
-        [first, upper].into_iter().filter_map(move |half| Net::new(address(family, half), prefix))
+        [first, last].into_iter().filter_map(move |half| Net::new(address(family, half), prefix))
     }
 
     /// Whether the blocks share an address: then one contains the other.

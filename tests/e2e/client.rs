@@ -91,9 +91,10 @@ fn one_server() {
             ),
             (
                 "put /drop/input/any --list wrong",
-                "1 400 bad_list: Lines that are wrong: 1. Nothing of the list is applied. \
-                 [{\"line\":2,\"message\":\"'x\\\"' is no host; write an address like 192.0.2.1 \
-                 or 2001:db8::1.\"}]",
+                "1 400 bad_list: 1 of 2 lines are invalid. Line 2: 'x\\\"' is not an address; write an \
+                 address like 192.0.2.1 or 2001:db8::1. Nothing of the list is applied; with \
+                 lenient=true the rest would be. [{\"line\":2,\"message\":\"'x\\\\\\\"' is not an \
+                 address; write an address like 192.0.2.1 or 2001:db8::1.\"}]",
             ),
         ];
         table(&rows, |arguments| result(LOCAL_URL, arguments));
@@ -560,7 +561,7 @@ fn the_request_as_it_is_sent() {
         lab.write("list", "1.2.3.4\n");
         assert_eq!(result(&server.url, "delete /a%20b?c=d&e --list list"), "0 200 inserted");
         let host = server.url.trim_start_matches("http://");
-        let head = format!("DELETE /a%20b?c=d&e HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n");
+        let head = format!("DELETE /a%20b?c=d&e HTTP/1.1\r\nHost: {host}\r\n");
         assert_eq!(server.seen(), [format!("{head}Content-Length: 8\r\n\r\n1.2.3.4\n")]);
 
         let six = answering(TcpListener::bind("[::1]:7390").unwrap(), &[&ok(INSERTED)]);
@@ -611,6 +612,16 @@ fn what_is_tried_again_and_what_is_not() {
         thread::sleep(Duration::from_millis(700));
         let server = answering(TcpListener::bind(address).unwrap(), &[&inserted]);
         assert_eq!((late.join().unwrap().as_str(), server.seen().len()), (done, 1));
+    });
+}
+
+#[test]
+fn a_change_whose_answer_is_lost_is_tried_again() {
+    once(|_| {
+        let server = stand_in(&[STALL, &ok(INSERTED)]);
+        let begun = Instant::now();
+        assert_eq!(result(&server.url, "put /x --timeout 58"), "0 200 inserted");
+        assert!(begun.elapsed() < Duration::from_secs(50) && server.seen().len() == 2);
     });
 }
 
@@ -784,6 +795,163 @@ fn a_bar_where_standard_error_is_a_terminal() {
             servers[0].url
         ));
         assert_eq!(said, format!("{}: 200 inserted\r\n", servers[0].url));
+    });
+}
+
+// --- Batches ---------------------------------------------------------------------------------------
+
+/// `rfwc batch -` with these lines on its standard input.
+fn batch(arguments: &str, lines: &[u8]) -> Said {
+    fs::write("/run/lab/lines", lines).unwrap();
+    let mut command = command(&format!("{arguments} batch -"));
+    command.stdin(fs::File::open("/run/lab/lines").unwrap());
+    run(command)
+}
+
+fn put_lines(count: usize) -> String {
+    let path = |n| format!("/drop/input/any/10.{}.{}.{}", n / 65536, n / 256 % 256, n % 256);
+    (0..count).map(|n| format!("put {}\n", path(n))).collect()
+}
+
+/// The numbers of the lines that a server has not done, sorted; each is reported with these words.
+fn failed_lines(out: &str, url: &str, words: &str) -> Vec<usize> {
+    let mut numbers = Vec::new();
+    for line in out.lines().filter_map(|line| line.strip_prefix(&format!("{url}: line "))) {
+        let (number, rest) = line.split_once(": PUT /drop/input/any/10.").expect(line);
+        assert!(rest.contains(words), "{line}");
+        numbers.push(number.parse().unwrap());
+    }
+    numbers.sort_unstable();
+    numbers
+}
+
+#[test]
+fn batch_reports_failures_by_line() {
+    both(|lab| {
+        let _rfw = lab.start("local.server");
+        let long = "/".repeat(8192);
+        let lines = format!(
+            "# a comment\n\nput /drop/input/any/1.1.1.1\r\n  PUT  /drop/input/any/1.1.1.2?expire=1h \n\
+             put /drop/input/any/192.0.2.1\nget /list\nput\nput /a b\nput drop\nput {long}\nput /\u{e9}\n\
+             put /nothing/\x1b[2J\ndelete /drop/input/any/1.1.1.3\nput /drop/input/any/1.1.1.4"
+        );
+        let (status, out, err) = batch("", lines.as_bytes());
+        let whitelisted = "409 whitelisted: This overlaps 192.0.2.1 of the whitelist.";
+        let refused =
+            format!("{LOCAL_URL}: line 5: PUT /drop/input/any/192.0.2.1: {whitelisted}\n");
+        assert_eq!((status, out), (1, refused));
+        let wrong = [6, 7, 8, 9, 10, 11, 12].map(|number| {
+            let sentence = "write put PATH or delete PATH, with 8192 bytes at most";
+            format!("# line {number}: {sentence}\n")
+        });
+        assert_eq!(err, format!("{}{LOCAL_URL}\n", wrong.concat()));
+        let rules = lab.rules();
+        assert_eq!(rules.len(), 3, "{rules:?}");
+        // A file, and a tag for all lines.
+        lab.write(
+            "file",
+            "delete /drop/input/any/1.1.1.1\nput /drop/input/any/1.1.1.1?expire=1h\n",
+        );
+        assert_eq!(rfwc("batch file --tag peer"), (0, String::new(), String::new()));
+        let body = ask("GET /list?tag=peer").body;
+        assert_eq!(body.matches("\"source\":").count(), 1, "{body}");
+        assert_eq!(lab.rules(), rules, "the untagged ones are others");
+        let (status, _, err) = rfwc("batch gone");
+        assert_eq!((status, err.starts_with("rfwc: gone: cannot read it")), (2, true), "{err}");
+        let (status, _, err) = rfwc("batch .");
+        assert_eq!((status, err.contains("Is a directory")), (1, true), "{err}");
+    });
+}
+
+#[test]
+fn batch_keeps_connections_and_the_order_that_matters() {
+    both(|lab| {
+        modes(lab, "", |_, sets| {
+            // Each line undoes the one before, or covers it.
+            let mut lines = String::new();
+            for round in 0..20 {
+                for host in 0..10 {
+                    lines += &format!("put /drop/input/any/10.{host}.0.1\n");
+                    lines += &format!("delete /drop/input/any/10.{host}.0.1/\n");
+                }
+                lines += &format!("put /drop/forward/any/10.0.0.0/16?expire={}m\n", round + 10);
+                lines += "put /accept/forward/any/0.0.0.0/any/10.0.0.9\n";
+            }
+            lines += "delete /list?tag=nobody\n";
+            assert_eq!(batch("", lines.as_bytes()), (0, String::new(), String::new()));
+            let chains = ["/list/input", "/list/forward"].map(|path| ask(&format!("GET {path}")));
+            assert_eq!(chains[0].body, "[]\n");
+            let (accept, drop) = (chains[1].body.find("ACCEPT"), chains[1].body.find("DROP"));
+            assert!(accept.unwrap() < drop.unwrap(), "{}", chains[1].body);
+            let expires: Vec<_> = chains[1].body.matches("\"expires\":1").collect();
+            assert_eq!(expires.len(), 1);
+
+            let count = if sets { 5000 } else { 400 };
+            assert_eq!(batch("", put_lines(count).as_bytes()).0, 0);
+            assert_eq!(ask("GET /list/input").body.lines().count(), count);
+            let metrics = ask("GET /metrics").body;
+            let accepted = metrics.split("\nrfw_accepted_connections_total ").nth(1).unwrap();
+            let accepted: usize = accepted.lines().next().unwrap().parse().unwrap();
+            assert!(accepted < 250, "{accepted} connections");
+        });
+    });
+}
+
+#[test]
+fn batch_sends_each_line_at_once_from_a_pipe_that_stays_open() {
+    once(|lab| {
+        let mut rfw = lab.start("local.server");
+        let mut child = command("batch - --timeout 20").stdin(Stdio::piped()).spawn().unwrap();
+        let mut pipe = child.stdin.take().unwrap();
+        let mut done = |n: usize| {
+            writeln!(pipe, "put /drop/input/any/10.0.0.{n}").unwrap();
+            await_true("the line is done", SLACK + 5, || lab.rules().len() == n);
+        };
+        (1..4).for_each(&mut done);
+        rfw.restart(); // the connection that it kept is broken
+        done(4);
+        rfw.kill();
+        writeln!(pipe, "put /drop/input/any/10.0.0.5").unwrap();
+        rfw.restart();
+        await_true("the line is done when rfw is back", SLACK + 5, || lab.rules().len() == 5);
+        drop(pipe);
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+    });
+}
+
+#[test]
+fn batch_goes_on_where_one_server_is_down() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let hung = stand_in(&[STALL]);
+        let gone = "http://127.0.0.1:1";
+        let options = format!("--server {} --server {gone} --server {LOCAL_URL}", hung.url);
+        let begun = Instant::now();
+        let (status, out, err) =
+            batch(&format!("{options} --timeout 2"), put_lines(300).as_bytes());
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        assert_eq!((status, lab.rules().len()), (1, 300));
+        for (url, words) in [(&*hung.url, "no answer in time"), (gone, "cannot connect to")] {
+            let numbers = failed_lines(&out, url, words);
+            assert_eq!(numbers, (1..=300).collect::<Vec<_>>(), "{url}: each line, once");
+        }
+        let mut failed: Vec<_> = err.lines().collect();
+        failed.sort_unstable();
+        let mut want = vec![gone, &hung.url];
+        want.sort_unstable();
+        assert_eq!((failed, out.lines().count()), (want, 600));
+    });
+}
+
+#[test]
+fn batch_loses_no_line_when_more_wait_than_a_queue_holds() {
+    once(|_| {
+        let (count, gone) = (100_500, "http://127.0.0.1:1");
+        let lines = put_lines(count);
+        let (status, out, err) = batch(&format!("--server {gone} --timeout 1"), lines.as_bytes());
+        assert_eq!((status, err), (1, format!("{gone}\n")));
+        let failed = failed_lines(&out, gone, "cannot connect to");
+        assert_eq!(failed, (1..=count).collect::<Vec<_>>(), "each line, once");
     });
 }
 
