@@ -22,20 +22,24 @@ const READ_SIZE: usize = 8 << 10;
 /// The own addresses that matter for these blocks; for none, all. If the kernel does not list its
 /// addresses, those among the blocks to which a socket can be bound.
 pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
-    let possible: Vec<Net> = blocks.iter().filter(|net| !is_foreign(net)).copied().collect();
+    let mut possible: Vec<_> = blocks.iter().map(|net| (*net, is_bindable(net))).collect();
+    possible.retain(|(_, is_bindable)| *is_bindable != Some(false));
     if possible.is_empty() && !blocks.is_empty() {
         return Vec::new();
     }
-    let hosts = || possible.into_iter().filter(Net::is_host).collect();
-    list_addresses().unwrap_or_else(|_| hosts())
+    possible.retain(|(_, is_bindable)| is_bindable.is_some());
+    list_addresses().unwrap_or_else(|_| possible.into_iter().map(|(net, _)| net).collect())
 }
 
-/// Whether it is the address of another host: no socket can be bound to it (bind(2),
-/// EADDRNOTAVAIL). This takes under 10 us, however many routes there are. Where `ip_nonlocal_bind` is on,
-/// every address looks like an own one.
-fn is_foreign(net: &Net) -> bool {
-    let is_unavailable = |error: Error| error.kind() == ErrorKind::AddrNotAvailable;
-    net.is_host() && UdpSocket::bind((net.addr(), 0)).err().is_some_and(is_unavailable)
+/// Whether a socket can be bound to an address: to that of another host it cannot (bind(2),
+/// EADDRNOTAVAIL). This takes under 10 us, however many routes there are. Where `ip_nonlocal_bind`
+/// is on, every address looks like an own one. `None` for a block, and if no socket can be made.
+fn is_bindable(net: &Net) -> Option<bool> {
+    match UdpSocket::bind((net.is_host().then_some(net.addr())?, 0)) {
+        Ok(_) => Some(true),
+        Err(error) if error.kind() == ErrorKind::AddrNotAvailable => Some(false),
+        Err(_) => None,
+    }
 }
 
 /// All addresses that the kernel lists as this host's.
@@ -164,7 +168,8 @@ x 1
             assert!(missing.contains(what) && missing.is_empty() == what.is_empty(), "{missing}");
         }
         assert!(interfaces("Inter-| x\n face |y\n  lo: 1 2\neth0.5: 3\n").eq(["lo", "eth0.5"]));
-        assert!(!is_foreign(&loopback) && !is_foreign(&Net::parse("203.0.113.0/24").unwrap()));
+        assert_eq!(is_bindable(&loopback), Some(true));
+        assert_eq!(is_bindable(&Net::parse("203.0.113.0/24").unwrap()), None);
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
         // It never ends.

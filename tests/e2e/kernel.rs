@@ -514,8 +514,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
     once(|lab| {
         sh("ip addr add 198.18.0.1/32 dev lo");
         // As /proc is where the kernel has no IPv6.
-        let proc =
-            "mount -t tmpfs proc /proc; mkdir -p /proc/self/net; touch /proc/self/net/dev; exec \"$0\" \"$@\"";
+        let proc = "mount -t tmpfs proc /proc; mkdir -p /proc/self/net; touch /proc/self/net/dev; exec \"$0\" \"$@\"";
         for prefix in [&[][..], &["unshare", "-m", "/bin/sh", "-c", proc]] {
             lab.stand_in("");
             if prefix.is_empty() {
