@@ -303,10 +303,13 @@ impl<K: Kernel> Engine<K> {
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read = |family: &Family| {
-                let family = *family;
-                (family, scope.spawn(move || engine.kernel.read_rules(family, engine.limit(0))))
+                let (family, thread) = (*family, thread::Builder::new());
+                let read = move || engine.kernel.read_rules(family, engine.limit(0));
+                // Without a thread, it is read below.
+                Some((family, thread.spawn_scoped(scope, read).ok()?))
             };
-            let reads: Vec<_> = relied.iter().filter(|_| self.settings.sets).map(read).collect();
+            let relied = relied.iter().filter(|_| self.settings.sets);
+            let reads: Vec<_> = relied.filter_map(read).collect();
             let written = self.write_sets(batch, created, first);
             let join =
                 |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));

@@ -10,7 +10,7 @@ use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
 use crate::state::{Record, StoredRule};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU64;
 
 /// Unix seconds of 2026-01-01. No correct clock shows less.
@@ -21,6 +21,11 @@ const TOO_MANY_RULES: &str =
     "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
 /// How many tags there may be.
 const MAX_TAGS: usize = 64;
+/// How many sets there may be, empty ones included: each costs every check some time.
+const MAX_SETS: usize = 1_024;
+const TOO_MANY_SETS: &str =
+    "rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.";
+const SAME_NAME: &str = "Another set has the same name by chance; choose another tag.";
 const TOO_MANY_TAGS: &str = "rfw keeps at most 64 tags; delete those that nobody uses.";
 const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
 /// With more addresses than this, a group that has none is filled at once.
@@ -170,6 +175,8 @@ struct Step {
 #[derive(Default)]
 pub struct Batch {
     pub groups: Vec<Group>,
+    /// Where each of them is.
+    numbers: HashMap<Group, u32>,
     /// The sets that did not exist before.
     pub created: Vec<Group>,
     /// Each rule once, in the order of their ages.
@@ -203,13 +210,13 @@ impl Batch {
     }
 
     fn push(&mut self, group: Group, net: Net, before: Option<Entry>) {
-        let known = self.groups.iter().rposition(|known| *known == group);
-        let group = known.unwrap_or_else(|| {
-            self.groups.push(group);
-            self.groups.len().saturating_sub(1)
-        });
+        let next = self.groups.len();
         // A batch has fewer groups than lines, and far fewer than 2^32.
-        self.steps.push(Step { group: group as u32, net, before });
+        let number = *self.numbers.entry(group).or_insert(next as u32);
+        if number as usize == next {
+            self.groups.push(group);
+        }
+        self.steps.push(Step { group: number, net, before });
     }
 
     fn group(&self, step: &Step) -> Option<Group> {
@@ -382,19 +389,37 @@ impl List {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
             false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
         };
-        let is_new = group.template.tag != Tag::NONE && !self.groups.contains_key(&group);
-        if is_new
-            && self.tags().chain([group.template.tag]).collect::<BTreeSet<_>>().len() > MAX_TAGS
-        {
-            return Err(TOO_MANY_TAGS);
+        if !self.groups.contains_key(&group) {
+            self.check_group(group)?;
         }
         let room = limit.saturating_sub(held);
         let new = || nets.iter().filter(|net| self.entry(group, net).is_none()).count();
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
 
-    fn tags(&self) -> impl Iterator<Item = Tag> {
-        self.groups.keys().map(|group| group.template.tag).filter(|tag| *tag != Tag::NONE)
+    /// Whether there may be another group.
+    fn check_group(&self, group: Group) -> Result<(), &'static str> {
+        let tag = group.template.tag;
+        if tag != Tag::NONE {
+            let held = self.groups.iter().filter(|(_, members)| !members.is_empty());
+            let mut tags: BTreeSet<Tag> = held.map(|(group, _)| group.template.tag).collect();
+            tags.remove(&Tag::NONE);
+            tags.insert(tag);
+            if tags.len() > MAX_TAGS {
+                return Err(TOO_MANY_TAGS);
+            }
+        }
+        let Some(set) = group.set().filter(|_| self.sets).map(|set| set.to_string()) else {
+            return Ok(());
+        };
+        if self.sets().count() >= MAX_SETS {
+            return Err(TOO_MANY_SETS);
+        }
+        // A part of a long name is hashed, and not by a cryptographic hash.
+        match self.sets().any(|(other, ..)| other.to_string() == set) {
+            true => Err(SAME_NAME),
+            false => Ok(()),
+        }
     }
 
     fn put(
@@ -1153,6 +1178,36 @@ pub(super) mod tests {
             assert!(list.apply(&[&change(text)], NOW, 9).is_ok(), "{text}");
         }
         assert!(list.apply(&[&put(MAX_TAGS)], NOW, 9).is_ok());
+        // An empty set stays, its tag does not.
+        let mut list = List::new(true);
+        for n in 0..2 * MAX_TAGS {
+            let delete = change(&format!("-/drop/input/any/1.1.1.1@t{n}"));
+            assert!(list.apply(&[&put(n), &delete], NOW, 9).is_ok(), "{n}");
+        }
+    }
+
+    #[test]
+    fn at_most_1024_sets_and_none_with_the_name_of_another() {
+        let mut list = List::new(true);
+        for n in 0..MAX_SETS {
+            let put = change(&format!("+/drop/input/eth{n}/1.1.1.1"));
+            assert!(list.apply(&[&put], NOW, 9).is_ok(), "{n}");
+        }
+        let refused = |list: &mut List, text: &str| list.apply(&[&change(text)], NOW, 9).err();
+        assert_eq!(refused(&mut list, "+/drop/input/any/1.1.1.1"), Some(TOO_MANY_SETS));
+        assert_eq!(refused(&mut list, "+/drop/forward/any/1.1.1.1/any/2.2.2.2"), None);
+        assert_eq!(refused(&mut list, "+/drop/input/eth7/1.1.1.2"), None);
+        // Both names end in ~4a7c0d7d3a6389.
+        let (one, two) = (
+            "+/drop/forward/any/1.1.1.1@crowdsec",
+            "+/drop/forward/xjhyoswz0/9.9.9.9/6bvXNP3Fh-0/0.0.0.0@evil",
+        );
+        let mut list = List::new(true);
+        assert_eq!(refused(&mut list, one), None);
+        assert_eq!(refused(&mut list, two), Some(SAME_NAME));
+        assert_eq!((stored(&list), refused(&mut list, one)), (vec![one.to_string()], None));
+        let mut list = List::new(false);
+        assert_eq!((refused(&mut list, one), refused(&mut list, two)), (None, None));
     }
 
     #[test]

@@ -145,7 +145,10 @@ impl Firewall {
         let is_list = change.family().is_none();
         let result = self.queue.submit(change, is_list, |engine, changes| {
             let results = engine.commit(&changes);
-            let hung = results.iter().find(|result| result.is_err() && !engine.has_time());
+            let is_transient = |result: &&Result<_, ApplyError>| {
+                result.as_ref().is_err_and(ApplyError::is_transient)
+            };
+            let hung = results.iter().find(|result| is_transient(result) && !engine.has_time());
             let outage = hung.cloned();
             Done { results, outage }
         });

@@ -18,7 +18,7 @@ use crate::state::{Record, StateFile};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 /// How long all programs may take while rfw starts.
@@ -102,12 +102,16 @@ pub fn start<K: Kernel>(
 fn read_rules<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let listings = thread::scope(|scope| {
         let read = |family: &Family| {
-            let family = *family;
-            (family, scope.spawn(move || engine.read_rules(family)))
+            let (family, thread) = (*family, thread::Builder::new());
+            (family, thread.spawn_scoped(scope, move || engine.read_rules(family)))
         };
         let threads: Vec<_> = engine.kernel.families().iter().map(read).collect();
-        let listings = threads.into_iter().filter_map(|(family, thread)| {
-            Some(thread.join().ok()?.map(|listing| (family, listing)))
+        let listings = threads.into_iter().map(|(family, thread)| {
+            let listing = match thread.map(ScopedJoinHandle::join) {
+                Ok(Ok(listing)) => listing,
+                _ => engine.read_rules(family),
+            };
+            listing.map(|listing| (family, listing))
         });
         listings.collect::<Result<Vec<_>, ToolError>>()
     });

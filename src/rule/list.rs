@@ -120,11 +120,13 @@ impl List {
     pub fn finish(mut self) -> Result<(Permitted, ListReport), ListError> {
         self.end_line()?;
         let Invalid { count, of, .. } = self.invalid;
-        if of == 0 {
+        // A download that went wrong must not unblock everything that its list had.
+        let is_left = self.sieve.count() > 0 || !self.sieve.replaces();
+        if of == 0 || !is_left && count == 0 {
             return Err(ListError::Empty);
         }
         let most = if self.options.lenient { of / 2 } else { 0 };
-        if count > most {
+        if count > most || !is_left {
             return Err(ListError::Invalid(self.invalid));
         }
         self.cut.sort_unstable();
@@ -141,7 +143,7 @@ impl List {
         let entry = without_comment(line.strip_prefix(start).unwrap_or(&line));
         let text = String::from_utf8_lossy(entry);
         let text = text.trim_matches([' ', '\t']);
-        if !text.is_empty() {
+        if !text.is_empty() || entry.len() > MAX_LINE {
             let blocks = if entry.len() > MAX_LINE { Err(RuleError::Long) } else { blocks(text) };
             self.take_entry(text, blocks)?;
         }

@@ -75,6 +75,11 @@ impl Sieve {
         true
     }
 
+    /// Whether rules that the list does not name are deleted.
+    pub fn replaces(&self) -> bool {
+        matches!(self.allowed.action(), Action::Replace(_))
+    }
+
     /// How many blocks were added.
     pub fn count(&self) -> usize {
         self.nets.len()

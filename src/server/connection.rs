@@ -203,7 +203,7 @@ impl Connection<'_> {
         let json = match host::missing_interface(ifaces) {
             None => json,
             Some(note) => {
-                self.server.log.warning(format_args!("{who}: {note}"));
+                self.server.log.refusal(self.peer, Level::Warning, format_args!("{who}: {note}"));
                 api::with_note(&json, &note)
             }
         };
@@ -219,8 +219,7 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, Refusal> {
         let server = self.server;
-        let is_long = filter.net.is_none()
-            && server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
+        let is_long = server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
         let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
         if turn.is_none() && listing.len() > SHORT_LISTING {
@@ -297,7 +296,7 @@ impl Connection<'_> {
         let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
         let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
         let event = format_args!("{who} \"{line}\" {result} {took:.1} ms");
-        match result.starts_with('4') {
+        match result.starts_with(['4', '5']) {
             true => self.server.log.refusal(self.peer, level, event),
             false => self.server.log.write(level, event),
         }

@@ -90,6 +90,10 @@ fn a_list_that_replaces_is_exactly_the_list() {
             for body in ["", "\n", "# nothing\n"] {
                 assert_eq!(list(replace, body).brief(), "400 empty_list", "{body:?}");
             }
+            // Nor does one of which nothing is left.
+            assert_eq!(list(replace, "127.0.0.1\n").brief(), "400 empty_list");
+            let lenient = format!("{replace}&lenient=true");
+            assert_eq!(list(&lenient, "127.0.0.1\n<html>\n").brief(), "400 bad_list");
             assert_eq!(all("/input"), ["2001:db8::2@feed", others].join(" ").sorted());
             assert_eq!(all("/output").matches("feed").count(), 1, "other chains stay");
         });
