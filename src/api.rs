@@ -139,10 +139,8 @@ impl Command<Allowed> {
 impl Grammar {
     /// Whether the expiry is one that sets take, where the address goes to a set.
     fn check(self, action: Action, to_set: bool) -> Result<(), Refusal> {
-        match action {
-            Action::Put(seconds) | Action::Replace(seconds)
-                if self.sets && to_set && seconds > LONGEST_IN_SET.into() =>
-            {
+        match action.expire() {
+            Some(seconds) if self.sets && to_set && seconds > LONGEST_IN_SET.into() => {
                 Err(Refusal::LongExpire)
             }
             _ => Ok(()),

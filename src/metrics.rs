@@ -1,7 +1,7 @@
 //! What rfw has done since it started and what it keeps, for Prometheus (text format 0.0.4).
 
 use crate::rule::tag::Tag;
-use crate::rule::{Chain, Target};
+use crate::rule::{Chain, Filter, Target};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -66,12 +66,10 @@ impl Metrics {
         *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
     }
 
-    /// How many rules rfw keeps in a chain, or in all, with a tag, or with any.
-    pub fn rules_in(&self, chain: Option<Chain>, tag: Option<Tag>) -> usize {
+    /// How many rules rfw keeps of those that a filter covers.
+    pub fn rules_in(&self, filter: &Filter) -> usize {
         let usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        let counted = usage.iter().filter(|((in_chain, _, with), _)| {
-            chain.is_none_or(|chain| chain == *in_chain) && tag.is_none_or(|tag| tag == *with)
-        });
+        let counted = usage.iter().filter(|((chain, _, tag), _)| filter.covers(*chain, *tag));
         counted.fold(0, |sum, (_, usage)| sum.saturating_add(usage.rules))
     }
 
@@ -139,7 +137,11 @@ mod tests {
             (Some(Chain::Output), None, 0),
         ];
         for (chain, tag, count) in table {
-            assert_eq!(metrics.rules_in(chain, tag), count, "{chain:?} {tag:?}");
+            assert_eq!(
+                metrics.rules_in(&Filter { chain, tag, net: None }),
+                count,
+                "{chain:?} {tag:?}"
+            );
         }
         metrics.expired.add(3);
         metrics.open_connections.add(2);

@@ -343,7 +343,7 @@ impl<K: Kernel> Engine<K> {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
         };
         let named = batch.groups.iter().filter(is_kept);
-        let named: Vec<(Group, String)> =
+        let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
         let creations = named.iter().filter(|(group, _)| created.contains(group));
         // A set of that name may be there, because someone else's rule uses it.
@@ -355,8 +355,7 @@ impl<K: Kernel> Engine<K> {
         let changes = parts.iter().flat_map(|is_put| {
             let part = self.list.differences(batch).filter(|d| d.after.is_some() == *is_put);
             part.filter_map(|difference| {
-                let (_, name) = named.iter().find(|(group, _)| *group == difference.group)?;
-                Some(sets::edit(name, &difference, now))
+                Some(sets::edit(named.get(&difference.group)?, &difference, now))
             })
         });
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
@@ -712,7 +711,7 @@ impl<K: Kernel> Engine<K> {
             for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
                 let KernelRule { rule, .. } = &tagged.rule;
                 let is_set = tagged.rule.template().is_some();
-                if is_set && filter.admits_all(rule) {
+                if is_set && filter.covers(rule.chain(), rule.tag) {
                     rules.extend(iter::repeat(number).zip(self.entries(&tagged.rule, filter)));
                 } else if !tagged.rule.is_guard() && filter.admits(rule) {
                     rules.push((number, *tagged));

@@ -316,12 +316,8 @@ impl List {
         maxelem: usize,
         batch: &mut Batch,
     ) -> Result<Outcome, &'static str> {
-        let expires = match change.action {
-            Action::Put(seconds) | Action::Replace(seconds) if seconds > 0 => {
-                NonZeroU64::new(now.saturating_add(seconds))
-            }
-            _ => None,
-        };
+        let seconds = change.action.expire().filter(|seconds| *seconds > 0);
+        let expires = seconds.and_then(|seconds| NonZeroU64::new(now.saturating_add(seconds)));
         let mut tally = Tally::default();
         self.delete_others(change, batch, &mut tally);
         for_each_group(&change.rules, |group, nets| match change.action {

@@ -169,14 +169,14 @@ impl Firewall {
     ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
         let listing = self.queue.with(|engine| (engine.listing(filter), None));
         let listing = listing.map_err(|error| refusal(error.into(), ""))?;
-        let mut held = Vec::with_capacity(listing.len());
-        for (number, tagged) in listing {
-            let is_held = self.is_in_kernel(&tagged);
-            if is_held.map_err(|error| refusal(error.into(), ""))? {
-                held.push((number, tagged));
-            }
+        if filter.net.is_none() {
+            return Ok(listing);
         }
-        Ok(held)
+        let confirm = |listed: (usize, TaggedRule)| {
+            self.is_in_kernel(&listed.1).map(|is_held| is_held.then_some(listed)).transpose()
+        };
+        let held = listing.into_iter().filter_map(confirm).collect::<Result<_, _>>();
+        held.map_err(|error| refusal(error.into(), ""))
     }
 
     /// Whether the kernel holds a rule that comes from the list.

@@ -234,6 +234,16 @@ pub enum Action {
     DeleteAnyTag,
 }
 
+impl Action {
+    /// For how many seconds rules are put; `None` if they are deleted.
+    pub fn expire(self) -> Option<u64> {
+        match self {
+            Action::Put(seconds) | Action::Replace(seconds) => Some(seconds),
+            Action::Delete | Action::DeleteAnyTag => None,
+        }
+    }
+}
+
 /// The rules that a change is about.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rules {
@@ -295,13 +305,13 @@ pub struct Filter {
 impl Filter {
     pub fn admits(&self, rule: &Rule) -> bool {
         let overlaps = |net: Net| rule.addresses().any(|address| address.overlaps(&net));
-        self.admits_all(rule) && self.net.is_none_or(overlaps)
+        self.covers(rule.chain(), rule.tag) && self.net.is_none_or(overlaps)
     }
 
-    /// Whether it is about rules like this one, whatever their addresses.
-    pub fn admits_all(&self, rule: &Rule) -> bool {
-        self.chain.is_none_or(|chain| chain == rule.chain())
-            && self.tag.is_none_or(|tag| tag == rule.tag)
+    /// Whether it is about rules of this chain with this tag, whatever their addresses.
+    pub fn covers(&self, chain: Chain, tag: Tag) -> bool {
+        self.chain.is_none_or(|wanted| wanted == chain)
+            && self.tag.is_none_or(|wanted| wanted == tag)
     }
 }
 

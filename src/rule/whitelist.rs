@@ -174,7 +174,7 @@ impl Whitelist {
             return Err(Conflict::Whitelisted(net));
         }
         let is_own = |own: &&Net| rule.addresses().any(|net| net.overlaps(own));
-        let is_put = matches!(allowed.action(), Action::Put(_) | Action::Replace(_));
+        let is_put = allowed.action().expire().is_some();
         let blocks = rule.target != Target::Accept && is_put;
         match own.iter().find(is_own).filter(|_| blocks) {
             None => Ok(Permitted(allowed.change(Rules::One(rule)))),

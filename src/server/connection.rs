@@ -23,8 +23,8 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Lists that are received at a time, 20 bytes an entry in memory. Who does not send 16 KiB a
-/// second makes room for others.
+/// Lists that are received at a time, 20 bytes an entry in memory. A client that does not send
+/// 16 KiB a second makes room for others.
 pub const UPLOADS: Limits = Limits {
     slots: 16,
     evicting: 0,
@@ -219,7 +219,7 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, Refusal> {
         let server = self.server;
-        let is_long = server.metrics.rules_in(filter.chain, filter.tag) > SHORT_LISTING;
+        let is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
         let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
         if turn.is_none() && listing.len() > SHORT_LISTING {
