@@ -9,7 +9,7 @@
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`host`] (its own
-//! addresses and interfaces), [`log`], [`metrics`] and [`clock`]. The other way round goes
+//! addresses and interfaces), [`log`], [`metrics`], [`clock`] and [`mutex`]. The other way round goes
 //! [`client`], the same program by the name of rfwc: from the command line to the request, with what
 //! [`http`] has for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
@@ -33,6 +33,7 @@ pub mod host;
 pub mod http;
 pub mod log;
 pub mod metrics;
+pub mod mutex;
 pub mod rule;
 pub mod server;
 pub mod state;

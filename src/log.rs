@@ -4,6 +4,7 @@
 //! find the queue full are lost and counted; refusals are limited, so that no client fills the disk.
 
 use crate::clock::{self, Utc};
+use crate::mutex::lock;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
@@ -11,7 +12,7 @@ use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
 use std::mem;
 use std::net::IpAddr;
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -173,10 +174,6 @@ fn line(level: Level, event: fmt::Arguments<'_>) -> String {
     }
     line.push('\n');
     line
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes a line, however long that takes.

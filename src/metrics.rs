@@ -1,11 +1,12 @@
 //! What rfw has done since it started and what it keeps, for Prometheus (text format 0.0.4).
 
+use crate::mutex::lock;
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Filter, Target};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// Goes up, or says how many there are now; as wide as the processor's words, because
 /// mips knows no wider atomics. Each stands for itself, so nothing need be ordered.
@@ -63,12 +64,12 @@ pub struct Metrics {
 
 impl Metrics {
     pub fn set_usage(&self, usage: BTreeMap<Label, Usage>) {
-        *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
+        *lock(&self.usage) = usage;
     }
 
     /// How many rules rfw keeps of those that a filter covers.
     pub fn rules_in(&self, filter: &Filter) -> usize {
-        let usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        let usage = lock(&self.usage);
         let counted = usage.iter().filter(|((chain, _, tag), _)| filter.covers(*chain, *tag));
         counted.fold(0, |sum, (_, usage)| sum.saturating_add(usage.rules))
     }
@@ -85,7 +86,7 @@ impl Metrics {
         };
         let version = env!("CARGO_PKG_VERSION");
         family("build_info", "gauge", "The version.", &format!("{{version=\"{version}\"}} 1"));
-        let usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let usage = lock(&self.usage).clone();
         let samples = |value: fn(&Usage) -> u64| {
             let sample = |((chain, target, tag), usage): (&Label, &Usage)| {
                 let (chain, target, tag) = (chain.name(), target.name(), tag.name());

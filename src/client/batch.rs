@@ -13,7 +13,8 @@
 
 use super::exchange::{Failure, Request, ask};
 use super::options::{Fleet, Job, Server};
-use super::{Report, STACK, lock};
+use super::{Report, STACK};
+use crate::mutex::lock;
 use crate::rule::Rule;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read, Write};

@@ -8,12 +8,13 @@ pub mod batch;
 pub mod exchange;
 pub mod options;
 
+use crate::mutex::lock;
 use exchange::Request;
 use options::{Ask, Fleet, Job, Server, USAGE};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::{self, ExitCode};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{env, mem, thread};
 
 /// Servers that are asked at a time, a thread each: more than most fleets have,
@@ -110,10 +111,6 @@ fn ask(request: Request<'_>, report: &Mutex<Report>) {
         report.print_result(&[name.as_bytes(), &begun].concat());
     }
     report.end(server, &result.map_err(|failure| failure.words), alone && job.method == "GET");
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How far it is, and the only writer of what is written meanwhile.

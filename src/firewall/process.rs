@@ -4,13 +4,14 @@
 //! and output pass through socket pairs, because those, unlike pipes, take a time limit.
 
 use super::lock::InstanceLock;
+use crate::mutex::lock;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -75,7 +76,7 @@ impl Programs {
     }
 
     fn unended(&self) -> MutexGuard<'_, Vec<Child>> {
-        self.unended.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unended)
     }
 
     /// Reaps the killed children that have ended. Too many that have not are an error.

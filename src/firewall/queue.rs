@@ -6,10 +6,11 @@
 //! Short jobs overtake long ones that wait, but after each batch of short jobs one long job has
 //! its turn.
 
+use crate::mutex::lock;
 use std::collections::VecDeque;
 use std::mem;
+use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a waiting thread gets.
 enum Turn<R> {
@@ -118,11 +119,6 @@ impl<W, J, R: Clone> Queue<W, J, R> {
             let _ = job.waiter.send(Turn::Result(result.clone()));
         }
     }
-}
-
-/// A thread that panics ends the process, so no lock is ever poisoned.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

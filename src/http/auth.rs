@@ -1,4 +1,4 @@
-//! Who is asking: Basic authentication, RFC 7617, and the users, who stand in rfw.conf and in the
+//! Who is asking: Basic authentication, RFC 7617, and the users, listed in rfw.conf and in the
 //! file that `auth.file` names:
 //!
 //! ```text
@@ -9,12 +9,13 @@
 //! Names and passwords there hold no white space.
 
 use super::refusal::Refusal;
+use crate::mutex::lock;
 use crate::rule::rights::Rights;
 use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Users at most, in rfw.conf and the file together: each is compared with every request.
@@ -82,7 +83,7 @@ impl Credentials {
 }
 
 impl Users {
-    /// The user of rfw.conf, who may do everything, if there is one.
+    /// The user of rfw.conf, if there is one; it may do everything.
     pub fn new(admin: Option<Credentials>) -> Users {
         let admin = admin.map(|credentials| User { credentials, rights: Rights::All });
         Users(admin.into_iter().collect())
@@ -150,7 +151,7 @@ pub struct LoginThrottle(Mutex<HashMap<IpAddr, (Instant, u32)>>);
 impl LoginThrottle {
     /// How long an address has to wait yet.
     fn wait(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
-        let peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let peers = lock(&self.0);
         let (since, wrong) = peers.get(&peer)?;
         let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
         (*wrong > MAX_WRONG && !left.is_zero()).then_some(left)
@@ -158,7 +159,7 @@ impl LoginThrottle {
 
     /// Counts a wrong guess. The one that is too many begins the time of waiting.
     fn add(&self, peer: IpAddr, now: Instant) {
-        let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = lock(&self.0);
         peers.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
         if peers.len() >= MAX_GUESSERS && !peers.contains_key(&peer) {
             let oldest = peers.iter().min_by_key(|(_, (since, _))| *since);

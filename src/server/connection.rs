@@ -13,13 +13,14 @@ use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::log::{Level, printable};
+use crate::mutex::lock;
 use crate::rule::list::{List, ListReport};
 use crate::rule::rights::Allowed;
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
 use crate::rule::{Action, Filter, Iface};
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -264,7 +265,7 @@ impl Connection<'_> {
         filter: &Filter,
     ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
         self.work(turn, || {
-            let _reading = self.server.reading.lock().unwrap_or_else(PoisonError::into_inner);
+            let _reading = lock(&self.server.reading);
             self.server.firewall.list(principal, filter)
         })
     }

@@ -9,6 +9,7 @@
 //! connection is closed after its response ([`Slot::is_wanted`]), so everybody has a turn. Whoever
 //! has waited for [`MAX_WAIT`] is refused.
 
+use crate::mutex::lock;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -109,7 +110,7 @@ impl ConnectionLimiter {
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 }
 
