@@ -2,8 +2,8 @@
 
 use crate::firewall::iptables::{KernelRule, TaggedRule};
 use crate::firewall::list::{Outcome, Tally, Verdict};
+use crate::http::api_error::{ApiError, lines_json};
 use crate::http::json;
-use crate::http::refusal::{Refusal, lines_json};
 use crate::http::request::{Body, Request};
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::{ListError, ListOptions, ListReport};
@@ -57,29 +57,29 @@ struct Query {
 
 impl Command<Intent> {
     /// Reads method, path and query.
-    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command<Intent>, Refusal> {
+    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command<Intent>, ApiError> {
         let path = request.path.strip_suffix('/').unwrap_or(&request.path);
         let segments = path.split('/').skip(1).map(decode).collect::<Option<Vec<_>>>();
-        let segments = segments.ok_or(Refusal::Rule(RuleError::Shape))?;
+        let segments = segments.ok_or(ApiError::Rule(RuleError::Shape))?;
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
         let query = Query::parse(request.query.as_deref())?;
         if query.lenient.is_some() && segments.len() != 3 {
-            return Err(Refusal::Query("The parameter 'lenient' is for lists only.".into()));
+            return Err(ApiError::Query("The parameter 'lenient' is for lists only.".into()));
         }
         match *segments {
             [] => query.only_get(request, Command::Help),
             ["metrics"] => query.only_get(request, Command::Metrics),
             ["list"] => query.list(request, None),
             ["list", chain] => {
-                query.list(request, Some(Chain::parse(chain).ok_or(Refusal::NotFound)?))
+                query.list(request, Some(Chain::parse(chain).ok_or(ApiError::NotFound)?))
             }
             [_, _, _] => {
                 let options = ListOptions { lenient: query.lenient.is_some(), ipv6: grammar.ipv6 };
                 let template = RuleTemplate::parse(&segments);
                 let intent = query.intent(request, template.as_ref().err(), grammar)?;
-                let template = template.map_err(Refusal::Rule)?;
+                let template = template.map_err(ApiError::Rule)?;
                 if request.body == Body::Length(0) {
-                    return Err(Refusal::List(ListError::Empty));
+                    return Err(ApiError::List(ListError::Empty));
                 }
                 let action_fits = grammar.check(intent.action, true);
                 action_fits.map(|()| Command::ChangeAll(template, intent, options))
@@ -88,11 +88,13 @@ impl Command<Intent> {
                 let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let intent = query.intent(request, rule.as_ref().err(), grammar)?;
                 if matches!(intent.action, Action::Replace(_)) {
-                    return Err(Refusal::Query("The parameter 'replace' goes with a list.".into()));
+                    return Err(ApiError::Query(
+                        "The parameter 'replace' goes with a list.".into(),
+                    ));
                 }
-                let rule = rule.map_err(Refusal::Rule)?;
+                let rule = rule.map_err(ApiError::Rule)?;
                 if rule.addresses().next().is_none() && matches!(intent.action, Action::Put(_)) {
-                    return Err(Refusal::Rule(RuleError::NoAddress));
+                    return Err(ApiError::Rule(RuleError::NoAddress));
                 }
                 let action_fits = grammar.check(intent.action, rule.template().is_some());
                 action_fits.map(|()| Command::Change(rule, intent))
@@ -101,12 +103,12 @@ impl Command<Intent> {
     }
 
     /// Decides whether a user with these rights may give this command.
-    pub fn allow(self, rights: &Rights) -> Result<Command<Allowed>, Refusal> {
+    pub fn allow(self, rights: &Rights) -> Result<Command<Allowed>, ApiError> {
         let allow = |intent| {
-            let allowed = rights.allow(intent).map_err(Refusal::Forbidden)?;
+            let allowed = rights.allow(intent).map_err(ApiError::Forbidden)?;
             match (allowed.action(), allowed.tag()) {
                 (Action::Replace(_), Tag::NONE) => {
-                    Err(Refusal::Query("The parameter 'replace' needs a tag: &tag=NAME.".into()))
+                    Err(ApiError::Query("The parameter 'replace' needs a tag: &tag=NAME.".into()))
                 }
                 _ => Ok(allowed),
             }
@@ -138,10 +140,10 @@ impl Command<Allowed> {
 
 impl Grammar {
     /// Whether the expiry is one that sets take, where the address goes to a set.
-    fn check(self, action: Action, to_set: bool) -> Result<(), Refusal> {
+    fn check(self, action: Action, to_set: bool) -> Result<(), ApiError> {
         match action.expire() {
             Some(seconds) if self.sets && to_set && seconds > LONGEST_IN_SET.into() => {
-                Err(Refusal::LongExpire)
+                Err(ApiError::LongExpire)
             }
             _ => Ok(()),
         }
@@ -149,13 +151,13 @@ impl Grammar {
 }
 
 impl Query {
-    fn parse(query: Option<&str>) -> Result<Query, Refusal> {
+    fn parse(query: Option<&str>) -> Result<Query, ApiError> {
         let mut parsed = Query::default();
         for pair in
             query.unwrap_or_default().split('&').filter(|_| query.is_some_and(|q| !q.is_empty()))
         {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let wrong = |what: &str| Refusal::Query(format!("The parameter '{name}' {what}."));
+            let wrong = |what: &str| ApiError::Query(format!("The parameter '{name}' {what}."));
             let slot = match name {
                 "expire" => &mut parsed.expire,
                 "modify" => &mut parsed.modify,
@@ -175,7 +177,7 @@ impl Query {
             [("wait", &parsed.wait), ("replace", &parsed.replace), ("lenient", &parsed.lenient)];
         for (name, value) in flags {
             if value.as_ref().is_some_and(|value| value != "true") {
-                return Err(Refusal::Query(format!("The parameter '{name}' can only be true.")));
+                return Err(ApiError::Query(format!("The parameter '{name}' can only be true.")));
             }
         }
         Ok(parsed)
@@ -185,38 +187,38 @@ impl Query {
         &self,
         request: &Request,
         command: Command<Intent>,
-    ) -> Result<Command<Intent>, Refusal> {
+    ) -> Result<Command<Intent>, ApiError> {
         let others = [&self.expire, &self.modify, &self.tag, &self.replace, &self.ip];
         match request.method.as_str() {
             "GET" if others.iter().all(|value| value.is_none()) => Ok(command),
-            "GET" => Err(Refusal::Query("This path takes no parameters.".into())),
-            _ => Err(Refusal::Method("GET")),
+            "GET" => Err(ApiError::Query("This path takes no parameters.".into())),
+            _ => Err(ApiError::Method("GET")),
         }
     }
 
     /// The rules of a chain or of all, to be shown or deleted.
-    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command<Intent>, Refusal> {
+    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command<Intent>, ApiError> {
         let others = [&self.expire, &self.modify, &self.replace];
         let takes = match request.method.as_str() {
             "GET" => "'ip' and 'tag'",
             "DELETE" if self.ip.is_none() => "'tag'",
             "DELETE" => {
-                return Err(Refusal::Query("DELETE takes only the parameter 'tag' here.".into()));
+                return Err(ApiError::Query("DELETE takes only the parameter 'tag' here.".into()));
             }
-            _ => return Err(Refusal::Method("GET, DELETE")),
+            _ => return Err(ApiError::Method("GET, DELETE")),
         };
         if others.iter().any(|value| value.is_some()) {
-            return Err(Refusal::Query(format!("This path takes only the parameters {takes}.")));
+            return Err(ApiError::Query(format!("This path takes only the parameters {takes}.")));
         }
         let tag = self.tag.as_deref();
         if request.method == "DELETE" {
-            let tag = tag.ok_or(Refusal::Query("Name what to delete: ?tag=NAME.".into()))?;
+            let tag = tag.ok_or(ApiError::Query("Name what to delete: ?tag=NAME.".into()))?;
             let intent = Intent { action: Action::Delete, tag: parse_tag(tag)? };
             return Ok(Command::DeleteTag(intent, chain));
         }
         let tag = tag.map(|tag| if tag.is_empty() { Ok(Tag::NONE) } else { parse_tag(tag) });
         let net = self.ip.map(|ip| Net::parse(&ip).ok_or(RuleError::Address(ip)));
-        let net = net.transpose().map_err(Refusal::Rule)?;
+        let net = net.transpose().map_err(ApiError::Rule)?;
         Ok(Command::List(Filter { chain, tag: tag.transpose()?, net }))
     }
 
@@ -226,12 +228,12 @@ impl Query {
         request: &Request,
         wrong: Option<&RuleError>,
         grammar: Grammar,
-    ) -> Result<Intent, Refusal> {
+    ) -> Result<Intent, ApiError> {
         if wrong == Some(&RuleError::Unknown) {
-            return Err(Refusal::NotFound);
+            return Err(ApiError::NotFound);
         }
         let is_put = self.is_put(request, grammar)?;
-        let refused = |sentence: &str| Err(Refusal::Query(sentence.into()));
+        let refused = |sentence: &str| Err(ApiError::Query(sentence.into()));
         if self.ip.is_some() {
             return refused("The parameter 'ip' goes with GET /list only.");
         }
@@ -252,31 +254,31 @@ impl Query {
         };
         let seconds = match self.expire {
             None => grammar.default_expire,
-            Some(text) => interval::parse(&text).ok_or(Refusal::Expire(text))?,
+            Some(text) => interval::parse(&text).ok_or(ApiError::Expire(text))?,
         };
         Ok(Intent { action: action(seconds), tag })
     }
 
-    fn is_put(&self, request: &Request, grammar: Grammar) -> Result<bool, Refusal> {
+    fn is_put(&self, request: &Request, grammar: Grammar) -> Result<bool, ApiError> {
         match (request.method.as_str(), self.modify.as_deref()) {
             ("PUT", None) => Ok(true),
             ("DELETE", None) => Ok(false),
             ("GET", Some("insert")) if grammar.non_restful => Ok(true),
             ("GET", Some("delete")) if grammar.non_restful => Ok(false),
             ("GET", _) if grammar.non_restful => {
-                Err(Refusal::Query("GET takes modify=insert or modify=delete.".into()))
+                Err(ApiError::Query("GET takes modify=insert or modify=delete.".into()))
             }
             ("PUT" | "DELETE", Some(_)) => {
-                Err(Refusal::Query("The parameter 'modify' goes with GET only.".into()))
+                Err(ApiError::Query("The parameter 'modify' goes with GET only.".into()))
             }
-            _ if grammar.non_restful => Err(Refusal::Method("GET, PUT, DELETE")),
-            _ => Err(Refusal::Method("PUT, DELETE")),
+            _ if grammar.non_restful => Err(ApiError::Method("GET, PUT, DELETE")),
+            _ => Err(ApiError::Method("PUT, DELETE")),
         }
     }
 }
 
-fn parse_tag(text: &str) -> Result<Tag, Refusal> {
-    Tag::parse(text).ok_or_else(|| Refusal::Tag(text.into()))
+fn parse_tag(text: &str) -> Result<Tag, ApiError> {
+    Tag::parse(text).ok_or_else(|| ApiError::Tag(text.into()))
 }
 
 /// The rule of a path. `curl -T FILE URL/` sends a list to URL/FILE.
@@ -442,8 +444,8 @@ mod tests {
                 let rule = template.rule(Net::any(Family::V4));
                 format!("{:?} {rule}{} …{lenient}", allowed.action(), allowed.tag())
             }
-            Err(Refusal::Method(allow)) => format!("405 {allow}"),
-            Err(refusal) => format!("{} {}", refusal.parts().0, refusal.parts().1),
+            Err(ApiError::Method(allow)) => format!("405 {allow}"),
+            Err(error) => format!("{} {}", error.parts().0, error.parts().1),
         }
     }
 

@@ -3,9 +3,9 @@
 
 use super::options::{Fleet, Job, Server};
 use crate::http::answer::Head;
+use crate::http::api_error::ApiError;
 use crate::http::body;
 use crate::http::deadline::DeadlineSocket;
-use crate::http::refusal::Refusal;
 use crate::http::request::MAX_HEAD;
 use crate::http::stream::is_timeout;
 use crate::http::tls;
@@ -268,9 +268,9 @@ fn fault(error: &io::Error) -> Failure {
 }
 
 /// What is wrong with the body of an answer.
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Failure {
-        match refusal {
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Failure {
+        match error {
             body::SHORT => for_now("the answer broke off"),
             body::SLOW => for_now("no whole answer in time"),
             _ => for_good("the chunks of the answer are malformed"),

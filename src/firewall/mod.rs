@@ -18,8 +18,8 @@ pub mod sets;
 pub mod start;
 
 use crate::clock;
+use crate::http::api_error::ApiError;
 use crate::http::auth::Principal;
-use crate::http::refusal::Refusal;
 use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
@@ -135,12 +135,12 @@ impl Firewall {
 
     /// Carries out a change. When it returns, the kernel enforces all of it or, after an error,
     /// none of it.
-    pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, Refusal> {
+    pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
         let change = change.into_change();
         let is_missing = |family: &&Family| !self.tools.families.contains(family);
         let mut missing = Family::ALL.iter().filter(is_missing);
         if missing.any(|family| change.rules.has(*family)) {
-            return Err(Refusal::NoIpv6);
+            return Err(ApiError::NoIpv6);
         }
         let is_list = change.family().is_none();
         let result = self.queue.submit(change, is_list, |engine, changes| {
@@ -152,9 +152,9 @@ impl Firewall {
             let outage = hung.cloned();
             Done { results, outage }
         });
-        let lost = || Err(Refusal::Busy("The change was not carried out.".into()));
+        let lost = || Err(ApiError::Busy("The change was not carried out.".into()));
         let note = if is_list { NOTHING } else { "" };
-        result.map_or_else(lost, |result| result.map_err(|error| refusal(error, note)))
+        result.map_or_else(lost, |result| result.map_err(|error| api_error(error, note)))
     }
 
     /// Every rule of rfw's but the guard rules, from the kernel, each with its number among all
@@ -166,9 +166,9 @@ impl Firewall {
         &self,
         _principal: &Principal,
         filter: &Filter,
-    ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
+    ) -> Result<Vec<(usize, TaggedRule)>, ApiError> {
         let listing = self.queue.with(|engine| (engine.listing(filter), None));
-        let listing = listing.map_err(|error| refusal(error.into(), ""))?;
+        let listing = listing.map_err(|error| api_error(error.into(), ""))?;
         if filter.net.is_none() {
             return Ok(listing);
         }
@@ -176,7 +176,7 @@ impl Firewall {
             self.is_in_kernel(&listed.1).map(|is_held| is_held.then_some(listed)).transpose()
         };
         let held = listing.into_iter().filter_map(confirm).collect::<Result<_, _>>();
-        held.map_err(|error| refusal(error.into(), ""))
+        held.map_err(|error| api_error(error.into(), ""))
     }
 
     /// Whether the kernel holds a rule that comes from the list.
@@ -197,7 +197,7 @@ impl Firewall {
         set: &KernelRule,
         filter: &Filter,
         mut each: impl FnMut(&TaggedRule) -> bool,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ApiError> {
         let Some(template) = set.template() else { return Ok(()) };
         let now = clock::wall().as_secs();
         let read = self.tools.ipset.read(&set.to_string(), SEND_LIMIT, |entry| {
@@ -209,7 +209,7 @@ impl Firewall {
             let counters = Some(counters);
             !filter.admits(&rule.rule) || each(&TaggedRule { rule, expires, counters })
         });
-        read.map(|_| ()).map_err(|error| refusal(error.into(), ""))
+        read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
     }
 
     /// What has to be done every second: follow the wall clock, delete what is due, check that
@@ -240,11 +240,11 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<TaggedRule> {
     inputs.chain(outputs).collect()
 }
 
-fn refusal(error: ApplyError, note: &str) -> Refusal {
+fn api_error(error: ApplyError, note: &str) -> ApiError {
     match error {
-        ApplyError::Tool(ToolError::Rejected(text)) => Refusal::Iptables(text + note),
-        ApplyError::Tool(ToolError::Transient(sentence)) => Refusal::Busy(sentence + note),
-        ApplyError::Full(sentence) => Refusal::Full(sentence),
-        ApplyError::State(sentence) => Refusal::State(sentence),
+        ApplyError::Tool(ToolError::Rejected(text)) => ApiError::Iptables(text + note),
+        ApplyError::Tool(ToolError::Transient(sentence)) => ApiError::Busy(sentence + note),
+        ApplyError::Full(sentence) => ApiError::Full(sentence),
+        ApplyError::State(sentence) => ApiError::State(sentence),
     }
 }

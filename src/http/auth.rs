@@ -8,7 +8,7 @@
 //!
 //! Names and passwords there hold no white space.
 
-use super::refusal::Refusal;
+use super::api_error::ApiError;
 use crate::mutex::lock;
 use crate::rule::rights::Rights;
 use crate::rule::whitelist::LineError;
@@ -182,12 +182,12 @@ pub fn authenticate(
     users: Option<&Users>,
     throttle: &LoginThrottle,
     now: Instant,
-) -> Result<Principal, Refusal> {
+) -> Result<Principal, ApiError> {
     let Some(users) = users else {
         return Ok(Principal { peer, user: None, rights: Rights::All });
     };
     if let Some(left) = throttle.wait(peer, now) {
-        return Err(Refusal::Guessing(left));
+        return Err(ApiError::Guessing(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
     let user = users.find(token.trim_start_matches(' ').as_bytes());
@@ -200,7 +200,7 @@ pub fn authenticate(
             if authorization.is_some() {
                 throttle.add(peer, now);
             }
-            Err(Refusal::Unauthorized)
+            Err(ApiError::Unauthorized)
         }
     }
 }
@@ -386,7 +386,7 @@ mod tests {
             let now = start + Duration::from_secs(second);
             match authenticate(peer(n), authorization, Some(&users), &throttle, now) {
                 Ok(_) => "in".into(),
-                Err(Refusal::Guessing(left)) => format!("wait {}", left.as_secs()),
+                Err(ApiError::Guessing(left)) => format!("wait {}", left.as_secs()),
                 Err(_) => "wrong".into(),
             }
         };

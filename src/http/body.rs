@@ -6,7 +6,7 @@
 //! exts         = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
 //! ```
 
-use super::refusal::Refusal;
+use super::api_error::ApiError;
 use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
 use super::stream::{HttpStream, is_timeout};
 use std::io::{self, BufRead, Read};
@@ -23,20 +23,20 @@ const BODY_TIME: Duration = Duration::from_secs(60);
 /// And at this pace: so many bytes in each such time, or the rest.
 const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
 
-const LONG: Refusal = Refusal::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
-pub const SLOW: Refusal =
-    Refusal::Http(408, "A body must come within 60 s, and 1 KiB a second of it over 30 s.");
-pub const SHORT: Refusal =
-    Refusal::Http(400, "The body ended too early; nothing of it was applied.");
-const CHUNK: Refusal =
-    Refusal::Http(400, "A chunk must be: hex digits, CRLF, so many bytes, CRLF.");
+const LONG: ApiError = ApiError::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
+pub const SLOW: ApiError =
+    ApiError::Http(408, "A body must come within 60 s, and 1 KiB a second of it over 30 s.");
+pub const SHORT: ApiError =
+    ApiError::Http(400, "The body ended too early; nothing of it was applied.");
+const CHUNK: ApiError =
+    ApiError::Http(400, "A chunk must be: hex digits, CRLF, so many bytes, CRLF.");
 
 /// Reads the body of a request from its connection.
 pub fn receive(
     stream: &mut HttpStream,
     request: &Request,
-    each: impl FnMut(&[u8]) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
+    each: impl FnMut(&[u8]) -> Result<(), ApiError>,
+) -> Result<(), ApiError> {
     if matches!(request.body, Body::Length(length) if length > MAX_BODY) {
         return Err(LONG);
     }
@@ -52,7 +52,7 @@ pub fn receive(
 
 /// Reads a body, of which `each` gets the pieces, and leaves what is behind it. Chunks may have
 /// `room` bytes in all.
-pub fn read<E: From<Refusal>>(
+pub fn read<E: From<ApiError>>(
     source: &mut impl BufRead,
     body: Body,
     mut room: u64,
@@ -86,7 +86,7 @@ pub fn read<E: From<Refusal>>(
     Ok(check_fields(trailers.iter().map(String::as_str))?)
 }
 
-fn pass_on<E: From<Refusal>>(
+fn pass_on<E: From<ApiError>>(
     source: &mut impl BufRead,
     mut left: u64,
     each: &mut impl FnMut(&[u8]) -> Result<(), E>,
@@ -103,7 +103,7 @@ fn pass_on<E: From<Refusal>>(
 }
 
 /// A line without its CRLF, a character a byte.
-fn line(source: &mut impl BufRead) -> Result<String, Refusal> {
+fn line(source: &mut impl BufRead) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
     source.take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(fault)?;
     let line = match bytes.strip_suffix(b"\r\n") {
@@ -114,7 +114,7 @@ fn line(source: &mut impl BufRead) -> Result<String, Refusal> {
     Ok(line.iter().map(|byte| char::from(*byte)).collect())
 }
 
-fn chunk_size(line: &str) -> Result<u64, Refusal> {
+fn chunk_size(line: &str) -> Result<u64, ApiError> {
     let end = line.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(line.len());
     let (digits, extensions) = line.split_at(end);
     match digits.is_empty() || skip_extensions(extensions).is_none() {
@@ -162,7 +162,7 @@ fn skip_quoted(text: &str) -> Option<&str> {
     }
 }
 
-fn fault(error: io::Error) -> Refusal {
+fn fault(error: io::Error) -> ApiError {
     if is_timeout(&error) { SLOW } else { SHORT }
 }
 
@@ -218,10 +218,10 @@ mod tests {
         let mut text = String::new();
         let each = |bytes: &[u8]| {
             text.push_str(std::str::from_utf8(bytes).unwrap());
-            Ok::<(), Refusal>(())
+            Ok::<(), ApiError>(())
         };
         let result = read(&mut bytes, body, MAX_BODY, each);
-        let text = result.map_or_else(|refusal| refusal.parts().0.to_string(), |()| text);
+        let text = result.map_or_else(|error| error.parts().0.to_string(), |()| text);
         (text, String::from_utf8_lossy(bytes).into())
     }
 
@@ -277,9 +277,9 @@ mod tests {
             assert_eq!(read_all(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
         }
         // Too early an end is told from wrong chunks.
-        for (bytes, refusal) in [("3\r\nabc\r\n", SHORT), ("x", CHUNK), ("0\n", CHUNK)] {
+        for (bytes, error) in [("3\r\nabc\r\n", SHORT), ("x", CHUNK), ("0\n", CHUNK)] {
             let result = read(&mut bytes.as_bytes(), Body::Chunked, MAX_BODY, |_| Ok(()));
-            assert_eq!(result, Err(refusal));
+            assert_eq!(result, Err(error));
         }
         let line = |n: usize| format!("0;{}\r\n\r\n", "x".repeat(n - 4));
         assert_eq!(read_all(line(MAX_LINE as usize).as_bytes(), Body::Chunked).0, "");
@@ -306,7 +306,7 @@ mod tests {
                 Ok(())
             };
             let result = receive(&mut stream, &request, each);
-            let body = result.map_or_else(|refusal| refusal.parts().0.to_string(), |()| body);
+            let body = result.map_or_else(|error| error.parts().0.to_string(), |()| body);
             assert_eq!(body, expected);
             drop(stream);
             let mut told = String::new();

@@ -2,11 +2,11 @@
 //! them than rfw needs.
 
 pub mod answer;
+pub mod api_error;
 pub mod auth;
 pub mod body;
 pub mod deadline;
 pub mod json;
-pub mod refusal;
 pub mod request;
 pub mod response;
 pub mod stream;

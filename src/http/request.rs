@@ -7,7 +7,7 @@
 //! field-line   = field-name ":" OWS field-value OWS                      (5)
 //! ```
 
-use super::refusal::Refusal;
+use super::api_error::ApiError;
 use crate::rule::is_number;
 
 /// The longest request line in bytes, without its CRLF.
@@ -17,14 +17,14 @@ pub const MAX_HEAD: usize = 16 * 1024;
 /// The most field lines.
 pub const MAX_FIELDS: usize = 64;
 
-const LONG_LINE: Refusal = Refusal::Http(414, "The request line may have 8192 bytes at most.");
-const LONG_HEAD: Refusal =
-    Refusal::Http(431, "The head may have 16384 bytes and 64 fields at most.");
-const VERSION: Refusal = Refusal::Http(505, "Send HTTP/1.1 or HTTP/1.0.");
-const EXPECTATION: Refusal = Refusal::Http(417, "The only Expect here is 100-continue.");
+const LONG_LINE: ApiError = ApiError::Http(414, "The request line may have 8192 bytes at most.");
+const LONG_HEAD: ApiError =
+    ApiError::Http(431, "The head may have 16384 bytes and 64 fields at most.");
+const VERSION: ApiError = ApiError::Http(505, "Send HTTP/1.1 or HTTP/1.0.");
+const EXPECTATION: ApiError = ApiError::Http(417, "The only Expect here is 100-continue.");
 
-fn bad(message: &'static str) -> Refusal {
-    Refusal::Http(400, message)
+fn bad(message: &'static str) -> ApiError {
+    ApiError::Http(400, message)
 }
 
 /// How long the body is said to be (RFC 9112, 6.3).
@@ -57,7 +57,7 @@ pub struct Request {
 
 /// Finds where the head ends in what was received so far; `None`: more must
 /// come. The verdict depends on the bytes alone, not on how they are split.
-pub fn head_length(received: &[u8]) -> Result<Option<usize>, Refusal> {
+pub fn head_length(received: &[u8]) -> Result<Option<usize>, ApiError> {
     let mut start = 0_usize;
     let mut first = true;
     while let Some(rest) = received.get(start..) {
@@ -88,7 +88,7 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, Refusal> {
 
 impl Request {
     /// Reads a whole head, as [`head_length`] measured it.
-    pub fn parse(head: &[u8]) -> Result<Request, Refusal> {
+    pub fn parse(head: &[u8]) -> Result<Request, ApiError> {
         // A character a byte, so that values may hold obs-text (RFC 9110, 5.5).
         let text: String = head.iter().map(|b| char::from(*b)).collect();
         let mut lines = text.trim_start_matches("\r\n").trim_end_matches("\r\n").split("\r\n");
@@ -131,7 +131,7 @@ impl Request {
     }
 }
 
-fn request_line(line: &str) -> Result<(&str, &str, u8), Refusal> {
+fn request_line(line: &str) -> Result<(&str, &str, u8), ApiError> {
     let wrong = bad("The request line must be: METHOD SP TARGET SP HTTP/1.1.");
     let [method, target, version] = *line.split(' ').collect::<Vec<_>>() else {
         return Err(wrong);
@@ -151,9 +151,9 @@ fn request_line(line: &str) -> Result<(&str, &str, u8), Refusal> {
 fn target_parts<'a>(
     method: &str,
     target: &'a str,
-) -> Result<(Option<&'a str>, &'a str, Option<&'a str>), Refusal> {
+) -> Result<(Option<&'a str>, &'a str, Option<&'a str>), ApiError> {
     if method == "CONNECT" {
-        return Err(Refusal::Http(501, "rfw is no proxy: CONNECT is not implemented."));
+        return Err(ApiError::Http(501, "rfw is no proxy: CONNECT is not implemented."));
     }
     if target == "*" && method == "OPTIONS" {
         return Ok((None, target, None));
@@ -203,7 +203,7 @@ fn is_pchars(text: &str, also: &str) -> bool {
 }
 
 /// Whether these are field lines, as they may also stand behind a body.
-pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), Refusal> {
+pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
     Fields::parse(lines).map(|_| ())
 }
 
@@ -211,7 +211,7 @@ pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), Refu
 pub(super) struct Fields<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Fields<'a> {
-    pub(super) fn parse(lines: impl Iterator<Item = &'a str>) -> Result<Fields<'a>, Refusal> {
+    pub(super) fn parse(lines: impl Iterator<Item = &'a str>) -> Result<Fields<'a>, ApiError> {
         let mut fields = Vec::new();
         for line in lines {
             let (name, value) = line.split_once(':').unwrap_or_default();
@@ -245,7 +245,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The value of a field that may stand only once.
-    fn single(&self, name: &str) -> Result<Option<&'a str>, Refusal> {
+    fn single(&self, name: &str) -> Result<Option<&'a str>, ApiError> {
         let mut values = self.all(name);
         match (values.next(), values.next()) {
             (value, None) => Ok(value),
@@ -255,7 +255,7 @@ impl<'a> Fields<'a> {
 }
 
 /// RFC 9112, 3.2: HTTP/1.1 needs exactly one Host, and a valid one.
-fn host<'a>(fields: &Fields<'a>, minor: u8) -> Result<Option<&'a str>, Refusal> {
+fn host<'a>(fields: &Fields<'a>, minor: u8) -> Result<Option<&'a str>, ApiError> {
     let host = fields.single("host")?;
     match host {
         None if minor > 0 => Err(bad("HTTP/1.1 needs a Host field.")),
@@ -280,7 +280,7 @@ pub fn is_authority(text: &str) -> bool {
 }
 
 /// RFC 9112, 6.1 to 6.3: one way to tell the length, or none.
-pub(super) fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
+pub(super) fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, ApiError> {
     let length = fields.single("content-length")?;
     let codings: Vec<&str> = fields.all("transfer-encoding").collect();
     match (&*codings, length) {
@@ -291,7 +291,7 @@ pub(super) fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, Refusal> {
         (_, Some(_)) => Err(bad("Content-Length and Transfer-Encoding exclude each other.")),
         _ if minor == 0 => Err(bad("HTTP/1.0 knows no Transfer-Encoding.")),
         ([coding], _) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
-        _ => Err(Refusal::Http(501, "The only Transfer-Encoding here is chunked.")),
+        _ => Err(ApiError::Http(501, "The only Transfer-Encoding here is chunked.")),
     }
 }
 
@@ -313,10 +313,10 @@ mod tests {
         let length = match head_length(head) {
             Ok(Some(length)) => length,
             Ok(None) => return "more".into(),
-            Err(refusal) => return refusal.parts().0.to_string(),
+            Err(error) => return error.parts().0.to_string(),
         };
         match Request::parse(&head[..length]) {
-            Err(refusal) => refusal.parts().0.to_string(),
+            Err(error) => error.parts().0.to_string(),
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());

@@ -1,8 +1,8 @@
 //! Answers to bytes.
 
+use super::api_error::{ApiError, names};
 use super::body;
 use super::json;
-use super::refusal::{Refusal, names};
 use super::request::{Body, Request};
 use super::stream::HttpStream;
 use crate::clock::{self, Utc};
@@ -47,8 +47,8 @@ impl<'a> ResponseWriter<'a> {
     pub fn receive(
         &mut self,
         request: &Request,
-        each: impl FnMut(&[u8]) -> Result<(), Refusal>,
-    ) -> Result<(), Refusal> {
+        each: impl FnMut(&[u8]) -> Result<(), ApiError>,
+    ) -> Result<(), ApiError> {
         body::receive(self.stream, request, each)?;
         self.keep = request.keep_alive;
         Ok(())
@@ -82,16 +82,16 @@ impl<'a> ResponseWriter<'a> {
     /// Answers `{"error":CODE,"message":SENTENCE}`. Where a part of a long answer
     /// is sent already, the connection ends, which a client sees by the missing
     /// last chunk. Returns the result for the log, with what the kernel's tools said.
-    pub fn refuse(&mut self, refusal: &Refusal) -> String {
-        let (status, code, message) = refusal.parts();
+    pub fn refuse(&mut self, error: &ApiError) -> String {
+        let (status, code, message) = error.parts();
         if self.begun {
             self.keep = false;
             return format!("cut {status} {code}");
         }
         let text = json::string(&message);
-        let more = refusal.members();
+        let more = error.extra();
         self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{more}}}\n");
-        self.send_whole(status, "application/json", &refusal.field());
+        self.send_whole(status, "application/json", &error.header());
         match status {
             ..500 => format!("{status} {code}"),
             _ => format!("{status} {code} '{}'", printable(message.as_bytes())),
@@ -209,14 +209,14 @@ mod tests {
     #[test]
     fn refusals() {
         let mut logged = String::new();
-        let got = answer(GET, |response| logged = response.refuse(&Refusal::Method("PUT")));
+        let got = answer(GET, |response| logged = response.refuse(&ApiError::Method("PUT")));
         let head = "HTTP/1.1 405 Method Not Allowed|Content-Type: application/json|";
         let text =
             r#"{"error":"method_not_allowed","message":"The methods for this path are PUT."}"#;
         let rest = format!("Connection: keep-alive|Allow: PUT|Content-Length: 78||{text}\n");
         assert_eq!(got, (format!("{head}{rest}"), true));
         assert_eq!(logged, "405 method_not_allowed");
-        let failure = Refusal::Iptables("no\n".into());
+        let failure = ApiError::Iptables("no\n".into());
         let got = answer(GET, |response| logged = response.refuse(&failure)).0;
         assert!(
             got.ends_with("{\"error\":\"iptables_failed\",\"message\":\"no\\u000a\"}\n"),

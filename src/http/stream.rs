@@ -1,7 +1,7 @@
 //! A connection, plain or TLS, of which every wait has one common deadline.
 
+use super::api_error::ApiError;
 use super::deadline::DeadlineSocket;
-use super::refusal::Refusal;
 use super::request::{Request, head_length};
 use super::tls::{self, Acceptor, Session};
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,7 +17,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How many bytes are received at a time.
 const PIECE: usize = 8192;
 
-const TIMEOUT: Refusal = Refusal::Http(408, "The request did not come in time.");
+const TIMEOUT: ApiError = ApiError::Http(408, "The request did not come in time.");
 
 enum Io {
     Plain(DeadlineSocket),
@@ -51,7 +51,7 @@ impl HttpStream {
     }
 
     /// Reads the next request; `None` if the peer is gone, or was silent.
-    pub fn request(&mut self) -> Option<Result<Request, Refusal>> {
+    pub fn request(&mut self) -> Option<Result<Request, ApiError>> {
         self.received.drain(..mem::take(&mut self.used));
         loop {
             match head_length(&self.received) {
@@ -60,7 +60,7 @@ impl HttpStream {
                     self.used = length;
                     return Some(Request::parse(self.received.get(..length)?));
                 }
-                Err(refusal) => return Some(Err(refusal)),
+                Err(error) => return Some(Err(error)),
             }
             match self.receive() {
                 Ok(0) => return None,
@@ -152,7 +152,7 @@ mod tests {
     fn path(stream: &mut HttpStream) -> String {
         match stream.request() {
             None => "none".into(),
-            Some(Err(refusal)) => refusal.parts().0.to_string(),
+            Some(Err(error)) => error.parts().0.to_string(),
             Some(Ok(request)) => request.path,
         }
     }

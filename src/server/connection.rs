@@ -7,8 +7,8 @@ use crate::api::{self, Command};
 use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Tally, Verdict};
 use crate::host;
+use crate::http::api_error::ApiError;
 use crate::http::auth::{self, Principal};
-use crate::http::refusal::Refusal;
 use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
@@ -44,8 +44,8 @@ const HEAD_TIME: Duration = Duration::from_secs(9);
 /// How much of a request line goes into the log.
 const MAX_LOGGED: usize = 300;
 
-const NO_BODY: Refusal = Refusal::Http(413, "This request takes no body; send none.");
-const EVICTED: Refusal = Refusal::Http(408, "The body came too slowly while others waited.");
+const NO_BODY: ApiError = ApiError::Http(413, "This request takes no body; send none.");
+const EVICTED: ApiError = ApiError::Http(408, "The body came too slowly while others waited.");
 
 /// One connection that is being served.
 pub struct Connection<'a> {
@@ -82,9 +82,9 @@ impl Connection<'_> {
         let mut response = ResponseWriter::new(stream, request.as_ref().ok());
         let result = match &request {
             Ok(request) => self.carry_out(request, &mut response, &mut who),
-            Err(refusal) => Err(refusal.clone()),
+            Err(error) => Err(error.clone()),
         };
-        let result = result.unwrap_or_else(|refusal| response.refuse(&refusal));
+        let result = result.unwrap_or_else(|error| response.refuse(&error));
         let keep = response.keep;
         self.record(request.ok().as_ref(), &who, &result, started.elapsed());
         keep
@@ -96,7 +96,7 @@ impl Connection<'_> {
         request: &Request,
         response: &mut ResponseWriter<'_>,
         who: &mut String,
-    ) -> Result<String, Refusal> {
+    ) -> Result<String, ApiError> {
         let (principal, command) = self.admit(request, who)?;
         match command {
             Command::Help => {
@@ -121,7 +121,7 @@ impl Connection<'_> {
             Command::Change(rule, allowed) => {
                 let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
                 let permitted = self.server.whitelist.permit(rule, allowed, &own);
-                let change = permitted.map_err(Refusal::Whitelisted)?;
+                let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.slot.work(apply)?;
                 let json = api::outcome_json(&rule, allowed.tag(), &outcome);
@@ -148,7 +148,7 @@ impl Connection<'_> {
         &self,
         request: &Request,
         who: &mut String,
-    ) -> Result<(Principal, Command<Allowed>), Refusal> {
+    ) -> Result<(Principal, Command<Allowed>), ApiError> {
         self.listener.check_host(request)?;
         let principal = self.authenticate(request)?;
         *who = principal.to_string();
@@ -163,7 +163,7 @@ impl Connection<'_> {
         Ok((principal, command))
     }
 
-    fn authenticate(&self, request: &Request) -> Result<Principal, Refusal> {
+    fn authenticate(&self, request: &Request) -> Result<Principal, ApiError> {
         let server = self.server;
         let users = self.listener.authentication.then_some(&server.users);
         let authorization = request.authorization.as_deref();
@@ -178,16 +178,16 @@ impl Connection<'_> {
         principal: &Principal,
         mut list: List,
         response: &mut ResponseWriter<'_>,
-    ) -> Result<(Tally, ListReport), Refusal> {
+    ) -> Result<(Tally, ListReport), ApiError> {
         let turn = self.await_turn(&self.server.uploads)?;
         let received = response.receive(request, |bytes| {
             [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
-            list.push(bytes).map_err(Refusal::List)
+            list.push(bytes).map_err(ApiError::List)
         });
         let is_evicted = turn.is_evicted() || self.slot.is_evicted();
-        received.map_err(|refusal| if is_evicted { EVICTED } else { refusal })?;
+        received.map_err(|error| if is_evicted { EVICTED } else { error })?;
         self.work(Some(&turn), || {
-            let (change, report) = list.finish().map_err(Refusal::List)?;
+            let (change, report) = list.finish().map_err(ApiError::List)?;
             Ok((self.server.firewall.apply(principal, change)?.tally, report))
         })
     }
@@ -218,7 +218,7 @@ impl Connection<'_> {
         principal: &Principal,
         filter: &Filter,
         response: &mut ResponseWriter<'_>,
-    ) -> Result<String, Refusal> {
+    ) -> Result<String, ApiError> {
         let server = self.server;
         let is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
@@ -263,15 +263,15 @@ impl Connection<'_> {
         turn: Option<&Slot>,
         principal: &Principal,
         filter: &Filter,
-    ) -> Result<Vec<(usize, TaggedRule)>, Refusal> {
+    ) -> Result<Vec<(usize, TaggedRule)>, ApiError> {
         self.work(turn, || {
             let _reading = lock(&self.server.reading);
             self.server.firewall.list(principal, filter)
         })
     }
 
-    fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, Refusal> {
-        let busy = || Refusal::Busy("Too many lists are on their way.".into());
+    fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, ApiError> {
+        let busy = || ApiError::Busy("Too many lists are on their way.".into());
         self.slot.acquire(limiter).ok_or_else(busy)
     }
 

@@ -4,7 +4,7 @@ use super::Server;
 use super::connection::Connection;
 use super::limiter::{ConnectionLimiter, Limits, MAX_WAIT};
 use crate::config::{Config, Local};
-use crate::http::refusal::Refusal;
+use crate::http::api_error::ApiError;
 use crate::http::request::Request;
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
@@ -82,10 +82,10 @@ impl Listener {
 
     /// The local server is for whoever means this host by its name: a web page in a browser here,
     /// whose name was made to point here, means another one.
-    pub fn check_host(&self, request: &Request) -> Result<(), Refusal> {
+    pub fn check_host(&self, request: &Request) -> Result<(), ApiError> {
         match self.tls.is_some() || request.is_for_localhost() {
             true => Ok(()),
-            false => Err(Refusal::Http(400, "The Host must be localhost, 127.0.0.1 or [::1].")),
+            false => Err(ApiError::Http(400, "The Host must be localhost, 127.0.0.1 or [::1].")),
         }
     }
 
@@ -144,7 +144,7 @@ impl Listener {
             // What is left unread makes the kernel reset the connection, and the refusal is lost.
             stream.set_deadline(READ_TIME);
             let _ = stream.request();
-            let busy = Refusal::Busy("Too many connections.".into());
+            let busy = ApiError::Busy("Too many connections.".into());
             ResponseWriter::new(&mut stream, None).refuse(&busy);
         }
     }

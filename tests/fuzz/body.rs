@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use rfw::http::body;
-use rfw::http::refusal::Refusal;
+use rfw::http::api_error::ApiError;
 use rfw::http::request::Body;
 use std::io::{BufRead, BufReader};
 
@@ -13,9 +13,9 @@ fn read(bytes: &[u8], piece: usize, body: Body) -> (Result<Vec<u8>, u16>, Vec<u8
     let mut text = Vec::new();
     let each = |bytes: &[u8]| {
         text.extend(bytes);
-        Ok::<(), Refusal>(())
+        Ok::<(), ApiError>(())
     };
-    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|refusal| refusal.parts().0);
+    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|error| error.parts().0);
     let mut left = source.buffer().to_vec();
     source.consume(left.len());
     left.extend(source.into_inner());

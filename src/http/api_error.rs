@@ -1,4 +1,4 @@
-//! Every refusal with its status, code and sentence.
+//! Every error of the API, with its status, code and sentence.
 
 use super::json;
 use crate::rule::interval::LONGEST_IN_SET;
@@ -15,7 +15,7 @@ const MAX_SHOWN: usize = 80;
 /// Why a request is not carried out. This is the one place where reasons
 /// become status codes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Refusal {
+pub enum ApiError {
     /// A status of HTTP's own, and what to do.
     Http(u16, &'static str),
     Unauthorized,
@@ -50,66 +50,68 @@ pub enum Refusal {
     Busy(String),
 }
 
-impl Refusal {
+impl ApiError {
     /// Status code, error code and sentence.
     pub fn parts(&self) -> (u16, &'static str, String) {
         match self {
-            Refusal::Http(status, message) => (*status, code(*status), message.to_string()),
-            Refusal::Unauthorized => {
+            ApiError::Http(status, message) => (*status, code(*status), message.to_string()),
+            ApiError::Unauthorized => {
                 (401, code(401), "Send the user name and password of rfw.conf or auth.file.".into())
             }
-            Refusal::Guessing(_) => {
+            ApiError::Guessing(_) => {
                 (429, code(429), "Too many wrong credentials; wait for a minute.".into())
             }
-            Refusal::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
-            Refusal::NotFound | Refusal::Rule(RuleError::Unknown) => {
+            ApiError::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
+            ApiError::NotFound | ApiError::Rule(RuleError::Unknown) => {
                 (404, code(404), "No such action or chain; GET / shows what there is.".into())
             }
-            Refusal::Method(allow) => {
+            ApiError::Method(allow) => {
                 (405, code(405), format!("The methods for this path are {allow}."))
             }
-            Refusal::Rule(error) => rule_parts(error),
-            Refusal::Query(message) => (400, "bad_query", message.clone()),
-            Refusal::Tag(text) => {
+            ApiError::Rule(error) => rule_error_parts(error),
+            ApiError::Query(message) => (400, "bad_query", message.clone()),
+            ApiError::Tag(text) => {
                 let write =
                     "write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit";
                 (400, "bad_tag", format!("'{text}' is not a tag; {write}."))
             }
-            Refusal::Expire(text) => {
+            ApiError::Expire(text) => {
                 let write = "write up to 9 digits and s, m, h or d, as in 10m";
                 let message = format!("{} is not an interval; {write}.", quoted(text));
                 (400, "bad_expire", message)
             }
-            Refusal::LongExpire => {
+            ApiError::LongExpire => {
                 let most = format!(
                     "In a set an address expires after {LONGEST_IN_SET} s (24 days) at most"
                 );
                 (400, "bad_expire", format!("{most}; 0 is for ever."))
             }
-            Refusal::List(error) => list_parts(error),
-            Refusal::Full(sentence) => (507, code(507), format!("{sentence} Nothing was applied.")),
-            Refusal::State(sentence) => {
+            ApiError::List(error) => list_error_parts(error),
+            ApiError::Full(sentence) => {
+                (507, code(507), format!("{sentence} Nothing was applied."))
+            }
+            ApiError::State(sentence) => {
                 (507, "state_failed", format!("{sentence} Nothing was applied."))
             }
-            Refusal::Whitelisted(conflict) => {
+            ApiError::Whitelisted(conflict) => {
                 let message = match conflict {
                     Conflict::Whitelisted(net) => format!("This overlaps {net} of the whitelist."),
                     Conflict::Own(net) => format!("This overlaps {net}, this host's own address."),
                 };
                 (409, "whitelisted", message)
             }
-            Refusal::NoIpv6 => {
+            ApiError::NoIpv6 => {
                 (400, "bad_address", "This host filters no IPv6; send IPv4 addresses.".into())
             }
-            Refusal::Iptables(words) => (500, "iptables_failed", words.clone()),
-            Refusal::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
+            ApiError::Iptables(words) => (500, "iptables_failed", words.clone()),
+            ApiError::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
         }
     }
 
     /// What else the answer says, as members of a JSON object.
-    pub fn members(&self) -> String {
+    pub fn extra(&self) -> String {
         match self {
-            Refusal::List(ListError::Invalid(Invalid { lines, .. })) => {
+            ApiError::List(ListError::Invalid(Invalid { lines, .. })) => {
                 format!(",\"lines\":{}", lines_json(lines))
             }
             _ => String::new(),
@@ -117,12 +119,12 @@ impl Refusal {
     }
 
     /// The field that belongs to the status.
-    pub fn field(&self) -> String {
+    pub fn header(&self) -> String {
         match self {
-            Refusal::Unauthorized => "WWW-Authenticate: Basic realm=\"rfw\"\r\n".into(),
-            Refusal::Method(allow) => format!("Allow: {allow}\r\n"),
-            Refusal::Busy(_) => "Retry-After: 1\r\n".into(),
-            Refusal::Guessing(left) => {
+            ApiError::Unauthorized => "WWW-Authenticate: Basic realm=\"rfw\"\r\n".into(),
+            ApiError::Method(allow) => format!("Allow: {allow}\r\n"),
+            ApiError::Busy(_) => "Retry-After: 1\r\n".into(),
+            ApiError::Guessing(left) => {
                 format!("Retry-After: {}\r\n", left.as_secs().saturating_add(1))
             }
             _ => String::new(),
@@ -133,12 +135,12 @@ impl Refusal {
 /// Invalid lines of a list as a JSON array.
 pub fn lines_json(lines: &[(usize, RuleError)]) -> String {
     let line = |(line, error): &(usize, RuleError)| {
-        format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_parts(error).2))
+        format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_error_parts(error).2))
     };
     format!("[{}]", lines.iter().map(line).collect::<Vec<_>>().join(","))
 }
 
-fn list_parts(error: &ListError) -> (u16, &'static str, String) {
+fn list_error_parts(error: &ListError) -> (u16, &'static str, String) {
     match error {
         ListError::TooMany => {
             (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
@@ -152,7 +154,7 @@ fn list_parts(error: &ListError) -> (u16, &'static str, String) {
         ),
         ListError::Invalid(Invalid { count, of, lines }) => {
             let first = lines.first().map_or(String::new(), |(line, error)| {
-                format!(" Line {line}: {}", rule_parts(error).2)
+                format!(" Line {line}: {}", rule_error_parts(error).2)
             });
             let end = match *count > of / 2 {
                 true => "; a body of which more than half is invalid is not a list.",
@@ -166,7 +168,7 @@ fn list_parts(error: &ListError) -> (u16, &'static str, String) {
     }
 }
 
-fn rule_parts(error: &RuleError) -> (u16, &'static str, String) {
+fn rule_error_parts(error: &RuleError) -> (u16, &'static str, String) {
     let (code, message) = match error {
         RuleError::Unknown | RuleError::Shape => (
             "bad_path",
@@ -319,33 +321,38 @@ mod tests {
             (Conflict::Whitelisted(net("1.2.3.0/24")), Conflict::Own(net("1.2.3.4")));
         let invalid = |count, of| {
             let lines = vec![(2, RuleError::Long)];
-            Refusal::List(ListError::Invalid(Invalid { count, of, lines }))
+            ApiError::List(ListError::Invalid(Invalid { count, of, lines }))
         };
         let table = [
-            (Refusal::Http(414, "x"), 414, "uri_too_long", "x"),
-            (Refusal::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
-            (Refusal::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
-            (Refusal::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
-            (Refusal::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
-            (Refusal::NotFound, 404, "not_found", "No such action"),
-            (Refusal::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
-            (Refusal::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
-            (Refusal::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
-            (Refusal::Rule(RuleError::NoAddress), 400, "bad_path", "must name an address"),
-            (Refusal::Rule(RuleError::Iface(x())), 400, "bad_interface", "'x' is not an interface"),
-            (Refusal::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
-            (Refusal::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
-            (Refusal::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
-            (Refusal::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
-            (Refusal::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),
-            (Refusal::Rule(RuleError::Mask(x())), 400, "bad_mask", "be 9 to 32 for IPv4, 17"),
-            (Refusal::Rule(RuleError::Wide(net("1.0.0.0/8"))), 400, "bad_mask", "wider than /9"),
-            (Refusal::Rule(RuleError::Wide(net("1::/8"))), 400, "bad_mask", "wider than /17"),
-            (Refusal::Rule(RuleError::Range(x())), 400, "bad_address", "'x' is not a range"),
-            (Refusal::Rule(RuleError::Long), 400, "bad_address", "1024 bytes"),
-            (Refusal::Query(x()), 400, "bad_query", "x"),
-            (Refusal::Expire(x()), 400, "bad_expire", "'x' is not an interval"),
-            (Refusal::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
+            (ApiError::Http(414, "x"), 414, "uri_too_long", "x"),
+            (ApiError::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
+            (ApiError::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
+            (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
+            (ApiError::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
+            (ApiError::NotFound, 404, "not_found", "No such action"),
+            (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
+            (ApiError::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
+            (ApiError::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
+            (ApiError::Rule(RuleError::NoAddress), 400, "bad_path", "must name an address"),
+            (
+                ApiError::Rule(RuleError::Iface(x())),
+                400,
+                "bad_interface",
+                "'x' is not an interface",
+            ),
+            (ApiError::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
+            (ApiError::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
+            (ApiError::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
+            (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
+            (ApiError::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),
+            (ApiError::Rule(RuleError::Mask(x())), 400, "bad_mask", "be 9 to 32 for IPv4, 17"),
+            (ApiError::Rule(RuleError::Wide(net("1.0.0.0/8"))), 400, "bad_mask", "wider than /9"),
+            (ApiError::Rule(RuleError::Wide(net("1::/8"))), 400, "bad_mask", "wider than /17"),
+            (ApiError::Rule(RuleError::Range(x())), 400, "bad_address", "'x' is not a range"),
+            (ApiError::Rule(RuleError::Long), 400, "bad_address", "1024 bytes"),
+            (ApiError::Query(x()), 400, "bad_query", "x"),
+            (ApiError::Expire(x()), 400, "bad_expire", "'x' is not an interval"),
+            (ApiError::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
             (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
             (
                 invalid(3, 6),
@@ -354,25 +361,25 @@ mod tests {
                 "comment. Nothing of the list is applied; with lenient",
             ),
             (invalid(3, 5), 400, "bad_list", "more than half is invalid is not a list."),
-            (Refusal::List(ListError::TooMany), 413, "content_too_large", "1000000 entries"),
-            (Refusal::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
-            (Refusal::Full("No room."), 507, "set_full", "Nothing was applied"),
-            (Refusal::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
-            (Refusal::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
-            (Refusal::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
-            (Refusal::NoIpv6, 400, "bad_address", "no IPv6"),
-            (Refusal::Iptables(x()), 500, "iptables_failed", "x"),
-            (Refusal::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),
+            (ApiError::List(ListError::TooMany), 413, "content_too_large", "1000000 entries"),
+            (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
+            (ApiError::Full("No room."), 507, "set_full", "Nothing was applied"),
+            (ApiError::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
+            (ApiError::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
+            (ApiError::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
+            (ApiError::NoIpv6, 400, "bad_address", "no IPv6"),
+            (ApiError::Iptables(x()), 500, "iptables_failed", "x"),
+            (ApiError::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),
         ];
-        for (refusal, status, code, words) in table {
-            let (got_status, got_code, sentence) = refusal.parts();
-            assert_eq!((got_status, got_code), (status, code), "{refusal:?}");
+        for (error, status, code, words) in table {
+            let (got_status, got_code, sentence) = error.parts();
+            assert_eq!((got_status, got_code), (status, code), "{error:?}");
             assert!(sentence.contains(words), "{sentence}");
             let lines =
                 "[{\"line\":2,\"message\":\"A line may have 1024 bytes before its comment.\"}]";
             let members =
                 if code == "bad_list" { format!(",\"lines\":{lines}") } else { String::new() };
-            assert_eq!(refusal.members(), members);
+            assert_eq!(error.extra(), members);
         }
     }
 
@@ -436,14 +443,14 @@ mod tests {
     #[test]
     fn fields() {
         let table = [
-            (Refusal::Unauthorized, "WWW-Authenticate: Basic realm=\"rfw\"\r\n"),
-            (Refusal::Method("PUT, DELETE"), "Allow: PUT, DELETE\r\n"),
-            (Refusal::Busy(String::new()), "Retry-After: 1\r\n"),
-            (Refusal::Guessing(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
-            (Refusal::NotFound, ""),
+            (ApiError::Unauthorized, "WWW-Authenticate: Basic realm=\"rfw\"\r\n"),
+            (ApiError::Method("PUT, DELETE"), "Allow: PUT, DELETE\r\n"),
+            (ApiError::Busy(String::new()), "Retry-After: 1\r\n"),
+            (ApiError::Guessing(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
+            (ApiError::NotFound, ""),
         ];
-        for (refusal, field) in table {
-            assert_eq!(refusal.field(), field);
+        for (error, field) in table {
+            assert_eq!(error.header(), field);
         }
     }
 
