@@ -8,6 +8,13 @@ pub fn wall() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
+/// The moment when a time limit that begins now ends. The longest of limits ends at once, rather than
+/// never.
+pub fn after(limit: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(limit).unwrap_or(now)
+}
+
 /// Unix time that goes on evenly when somebody sets the wall clock: read once,
 /// then carried on by the monotonic clock.
 #[derive(Debug)]

@@ -583,7 +583,7 @@ impl<K: Kernel> Engine<K> {
         let factor = if mem::take(&mut self.has_repaired) { 0 } else { PAUSE_FACTOR };
         let longest = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
         let pause = started.elapsed().saturating_mul(factor).min(longest).max(PAUSE);
-        self.next_check = Instant::now().checked_add(pause).unwrap_or(started);
+        self.next_check = clock::after(pause);
         self.outage = failure.clone();
         failure.filter(|_| !self.has_time())
     }
@@ -633,7 +633,7 @@ impl<K: Kernel> Engine<K> {
         }
         if is_due && result.is_ok() {
             let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(SETS_PAUSE);
-            self.next_sets_check = Instant::now().checked_add(pause).unwrap_or(started);
+            self.next_sets_check = clock::after(pause);
         }
         result
     }
@@ -744,8 +744,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn begin(&mut self) {
-        let now = Instant::now();
-        self.deadline = now.checked_add(BATCH_LIMIT).unwrap_or(now);
+        self.deadline = clock::after(BATCH_LIMIT);
     }
 
     /// Whether no program of this batch has hung. After a hang nothing is tried again in the batch.

@@ -4,6 +4,7 @@
 //! and output pass through socket pairs, because those, unlike pipes, take a time limit.
 
 use super::lock::InstanceLock;
+use crate::clock;
 use crate::mutex::lock;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -214,7 +215,7 @@ impl<'a> ChildProcess<'a> {
         let mut command = Command::new(program);
         command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
         let (child, name) = (command.spawn()?, program.display().to_string());
-        Ok((ChildProcess { programs, name, child, stderr, deadline: after(limit) }, socket))
+        Ok((ChildProcess { programs, name, child, stderr, deadline: clock::after(limit) }, socket))
     }
 
     fn output<'b>(&'b mut self, socket: &'b UnixStream) -> ChildOutput<'b> {
@@ -257,7 +258,7 @@ impl<'a> ChildProcess<'a> {
     /// the next check puts that right.
     fn kill(mut self) -> String {
         let _ = self.child.kill();
-        self.deadline = after(KILL_LIMIT);
+        self.deadline = clock::after(KILL_LIMIT);
         if self.wait().is_ok() {
             return "was killed".into();
         }
@@ -273,12 +274,6 @@ impl<'a> ChildProcess<'a> {
             (_, end) => format!("{name} could not be read and {end}: {error}."),
         })
     }
-}
-
-/// The longest of limits ends now, rather than never.
-fn after(limit: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(limit).unwrap_or(now)
 }
 
 fn interpret(name: &str, status: ExitStatus, stderr: String) -> Result<(), ToolError> {

@@ -7,7 +7,7 @@ use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::List;
 use super::process::ToolError;
 use super::reconcile::Listing;
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
@@ -57,7 +57,7 @@ pub fn start<K: Kernel>(
         log: log.clone(),
         metrics,
         distrusted: BTreeSet::new(),
-        deadline: now.checked_add(START_LIMIT).unwrap_or(now),
+        deadline: clock::after(START_LIMIT),
         next_check: now,
         next_sets_check: now,
         overtaken: VecDeque::new(),

@@ -9,6 +9,7 @@
 use super::api_error::ApiError;
 use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
 use super::stream::{HttpStream, is_timeout};
+use crate::clock;
 use std::io::{self, BufRead, Read};
 use std::time::{Duration, Instant};
 
@@ -44,8 +45,7 @@ pub fn receive(
     if request.expects_continue && !stream.has_received() {
         stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
     }
-    let now = Instant::now();
-    let mut source = Paced { stream, due: PACE.0, end: now.checked_add(BODY_TIME).unwrap_or(now) };
+    let mut source = Paced { stream, due: PACE.0, end: clock::after(BODY_TIME) };
     source.set_deadline();
     read(&mut source, request.body, MAX_BODY, each)
 }

@@ -4,6 +4,7 @@ use super::api_error::ApiError;
 use super::deadline::DeadlineSocket;
 use super::request::{Request, head_length};
 use super::tls::{self, Acceptor, Session};
+use crate::clock;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::net::{Shutdown, TcpStream};
@@ -46,8 +47,7 @@ impl HttpStream {
 
     /// Sets the deadline of everything that follows.
     pub fn set_deadline(&mut self, time: Duration) {
-        let now = Instant::now();
-        self.socket().deadline = now.checked_add(time).unwrap_or(now);
+        self.socket().deadline = clock::after(time);
     }
 
     /// Reads the next request; `None` if the peer is gone, or was silent.

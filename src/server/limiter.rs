@@ -9,6 +9,7 @@
 //! connection is closed after its response ([`Slot::is_wanted`]), so everybody has a turn. Whoever
 //! has waited for [`MAX_WAIT`] is refused.
 
+use crate::clock;
 use crate::mutex::lock;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Shutdown, TcpStream};
@@ -176,8 +177,7 @@ impl Slot {
     /// Waits for a slot of another limiter; `None` if it takes too long, or if this slot's
     /// connection is evicted meanwhile.
     pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
-        let now = Instant::now();
-        let deadline = now.checked_add(MAX_WAIT).unwrap_or(now);
+        let deadline = clock::after(MAX_WAIT);
         let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
         slot.await_client();
         Some(slot)

@@ -3,6 +3,7 @@
 use super::Server;
 use super::connection::Connection;
 use super::limiter::{ConnectionLimiter, Limits, MAX_WAIT};
+use crate::clock;
 use crate::config::{Config, Local};
 use crate::http::api_error::ApiError;
 use crate::http::request::Request;
@@ -102,8 +103,7 @@ impl Listener {
                 Ok((socket, address)) => {
                     let peer = address.ip().to_canonical();
                     if listener.tls.is_none() || server.whitelist.admits(peer) {
-                        let now = Instant::now();
-                        let deadline = now.checked_add(MAX_WAIT).unwrap_or(now);
+                        let deadline = clock::after(MAX_WAIT);
                         let _ = arrive.send(Arrival { socket: socket.into(), peer, deadline });
                     } else {
                         server.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
