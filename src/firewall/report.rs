@@ -5,7 +5,7 @@ use super::engine::{Engine, Kernel};
 use super::iptables::{KernelRule, TaggedRule};
 use super::list::{Batch, Group};
 use super::reconcile::{Listing, Plan};
-use crate::log::Level;
+use crate::log::{Level, printable};
 use crate::metrics::{Label, Usage};
 use crate::rule::net::Family;
 use crate::rule::tag::Tag;
@@ -78,7 +78,8 @@ impl<K: Kernel> Engine<K> {
             self.overtaken.pop_front();
         }
         self.log.warning(format_args!(
-            "moved rfw's rules back to the front; someone else's rule was before them: {line}"
+            "moved rfw's rules back to the front; someone else's rule was before them: {}",
+            printable(line.as_bytes())
         ));
     }
 

@@ -74,7 +74,9 @@ pub fn start<K: Kernel>(
         _ => adopt(&engine, &listings, sets).map_err(|error| no_sets(&error))?,
     };
     let now = engine.clock.now().as_secs();
-    Family::ALL.iter().for_each(|family| drop(engine.list.expire(*family, now)));
+    for family in Family::ALL {
+        while !engine.list.expire(family, now).is_empty() {}
+    }
     engine.state_has_more = drop_whitelisted(&mut engine.list, whitelist, &log);
     engine.state_has_more |= engine.list.drop_rivals();
     engine.list.drop_empty();

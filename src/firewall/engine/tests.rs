@@ -8,6 +8,7 @@
 
 use super::super::guards;
 use super::super::iptables::RuleKind;
+use super::super::list::tests::may_shadow;
 use super::super::list::{Tally, Verdict};
 use super::super::start::{self, StartError};
 use super::*;
@@ -500,9 +501,7 @@ impl Model {
     /// Whether a rule has that expiry and decides about its packets.
     fn is_right(&self, at: usize, expires: Option<u64>) -> bool {
         let (rule, old) = self.rules[at];
-        let decides = |(newer, _): &(Rule, _)| {
-            newer.target != rule.target && newer.family() == rule.family() && newer.overlaps(&rule)
-        };
+        let decides = |(newer, _): &(Rule, _)| may_shadow(newer, &rule);
         old == expires && (self.is_in_set(&rule) || !self.rules[at + 1..].iter().any(decides))
     }
 
