@@ -1334,6 +1334,31 @@ fn committed_then_exit_1() {
     }
 }
 
+/// A batch that the kernel rejects is tried in halves; one that failed for a moment is not.
+#[test]
+fn a_bad_rule_fails_alone() {
+    for (sets, has_file) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut world = World::new(sets, has_file);
+        world.memory().bad = Net::parse("1.1.1.2");
+        let changes = (1..6).map(|number| format!("+ /drop/input/any/1.1.1.{number}"));
+        let changes = parse(&changes.collect::<Vec<_>>().join(", ")).remove(0);
+        let results = world.commit(&changes);
+        let is_made = results.iter().map(|result| result.is_ok()).collect::<Vec<_>>();
+        assert_eq!(is_made, [true, false, true, true, true]);
+        assert!(!results[1].as_ref().unwrap_err().is_transient());
+        world.memory().bad = None;
+        world.set_faults(&[Fault { only_writes: true, ..Fault::always(Way::Interrupt) }]);
+        let before = world.memory().writes();
+        let again = parse("+ /drop/input/any/2.2.2.2, ".repeat(8).trim_end_matches(", ")).remove(0);
+        let results = world.commit(&again);
+        assert!(results.iter().all(|r| r.as_ref().is_err_and(ApplyError::is_transient)));
+        // The batch, its repairs and those without it.
+        assert!(world.memory().writes() <= before + 1 + 2 * MAX_REPAIRS);
+        world.set_faults(&[]);
+        world.settle();
+    }
+}
+
 /// A change of sets that fails for good after any of its edits leaves what was there before.
 #[test]
 fn half_applied_set_changes() {
