@@ -7,7 +7,7 @@
 //!                    ; if the name were too long or had an @ in an interface: a hash of the rest
 //! ```
 
-use super::process::{self, Programs, ToolError};
+use super::process::{Program, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, RuleTemplate, Side, Target};
 use std::fmt;
@@ -124,21 +124,18 @@ impl fmt::Display for SetEdit<'_> {
 
 /// The program.
 #[derive(Clone)]
-pub struct Ipset {
-    program: PathBuf,
-    programs: Arc<Programs>,
-}
+pub struct Ipset(Program);
 
 impl Ipset {
     /// `program` is an absolute path.
     pub fn new(program: PathBuf, programs: Arc<Programs>) -> Ipset {
-        Ipset { program, programs }
+        Ipset(Program::new(program, programs))
     }
 
     /// rfw's sets. ipset exits with 0 even if it could not read them all.
     pub fn headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
         let mut headers = Vec::new();
-        process::read_lines(&self.programs, &self.program, &["list", "-terse"], limit, |line| {
+        self.0.read_lines(&["list", "-terse"], limit, |line| {
             parse_header(line.trim_end(), &mut headers);
             true
         })?;
@@ -155,16 +152,14 @@ impl Ipset {
         mut each: impl FnMut(SetEntry) -> bool,
     ) -> Result<bool, ToolError> {
         let mut found = false;
-        let read =
-            process::read_lines(&self.programs, &self.program, &["save", name], limit, |line| {
-                found |= line.starts_with("create ");
-                parse_entry(line).is_none_or(&mut each)
-            });
+        let read = self.0.read_lines(&["save", name], limit, |line| {
+            found |= line.starts_with("create ");
+            parse_entry(line).is_none_or(&mut each)
+        });
         match read {
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             Ok(()) if !found => {
-                let program = self.program.display();
-                let message = format!("{program} exited with 0 after an incomplete listing.");
+                let message = format!("{} exited with 0 after an incomplete listing.", self.0);
                 Err(ToolError::Transient(message))
             }
             result => result.map(|()| true),
@@ -174,13 +169,7 @@ impl Ipset {
     /// Whether a set has an address, or a block that contains it.
     pub fn contains(&self, name: &str, net: Net, limit: Duration) -> Result<bool, ToolError> {
         let net = net.to_string();
-        match process::read_lines(
-            &self.programs,
-            &self.program,
-            &["test", name, &net],
-            limit,
-            |_| true,
-        ) {
+        match self.0.read_lines(&["test", name, &net], limit, |_| true) {
             Err(ToolError::Rejected(text)) if text.contains("is NOT in set") => Ok(false),
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
             result => result.map(|()| true),
@@ -199,9 +188,9 @@ impl Ipset {
         let Some(second) = edits.next() else {
             let line = first.to_string();
             let args: Vec<&str> = ["-exist"].into_iter().chain(line.split(' ')).collect();
-            return process::run(&self.programs, &self.program, &args, limit, |_| Ok(()));
+            return self.0.run(&args, limit, |_| Ok(()));
         };
-        process::run(&self.programs, &self.program, &["-exist", "restore"], limit, |stdin| {
+        self.0.run(&["-exist", "restore"], limit, |stdin| {
             let mut edits = [first, second].into_iter().chain(edits);
             edits.try_for_each(|edit| stdin.line(edit))
         })

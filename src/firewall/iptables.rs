@@ -9,7 +9,7 @@
 //! and stays untouched.
 
 use super::ipset::set_name;
-use super::process::{self, Programs, ToolError};
+use super::process::{Program, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target, is_number};
@@ -255,9 +255,8 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
 #[derive(Clone)]
 pub struct Iptables {
     pub family: Family,
-    iptables: PathBuf,
-    restore: PathBuf,
-    programs: Arc<Programs>,
+    iptables: Program,
+    restore: Program,
 }
 
 /// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` next to it.
@@ -270,7 +269,8 @@ pub fn restore_beside(iptables: &Path) -> PathBuf {
 impl Iptables {
     /// `iptables` is an absolute path.
     pub fn new(family: Family, iptables: PathBuf, programs: Arc<Programs>) -> Iptables {
-        Iptables { family, restore: restore_beside(&iptables), iptables, programs }
+        let restore = Program::new(restore_beside(&iptables), programs.clone());
+        Iptables { family, iptables: Program::new(iptables, programs), restore }
     }
 
     /// Commits edits in order, all or none: a single one as the command that its `Display`
@@ -282,11 +282,11 @@ impl Iptables {
                 let line = edit.to_string();
                 let args: Vec<&str> =
                     ["-w", LOCK_WAIT].into_iter().chain(line.split(' ')).collect();
-                process::run(&self.programs, &self.iptables, &args, limit, |_| Ok(()))
+                self.iptables.run(&args, limit, |_| Ok(()))
             }
             _ => {
                 let args = ["--noflush", "-w", LOCK_WAIT];
-                process::run(&self.programs, &self.restore, &args, limit, |stdin| {
+                self.restore.run(&args, limit, |stdin| {
                     stdin.line("*filter")?;
                     edits.iter().try_for_each(|edit| stdin.line(edit))?;
                     stdin.line("COMMIT")
@@ -295,8 +295,9 @@ impl Iptables {
         }
     }
 
-    /// Passes each rule of the built-in chains to `each`, with its line. iptables exits with 0 even if it could not read everything, so a listing without
-    /// the policy of each chain is an error; even one with all policies may lack rules.
+    /// Passes each rule of the built-in chains to `each`, with its line. iptables exits with 0
+    /// even if it could not read everything, so a listing without the policy of each chain is an
+    /// error; even one with all policies may lack rules.
     pub fn read(
         &self,
         limit: Duration,
@@ -304,7 +305,7 @@ impl Iptables {
     ) -> Result<(), ToolError> {
         let args = ["-w", LOCK_WAIT, "-v", "-S"];
         let (mut policies, mut count) = (0_usize, 0_usize);
-        process::read_lines(&self.programs, &self.iptables, &args, limit, |line| {
+        self.iptables.read_lines(&args, limit, |line| {
             policies = policies.saturating_add(usize::from(line.starts_with("-P ")));
             if let Some((chain, rule)) = parse_row(line, self.family) {
                 count = count.saturating_add(1);
@@ -312,7 +313,7 @@ impl Iptables {
             }
             count < MAX_LISTED
         })?;
-        let program = self.iptables.display();
+        let program = &self.iptables;
         match (count, policies) {
             (MAX_LISTED.., _) => {
                 let message = format!("{program} lists {MAX_LISTED} rules or more.");

@@ -10,9 +10,9 @@ use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -91,24 +91,77 @@ impl Programs {
     }
 }
 
-/// Runs a program to its end on what `input` writes. `limit` is for all of it.
-pub fn run(
-    programs: &Programs,
-    program: &Path,
-    args: &[&str],
-    limit: Duration,
-    input: impl FnOnce(&mut StdinWriter) -> io::Result<()>,
-) -> Result<(), ToolError> {
-    let child = ChildProcess::start(programs, program, args, Task::Change, limit);
-    let (child, socket) = child.map_err(|error| cannot_start(program, &error))?;
-    let mut stdin = StdinWriter { socket, pending: String::new(), deadline: child.deadline };
-    let written = input(&mut stdin).and_then(|()| stdin.flush());
-    drop(stdin);
-    // A program that does not read to the end says why. One that got only a part of its input,
-    // or nothing, may take that for all and exit with 0.
-    child.finish()?;
-    let unwritten = |error| format!("{} did not get its input: {error}.", program.display());
-    written.map_err(|error| ToolError::Transient(unwritten(error)))
+/// A program, by its absolute path.
+#[derive(Clone)]
+pub struct Program {
+    path: PathBuf,
+    programs: Arc<Programs>,
+}
+
+impl Program {
+    pub fn new(path: PathBuf, programs: Arc<Programs>) -> Program {
+        Program { path, programs }
+    }
+
+    /// Runs the program to its end with the input that `input` writes. `limit` includes all of
+    /// it.
+    pub fn run(
+        &self,
+        args: &[&str],
+        limit: Duration,
+        input: impl FnOnce(&mut StdinWriter) -> io::Result<()>,
+    ) -> Result<(), ToolError> {
+        let (child, socket) = self.start(args, Task::Change, limit)?;
+        let mut stdin = StdinWriter { socket, pending: String::new(), deadline: child.deadline };
+        let written = input(&mut stdin).and_then(|()| stdin.flush());
+        drop(stdin);
+        // A program that does not read to the end reports the reason. One that received only a
+        // part of its input, or none, may exit with 0 all the same.
+        child.finish()?;
+        let unwritten = |error| format!("{self} did not receive its input: {error}.");
+        written.map_err(|error| ToolError::Transient(unwritten(error)))
+    }
+
+    /// Runs the program and passes each line of its output to `each`. When that returns `false`,
+    /// the program is killed, which is not an error.
+    pub fn read_lines(
+        &self,
+        args: &[&str],
+        limit: Duration,
+        mut each: impl FnMut(&str) -> bool,
+    ) -> Result<(), ToolError> {
+        let (mut child, socket) = self.start(args, Task::List, limit)?;
+        let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match (&mut output).take(MAX_LINE).read_until(b'\n', &mut line) {
+                Ok(0) => return child.finish(),
+                Ok(_) if each(&String::from_utf8_lossy(&line)) => {}
+                Ok(_) => {
+                    child.kill();
+                    return Ok(());
+                }
+                Err(error) => return Err(child.unreadable(&error)),
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        args: &[&str],
+        task: Task,
+        limit: Duration,
+    ) -> Result<(ChildProcess<'_>, UnixStream), ToolError> {
+        ChildProcess::start(self, args, task, limit)
+            .map_err(|error| ToolError::Transient(format!("{self} could not be started: {error}.")))
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
 }
 
 /// The input of a program, line by line. It is sent in pieces that end with a line, each so
@@ -140,41 +193,10 @@ impl StdinWriter {
     }
 }
 
-/// Runs a program and passes each line of its output to `each`, until that returns `false`:
-/// then the program is killed, and that is no error.
-pub fn read_lines(
-    programs: &Programs,
-    program: &Path,
-    args: &[&str],
-    limit: Duration,
-    mut each: impl FnMut(&str) -> bool,
-) -> Result<(), ToolError> {
-    let child = ChildProcess::start(programs, program, args, Task::List, limit);
-    let (mut child, socket) = child.map_err(|error| cannot_start(program, &error))?;
-    let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match (&mut output).take(MAX_LINE).read_until(b'\n', &mut line) {
-            Ok(0) => return child.finish(),
-            Ok(_) if each(&String::from_utf8_lossy(&line)) => {}
-            Ok(_) => {
-                child.kill();
-                return Ok(());
-            }
-            Err(error) => return Err(child.unreadable(&error)),
-        }
-    }
-}
-
 fn pair() -> io::Result<(UnixStream, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_read_timeout(Some(POLL))?;
     Ok((ours, theirs))
-}
-
-fn cannot_start(program: &Path, error: &io::Error) -> ToolError {
-    ToolError::Transient(format!("{} could not be started: {error}.", program.display()))
 }
 
 /// What a child is for, and so what the socket is that it gets.
@@ -187,8 +209,7 @@ enum Task {
 
 /// A child, to be killed at its deadline.
 struct ChildProcess<'a> {
-    programs: &'a Programs,
-    name: String,
+    program: &'a Program,
     child: Child,
     stderr: UnixStream,
     deadline: Instant,
@@ -196,26 +217,25 @@ struct ChildProcess<'a> {
 
 impl<'a> ChildProcess<'a> {
     fn start(
-        programs: &'a Programs,
-        program: &Path,
+        program: &'a Program,
         args: &[&str],
         task: Task,
         limit: Duration,
     ) -> io::Result<(ChildProcess<'a>, UnixStream)> {
-        programs.reap()?;
+        program.programs.reap()?;
         let (socket, theirs) = pair()?;
         let theirs = Stdio::from(OwnedFd::from(theirs));
         let (stdin, stdout) = match task {
-            Task::Change => (theirs, programs.lock.for_child()?),
+            Task::Change => (theirs, program.programs.lock.for_child()?),
             Task::List => (Stdio::null(), theirs),
         };
         let (stderr, theirs) = pair()?;
         // It is read last: what does not fit by then is lost, instead of stopping the child.
         theirs.set_nonblocking(true)?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(&program.path);
         command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
-        let (child, name) = (command.spawn()?, program.display().to_string());
-        Ok((ChildProcess { programs, name, child, stderr, deadline: clock::after(limit) }, socket))
+        let child = command.spawn()?;
+        Ok((ChildProcess { program, child, stderr, deadline: clock::after(limit) }, socket))
     }
 
     fn output<'b>(&'b mut self, socket: &'b UnixStream) -> ChildOutput<'b> {
@@ -237,7 +257,7 @@ impl<'a> ChildProcess<'a> {
         };
         let text = String::from_utf8_lossy(&stderr);
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        interpret(&self.name, status, text)
+        interpret(self.program, status, text)
     }
 
     /// Waits for a child that has closed its end of a socket and is about to exit.
@@ -263,30 +283,30 @@ impl<'a> ChildProcess<'a> {
             return "was killed".into();
         }
         let id = self.child.id();
-        self.programs.unended().push(self.child);
+        self.program.programs.unended().push(self.child);
         format!("cannot be killed (process {id})")
     }
 
     fn unreadable(self, error: &io::Error) -> ToolError {
-        let name = self.name.clone();
+        let program = self.program;
         ToolError::Transient(match (error.kind(), self.kill()) {
-            (ErrorKind::TimedOut, end) => format!("{name} hung and {end}."),
-            (_, end) => format!("{name} could not be read and {end}: {error}."),
+            (ErrorKind::TimedOut, end) => format!("{program} hung and {end}."),
+            (_, end) => format!("{program} could not be read and {end}: {error}."),
         })
     }
 }
 
-fn interpret(name: &str, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
+fn interpret(program: &Program, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
     match status.code() {
         Some(0) => Ok(()),
-        None => Err(ToolError::Transient(format!("{name} was killed by a signal ({status})."))),
+        None => Err(ToolError::Transient(format!("{program} was killed by a signal ({status})."))),
         // iptables(8): 4 is a resource problem. iptables-nft uses it also when the kernel rejects
         // a rule, and then prints a message.
         Some(4) if stderr.is_empty() || stderr.contains("xtables lock") => {
-            Err(ToolError::Transient(format!("{name}: another program holds the xtables lock.")))
+            Err(ToolError::Transient(format!("{program}: another program holds the xtables lock.")))
         }
         Some(_) if stderr.is_empty() => {
-            Err(ToolError::Rejected(format!("{name} failed without a message ({status}).")))
+            Err(ToolError::Rejected(format!("{program} failed without a message ({status}).")))
         }
         Some(_) => Err(ToolError::Rejected(stderr)),
     }
@@ -321,13 +341,13 @@ impl Read for ChildOutput<'_> {
 mod tests {
     use super::*;
 
-    fn programs() -> Programs {
-        Programs::new(InstanceLock::none())
+    fn program(path: &str) -> Program {
+        Program::new(path.into(), Arc::new(Programs::new(InstanceLock::none())))
     }
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), ToolError> {
         let limit = Duration::from_millis(limit);
-        run(&programs(), Path::new("/bin/sh"), &["-c", script], limit, |stdin| match input {
+        program("/bin/sh").run(&["-c", script], limit, |stdin| match input {
             "" => Ok(()),
             _ => stdin.line(input),
         })
@@ -375,7 +395,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_started() {
-        let failure = run(&programs(), Path::new("/no/such"), &[], POLL, |_| Ok(())).unwrap_err();
+        let failure = program("/no/such").run(&[], POLL, |_| Ok(())).unwrap_err();
         assert!(failure.is_transient() && failure.to_string().contains("/no/such"), "{failure}");
     }
 
@@ -388,7 +408,7 @@ mod tests {
                 seen.len() < most
             };
             let limit = Duration::from_secs(2);
-            let end = read_lines(&programs(), Path::new("/bin/sh"), &["-c", script], limit, each);
+            let end = program("/bin/sh").read_lines(&["-c", script], limit, each);
             (seen, end)
         };
         assert_eq!(list("echo a; echo bc", 9), (vec![1, 2], Ok(())));
@@ -410,7 +430,7 @@ mod tests {
         assert_eq!(sh(&format!("{flood}; cat >/dev/null"), &input, 5_000), Ok(()));
         let script = format!("{flood}; echo a");
         let (mut count, limit) = (0, Duration::from_secs(5));
-        let end = read_lines(&programs(), Path::new("/bin/sh"), &["-c", &script], limit, |_| {
+        let end = program("/bin/sh").read_lines(&["-c", &script], limit, |_| {
             count += 1;
             true
         });
@@ -419,10 +439,11 @@ mod tests {
 
     #[test]
     fn killed_children_that_have_not_ended_are_few_and_reaped() {
-        let programs = programs();
+        let program = program("/bin/sh");
+        let programs = &program.programs;
         let limit = Duration::from_secs(5);
         let sleep = || Command::new("sleep").arg("9").spawn().unwrap();
-        let sh = || run(&programs, Path::new("/bin/sh"), &["-c", "exit 0"], limit, |_| Ok(()));
+        let sh = || program.run(&["-c", "exit 0"], limit, |_| Ok(()));
         programs.unended().extend((1..MAX_UNENDED).map(|_| sleep()));
         assert_eq!(sh(), Ok(()));
         programs.unended().push(sleep());
