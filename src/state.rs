@@ -1,14 +1,13 @@
-//! The state file: the list of rules that outlives a reboot.
+//! The state file: the list of rules on disk, which survives a reboot.
 //!
 //! ```text
 //! file   = "rfw state 2" LF *( change / list )
-//! change = ( "+" SP expires SP rule / "-" SP rule ) LF   ; Unix seconds, 0 is never
+//! change = ( "+" SP expires SP rule / "-" SP rule ) LF   ; Unix seconds; 0 means never
 //! list   = "*" SP count LF count(change)                 ; all of them or none
 //! ```
 //!
-//! Changes are appended, and are on the disk before the kernel is changed. What the kernel then
-//! rejects is truncated: further lines could not restore the order of rules, nor be written to a
-//! full disk. A power cut leaves an incomplete tail, which was never acknowledged. A rule is
+//! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
+//! is truncated: further lines could not restore the order of rules, nor be written to a full disk. A power cut leaves an incomplete tail, which was never acknowledged. A rule is
 //! written as its path and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::rule::whitelist::LineError;
@@ -22,9 +21,9 @@ const HEADER: &str = "rfw state 2\n";
 const HEADERS: [&str; 2] = [HEADER, "rfw state 1\n"];
 /// The longest line in bytes; the longest path is far shorter.
 const MAX_LINE: u64 = 512;
-/// How many dropped lines are reported.
+/// The maximum number of dropped lines that are reported.
 const MAX_DROPPED: usize = 1_000;
-/// How large the file may always grow before it is compacted, in bytes.
+/// A file below this size in bytes is not compacted.
 const SMALL: u64 = 64 * 1024;
 
 /// A rule, and when it expires in Unix seconds.
@@ -37,38 +36,38 @@ pub enum Record {
     Delete(Rule),
 }
 
-/// An open state file. It is locked, so no other rfw has it.
+/// An open state file, locked against any other rfw.
 pub struct StateFile {
     path: PathBuf,
     file: File,
     /// How many bytes of it are valid.
     size: u64,
-    /// Whether there may be more bytes, or its name may not be on the disk yet.
+    /// Whether more bytes may follow, or the new name may not be synced yet.
     needs_repair: bool,
     /// Above this size it is compacted.
     limit: u64,
 }
 
-/// What a file holds.
+/// The result of reading a file.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Contents {
-    /// How many bytes are valid; the rest is what a power cut has left.
+    /// How many bytes are valid; a power cut has left the rest.
     pub size: u64,
     pub records: usize,
-    /// Where the last change is incomplete, and what is dropped.
+    /// The line of an incomplete last change, and why it is dropped.
     pub tail: Option<LineError>,
     /// The first of the lines that are dropped.
     pub dropped: Vec<Vec<u8>>,
 }
 
 impl StateFile {
-    /// Opens and locks a file, and creates it if there is none.
+    /// Opens and locks a file, and creates it if necessary.
     pub fn open(path: &Path) -> Result<StateFile, LineError> {
         let failed = |error: io::Error| whole_file(format!("cannot open it: {error}"));
         check_kind(path)?;
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).mode(0o600).open(path);
-        // From a read-only disk the list can still be read.
+        // The list can still be read from a read-only disk.
         let file = file.or_else(|error| match error.kind() {
             ErrorKind::ReadOnlyFilesystem => File::open(path),
             _ => Err(error),
@@ -79,7 +78,7 @@ impl StateFile {
             let message = "another rfw uses it; stop that one, or set state.file to another file";
             return Err(whole_file(message.into()));
         }
-        // A symbolic link stays: a compacted file replaces the one that it points to.
+        // A symbolic link is kept: compaction replaces the file that it points to.
         let path = fs::canonicalize(path).map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
         Ok(StateFile { path, file, size, needs_repair: false, limit: limit_of(size) })
@@ -105,8 +104,8 @@ impl StateFile {
         self.size == 0
     }
 
-    /// Passes what the file holds to `each`, in order, and truncates an incomplete tail. Some of
-    /// that has been replayed by then, so the caller has to begin again.
+    /// Passes the records of the file to `each`, in order, and truncates an incomplete tail, of
+    /// which some records have been passed by then: the caller must begin again.
     pub fn replay(&mut self, each: impl FnMut(Record)) -> Result<Contents, LineError> {
         let failed = |error: io::Error| whole_file(format!("cannot read it: {error}"));
         self.file.rewind().map_err(failed)?;
@@ -125,13 +124,13 @@ impl StateFile {
         Ok(contents)
     }
 
-    /// Where the file ends now, to be truncated to.
+    /// The end of the file, for [`StateFile::truncate_to`].
     pub fn offset(&self) -> u64 {
         self.size
     }
 
-    /// Writes records to the disk, all of them or none. With `is_list` they are also all or none
-    /// if power is cut. The error is a sentence that says what to do.
+    /// Writes and syncs records, all or none; with `is_list`, also if the power is cut. The error is
+    /// a sentence that says what to do.
     pub fn append(
         &mut self,
         records: impl Iterator<Item = Record> + Clone,
@@ -174,8 +173,8 @@ impl StateFile {
         format!("{path} cannot be written: {error}; make room there, or check its disk.")
     }
 
-    /// Removes what was appended since an offset. If that fails, the next change does it or is
-    /// refused.
+    /// Removes the records that were appended since an offset. If that fails, the next change does
+    /// it or is refused.
     pub fn truncate_to(&mut self, offset: u64) {
         if self.size > offset {
             (self.size, self.needs_repair) = (offset, true);
@@ -183,7 +182,7 @@ impl StateFile {
         }
     }
 
-    /// Whether the file is as rfw left it, under its name.
+    /// Whether the file is still as rfw left it, under its name.
     fn is_unchanged(&self) -> io::Result<bool> {
         let has_size = self.needs_repair || self.file.metadata()?.len() == self.size;
         Ok(has_size && is_same_file(&self.file, &self.path)?)
@@ -204,10 +203,10 @@ impl StateFile {
         self.size > self.limit
     }
 
-    /// Replaces the file by one with these rules, the oldest first. The error is a sentence; the
-    /// file is then as it was.
+    /// Replaces the file by one with these rules, the oldest first. On an error, which is a sentence,
+    /// the file is unchanged.
     pub fn replace(&mut self, rules: impl Iterator<Item = StoredRule>) -> Result<(), String> {
-        // If that fails, it is not tried again at once.
+        // After a failure, it is not attempted again immediately.
         self.limit = limit_of(self.size);
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
@@ -233,20 +232,20 @@ impl StateFile {
         file.sync_all()?;
         let size = file.metadata()?.len();
         fs::rename(new, &self.path)?;
-        // The old one has no name any more, even if the folder cannot be synced.
+        // The old file has lost its name, even if the folder cannot be synced.
         (self.file, self.size, self.needs_repair) = (file, size, true);
         self.limit = limit_of(size);
         self.repair_tail()
     }
 
-    /// Sets when the file is compacted next, from how much of it the list needs.
+    /// Sets the size at which the file is compacted next, from the part that the list needs.
     pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
         let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
         self.limit = limit_of(part.unwrap_or(0));
     }
 }
 
-/// How large a file may grow whose list needs so many bytes.
+/// The size at which a file is compacted, if its list needs this number of bytes.
 fn limit_of(needed: u64) -> u64 {
     needed.saturating_mul(2).max(SMALL)
 }
@@ -273,7 +272,7 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
-/// Whether a locked file still has that name: another rfw may have replaced it.
+/// Whether the locked file still has this name: another rfw may have replaced it.
 fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     let (ours, there) = (file.metadata()?, fs::metadata(path)?);
     Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
@@ -344,7 +343,9 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
 fn damage(line: usize, text: &str, list: Option<&OpenList>) -> String {
     let text = text.trim_end_matches('\n').escape_default();
     match (line, list) {
-        (1, _) => format!("'{text}' is not how rfw's state file begins; set state.file to another"),
+        (1, _) => format!(
+            "'{text}' is not the header of an rfw state file; set state.file to another file"
+        ),
         (_, Some(list)) if text.to_string().starts_with('*') => {
             format!(
                 "the list of line {} has fewer changes than it says; repair that line",
@@ -352,7 +353,7 @@ fn damage(line: usize, text: &str, list: Option<&OpenList>) -> String {
             )
         }
         _ => format!(
-            "'{text}' is not a line of rfw's; repair it, or move the file away to begin a new one"
+            "'{text}' is not a valid line; repair it, or move the file away to begin a new one"
         ),
     }
 }
@@ -527,11 +528,11 @@ mod tests {
     #[test]
     fn damage_says_what_to_do() {
         let table = [
-            ("#!/bin/sh\n", "'#!/bin/sh' is not how rfw's state file begins; set state.file"),
+            ("#!/bin/sh\n", "'#!/bin/sh' is not the header of an rfw state file; set state.file"),
             ("rfw", "the first line must be: rfw state 2"),
-            ("rfw state 2\n+ 0 \t\n", "'+ 0 \\t' is not a line of rfw's; repair it"),
-            ("rfw state 2\n* 9\n+ 0 x\n", "'+ 0 x' is not a line of rfw's; repair it"),
-            ("rfw state 2\n*9\n", "'*9' is not a line of rfw's; repair it"),
+            ("rfw state 2\n+ 0 \t\n", "'+ 0 \\t' is not a valid line; repair it"),
+            ("rfw state 2\n* 9\n+ 0 x\n", "'+ 0 x' is not a valid line; repair it"),
+            ("rfw state 2\n*9\n", "'*9' is not a valid line; repair it"),
             (
                 "rfw state 2\n+ 0 /drop/input/any/1.1.1.1\n* 2\n- /drop/input/any/1.1.1.1\n* 1\n",
                 "the list of line 3 has fewer changes than it says; repair that line",

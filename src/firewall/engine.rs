@@ -4,11 +4,12 @@
 //!
 //! 1. What was acknowledged is in the list, on the disk and in the kernel. What was refused is
 //!    in none of them, or is removed from the kernel as soon as that can be changed.
-//! 2. After any error only a listing shows what the kernel holds. Until then it is distrusted.
-//! 3. Nothing is concluded from one listing: iptables and ipset exit with 0 after an incomplete
-//!    one. Two listings in a row must agree before anything is inserted again or deleted.
-//! 4. There is one way to repair: read, compare, rewrite. A batch that fails is repaired with
-//!    its change in the list, which retries it, and then without.
+//! 2. After any error, only a listing shows what the kernel holds. Until it is read, the family is
+//!    distrusted.
+//! 3. One listing proves nothing: iptables and ipset exit with 0 after an incomplete one. Two
+//!    consecutive listings must agree before anything is inserted again or deleted.
+//! 4. There is one way to repair: read, compare, rewrite. After a batch fails, the repair runs
+//!    with its changes in the list, which retries them, and then without them.
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
 
 use super::ipset::{SetEdit, SetHeader, replacement_name};
@@ -32,33 +33,33 @@ use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-/// The longest time that one batch may take, repairs included.
+/// The time limit of one batch, repairs included.
 pub const BATCH_LIMIT: Duration = Duration::from_secs(30);
-/// How long one program may take, and how much more for each edit: ten times what a healthy
-/// kernel needs.
+/// The time limit of one program, and its extension for each edit: ten times what a healthy kernel
+/// needs.
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
 pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
-/// The least time between two checks of the kernel, and how many times as long as a check takes
-/// the pause after it is: checks take less than 5 % of one processor.
+/// The shortest pause after a check of the kernel, and the pause as a multiple of the duration of
+/// the check: checks use less than 5 % of one processor.
 const PAUSE: Duration = Duration::from_millis(900);
 const PAUSE_FACTOR: u32 = 20;
-/// The longest pause after a check that failed.
+/// The longest pause after a failed check.
 const FAILED_PAUSE: Duration = Duration::from_secs(10);
-/// The least time between two checks of every address in sets; each check compares their sizes.
+/// The shortest time between two checks of every address in sets; each check compares their sizes.
 const SETS_PAUSE: Duration = Duration::from_secs(30);
-/// How many times a listing is read until it agrees with the one before.
+/// How many times a listing is read until it agrees with the previous one.
 const MAX_READS: usize = 5;
-/// How many times a repair is tried: sets and rules of two families may each fail after their
-/// work.
+/// How many times a repair is attempted: the sets and rules of two families may each report a
+/// failure after they did their work.
 const MAX_REPAIRS: usize = 5;
-/// How many addresses of a set are asked for one by one, rather than with all others.
+/// How many addresses of a set are looked up one by one; for more, the whole set is read.
 const MAX_FEW: usize = 8;
 /// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
-const UNRESTORED: &str = " What was done of it is undone as soon as that is possible.";
+const UNRESTORED: &str = " Any part of it that took effect is undone as soon as possible.";
 
-/// The kernel, by six verbs. Each fails after `limit`.
+/// The kernel, in six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> &[Family];
     fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError>;
@@ -84,9 +85,9 @@ pub trait Kernel: Sync {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ApplyError {
     Tool(ToolError),
-    /// There is no room for so many; what to do.
+    /// A limit would be exceeded; the sentence says what to do.
     Full(&'static str),
-    /// The state file does not take it; what to do.
+    /// The state file cannot be written; the sentence says what to do.
     State(String),
 }
 
@@ -109,13 +110,13 @@ impl ApplyError {
     }
 }
 
-/// What rfw.conf says about what the engine keeps.
+/// The part of rfw.conf that matters here.
 pub struct Settings {
-    /// The rules for the port of rfw's own server, the first of each chain first.
+    /// The rules for the port of rfw's own server, in the order of each chain.
     pub guards: Vec<TaggedRule>,
     /// Whether addresses are kept in sets.
     pub sets: bool,
-    /// The most addresses in a set.
+    /// The maximum number of addresses in a set.
     pub maxelem: usize,
 }
 
@@ -123,8 +124,8 @@ pub struct Engine<K> {
     pub(super) kernel: K,
     pub(super) list: List,
     pub(super) state: Option<StateFile>,
-    /// Whether the state file may hold rules that the list has dropped at start. It is compacted
-    /// before the next change, or a DELETE would bring them back.
+    /// Whether the state file may hold rules that the list dropped at start. It is compacted before
+    /// the next change; otherwise a DELETE would bring them back.
     pub(super) state_has_more: bool,
     pub(super) settings: Settings,
     pub(super) clock: Clock,
@@ -136,13 +137,13 @@ pub struct Engine<K> {
     pub(super) deadline: Instant,
     pub(super) next_check: Instant,
     pub(super) next_sets_check: Instant,
-    /// When others came before rfw's rules, the last ten times.
+    /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`].
     pub(super) overtaken: VecDeque<Instant>,
     /// What the rules of each family and label have matched.
     pub(super) traffic: BTreeMap<(Family, Label), Traffic>,
-    /// Why the last check failed; a change of that is logged.
+    /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
-    /// How many checks have met a program that hung.
+    /// How many checks ended because a program hung.
     pub(super) hung_checks: usize,
     /// Whether anything was repaired since the last check.
     pub(super) has_repaired: bool,
@@ -151,8 +152,8 @@ pub struct Engine<K> {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Carries out changes, in order, and returns a result for each. What is about one family is
-    /// a batch; a list is one of its own, because it is applied as a whole or not at all.
+    /// Carries out changes in order and returns a result for each. Single changes to one family
+    /// form a batch; a list is a batch of its own, because it is applied entirely or not at all.
     pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
         self.begin();
         self.expire();
@@ -169,7 +170,7 @@ impl<K: Kernel> Engine<K> {
         results
     }
 
-    /// If the kernel rejects a batch, each half of it is tried, so that only bad changes fail.
+    /// If the kernel rejects a batch, each half is attempted, so that only bad changes fail.
     fn commit_batch(&mut self, changes: &[&Change]) -> Vec<Result<Outcome, ApplyError>> {
         match self.attempt(changes) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
@@ -188,7 +189,8 @@ impl<K: Kernel> Engine<K> {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
-        // What is distrusted is repaired before the list changes, or it would be written twice.
+        // A distrusted family is repaired before the list changes; later, the change would be
+        // written twice.
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> =
             self.kernel.families().iter().copied().filter(of_family).collect();
@@ -220,8 +222,8 @@ impl<K: Kernel> Engine<K> {
         Ok(batch.outcomes)
     }
 
-    /// Makes the kernel follow a batch that the list has already. What fails may have been done
-    /// all the same, so it is repaired first (goals 2 and 4).
+    /// Makes the kernel follow a batch that is already in the list. A write that failed may have
+    /// taken effect, so a repair completes it (goals 2 and 4).
     fn write_through(&mut self, batch: &Batch) -> Result<(), ToolError> {
         let families = self.families_of(batch);
         let mut written = self.write(batch);
@@ -232,7 +234,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         if written.is_err() {
-            // A part may have been repaired with the batch, which is undone now.
+            // The repair may have written a part of the batch, which is undone now.
             self.distrusted.extend(families);
         }
         written
@@ -243,8 +245,8 @@ impl<K: Kernel> Engine<K> {
         self.kernel.families().iter().copied().filter(has).collect()
     }
 
-    /// Repairs those of some families that are distrusted. A repair that fails may have done its
-    /// work all the same: the next one sees that.
+    /// Repairs those of the families that are distrusted. A repair that failed may have taken
+    /// effect; the next attempt sees that.
     fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
         let mut settled = Ok(());
         for _ in 0..MAX_REPAIRS {
@@ -260,9 +262,9 @@ impl<K: Kernel> Engine<K> {
         settled
     }
 
-    /// Reads the rules of a family and makes them what they should be (goals 3 and 4). If they
-    /// are distrusted, so are the sets, which come first, because a rule cannot name a set that
-    /// does not exist.
+    /// Reads the rules of a family and makes them match the list (goals 3 and 4). If they are
+    /// distrusted, so are the sets. These come first, because a rule cannot name a set that does
+    /// not exist.
     pub fn repair(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         if self.settings.sets && self.distrusted.contains(&family) {
             self.repair_sets(family, batch)?;
@@ -290,8 +292,8 @@ impl<K: Kernel> Engine<K> {
         Ok(())
     }
 
-    /// An address that moves to another set is in both for a moment rather than in none, so it
-    /// leaves the old one when the rule of the new one is in the kernel.
+    /// An address that moves to another set leaves the old one only when the rule of the new one
+    /// is in the kernel: for a moment it is in both rather than in neither.
     fn write(&mut self, batch: &Batch) -> Result<(), ToolError> {
         let created = &batch.created;
         let (first, last): (&[bool], &[bool]) = match created.is_empty() {
@@ -299,7 +301,7 @@ impl<K: Kernel> Engine<K> {
             false => (&[true], &[false]),
         };
         let relied = self.relied_on(batch);
-        // Whether the rules of the sets are there can be read meanwhile.
+        // Meanwhile, the rules of the sets are read.
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read = |family: &Family| {
@@ -361,9 +363,9 @@ impl<K: Kernel> Engine<K> {
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
     }
 
-    /// The edits that do to the kernel's rules what a batch did to the list: first the deletions
-    /// in the order of the chain, because then the walk to each is shortest, then the insertions,
-    /// the newest last. `None` if reading the chain finds a faster way.
+    /// The edits that do to the kernel's rules what a batch did to the list: first the deletions in
+    /// the order of the chain, which keeps iptables' search for each rule short, then the
+    /// insertions, the newest last. `None` if it is faster to read the chain first.
     fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
         let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
         for difference in self.list.differences(batch) {
@@ -394,8 +396,8 @@ impl<K: Kernel> Engine<K> {
         Some(deleted.chain(inserted).collect())
     }
 
-    /// The families where a batch relies on rules that it does not write: because they exist,
-    /// because they are those of sets, or because the guards must precede an ACCEPT rule.
+    /// The families in which a batch relies on rules that it does not write: rules that exist
+    /// already, the rules of sets, and the guards, which must precede an ACCEPT rule.
     fn relied_on(&self, batch: &Batch) -> BTreeSet<Family> {
         let has_guards = !self.settings.guards.is_empty();
         let is_relied = |Difference { group, before, after, .. }: &Difference| {
@@ -415,7 +417,7 @@ impl<K: Kernel> Engine<K> {
         guards.chain(sets.map(|rule| TaggedRule::new(rule, None)))
     }
 
-    /// Everything that a chain should hold of rfw's, in order.
+    /// All rules of rfw's that a chain should hold, in order.
     fn wanted(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
         self.front(family, chain).chain(self.list.rules(family, chain)).collect()
     }
@@ -439,32 +441,32 @@ impl<K: Kernel> Engine<K> {
         if wrong.is_empty() {
             self.count_traffic(family, &listing);
         }
-        // The ticker does not always fight for the first place; a request gets it.
+        // Only a request always restores the first position.
         let may_wait = batch.is_none() && self.is_overtaken_often();
         let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
-        // A listing that lacks what an error has left behind would look right.
+        // A listing that lacks the leftovers of an error would look right.
         match is_right && !self.distrusted.contains(&family) {
             true => Ok(()),
             false => self.repair(family, batch),
         }
     }
 
-    /// Two listings in a row that agree.
+    /// Reads until two consecutive listings agree.
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
         read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
     }
 
-    /// Reads the sets of a family and makes them what they should be (goals 3 and 4).
+    /// Reads the sets of a family and makes them match the list (goals 3 and 4).
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
         let now = self.seconds();
         let mut restored = 0_usize;
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
-            // A listing that lacks what an error has left behind would look right.
+            // A listing that lacks the leftovers of an error would look right.
             let expected = (!self.distrusted.contains(&family)).then_some((members, now));
-            // ipset says so if there is no such set; an incomplete listing just lacks it.
+            // ipset reports a set that does not exist; an incomplete listing merely lacks it.
             let actual = self.read_set(&name, expected)?;
             let header = headers.iter().find(|header| header.name == name);
             let count = match (actual, header) {
@@ -494,7 +496,7 @@ impl<K: Kernel> Engine<K> {
         self.list.sets().filter(move |(_, group, _)| group.family == family)
     }
 
-    /// A list from the state file may have more addresses than a set may have now.
+    /// The state file may hold more addresses than `maxelem`, if that was reduced.
     fn is_usable(&self, header: &SetHeader, members: &Members) -> bool {
         let maxelem = self.settings.maxelem;
         header.is_compatible
@@ -502,7 +504,7 @@ impl<K: Kernel> Engine<K> {
             && (header.maxelem == maxelem || members.len() > maxelem)
     }
 
-    /// Makes a set with its addresses. One that replaces another is complete before it does.
+    /// Creates a set with its addresses. A set that replaces another one is completed first.
     fn make_set(
         &self,
         name: &str,
@@ -532,14 +534,14 @@ impl<K: Kernel> Engine<K> {
         Ok(())
     }
 
-    /// Destroys a set that is there for nothing. If that fails, the next start does it.
+    /// Destroys a set that nothing uses. If that fails, the next start does it.
     fn destroy_set(&self, name: &str) {
         let mut edit = iter::once(SetEdit::Destroy(name));
         let _ = self.kernel.write_sets(&mut edit, self.limit(0));
     }
 
-    /// What a set holds: two listings in a row that agree, or one that shows what it should be.
-    /// `None` if there is no such set.
+    /// The contents of a set, from two consecutive listings that agree or from one that shows what
+    /// is expected. `None` if the set does not exist.
     pub fn read_set(
         &self,
         name: &str,
@@ -561,7 +563,7 @@ impl<K: Kernel> Engine<K> {
         read_until_agreed(read, agree, "ipset lists other addresses")
     }
 
-    /// What has to be done every second. The error is that of a program that hung.
+    /// To be called every second. The error is that of a program that hung.
     pub fn tick(&mut self) -> Option<ToolError> {
         self.begin();
         self.follow_clock();
@@ -579,7 +581,7 @@ impl<K: Kernel> Engine<K> {
         }
         self.metrics.kernel_failures.add(usize::from(failure.is_some()));
         self.count_rules();
-        // What was repaired is soon checked again.
+        // A repair is checked again soon.
         let factor = if mem::take(&mut self.has_repaired) { 0 } else { PAUSE_FACTOR };
         let longest = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
         let pause = started.elapsed().saturating_mul(factor).min(longest).max(PAUSE);
@@ -588,9 +590,9 @@ impl<K: Kernel> Engine<K> {
         failure.filter(|_| !self.has_time())
     }
 
-    /// Compares the kernel with the list, and repairs it: the sets (`None`), then the rules of
-    /// each family. What fails does not keep the rest from being checked. After a hang there is
-    /// no time for the rest, so the next check begins elsewhere.
+    /// Compares the kernel with the list and repairs it: the sets (`None`), then the rules of each
+    /// family. A part that fails does not keep the others from being checked. After a hang no time
+    /// is left for them, so the next check begins with another part.
     fn check(&mut self) -> Result<(), ToolError> {
         let families = self.kernel.families().iter().copied().map(Some);
         let mut parts: Vec<Option<Family>> = iter::once(None).chain(families).collect();
@@ -638,9 +640,9 @@ impl<K: Kernel> Engine<K> {
         result
     }
 
-    /// Deletes what is due. The state file shows by itself what has expired.
+    /// Deletes the rules that are due. The state file needs no record of that: it holds the expiry.
     fn expire(&mut self) {
-        // What failed is tried again with the next check.
+        // After a failure, the next attempt comes with the next check.
         if self.outage.is_some() && Instant::now() < self.next_check {
             return;
         }
@@ -670,7 +672,7 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// If the wall clock was set, all expiries move with it, in the kernel and on the disk, too.
+    /// If the wall clock was set, all expiries move with it: in the list, the kernel and the file.
     fn follow_clock(&mut self) {
         let before = self.clock.now().as_secs();
         let Some(seconds) = self.clock.follow(clock::wall()) else { return };
@@ -681,7 +683,7 @@ impl<K: Kernel> Engine<K> {
         self.compact_or_log();
     }
 
-    /// Writes the state file afresh. The error is a sentence.
+    /// Rewrites the state file. The error is a sentence.
     pub fn compact(&mut self) -> Result<(), String> {
         if let Some(state) = &mut self.state {
             state.replace(self.list.stored())?;
@@ -696,9 +698,9 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// rfw's rules but the guards, from the kernel, each with its number among all rules of its
-    /// chain. A listing that shows a rule twice, or something else than the list, is read again
-    /// until two agree. A set is its rule, unless only a few of its addresses are asked for.
+    /// rfw's rules except the guards, from the kernel, each with its number among all rules of its
+    /// chain. A listing that shows a rule twice, or differs from the list, is read again until two
+    /// agree. The rule of a set stands for its addresses, unless only a few are asked for.
     pub fn listing(&mut self, filter: &Filter) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
         self.begin();
         let mut rules = Vec::new();
@@ -721,7 +723,7 @@ impl<K: Kernel> Engine<K> {
         Ok(rules)
     }
 
-    /// A set's rule, or the few of its addresses that overlap a block.
+    /// The rule of a set or, if only a few of its addresses overlap the block, those.
     fn entries(&self, set: &KernelRule, filter: &Filter) -> Vec<TaggedRule> {
         let whole = || vec![TaggedRule::new(*set, None)];
         let (Some(template), Some(net)) = (set.template(), filter.net) else { return whole() };
@@ -733,12 +735,12 @@ impl<K: Kernel> Engine<K> {
         if entries.len() > MAX_FEW { whole() } else { entries }
     }
 
-    /// Unix seconds, rounded up: no rule lives shorter than it was asked to.
+    /// Unix seconds, rounded up: no rule expires early.
     pub(super) fn now(&self) -> u64 {
         self.clock.now().saturating_add(Duration::from_nanos(999_999_999)).as_secs()
     }
 
-    /// Unix seconds. A timeout that is counted from here is not shorter than the expiry either.
+    /// Unix seconds, rounded down: a timeout that is counted from here does not end early either.
     fn seconds(&self) -> u64 {
         self.clock.now().as_secs()
     }
@@ -747,13 +749,13 @@ impl<K: Kernel> Engine<K> {
         self.deadline = clock::after(BATCH_LIMIT);
     }
 
-    /// Whether no program of this batch has hung. After a hang nothing is tried again in the batch.
+    /// Whether no program of this batch has hung. After a hang, the batch attempts nothing more.
     pub fn has_time(&self) -> bool {
         let left = self.deadline.saturating_duration_since(Instant::now());
         left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)
     }
 
-    /// How long a program with so many edits may take (goal 5).
+    /// The time limit of a program with this number of edits (goal 5).
     fn limit(&self, edits: usize) -> Duration {
         let more = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
         let left = self.deadline.saturating_duration_since(Instant::now());
@@ -762,7 +764,7 @@ impl<K: Kernel> Engine<K> {
     }
 }
 
-/// Reads until two listings in a row agree (goal 3).
+/// Reads until two consecutive listings agree (goal 3).
 fn read_until_agreed<T>(
     read: impl Fn() -> Result<T, ToolError>,
     agree: impl Fn(&T, &T) -> bool,

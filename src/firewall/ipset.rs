@@ -4,7 +4,7 @@
 //! name  = "rfw" ( "4" / "6" ) ":" target ":" where        ; 31 bytes at most
 //! where = ( "in:" iface / "out:" iface / "fwd:" iface ":" iface ":" ( "src" / "dst" ) ) [ "@" tag ]
 //!       / ( "in" / "out" / "fwd" ) ":~" 14HEXDIG
-//!                    ; if the name were too long or had an @ in an interface: a hash of the rest
+//!                    ; a hash of the rest, if the name is too long or an interface has an @
 //! ```
 
 use super::process::{Program, Programs, ToolError};
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where ipset is if rfw.conf does not say so.
+/// The path of ipset if rfw.conf does not name one.
 pub const DEFAULT_PATH: &str = "/sbin/ipset";
 /// The longest name (ip_set.h: IPSET_MAXNAMELEN less the NUL).
 const MAX_NAME: usize = 31;
@@ -45,7 +45,7 @@ fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, step) >> 8
 }
 
-/// The name of a set that replaces another one. At the next start it is a leftover.
+/// The name of a set that replaces another one. If it remains, the next start destroys it.
 pub fn replacement_name(name: &str) -> String {
     name.replacen(':', "?", 1)
 }
@@ -58,14 +58,14 @@ fn is_own_name(name: &str) -> bool {
     ["rfw4", "rfw6"].contains(&family) && rest.len() > 1 && target.is_some_and(known)
 }
 
-/// What ipset tells about a set without its entries.
+/// A set without its entries.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SetHeader {
     pub name: String,
-    /// Whether it is a set that rfw would make, apart from its size.
+    /// Whether rfw would create it in this form, apart from its size.
     pub is_compatible: bool,
     pub maxelem: usize,
-    /// Those that have not expired; `None` if the kernel does not count them.
+    /// The number of entries that have not expired; `None` if the kernel does not count them.
     pub entries: Option<usize>,
 }
 
@@ -73,7 +73,7 @@ pub struct SetHeader {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SetEntry {
     pub net: Net,
-    /// Seconds left; 0 is permanent.
+    /// Seconds left; 0 means permanent.
     pub timeout: u32,
     /// Packets and bytes that it has matched.
     pub counters: (u64, u64),
@@ -122,7 +122,7 @@ impl fmt::Display for SetEdit<'_> {
     }
 }
 
-/// The program.
+/// The program `ipset`.
 #[derive(Clone)]
 pub struct Ipset(Program);
 
@@ -176,9 +176,9 @@ impl Ipset {
         }
     }
 
-    /// Carries out edits in order: a single one as the command that its `Display` shows. What
-    /// exists already, or is gone already, is no error. ipset has no transactions: the edits
-    /// before the one that fails remain in effect.
+    /// Carries out edits in order, a single one as the command that its `Display` shows. It is not
+    /// an error if an entry exists already or does not exist any more. ipset has no transactions:
+    /// the edits before the one that fails remain in effect.
     pub fn write(
         &self,
         edits: &mut dyn Iterator<Item = SetEdit<'_>>,

@@ -1,7 +1,7 @@
 //! rfw's rules as iptables writes and reads them, and the programs that do it.
 //!
 //! ```text
-//! comment = "rfw" [ ":" UNIXSECONDS ] [ "@" tag ]     ; a rule, when it expires, its source
+//! comment = "rfw" [ ":" UNIXSECONDS ] [ "@" tag ]     ; a rule, its expiry, its source
 //!         / "rfw:guard"                ; a rule for the port of rfw's own server
 //! ```
 //!
@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The most rules that the built-in chains of one family may hold, other people's included: a
-/// listing without end must not exhaust memory.
+/// The maximum number of rules in the built-in chains of one family, foreign ones included: an
+/// endless listing must not exhaust memory.
 const MAX_LISTED: usize = 300_000;
 /// How many seconds the programs wait for the xtables lock.
 const LOCK_WAIT: &str = "5";
@@ -95,7 +95,7 @@ impl TaggedRule {
         TaggedRule { rule, expires, counters: None }
     }
 
-    /// What tells two rules in the kernel apart.
+    /// What distinguishes two rules in the kernel.
     pub fn key(&self) -> (KernelRule, Option<u64>) {
         (self.rule, self.expires)
     }
@@ -212,7 +212,7 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
         }
         _ => return None,
     };
-    // In another order, a `-D` that rfw writes would not match the rule.
+    // If the order were different, a `-D` that rfw writes would not match the rule.
     let expected: &[&str] = match kind {
         RuleKind::Plain => &["comment"],
         RuleKind::Guard(_) => &["tcp", "comment"],

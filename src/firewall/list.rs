@@ -15,26 +15,26 @@ use std::num::NonZeroU64;
 
 /// Unix seconds of 2026-01-01. No correct clock shows less.
 const REAL_TIME: u64 = 1_767_225_600;
-/// How many rules of one family rfw keeps without sets: iptables-nft needs seconds to list more.
+/// The maximum number of rules in one family without sets: iptables-nft takes seconds to list more.
 const MAX_RULES: usize = 100_000;
 const TOO_MANY_RULES: &str =
     "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
-/// How many tags there may be.
+/// The maximum number of tags.
 const MAX_TAGS: usize = 64;
-/// How many sets there may be, empty ones included: each costs every check some time.
+/// The maximum number of sets, empty ones included: each makes every check slower.
 const MAX_SETS: usize = 1_024;
 const TOO_MANY_SETS: &str =
     "rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.";
 const SAME_NAME: &str = "Another set has the same name by chance; choose another tag.";
-const TOO_MANY_TAGS: &str = "rfw keeps at most 64 tags; delete those that nobody uses.";
-const SET_FULL: &str = "The set has no room for so many; raise ipset.maxelem in rfw.conf.";
-/// With more addresses than this, a group that has none is filled at once.
+const TOO_MANY_TAGS: &str = "rfw keeps at most 64 tags; delete those that are not used.";
+const SET_FULL: &str = "The set is full; raise ipset.maxelem in rfw.conf.";
+/// A list with more addresses than this fills an empty group in one step.
 const MANY: usize = 4_096;
-/// How many rules expire at once: iptables-nft needs 3 s to delete so many in one transaction, but
-/// 38 s for three times as many.
+/// How many rules expire at once: iptables-nft takes 3 s to delete 20,000 in one transaction, but
+/// 38 s for 60,000.
 const MAX_EXPIRED: usize = 20_000;
 
-/// What became of one rule.
+/// The effect of a change on one rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     Inserted,
@@ -61,7 +61,7 @@ impl Verdict {
     }
 }
 
-/// How many rules of a change got which verdict.
+/// The number of rules of a change by verdict.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tally([usize; 5]);
 
@@ -70,7 +70,7 @@ impl Tally {
         self.0.get(verdict as usize).copied().unwrap_or(0)
     }
 
-    /// That of a single rule.
+    /// The verdict of a single rule.
     pub fn single(&self) -> Option<Verdict> {
         Verdict::ALL.into_iter().find(|verdict| self.of(*verdict) > 0)
     }
@@ -90,12 +90,12 @@ pub struct Outcome {
     pub expires: Option<u64>,
 }
 
-/// All of a rule but its first address.
+/// All parts of a rule except its first address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Group {
     pub template: RuleTemplate,
     pub family: Family,
-    /// The destination of a rule that names two addresses or none.
+    /// The destination, if the rule names two addresses or none.
     second: Option<Net>,
 }
 
@@ -125,7 +125,7 @@ impl Group {
         self.second.is_none().then(|| KernelRule::set(self.template, self.family))
     }
 
-    /// Whether both differ in their tags at most.
+    /// Whether the groups differ at most in their tags.
     fn is_alike(&self, other: &Group) -> bool {
         *self
             == Group {
@@ -134,7 +134,7 @@ impl Group {
             }
     }
 
-    /// The groups that differ in their target only.
+    /// The groups that differ only in their target.
     fn rivals(self) -> impl Iterator<Item = Group> {
         self.template.others().map(move |template| Group { template, ..self })
     }
@@ -158,27 +158,27 @@ impl Entry {
 /// The rules of one group, by address.
 pub type Members = BTreeMap<Net, Entry>;
 
-/// Those that share an address with `net`. A block sorts directly before the blocks that it
-/// contains.
+/// The members that share an address with `net`. A block sorts directly before the blocks that
+/// it contains.
 fn overlapping(members: &Members, net: Net) -> impl Iterator<Item = (&Net, &Entry)> {
     let wider = (0..net.prefix()).filter_map(move |prefix| Net::new(net.addr(), prefix));
     let wider = wider.filter_map(|net| members.get_key_value(&net));
     wider.chain(members.range(net..).take_while(move |(inner, _)| net.contains(inner)))
 }
 
-/// One rule that a batch changed or confirmed.
+/// A rule that a batch changed or confirmed.
 struct Step {
-    /// Which of the batch's groups.
+    /// An index into the groups of the batch.
     group: u32,
     net: Net,
     before: Option<Entry>,
 }
 
-/// What changes have done to the list, so that it can be written and undone.
+/// The effect of changes on the list, to be written and undone.
 #[derive(Default)]
 pub struct Batch {
     pub groups: Vec<Group>,
-    /// Where each of them is.
+    /// The index of each.
     numbers: HashMap<Group, u32>,
     /// The sets that did not exist before.
     pub created: Vec<Group>,
@@ -346,7 +346,7 @@ impl List {
         Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
     }
 
-    /// Deletes what a change is about without naming it.
+    /// Deletes the rules that a change covers without naming them.
     fn delete_others(&mut self, change: &Change, batch: &mut Batch, tally: &mut Tally) {
         let nets = match (&change.rules, change.action) {
             (Rules::List(_, nets), Action::Replace(_)) => nets.as_slice(),
@@ -382,7 +382,7 @@ impl List {
         }
     }
 
-    /// Before any work: a refused list must not cost memory.
+    /// Checks the limits before any work, because a refused list must not cost memory.
     fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), &'static str> {
         let (held, limit, full) = match self.is_in_set(&group) {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
@@ -396,7 +396,7 @@ impl List {
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
 
-    /// Whether there may be another group.
+    /// Whether another group is within the limits.
     fn check_group(&self, group: Group) -> Result<(), &'static str> {
         let tag = group.template.tag;
         if tag != Tag::NONE {
@@ -460,7 +460,7 @@ impl List {
             batch.created.push(group);
         }
         self.due.extend(expires.map(|second| (group.family, second)));
-        // At once and first, so that the allocator can give all of it back.
+        // In one allocation, and first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
         let members = nets.iter().map(|net| (*net, self.newest(expires))).collect();
         self.groups.insert(group, members);
@@ -510,9 +510,9 @@ impl List {
         }
     }
 
-    /// Moves every expiry after the wall clock, which had shown `before`, was set by so many
-    /// seconds. If `before` was no real time, as on a router that has just booted, an expiry in
-    /// real time is of an earlier run, and right.
+    /// Moves every expiry after the wall clock, which showed `before`, was set by this number of
+    /// seconds. If `before` was not a real time, as on a router that has just booted, an expiry in
+    /// real time is from an earlier run, and correct.
     pub fn shift(&mut self, before: u64, seconds: i64) {
         let shifted = |second: NonZeroU64| match before >= REAL_TIME || second.get() < REAL_TIME {
             true => NonZeroU64::new(second.get().saturating_add_signed(seconds).max(1)),
@@ -525,7 +525,7 @@ impl List {
         self.due = due.collect();
     }
 
-    /// What a batch changed or confirmed.
+    /// The rules that a batch changed or confirmed.
     pub fn differences(&self, batch: &Batch) -> impl Iterator<Item = Difference> + Clone {
         batch.steps.iter().filter_map(|step| {
             let (group, net, before) = (batch.group(step)?, step.net, step.before);
@@ -533,7 +533,7 @@ impl List {
         })
     }
 
-    /// What a batch changed, for the state file: the newest last.
+    /// The changes of a batch for the state file, the newest last.
     pub fn records(&self, batch: &Batch) -> impl Iterator<Item = Record> + Clone {
         let changed = self.differences(batch).filter(|d| d.before != d.after);
         changed.map(|difference| match difference.after {
@@ -567,7 +567,7 @@ impl List {
         rules.into_iter().map(tagged).collect()
     }
 
-    /// The groups that are kept in sets, with the rule of each set, in the order of these rules.
+    /// The groups that are kept in sets, each with the rule of its set, in the order of the rules.
     pub fn sets(&self) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
         let groups = self.groups.iter().filter(|_| self.sets);
         groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
@@ -604,14 +604,14 @@ impl List {
         self.groups.values().all(Members::is_empty)
     }
 
-    /// How many rules of a family are not kept in sets.
+    /// The number of rules of a family that are not kept in sets.
     pub fn count_rules(&self, family: Family) -> usize {
         let groups = self.groups.iter();
         let rules = groups.filter(|(group, _)| group.family == family && !self.is_in_set(group));
         rules.map(|(_, members)| members.len()).sum()
     }
 
-    /// How many rules each group has.
+    /// The number of rules of each group.
     pub fn counts(&self) -> impl Iterator<Item = (RuleTemplate, usize)> {
         self.groups.iter().map(|(group, members)| (group.template, members.len()))
     }
@@ -625,13 +625,13 @@ impl List {
         Entry { age: NonZeroU64::new(self.youngest).unwrap_or(NonZeroU64::MIN), expires }
     }
 
-    /// The groups that must not have an address that this one gets.
+    /// The groups that must not hold an address that this one receives.
     fn rivals(&self, group: Group) -> impl Iterator<Item = Group> + use<> {
         let is_in_set = self.is_in_set(&group);
         group.rivals().filter(move |_| is_in_set)
     }
 
-    /// Returns what was there.
+    /// Sets or removes a rule and returns the previous entry.
     fn set(&mut self, group: Group, net: Net, entry: Option<Entry>) -> Option<Entry> {
         if let Some(entry) = entry {
             self.due.extend(entry.expires.map(|second| (group.family, second)));
@@ -646,9 +646,9 @@ impl List {
         old
     }
 
-    /// Whether a newer rule with another target is, or may be, about some of the same packets. To
-    /// look at each of many rules with two addresses takes too long; and the rule that is then put
-    /// again precedes them.
+    /// Whether a newer rule with another target may match some of the same packets. Rules with two
+    /// addresses are not compared one by one, which would take too long: at worst, a rule moves to
+    /// the front once more.
     fn is_shadowed(&self, group: Group, net: Net, entry: &Entry) -> bool {
         if self.is_in_set(&group) {
             return false;

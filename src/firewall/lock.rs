@@ -8,10 +8,9 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Held by rfw and, as their standard output, by the programs that change rules: while one of
-/// them lives, no other rfw starts in this network namespace. So a program that outlives a
-/// killed rfw is waited for before the kernel is read. The kernel releases the lock with its last
-/// holder.
+/// Held by rfw and, as their standard output, by the programs that change rules: while one of them
+/// runs, no other rfw starts in this network namespace. Thus rfw waits for a program that outlived
+/// a killed rfw before it reads the kernel. The lock is released with its last holder.
 pub struct InstanceLock(File);
 
 impl InstanceLock {

@@ -1,9 +1,9 @@
-//! The firewall: what the rest of rfw may do with the kernel.
+//! The firewall: the interface between the rest of rfw and the kernel.
 //!
 //! A change travels [`queue`] → [`engine`] → [`list`] → [`crate::state`] → [`iptables`] or
 //! [`ipset`] → [`process`]. A check of the kernel travels back: [`iptables`] and [`ipset`] read,
-//! [`reconcile`] and [`sets`] compare, the engine rewrites. [`start`] is the same with a list
-//! that is read first.
+//! [`reconcile`] and [`sets`] compare, and the engine rewrites. [`start`] reads the list first and
+//! does the same.
 
 pub mod engine;
 pub mod ipset;
@@ -38,9 +38,9 @@ use start::StartError;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a set may be read for a client, whose response may take a little longer.
+/// The time limit for reading a set for a client, a little longer than that of its response.
 const SEND_LIMIT: Duration = Duration::from_secs(70);
-const NOTHING: &str = " Nothing of the list is applied.";
+const NOTHING: &str = " The list was not applied.";
 
 /// The programs that read and write the kernel's rules and sets.
 #[derive(Clone)]
@@ -112,8 +112,8 @@ pub struct Firewall {
 }
 
 impl Firewall {
-    /// Makes the kernel hold what the state file names or, without one, reads what it holds.
-    /// With `guarded`, it also has the guard rules for that port.
+    /// Reads the list from the state file or, without one, from the kernel, and makes the kernel
+    /// match it. `guarded` is the port that guard rules protect.
     pub fn start(
         tools: Tools,
         state: Option<StateFile>,
@@ -133,7 +133,7 @@ impl Firewall {
         Ok(Firewall { queue: Queue::new(engine), tools })
     }
 
-    /// Carries out a change. When it returns, the kernel enforces all of it or, after an error,
+    /// Carries out a change. When this returns, the kernel enforces all of it or, after an error,
     /// none of it.
     pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
         let change = change.into_change();
@@ -157,11 +157,11 @@ impl Firewall {
         result.map_or_else(lost, |result| result.map_err(|error| api_error(error, note)))
     }
 
-    /// Every rule of rfw's but the guard rules, from the kernel, each with its number among all
-    /// rules of its chain, counted from 1. It is read as a whole before a byte is sent, and while
-    /// nothing is written: iptables lists rules twice while others change, and iptables-legacy
-    /// holds the xtables lock until its output is read. A few addresses in sets come from the
-    /// list, without counters, and the kernel is asked for each.
+    /// All of rfw's rules except the guards, from the kernel, each with its number among all rules of
+    /// its chain, counted from 1. They are read completely before a byte is sent, and while nothing
+    /// is written: iptables lists rules twice while others change, and iptables-legacy holds the
+    /// xtables lock until its output is read. A few addresses in sets come from the list, without
+    /// counters, and the kernel confirms each.
     pub fn list(
         &self,
         _principal: &Principal,
@@ -190,8 +190,8 @@ impl Firewall {
         }
     }
 
-    /// Reads those entries of a set, whose rule stands for them in the list, that a filter admits,
-    /// as rules, until `each` returns `false`. No Mutex is held.
+    /// Passes those entries of a set that a filter admits to `each`, as rules, until it returns
+    /// `false`. No Mutex is held.
     pub fn entries(
         &self,
         set: &KernelRule,
@@ -202,7 +202,7 @@ impl Firewall {
         let now = clock::wall().as_secs();
         let read = self.tools.ipset.read(&set.to_string(), SEND_LIMIT, |entry| {
             let SetEntry { net, timeout, counters } = entry;
-            // Parts of a second are not listed.
+            // ipset rounds down to whole seconds.
             let expires = now.saturating_add(timeout.into()).saturating_add(1);
             let expires = Some(expires).filter(|_| timeout > 0);
             let rule = KernelRule::plain(template.rule(net));
@@ -212,8 +212,8 @@ impl Firewall {
         read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
     }
 
-    /// What has to be done every second: follow the wall clock, delete what is due, check that
-    /// the kernel still holds what it should.
+    /// To be called every second: follows the wall clock, deletes the rules that are due, and checks
+    /// that the kernel matches the list.
     pub fn tick(&self) {
         self.queue.with(|engine| {
             let outage = engine.tick();
@@ -222,7 +222,7 @@ impl Firewall {
     }
 }
 
-/// The rules for rfw's own port: whitelisted peers may use it, and nobody else.
+/// The rules for rfw's own port, which admit only whitelisted peers.
 fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<TaggedRule> {
     let nets = whitelist.nets().iter().filter(|net| net.family() == family);
     let accepted = nets.map(|net| (Target::Accept, *net));

@@ -1,7 +1,7 @@
 //! The only file that starts a process.
 //!
 //! A program runs by absolute path, with an argument array and an empty environment. Its input
-//! and output pass through socket pairs, because those, unlike pipes, take a time limit.
+//! and output pass through socket pairs, which unlike pipes support timeouts.
 
 use super::lock::InstanceLock;
 use crate::clock;
@@ -22,29 +22,29 @@ const MAX_STDERR: u64 = 4 * 1024;
 const MAX_LINE: u64 = 64 * 1024;
 /// How many bytes of a program's input are sent at a time.
 const PIECE: usize = 16 * 1024;
-/// The longest time between two looks at whether a silent child has ended. It may have left its
-/// end of a socket to a child of its own.
+/// The longest interval between two checks whether a silent child has ended: a child of its own
+/// may hold the socket open.
 const POLL: Duration = Duration::from_millis(50);
-/// By how much each pause grows while rfw waits for a child to end.
+/// The increment of the pauses while rfw waits for a child to end.
 const STEP: Duration = Duration::from_micros(20);
-/// How long a killed child may take to end. Only one that no signal can interrupt takes longer.
+/// How long rfw waits for a killed child. Only a child in an uninterruptible system call takes longer.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
-/// How many killed children may still run. Whatever holds so many holds the next one too.
+/// How many killed children may still run; whatever blocks them would block the next one, too.
 const MAX_UNENDED: usize = 16;
 
-/// What went wrong with a program, as a sentence. After either, only a listing shows what the
-/// kernel has accepted.
+/// Why a program failed, as a sentence. After either, only a listing shows what the kernel has
+/// accepted.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ToolError {
-    /// The same may work in a moment: the program could not be started, was killed, printed an
-    /// incomplete listing or did not get the xtables lock.
+    /// A retry may succeed: the program could not be started, was killed, printed an incomplete
+    /// listing or did not get the xtables lock.
     Transient(String),
-    /// The program reported an error, in these words.
+    /// The program reported this error.
     Rejected(String),
 }
 
 impl ToolError {
-    /// With another sentence.
+    /// Appends a sentence.
     pub fn with_note(self, note: &str) -> ToolError {
         match self {
             ToolError::Transient(sentence) => ToolError::Transient(sentence + note),
@@ -64,7 +64,7 @@ impl fmt::Display for ToolError {
     }
 }
 
-/// What all programs have in common.
+/// What all programs share.
 pub struct Programs {
     lock: InstanceLock,
     /// Killed children that have not ended.
@@ -80,7 +80,7 @@ impl Programs {
         lock(&self.unended)
     }
 
-    /// Reaps the killed children that have ended. Too many that have not are an error.
+    /// Reaps the killed children that have ended; fails if too many still run.
     fn reap(&self) -> io::Result<()> {
         let mut unended = self.unended();
         unended.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
@@ -164,8 +164,8 @@ impl fmt::Display for Program {
     }
 }
 
-/// The input of a program, line by line. It is sent in pieces that end with a line, each so
-/// small that a socket accepts it as a whole: if rfw is killed, no program gets half a line.
+/// The input of a program, line by line. It is sent in pieces of whole lines, each small enough
+/// for a socket to accept at once: if rfw is killed, no program receives half a line.
 pub struct StdinWriter {
     socket: UnixStream,
     pending: String,
@@ -183,7 +183,7 @@ impl StdinWriter {
         let mut rest = self.pending.as_bytes();
         while !rest.is_empty() {
             let left = self.deadline.saturating_duration_since(Instant::now());
-            // The shortest timeout; zero would mean none.
+            // A timeout of zero would mean no timeout.
             self.socket.set_write_timeout(Some(left.max(Duration::from_millis(1))))?;
             let count = self.socket.write(rest)?;
             rest = rest.get(count..).unwrap_or_default();
@@ -199,7 +199,7 @@ fn pair() -> io::Result<(UnixStream, UnixStream)> {
     Ok((ours, theirs))
 }
 
-/// What a child is for, and so what the socket is that it gets.
+/// The purpose of a child, which decides how it uses its socket.
 enum Task {
     /// Its standard input; its standard output is the lock.
     Change,
@@ -230,7 +230,8 @@ impl<'a> ChildProcess<'a> {
             Task::List => (Stdio::null(), theirs),
         };
         let (stderr, theirs) = pair()?;
-        // It is read last: what does not fit by then is lost, instead of stopping the child.
+        // It is read last; until then, output that does not fit is lost instead of blocking the
+        // child.
         theirs.set_nonblocking(true)?;
         let mut command = Command::new(&program.path);
         command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
@@ -273,9 +274,9 @@ impl<'a> ChildProcess<'a> {
         }
     }
 
-    /// Kills the child; the result is how to say so. One in a system call that no signal
-    /// interrupts is reaped later. It may still change the kernel then, like any other program:
-    /// the next check puts that right.
+    /// Kills the child and returns words for the log. A child in an uninterruptible system call is
+    /// reaped later. It may still change the kernel then, like any other program; the next check
+    /// repairs that.
     fn kill(mut self) -> String {
         let _ = self.child.kill();
         self.deadline = clock::after(KILL_LIMIT);
@@ -312,8 +313,8 @@ fn interpret(program: &Program, status: ExitStatus, stderr: String) -> Result<()
     }
 }
 
-/// The child's end of a socket: it has ended when the child closes it, or when the child is
-/// gone and the process that inherited it is silent.
+/// What a child writes to a socket. It ends when the child closes the socket, or when the child
+/// has ended and a process that inherited the socket is silent.
 struct ChildOutput<'a> {
     socket: &'a UnixStream,
     child: &'a mut Child,

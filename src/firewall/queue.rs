@@ -1,10 +1,9 @@
-//! Which thread commits for which.
+//! Requests that wait are committed together, by one of their threads.
 //!
 //! A thread that submits a job while none is being committed becomes the leader: it takes the
-//! Mutex of the worker, commits everything that is waiting by then as one batch, hands out the
-//! results, and passes the lead to the next thread that waits. A long job is a batch of its own.
-//! Short jobs overtake long ones that wait, but after each batch of short jobs one long job has
-//! its turn.
+//! Mutex of the worker, commits all waiting jobs as one batch, distributes the results, and passes
+//! the lead to the next waiting thread. A long job is a batch of its own.
+//! Short jobs overtake long ones, but after each batch of short jobs one long job has its turn.
 
 use crate::mutex::lock;
 use std::collections::VecDeque;
@@ -26,7 +25,7 @@ struct Job<J, R> {
 
 struct Waiting<J, R> {
     jobs: VecDeque<Job<J, R>>,
-    /// Whether some thread leads; it will pass the lead on.
+    /// Whether a thread leads; it will pass on the lead.
     is_led: bool,
     /// Whether the last batch was of short jobs.
     was_short: bool,
@@ -38,8 +37,8 @@ pub struct Queue<W, J, R> {
     waiting: Mutex<Waiting<J, R>>,
 }
 
-/// What a batch has come to: a result for each job and, if a program hung, the result of all jobs
-/// that were submitted meanwhile: nobody waits for a time limit twice.
+/// The results of a batch, one for each job, and if a program hung, the result of all jobs that
+/// were submitted meanwhile: no client waits for a time limit twice.
 pub struct Done<R> {
     pub results: Vec<R>,
     pub outage: Option<R>,
@@ -51,8 +50,8 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         Queue { worker: Mutex::new(worker), waiting: Mutex::new(waiting) }
     }
 
-    /// Has a job committed, by this thread or by another one, and returns its result. `None`
-    /// means that `commit` gave none.
+    /// Commits a job, in this thread or another one, and returns its result; `None` if `commit`
+    /// returned none for it.
     pub fn submit(
         &self,
         job: J,
@@ -75,7 +74,7 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         }
     }
 
-    /// Uses the worker for something else. What it returns besides is an outage, as in [`Done`].
+    /// Uses the worker for other work, which also returns an outage, as in [`Done`].
     pub fn with<T>(&self, work: impl FnOnce(&mut W) -> (T, Option<R>)) -> T {
         let mut worker = lock(&self.worker);
         let (result, outage) = work(&mut worker);

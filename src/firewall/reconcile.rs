@@ -1,29 +1,29 @@
-//! A listing of the kernel against what it should hold: from differences to edits. Pure.
+//! Compares a listing of the kernel with the rules that it should hold, and derives the edits. Pure.
 //!
 //! Goals:
 //!
 //! 1. The wanted rules are at the front of the chain, each once, in their order.
-//! 2. Other people's rules stay, in their order. No edit names one of them.
-//! 3. Rules that are right already stay, with their counters; one that moves keeps its counters.
-//! 4. The edits of one chain take little more time than reading it.
+//! 2. Foreign rules stay, in their order. No edit names one of them.
+//! 3. Rules in the right place stay; a rule that moves keeps its counters.
+//! 4. The edits of a chain take little more time than a listing.
 
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use crate::rule::Chain;
 use std::collections::{HashMap, HashSet};
 
-/// To delete a rule, iptables walks to it. If the walks of the edits add up to more than this
-/// many times all rules of the chain, it is cheaper to delete all of rfw's from the front, which
-/// takes no walk, and to insert them again.
+/// To delete a rule, iptables searches for it from the front of the chain. If the searches pass
+/// more rules than the chain has, times this factor, it is cheaper to delete all of rfw's rules
+/// from the front, where they are found at once, and to insert them again.
 const WALKS: usize = 64;
 
-/// One rule in a listing; `None` is someone else's.
+/// One rule in a listing; `None` is a foreign rule.
 pub type Row = Option<TaggedRule>;
 
 /// The rules of one chain, from the front.
 #[derive(Clone, Default, Debug)]
 pub struct ChainListing {
     rows: Vec<Row>,
-    /// The first of other people's rules.
+    /// The first foreign rule.
     first_foreign: Option<String>,
 }
 
@@ -74,8 +74,8 @@ impl Listing {
         chain.push(row, line);
     }
 
-    /// Whether another listing shows the same rules; counters may differ. Of other people's rules
-    /// it matters only where they are.
+    /// Whether another listing shows the same rules; counters may differ. Of foreign rules, only
+    /// the positions matter.
     pub fn agrees_with(&self, other: &Listing) -> bool {
         let keys = |chain: &ChainListing| -> Vec<_> {
             chain.rows.iter().map(|row| row.map(|tagged| tagged.key())).collect()
@@ -84,27 +84,27 @@ impl Listing {
     }
 }
 
-/// How to make one chain hold what it should.
+/// How to make one chain hold the wanted rules.
 #[derive(Default, Debug)]
 pub struct Plan {
     /// To be committed in one transaction.
     pub edits: Vec<RuleEdit>,
-    /// Wanted rules that the chain lacked.
+    /// The wanted rules that the chain lacked.
     pub missing: Vec<KernelRule>,
     /// rfw's rules that are not wanted.
     pub unknown: Vec<TaggedRule>,
-    /// Someone else's rule that preceded one of rfw's.
+    /// A foreign rule that preceded one of rfw's.
     pub overtaken_by: Option<String>,
 }
 
 impl Plan {
-    /// Whether nothing is wrong but that other people's rules come first.
+    /// Whether the only fault is that foreign rules come first.
     pub fn is_only_overtaken(&self) -> bool {
         self.overtaken_by.is_some() && self.missing.is_empty() && self.unknown.is_empty()
     }
 }
 
-/// Works out how a chain comes to hold the wanted rules, from the front.
+/// Plans how a chain comes to hold the wanted rules at its front.
 pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let key = |tagged: &TaggedRule| tagged.key();
     let front = chain.rows.iter().map_while(Option::as_ref).map(key);
@@ -129,8 +129,8 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     }
 }
 
-/// For each row the wanted rule that it is, if it is in its place: before other people's rules,
-/// behind the wanted rules that precede it, and there once.
+/// For each row that can stay, the number of the wanted rule that it is: it precedes all foreign
+/// rules, follows the wanted rules that precede it, and occurs once.
 fn rows_that_stay(
     chain: &ChainListing,
     numbers: &HashMap<(KernelRule, Option<u64>), usize>,
@@ -153,7 +153,7 @@ fn rows_that_stay(
     chain.rows.iter().map(&mut stays).collect()
 }
 
-/// How many rules iptables passes on its way to those that are deleted.
+/// How many rules iptables passes in its searches for those that are deleted.
 fn walks(stays: &[Option<usize>], chain: &ChainListing) -> usize {
     let (mut passed, mut walks) = (0_usize, 0_usize);
     for (row, stays) in chain.rows.iter().zip(stays) {
@@ -165,8 +165,8 @@ fn walks(stays: &[Option<usize>], chain: &ChainListing) -> usize {
     walks
 }
 
-/// First the deletions in the order of the chain, so that each walk is short; then the
-/// insertions from the last to the first, each behind the rules that stay before it.
+/// First the deletions in the order of the chain, so that each search is short; then the
+/// insertions from the last to the first, each after the rules that precede it and stay.
 fn edits(
     chain: &ChainListing,
     wanted: &[TaggedRule],

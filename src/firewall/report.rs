@@ -1,5 +1,5 @@
-//! What the engine tells of a check or a repair: the log, the metrics, and how often other people's
-//! rules came first.
+//! How the engine reports checks and repairs: the log, the metrics, and how often foreign rules came
+//! first.
 
 use super::engine::{Engine, Kernel};
 use super::iptables::{KernelRule, TaggedRule};
@@ -13,8 +13,8 @@ use crate::rule::{Chain, Rule, RuleTemplate, Target};
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
-/// How often rfw moves to the front at once within [`OVERTAKEN_WINDOW`]; after that, once a
-/// minute, because two programs that both want to be first would fight forever.
+/// How often rfw moves its rules to the front immediately within [`OVERTAKEN_WINDOW`]; after that,
+/// once a minute, because two programs that both want to be first would fight forever.
 const MAX_OVERTAKEN: usize = 10;
 const OVERTAKEN_WINDOW: Duration = Duration::from_secs(600);
 const OVERTAKEN_PAUSE: Duration = Duration::from_secs(60);
@@ -29,7 +29,7 @@ impl<K: Kernel> Engine<K> {
             && is_within(self.overtaken.back(), OVERTAKEN_PAUSE)
     }
 
-    /// Logs what was wrong, apart from what the batch in progress changes.
+    /// Logs what was repaired, except what the batch in progress changes.
     pub(super) fn report_rules(&mut self, plans: Vec<Plan>, batch: Option<&Batch>) {
         let mut changed: HashSet<KernelRule> = HashSet::new();
         if let Some(batch) = batch {
@@ -93,7 +93,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Counts what rules have matched since the last complete listing. A sum that falls, because
-    /// rules are gone, adds nothing.
+    /// rules were deleted, adds nothing.
     pub(super) fn count_traffic(&mut self, family: Family, listing: &Listing) {
         let mut sums: BTreeMap<Label, (u64, u64)> = BTreeMap::new();
         for (_, tagged) in Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own()) {

@@ -1,25 +1,25 @@
-//! The list as sets: from differences to edits. Pure.
+//! The list as sets: derives edits from differences. Pure.
 //!
-//! The kernel removes an address from a set when its timeout is over, and the list does so by
-//! its own clock. Within a few seconds of an expiry both are right.
+//! The kernel removes an address from a set when its timeout ends, and the list does so by its
+//! own clock. Within a few seconds of an expiry, either may come first.
 
 use super::ipset::SetEdit;
 use super::list::{Difference, Entry, Members};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
 
-/// By how many seconds a timeout in the kernel may differ from the list. Its parts of a second
-/// are not listed, and an edit takes time to arrive.
+/// How many seconds a timeout in the kernel may differ from the list: ipset lists whole seconds,
+/// and an edit takes time.
 const TOLERANCE: u64 = 3;
 
-/// How many seconds a set keeps an address, 0 is permanent. A longer expiry than a set can keep
-/// is renewed when half of it is over.
+/// The timeout of an address in seconds; 0 means permanent. An expiry beyond the longest timeout
+/// is renewed when half of that timeout has passed.
 pub fn timeout(expires: Option<u64>, now: u64) -> u32 {
     let Some(second) = expires else { return 0 };
     u32::try_from(second.saturating_sub(now).max(1)).unwrap_or(u32::MAX).min(LONGEST_IN_SET)
 }
 
-/// Whether the timeout of an entry is the one that it should have.
+/// Whether the timeout of an entry agrees with its expiry.
 fn is_right(actual: u32, expires: Option<u64>, now: u64) -> bool {
     let wanted = timeout(expires, now);
     match (actual, wanted) {
@@ -38,7 +38,7 @@ pub fn edit<'a>(name: &'a str, difference: &Difference, now: u64) -> SetEdit<'a>
     }
 }
 
-/// Whether a set may have so many entries, as far as expiries leave it certain.
+/// Whether the number of entries is plausible: those that are due may be gone.
 pub fn has_right_size(members: &Members, entries: Option<usize>, now: u64) -> bool {
     let Some(entries) = entries else { return true };
     let is_due = |entry: &&Entry| is_due(entry.expires(), now);
@@ -49,13 +49,13 @@ pub fn has_right_size(members: &Members, entries: Option<usize>, now: u64) -> bo
     }
 }
 
-/// Whether the kernel may have removed an address already, or will at once.
+/// Whether the kernel may have removed the address, or is about to.
 fn is_due(expires: Option<u64>, now: u64) -> bool {
     expires.is_some_and(|second| second <= now.saturating_add(TOLERANCE))
 }
 
-/// The edits that make a set hold what the list says, deletions first: it may be full. `actual`
-/// is each address that it holds with its timeout, sorted.
+/// The edits that make a set match the list, deletions first, because it may be full. `actual`
+/// is its addresses with their timeouts, sorted.
 pub fn repair<'a>(
     name: &'a str,
     members: &Members,

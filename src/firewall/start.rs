@@ -1,5 +1,5 @@
-//! The start, in order: the list from the state file or, without one, from the kernel; then the
-//! kernel made to match it. Nothing here knows in which form rfw kept its rules before.
+//! The start, in order: reads the list from the state file or, without one, from the kernel; then
+//! makes the kernel match it, whatever the form in which rfw kept its rules before.
 
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long all programs may take while rfw starts.
+/// The time limit of a start.
 const START_LIMIT: Duration = Duration::from_secs(600);
 
 /// Why rfw cannot start.
@@ -37,7 +37,7 @@ impl From<String> for StartError {
     }
 }
 
-/// Reads what rfw keeps, and makes the kernel hold it.
+/// Reads the list and makes the kernel match it.
 pub fn start<K: Kernel>(
     kernel: K,
     state: Option<StateFile>,
@@ -100,7 +100,7 @@ pub fn start<K: Kernel>(
     Ok(engine)
 }
 
-/// All families at once: with many rules, this is what a start waits for.
+/// Reads both families at once: with many rules, this takes most of the time.
 fn read_rules<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let listings = thread::scope(|scope| {
         let read = |family: &Family| {
@@ -126,7 +126,7 @@ fn read_rules<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, S
     })
 }
 
-/// The list from the state file. Where its last change is incomplete, that is dropped.
+/// The list from the state file. An incomplete last change is dropped.
 fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineError> {
     loop {
         let mut list = List::new(sets);
@@ -143,7 +143,7 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
     }
 }
 
-/// The list from the kernel. What is nearer to the front of a chain is newer.
+/// The list from the kernel. A rule nearer to the front of a chain is newer.
 fn adopt<K: Kernel>(
     engine: &Engine<K>,
     listings: &[(Family, Listing)],
@@ -181,8 +181,8 @@ fn drop_whitelisted(list: &mut List, whitelist: &Whitelist, log: &Log) -> bool {
     !dropped.is_empty()
 }
 
-/// Sees whether the kernel accepts rfw's rules where it holds none like them: inserts and deletes
-/// one in one transaction, for an interface that no host has.
+/// Checks that the kernel accepts rfw's rules, unless it holds some: inserts and deletes one in one
+/// transaction, for an interface that no host has.
 fn try_kernel<K: Kernel>(
     engine: &Engine<K>,
     family: Family,
@@ -213,11 +213,11 @@ fn try_kernel<K: Kernel>(
     written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
 }
 
-/// Destroys rfw's sets that no rule of rfw's uses any more. What is in a set without a rule is
-/// not enforced, so it is no rule.
+/// Destroys the sets of rfw's that none of its rules uses. Their addresses are not enforced, so
+/// they are not rules.
 fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
     let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
-        // Without sets, ipset need not be there.
+        // Without sets, ipset may be missing.
         Err(_) if !engine.list.has_sets() => return Ok(()),
         headers => headers?,
     };

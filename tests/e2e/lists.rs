@@ -732,7 +732,7 @@ fn if_the_second_family_fails_the_first_is_taken_back() {
             let answer = list(&format!("{method} /drop/input/any{expire}"), after);
             assert!([500, 503].contains(&answer.status), "{ill} {answer:?}");
             let message = answer.field("message");
-            assert!(message.contains("Nothing of the list is applied."), "{ill} {answer:?}");
+            assert!(message.contains("The list was not applied."), "{ill} {answer:?}");
             assert_eq!(!message.contains("as soon as"), is_restored, "{ill} {answer:?}");
             assert!(lab.rules() == rules || !is_restored, "{ill} {:?}", lab.rules());
             lab.stand_in("");
