@@ -10,9 +10,9 @@ use crate::http::request::Request;
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::http::tls::Acceptor;
-use crate::log::Level;
+use crate::log::{Level, Log};
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,10 +33,14 @@ const MAX_ARRIVALS: usize = 128;
 const STACK: usize = 256 * 1024;
 /// How long it may take to read a request that has been waiting, before it is refused.
 const READ_TIME: Duration = Duration::from_millis(1);
+/// How long to wait for an address that this host does not have, before the next try.
+const RETRY: Duration = Duration::from_secs(1);
 
-/// A bound socket and what makes the outward and the local server different.
+/// A socket and what makes the outward and the local server different.
 pub struct Listener {
-    socket: TcpListener,
+    address: SocketAddr,
+    /// `None` while this host does not have the address.
+    socket: Option<TcpListener>,
     /// The outward server speaks TLS, and to whitelisted peers only.
     tls: Option<Acceptor>,
     /// Whether credentials are asked for.
@@ -52,33 +56,49 @@ struct Arrival {
 }
 
 impl Listener {
-    /// Binds what rfw.conf names. The error is a sentence.
+    /// Binds what rfw.conf names and this host has. The error is a sentence.
     pub fn open(config: &Config, acceptor: Option<Acceptor>) -> Result<Vec<Listener>, String> {
         let mut listeners = Vec::new();
         if let (Some(outward), Some(acceptor)) = (&config.outward, acceptor) {
-            let socket = bind(outward.ip, outward.port, "outward.server")?;
-            listeners.push((socket, Some(acceptor), true));
+            let address = SocketAddr::new(outward.ip, outward.port);
+            listeners.push(Listener::bind(address, Some(acceptor), true)?);
         }
         if let Some(Local { port, authentication }) = config.local {
-            let v4 = bind(Ipv4Addr::LOCALHOST.into(), port, "local.server")?;
-            listeners.push((v4, None, authentication));
+            let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+            listeners.push(Listener::bind(SocketAddr::new(v4, port), None, authentication)?);
             // Where the host has no ::1, there is no such address to bind.
-            if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
-                let v6 = bind(Ipv6Addr::LOCALHOST.into(), port, "local.server")?;
-                listeners.push((v6, None, authentication));
+            if TcpListener::bind((v6, 0)).is_ok() {
+                listeners.push(Listener::bind(SocketAddr::new(v6, port), None, authentication)?);
             }
         }
-        let listeners = listeners.into_iter().map(|(socket, tls, authentication)| {
-            let limiter = ConnectionLimiter::new(CONNECTIONS);
-            Listener { socket, tls, authentication, limiter }
-        });
-        Ok(listeners.collect())
+        Ok(listeners)
+    }
+
+    fn bind(
+        address: SocketAddr,
+        tls: Option<Acceptor>,
+        authentication: bool,
+    ) -> Result<Listener, String> {
+        let socket = match TcpListener::bind(address) {
+            Ok(socket) => Some(socket),
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => None,
+            Err(error) => {
+                let key = if tls.is_some() { "outward.server" } else { "local.server" };
+                let (ip, port) = (address.ip(), address.port());
+                return Err(format!(
+                    "cannot listen on {ip} port {port} ({key}): {error}; choose another port, or \
+                     stop the program that uses this one"
+                ));
+            }
+        };
+        let limiter = ConnectionLimiter::new(CONNECTIONS);
+        Ok(Listener { address, socket, tls, authentication, limiter })
     }
 
     /// Where it listens, as a URL.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
-        self.socket.local_addr().map_or_else(|e| e.to_string(), |at| format!("{scheme}://{at}"))
+        format!("{scheme}://{}", self.address)
     }
 
     /// The local server is for whoever means this host by its name: a web page in a browser here,
@@ -91,7 +111,8 @@ impl Listener {
     }
 
     /// Accepts for ever, and hands on whoever may come in.
-    pub fn listen(self, server: Arc<Server>) {
+    pub fn listen(mut self, server: Arc<Server>) {
+        let socket = self.socket.take().unwrap_or_else(|| self.await_address(&server.log));
         let listener = Arc::new(self);
         let (arrive, arrivals) = mpsc::sync_channel(MAX_ARRIVALS);
         let (dispatcher, shared) = (listener.clone(), server.clone());
@@ -99,7 +120,7 @@ impl Listener {
             arrivals.into_iter().for_each(|arrival| dispatcher.dispatch(&shared, arrival));
         });
         loop {
-            match listener.socket.accept() {
+            match socket.accept() {
                 Ok((socket, address)) => {
                     let peer = address.ip().to_canonical();
                     if listener.tls.is_none() || server.whitelist.admits(peer) {
@@ -114,6 +135,29 @@ impl Listener {
                     thread::sleep(Duration::from_millis(100));
                 }
             }
+        }
+    }
+
+    /// Binds as soon as this host has the address: rfw starts before the network.
+    fn await_address(&self, log: &Log) -> TcpListener {
+        let mut last_error = None;
+        loop {
+            match TcpListener::bind(self.address) {
+                Ok(socket) => {
+                    log.info(format_args!("{} is open", self.url()));
+                    return socket;
+                }
+                Err(error) if last_error == Some(error.kind()) => {}
+                Err(error) => {
+                    log.warning(format_args!(
+                        "cannot listen at {}: {error}; rfw tries again every second, until this \
+                         host has the address and the port is free",
+                        self.url()
+                    ));
+                    last_error = Some(error.kind());
+                }
+            }
+            thread::sleep(RETRY);
         }
     }
 
@@ -148,14 +192,4 @@ impl Listener {
             ResponseWriter::new(&mut stream, None).refuse(&busy);
         }
     }
-}
-
-fn bind(ip: IpAddr, port: u16, key: &str) -> Result<TcpListener, String> {
-    TcpListener::bind((ip, port)).map_err(|error| {
-        let advice = match error.kind() {
-            ErrorKind::AddrNotAvailable => "set it to an address of this host",
-            _ => "choose another port, or stop the program that uses this one",
-        };
-        format!("cannot listen on {ip} port {port} ({key}): {error}; {advice}")
-    })
 }
