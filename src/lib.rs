@@ -9,9 +9,10 @@
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`host`] (its own
-//! addresses and interfaces), [`log`], [`metrics`], [`clock`] and [`mutex`]. The other way round goes
-//! [`client`], the same program by the name of rfwc: from the command line to the request, with what
-//! [`http`] has for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
+//! addresses and interfaces), [`log`], [`metrics`], [`clock`], [`mutex`] and [`notify`] (rfw is
+//! ready). The other way round goes [`client`], the same program by the name of rfwc: from the
+//! command line to the request, with what [`http`] has for it ([`http::answer`], [`http::tls`],
+//! [`http::deadline`]).
 
 #![cfg_attr(
     test,
@@ -34,6 +35,7 @@ pub mod http;
 pub mod log;
 pub mod metrics;
 pub mod mutex;
+pub mod notify;
 pub mod rule;
 pub mod server;
 pub mod state;

@@ -14,6 +14,7 @@ use rfw::http::auth::{LoginThrottle, Users};
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
+use rfw::notify;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
 use rfw::server::Server;
@@ -257,6 +258,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         let server = server.clone();
         thread::spawn(move || listener.listen(server));
     }
+    notify::ready(&server.log);
     tick(&server)
 }
 
