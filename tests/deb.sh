@@ -1,11 +1,12 @@
 #!/bin/sh
-# deb.sh: the Debian package, installed, used, upgraded, removed and purged as on a host that runs
-# systemd: with this host's files, tools and dpkg database, and nothing of it touched.
+# deb.sh: the Debian package, installed, used, upgraded, rebooted, removed and purged as on a host that
+# runs systemd: with this host's files, tools and dpkg database, and nothing of it touched.
 #
 #   tests/deb.sh FILE.deb
 #
 #   this host's /  ==(overlay, changes in memory)==>  / of a systemd that is process 1 of its own
-#                                                     namespaces, and starts this very script
+#                                                     namespaces, and starts this very script;
+#                                                     after a reboot, of the next one
 set -eu
 
 # --- On the host: a folder for what goes in and comes out, and the namespaces.
@@ -25,22 +26,35 @@ outside() {
 	dpkg-deb --root-owner-group --build "$work/newer/deb" "$work/newer.deb" >/dev/null
 	# Whoever of these ends takes the next one along; none of them holds this script's output open.
 	status=0
-	setpriv --pdeathsig KILL timeout -s KILL 120 \
-		setpriv --pdeathsig KILL unshare -mpnCiu --fork --kill-child \
-		"$work/deb.sh" boot "$work" </dev/null >>"$work/log" 2>&1 &
+	setpriv --pdeathsig KILL timeout -s KILL 240 \
+		setpriv --pdeathsig KILL unshare -mp --fork --kill-child \
+		"$work/deb.sh" machine "$work" </dev/null >>"$work/log" 2>&1 &
 	wait $! || status=$?
 	cat "$work/log"
 	[ "$status" = 0 ] || echo "tests/deb.sh: failed ($status)" >&2
 	exit "$status"
 }
 
-# --- In the namespaces: the new root, where the kernel's own settings cannot be written.
+# --- In the namespaces: the disk, which a reboot leaves. All that this host starts at boot is disabled.
 
-boot() {
+machine() {
 	mount --make-rprivate /
 	mount -t tmpfs deb /mnt
 	mkdir /mnt/changes /mnt/work /mnt/root
 	mount -t overlay -o lowerdir=/,upperdir=/mnt/changes,workdir=/mnt/work deb /mnt/root
+	cd /mnt/root
+	: >etc/fstab
+	# What `make install` may have brought to this host.
+	rm -rf etc/rfw etc/logrotate.d/rfw etc/systemd/system/rfw.service* usr/local/lib/systemd/system/rfw.service
+	rm -rf etc/systemd/system/*.wants etc/systemd/network/*
+	for boot in first second third; do
+		unshare -mpnCiu --fork --kill-child "$1/deb.sh" boot "$1" $boot
+	done
+}
+
+# --- A boot, with empty tables: the new root, where the kernel's own settings cannot be written.
+
+boot() {
 	cd /mnt/root
 	ip link set lo up
 	mount -t proc deb proc
@@ -57,20 +71,18 @@ boot() {
 	mount -t devpts -o newinstance,ptmxmode=666 deb dev/pts
 	ln -s pts/ptmx dev/ptmx
 	mount --bind "$1" run/deb
-	: >etc/fstab
-	# What `make install` may have brought to this host.
-	rm -rf etc/rfw etc/logrotate.d/rfw etc/systemd/system/rfw.service* usr/local/lib/systemd/system/rfw.service
 	cat >etc/systemd/system/deb-test.service <<-END
 		[Unit]
 		DefaultDependencies=no
 		Requires=sysinit.target
-		After=sysinit.target
+		Wants=multi-user.target
+		After=sysinit.target network.target
 		SuccessAction=exit
 		FailureAction=exit
 		FailureActionExitStatus=1
 		[Service]
 		Type=oneshot
-		ExecStart=/run/deb/deb.sh inside
+		ExecStart=/run/deb/deb.sh $2
 		StandardOutput=append:/run/deb/log
 		StandardError=append:/run/deb/log
 	END
@@ -82,7 +94,7 @@ boot() {
 		--log-target=journal --show-status=no
 }
 
-# --- Started by that systemd: the test.
+# --- Started by that systemd as soon as it has reached network.target: the test.
 
 failed() {
 	echo "FAILED: $*"
@@ -105,6 +117,13 @@ pid() { systemctl show -P MainPID rfw; }
 status() { grep "^$1:" "/proc/$(pid)/status"; }
 modes() { stat -c %a /etc/rfw/* | sort -u; }
 block() { curl -sS -X PUT http://127.0.0.1:7390/drop/input/any/203.0.113.7 | cut -d , -f 1; }
+guards() { iptables -S INPUT | grep -c -- '--comment "rfw:guard" -j DROP'; }
+outward() { curl -skm 5 -o /dev/null -w '%{http_code}' https://192.0.2.1:7393/; }
+waited() {
+	journalctl -q _SYSTEMD_INVOCATION_ID="$(systemctl show -P InvocationID rfw)" |
+		grep -c 'WARNING cannot listen at https://192.0.2.1:7393:'
+}
+since() { systemctl show -P "$1TimestampMonotonic" "$2"; }
 rules() { iptables -S INPUT | grep -c -- '-s 203.0.113.7/32 .*-j DROP'; }
 files() { (cd /etc/rfw && sha256sum rfw.conf white.list server.crt server.key); }
 changed() { files | diff - files.before; }
@@ -116,7 +135,7 @@ answering() {
 	failed 'rfw does not answer'
 }
 
-inside() {
+first() {
 	cd /run/deb
 	echo '--- a first install'
 	package -i first.deb
@@ -134,6 +153,8 @@ inside() {
 	install -m 600 keys/server_127.0.0.1/server.* /etc/rfw/
 	sed -i 's/^auth.username =.*/& admin/; s/^auth.password =.*/& secret/' /etc/rfw/rfw.conf
 	echo 192.0.2.1 >>/etc/rfw/white.list
+	sed -i 's/^# state.file/state.file/' /etc/rfw/rfw.conf
+	sed -i 's/^outward.server.ip =.*/outward.server.ip = 192.0.2.1/' /etc/rfw/rfw.conf
 	files >files.before
 	systemctl enable --now rfw
 	answering
@@ -157,9 +178,42 @@ inside() {
 	package -i newer.deb
 	is 'one that was stopped stays so' inactive systemctl is-active rfw
 
-	echo '--- removal'
-	systemctl start rfw
+	cat >/etc/systemd/network/deb.network <<-END
+		[Match]
+		Name=lo
+		[Network]
+		Address=192.0.2.1/32
+	END
+	systemctl --quiet enable systemd-networkd
+}
+
+second() {
+	cd /run/deb
+	echo '--- a reboot'
+	is 'after network.target, the rule is there' 1 rules
+	is 'and those of the port' 1 guards
+	[ "$(since ActiveEnter rfw)" -lt "$(since InactiveExit systemd-networkd)" ] ||
+		failed 'rfw is ready before the network starts'
+	echo 'ok: rfw was ready before the network started'
+	for _ in $(seq 50); do
+		[ "$(outward)" != 000 ] || sleep 0.1
+	done
+	is 'the outward server has its address' 401 outward
+	is 'for which it waited' 1 waited
+	echo 'wrong' >>/etc/rfw/rfw.conf
+}
+
+third() {
+	cd /run/deb
+	echo '--- a boot with a wrong configuration'
+	is 'the network starts' active systemctl is-active systemd-networkd
+	is 'rfw does not' activating systemctl is-active rfw
+	is 'without a rule' 0 rules
+	sed -i '$d' /etc/rfw/rfw.conf
 	answering
+	is 'put right, it has started by itself' 1 rules
+
+	echo '--- removal'
 	package -r rfw
 	is 'stopped' inactive systemctl is-active rfw
 	is 'the rule goes on' 1 rules
@@ -176,6 +230,6 @@ inside() {
 
 case ${1:-} in
 *.deb) outside "$1" ;;
-boot | inside) "$@" ;;
+machine | boot | first | second | third) "$@" ;;
 *) echo 'usage: tests/deb.sh FILE.deb' >&2; exit 2 ;;
 esac
