@@ -26,6 +26,8 @@ const RETRY_TIME: Duration = Duration::from_secs(1);
 const FLUSH_TIME: Duration = Duration::from_secs(1);
 /// Refusals to one address that are logged within a [`WINDOW`]: more than a person reads.
 const MAX_REFUSALS: usize = 100;
+/// The same for failed TLS handshakes, which have one reason mostly.
+const MAX_HANDSHAKES: usize = 10;
 const WINDOW: Duration = Duration::from_secs(60);
 /// Addresses that are counted one by one; all others share one count.
 const MAX_PEERS: usize = 1024;
@@ -49,7 +51,7 @@ impl Level {
         (Level::Critical, "CRITICAL"),
     ];
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         Level::ALL.iter().find(|(level, _)| *level == self).map_or("", |(_, name)| name)
     }
 
@@ -63,7 +65,8 @@ impl Level {
 #[derive(Default)]
 pub struct Log {
     sinks: Vec<Sink>,
-    refusals: Mutex<Limiter>,
+    refusals: Mutex<Limiter<MAX_REFUSALS>>,
+    handshakes: Mutex<Limiter<MAX_HANDSHAKES>>,
 }
 
 impl Log {
@@ -99,12 +102,22 @@ impl Log {
         }
     }
 
+    /// A TLS handshake with this client failed; at most [`MAX_HANDSHAKES`] lines for an address.
+    pub fn handshake(&self, peer: IpAddr, reason: &str) {
+        if lock(&self.handshakes).admits(peer, Instant::now()) {
+            self.warning(format_args!("{peer}: TLS handshake failed: {reason}"));
+        }
+    }
+
     /// To be called every second: logs how many refusals of the last minute were not logged.
     pub fn tick(&self, now: Instant) {
-        let ended = lock(&self.refusals).end(now);
-        for (peer, count) in ended {
-            let peer = peer.map_or("other addresses".into(), |peer| peer.to_string());
-            self.info(format_args!("{peer}: {count} more requests refused within a minute"));
+        let refusals = lock(&self.refusals).end(now);
+        let handshakes = lock(&self.handshakes).end(now);
+        for (ended, what) in [(refusals, "requests refused"), (handshakes, "handshakes failed")] {
+            for (peer, count) in ended {
+                let peer = peer.map_or("other addresses".into(), |peer| peer.to_string());
+                self.info(format_args!("{peer}: {count} more {what} within a minute"));
+            }
         }
     }
 
@@ -205,15 +218,15 @@ fn take_back(mut file: &File, count: usize) -> io::Result<()> {
 /// By address, since when and how often it was refused; `None` stands for those that came when
 /// there was no room for more.
 #[derive(Default)]
-struct Limiter(HashMap<Option<IpAddr>, (Instant, usize)>);
+struct Limiter<const MAX: usize>(HashMap<Option<IpAddr>, (Instant, usize)>);
 
-impl Limiter {
+impl<const MAX: usize> Limiter<MAX> {
     /// Counts a refusal; whether it may be logged.
     fn admits(&mut self, peer: IpAddr, now: Instant) -> bool {
         let has_room = self.0.len() < MAX_PEERS || self.0.contains_key(&Some(peer));
         let (_, count) = self.0.entry(has_room.then_some(peer)).or_insert((now, 0));
         *count = count.saturating_add(1);
-        *count <= MAX_REFUSALS
+        *count <= MAX
     }
 
     /// Forgets those whose window is over; how many refusals to each were not logged.
@@ -221,7 +234,7 @@ impl Limiter {
         let over =
             |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
         let over = self.0.extract_if(over);
-        let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX_REFUSALS)));
+        let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX)));
         suppressed.filter(|(_, count)| *count > 0).collect()
     }
 }
@@ -296,7 +309,7 @@ mod tests {
 
     #[test]
     fn refusals_to_one_address_are_limited() {
-        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let (mut limiter, start) = (Limiter::<MAX_REFUSALS>::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         let peer = |n: u32| IpAddr::V4(n.into());
         assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(1), start)));

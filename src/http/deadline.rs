@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// A socket whose reads and writes all end at a deadline. Each wait is armed
 /// with what is left of it, so a peer gains nothing by sending byte by byte.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DeadlineSocket {
     /// Shared with who may cut it.
     pub stream: Arc<TcpStream>,
@@ -20,6 +20,17 @@ impl DeadlineSocket {
             Duration::ZERO => Err(ErrorKind::TimedOut.into()),
             left => Ok(Some(left)),
         }
+    }
+
+    /// The next byte, which stays to be read; 0 at the end.
+    pub fn peek(&mut self) -> io::Result<u8> {
+        let mut next = [0];
+        self.retry(|socket| {
+            socket.stream.set_read_timeout(socket.left()?)?;
+            socket.stream.peek(&mut next)
+        })?;
+        let [next] = next;
+        Ok(next)
     }
 
     /// A child that ends while another thread has signals blocked, because it starts a program,

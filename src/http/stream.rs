@@ -18,6 +18,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How many bytes are received at a time.
 const PIECE: usize = 8192;
 
+const PLAIN_HTTP: ApiError =
+    ApiError::Http(400, "This port speaks HTTPS; use https:// instead of http://.");
 const TIMEOUT: ApiError = ApiError::Http(408, "The request did not come in time.");
 
 enum Io {
@@ -50,27 +52,42 @@ impl HttpStream {
         self.socket().deadline = clock::after(time);
     }
 
-    /// Reads the next request; `None` if the peer is gone, or was silent.
-    pub fn request(&mut self) -> Option<Result<Request, ApiError>> {
+    /// Reads the next request; fails if the peer is gone or silent, or TLS fails.
+    pub fn request(&mut self) -> io::Result<Result<Request, ApiError>> {
+        if self.is_plain_http()? {
+            return Ok(Err(PLAIN_HTTP));
+        }
         self.received.drain(..mem::take(&mut self.used));
         loop {
             match head_length(&self.received) {
                 Ok(None) => {}
                 Ok(Some(length)) => {
                     self.used = length;
-                    return Some(Request::parse(self.received.get(..length)?));
+                    let head = self.received.get(..length).unwrap_or_default();
+                    return Ok(Request::parse(head));
                 }
-                Err(error) => return Some(Err(error)),
+                Err(error) => return Ok(Err(error)),
             }
             match self.receive() {
-                Ok(0) => return None,
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
                 Err(error) if is_timeout(&error) && !self.received.is_empty() => {
-                    return Some(Err(TIMEOUT));
+                    return Ok(Err(TIMEOUT));
                 }
-                Err(_) => return None,
+                Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether the peer starts with a letter, as HTTP does, and not with a TLS record (22): then it
+    /// gets its answer without TLS.
+    fn is_plain_http(&mut self) -> io::Result<bool> {
+        let Io::Tls(session) = &mut self.io else { return Ok(false) };
+        let is_plain = session.conn.is_handshaking() && session.sock.peek()?.is_ascii_alphabetic();
+        if is_plain {
+            self.io = Io::Plain(session.sock.clone());
+        }
+        Ok(is_plain)
     }
 
     /// Whether bytes behind the last request have come.
@@ -151,9 +168,9 @@ mod tests {
 
     fn path(stream: &mut HttpStream) -> String {
         match stream.request() {
-            None => "none".into(),
-            Some(Err(error)) => error.parts().0.to_string(),
-            Some(Ok(request)) => request.path,
+            Err(_) => "none".into(),
+            Ok(Err(error)) => error.parts().0.to_string(),
+            Ok(Ok(request)) => request.path,
         }
     }
 

@@ -4,8 +4,8 @@ use super::deadline::DeadlineSocket;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, RootCertStore,
-    ServerConfig, ServerConnection, StreamOwned, version,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, PeerIncompatible,
+    RootCertStore, ServerConfig, ServerConnection, StreamOwned, version,
 };
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
@@ -165,7 +165,41 @@ impl Write for Link {
     }
 }
 
-/// What is wrong, in a sentence, if it is TLS that failed and not the connection.
+/// The server's side: why a handshake failed and what to do, if TLS failed and not the connection.
+pub fn handshake_complaint(error: &io::Error) -> Option<String> {
+    use {AlertDescription as Alert, PeerIncompatible as Peer};
+    Some(match error.get_ref()?.downcast_ref()? {
+        Error::PeerIncompatible(
+            Peer::SupportedVersionsExtensionRequired
+            | Peer::SignatureAlgorithmsExtensionRequired
+            | Peer::Tls12NotOffered
+            | Peer::Tls12NotOfferedOrEnabled,
+        ) => "the client supports older versions of TLS only; rfw accepts TLS 1.3, and TLS 1.2 if \
+              outward.server.tls12 is set"
+            .into(),
+        Error::AlertReceived(
+            alert @ (Alert::UnknownCA
+            | Alert::BadCertificate
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnsupportedCertificate),
+        ) => format!(
+            "the client rejects the server's certificate ({alert:?}); give it the CA's certificate \
+             (curl --cacert ca.crt), and check the certificate's address and dates"
+        ),
+        Error::NoCertificatesPresented => "the client sent no certificate; make one with rfwgen \
+             --client NAME, or remove outward.server.clientca"
+            .into(),
+        Error::InvalidCertificate(why) => format!(
+            "the client's certificate is refused ({why}); make one with rfwgen --client NAME and \
+             the CA of outward.server.clientca"
+        ),
+        Error::InvalidMessage(why) => format!("the client does not speak TLS ({why:?})"),
+        other => format!("{other}"),
+    })
+}
+
+/// The client's side: what is wrong, in a sentence, if it is TLS that failed and not the connection.
 pub fn complaint(error: &io::Error) -> Option<String> {
     use AlertDescription as Alert;
     Some(match error.get_ref()?.downcast_ref()? {

@@ -12,6 +12,7 @@ use crate::http::auth::{self, Principal};
 use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
+use crate::http::tls;
 use crate::log::{Level, printable};
 use crate::mutex::lock;
 use crate::rule::list::{List, ListReport};
@@ -72,7 +73,15 @@ impl Connection<'_> {
             // Others first: many that pipeline would hold up those who ask for one thing.
             thread::yield_now();
         }
-        let Some(mut request) = stream.request() else { return false };
+        let mut request = match stream.request() {
+            Ok(request) => request,
+            Err(error) => {
+                if let Some(reason) = tls::handshake_complaint(&error) {
+                    self.server.log.handshake(self.peer, &reason);
+                }
+                return false;
+            }
+        };
         let started = Instant::now();
         self.slot.await_client(); // now for the response
         if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {

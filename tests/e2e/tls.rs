@@ -105,15 +105,94 @@ fn protocol_versions() {
     once(|lab| {
         keys(lab);
         let old = "-tls1_1 -cipher ALL:@SECLEVEL=0";
-        let mut rfw = lab.start(CONF);
-        table(&[("-tls1_3", "TLSv1.3"), ("-tls1_2", "refused"), (old, "refused")], s_client);
+        let mut rfw = lab.start(&format!("local.server\n{CONF}"));
+        for (options, version, logged) in
+            [("-tls1_3", "TLSv1.3", 0), ("-tls1_2", "refused", 1), (old, "refused", 2)]
+        {
+            assert_eq!(s_client(options), version, "{options}");
+            let warning = "WARNING 127.0.0.1: TLS handshake failed: the client supports older \
+                           versions of TLS only; rfw accepts TLS 1.3, and TLS 1.2 if \
+                           outward.server.tls12 is set\n";
+            let log = lab.log();
+            assert_eq!(log.matches(warning).count(), logged, "{options}\n{log}");
+            assert_eq!(log.matches("WARNING").count(), logged, "{options}\n{log}");
+        }
         rfw.kill();
         let _rfw = lab.start(&format!("{CONF}\noutward.server.tls12"));
         table(&[("", "TLSv1.3"), ("-tls1_2", "TLSv1.2"), (old, "refused")], s_client);
         assert_eq!(https(&format!("--tls-max 1.2 {USER}"), "GET /list"), "200 ");
-        let plain = curl(USER, "GET /list", "http://127.0.0.1:7393");
-        assert!(!plain.ends_with("200"), "{plain}");
+    });
+}
+
+#[test]
+fn http_to_the_https_port_is_told_to_use_https() {
+    once(|lab| {
+        keys(lab);
+        let _rfw = lab.start(CONF);
+        let message = "This port speaks HTTPS; use https:// instead of http://.";
+        let answer = format!("{{\"error\":\"bad_request\",\"message\":\"{message}\"}}\n400");
+        let upload = "-T /run/lab/big";
+        lab.write("big", &"1.2.3.4\n".repeat(1_000_000));
+        for (options, request) in [(USER, "GET /list"), (upload, "PUT /drop/input/any")] {
+            assert_eq!(curl(options, request, "http://127.0.0.1:7393"), answer, "{request}");
+        }
+        let rfwc = sh(&format!(
+            "{} client --server http://127.0.0.1:7393 get /list 2>&1 || true",
+            env!("CARGO_BIN_EXE_rfw")
+        ));
+        assert!(rfwc.contains(message), "{rfwc}");
         assert_eq!(https(USER, "GET /list"), "200 ");
+    });
+}
+
+/// The reasons in the log, each with what to do; and not more of them than a person reads.
+#[test]
+fn failed_handshakes_are_logged() {
+    once(|lab| {
+        keys(lab);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+        sh(&format!("cd lab; '{script}' --client alice other < /dev/null"));
+        let ca = "outward.server.clientca = keys/client/ca.crt";
+        let mut rfw = lab.start(&format!("local.server\n{CONF}\n{ca}"));
+        let alice = "/run/lab/other/client_alice/client";
+        let rows = [
+            ("-k", "sent no certificate; make one with rfwgen --client NAME, or remove outward."),
+            (
+                &format!("-k --cert {alice}.crt --key {alice}.key"),
+                "certificate is refused (BadSignature); make one with rfwgen --client NAME and",
+            ),
+        ];
+        for (options, reason) in rows {
+            lab.clear_log();
+            curl(options, "GET /", SERVER);
+            let log = lab.log();
+            let found = log.matches("WARNING 127.0.0.1: TLS handshake failed: the client").count();
+            assert!(found == 1 && log.contains(reason), "{reason}\n{log}");
+        }
+        rfw.kill();
+
+        lab.clear_log();
+        let _rfw = lab.start(&format!("local.server\n{CONF}"));
+        curl("", "GET /", SERVER);
+        let mut garbage = TcpStream::connect(OUTWARD).unwrap();
+        garbage.write_all(&[0; 100]).unwrap();
+        drop(garbage.read_to_end(&mut Vec::new()));
+        drop(TcpStream::connect(OUTWARD).unwrap()); // goes away: that is no failure
+        for _ in 0..10 {
+            s_client("-tls1_2");
+        }
+        let log = lab.log();
+        for (reason, count) in [
+            ("the client rejects the server's certificate (UnknownCA); give it the CA's", 1),
+            ("the client does not speak TLS (InvalidContentType)", 1),
+            ("the client supports older versions of TLS only", 8),
+            ("", 10),
+        ] {
+            let line = format!("WARNING 127.0.0.1: TLS handshake failed: {reason}");
+            assert_eq!(log.matches(&line).count(), count, "{reason}\n{log}");
+        }
+        let more = "INFO 127.0.0.1: 2 more handshakes failed within a minute";
+        await_true("the rest is counted", 61 + SLACK, || lab.read("rfw.log").contains(more));
     });
 }
 
@@ -356,6 +435,10 @@ fn garbage_gets_an_alert_and_is_closed() {
             peer.write_all(bytes).unwrap();
             let mut said = Vec::new();
             peer.read_to_end(&mut said).unwrap_or_else(|error| panic!("{what}: {error}"));
+            if matches!(what, "HTTP" | "SSH") {
+                assert!(said.starts_with(b"HTTP/1.1 400 "), "{what}: {said:02x?}");
+                continue;
+            }
             let alert = |at: &[u8]| at.starts_with(&[0x15, 3, 3, 0, 2, 2]);
             // Behind the answer to a hello the alert is encrypted: a short record of data.
             let hidden = |at: &[u8]| at.starts_with(&[0x17, 3, 3, 0, 19]);
