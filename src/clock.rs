@@ -81,6 +81,28 @@ impl Utc {
         (400 * era + year + carry, month, day)
     }
 
+    /// Reads `20261122110315Z`, GeneralizedTime as certificates have it (RFC 5280, 4.1.2.5.2); `None`
+    /// if there is no such moment, or it is before 1970.
+    #[allow(clippy::arithmetic_side_effects, reason = "all numbers have a few digits")]
+    pub fn parse(text: &[u8]) -> Option<Utc> {
+        let digits = str::from_utf8(text.strip_suffix(b"Z")?).ok()?;
+        if digits.len() != 14 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return None;
+        }
+        let digits: u64 = digits.parse().ok()?;
+        let pair = |unit: u64| digits / unit % 100;
+        let date @ (year, month, day) =
+            (digits / 10_000_000_000, pair(100_000_000), pair(1_000_000));
+        let time @ (hour, minute, second) = (pair(10_000), pair(100), pair(1));
+        // Counted as in `date`, which also shows whether there is such a day.
+        let (year, month) =
+            if month > 2 { (year, month - 3) } else { (year.max(1) - 1, month + 9) };
+        let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day;
+        let days = days.checked_sub(719_469)?;
+        let utc = Utc(Duration::from_secs(86_400 * days + 3_600 * hour + 60 * minute + second));
+        ((utc.date(), utc.time()) == (date, time)).then_some(utc)
+    }
+
     fn time(self) -> (u64, u64, u64) {
         let second = self.0.as_secs() % 86_400;
         (second / 3_600, second / 60 % 60, second % 60)
@@ -127,6 +149,8 @@ mod tests {
         for (seconds, log, http) in table {
             let utc = Utc(Duration::from_secs(seconds));
             assert_eq!((utc.to_string().as_str(), utc.http().to_string().as_str()), (log, http));
+            let digits: String = log[..19].chars().filter(char::is_ascii_digit).collect();
+            assert_eq!(Utc::parse((digits + "Z").as_bytes()).unwrap().0, utc.0);
         }
         assert!(Utc(Duration::from_millis(7)).to_string().ends_with(":00.007Z"));
     }

@@ -2,6 +2,7 @@
 
 use rfw::api::Grammar;
 use rfw::client;
+use rfw::clock;
 use rfw::config::{Config, Named, Outward};
 use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
 use rfw::firewall::iptables::{Iptables, restore_beside};
@@ -11,6 +12,7 @@ use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
 use rfw::host;
 use rfw::http::auth::{LoginThrottle, Users};
+use rfw::http::certificate::expiry_notice;
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
@@ -34,6 +36,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+const SECONDS_PER_DAY: u32 = 86_400;
 const USAGE: &str = "\
 usage: rfw [-f FILE] [--loglevel LEVEL] [--logfile FILE] [-v] [-t] [-V] [-h]
        rfw client ...    the client, also called rfwc; rfw client -h shows how
@@ -67,9 +70,11 @@ fn main() -> ExitCode {
     let output = match options.ask {
         Ask::Help => Ok(USAGE.into()),
         Ask::Version => Ok(format!("rfw {VERSION}\n")),
-        Ask::Check => {
-            load(&options.file).map(|_| format!("{} is in order\n", options.file.display()))
-        }
+        Ask::Check => load(&options.file).map(|(config, .., acceptor)| {
+            let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
+            let notice = notice.map(|(level, text)| format!("{}: {text}\n", level.name()));
+            format!("{}{} is in order\n", notice.unwrap_or_default(), options.file.display())
+        }),
         Ask::Run => run(&options).map(|never| match never {}),
     };
     match output.and_then(|text| print(&text)) {
@@ -171,12 +176,14 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), Str
             let key = read_trusted(&keyfile.path, Access::Secret).map_err(blame(keyfile))?;
             let read = |ca: &Named| read_trusted(&ca.path, Access::Readable).map_err(blame(ca));
             let ca = clientca.as_ref().map(read).transpose()?;
-            let files = format!("{} and {}", certfile.path.display(), keyfile.path.display());
             let acceptor = Acceptor::new(&chain, &key, ca.as_deref(), *tls12);
-            let acceptor = acceptor.map_err(|(part, why)| match (part, clientca) {
-                (Part::ClientCa, Some(ca)) => blame(ca)(format!("{}: {why}", ca.path.display())),
-                (Part::Chain, _) => blame(certfile)(format!("{files}: {why}")),
-                _ => blame(keyfile)(format!("{files}: {why}")),
+            let acceptor = acceptor.map_err(|(part, why)| {
+                let file = match part {
+                    Part::Chain => certfile,
+                    Part::Key => keyfile,
+                    Part::ClientCa => clientca.as_ref().unwrap_or(certfile),
+                };
+                blame(file)(format!("{} {why}", file.path.display()))
             });
             Some(acceptor?)
         }
@@ -216,6 +223,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
     let ipv6 = iptables.iter().any(|iptables| iptables.family == Family::V6);
     let tools = Tools::new(iptables, Ipset::new(path, programs));
+    let mut metrics = Metrics::default();
+    metrics.certificate_expires = acceptor.as_ref().map(|acceptor| acceptor.expires);
+    let metrics = Arc::new(metrics);
     let listeners = Listener::open(&config, acceptor)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
     let in_state = |error| match &config.state {
@@ -224,7 +234,6 @@ fn run(options: &Options) -> Result<Infallible, String> {
     };
     let state = config.state.as_ref().map(|state| StateFile::open(&state.path));
     let state = state.transpose().map_err(in_state)?;
-    let metrics = Arc::new(Metrics::default());
     let told = log.clone();
     let firewall = Firewall::start(tools, state, sets, guarded, &whitelist, told, metrics.clone());
     let firewall = firewall.map_err(|error| match error {
@@ -259,15 +268,26 @@ fn run(options: &Options) -> Result<Infallible, String> {
         thread::spawn(move || listener.listen(server));
     }
     notify::ready(&server.log);
-    tick(&server)
+    tick(&server, &config)
 }
 
-fn tick(server: &Server) -> ! {
+fn tick(server: &Server, config: &Config) -> ! {
     loop {
-        thread::sleep(Duration::from_secs(1));
-        server.firewall.tick();
-        server.log.tick(Instant::now());
+        let expires = server.metrics.certificate_expires;
+        if let Some((level, notice)) = certificate_notice(config, expires) {
+            server.log.write(level, format_args!("{notice}"));
+        }
+        for _ in 0..SECONDS_PER_DAY {
+            thread::sleep(Duration::from_secs(1));
+            server.firewall.tick();
+            server.log.tick(Instant::now());
+        }
     }
+}
+
+/// What `-t`, the start and each day's check say of the certificate's expiry.
+fn certificate_notice(config: &Config, expires: Option<Duration>) -> Option<(Level, String)> {
+    expiry_notice(&config.outward.as_ref()?.certfile.path, expires?, clock::wall())
 }
 
 fn at(file: &Path, LineError { line, message }: &LineError) -> String {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// Goes up, or says how many there are now; as wide as the processor's words, because
 /// mips knows no wider atomics. Each stands for itself, so nothing need be ordered.
@@ -52,6 +53,8 @@ pub struct Usage {
 pub struct Metrics {
     /// As of the last check of the kernel.
     usage: Mutex<BTreeMap<Label, Usage>>,
+    /// With an outward server: when the first certificate of its chain expires, as Unix time.
+    pub certificate_expires: Option<Duration>,
     pub batches: Number,
     pub kernel_failures: Number,
     pub restored: Number,
@@ -102,6 +105,11 @@ impl Metrics {
         family("bytes_total", "counter", "Bytes that rules have matched.", &bytes);
         let open = format!(" {}", self.open_connections);
         family("connections", "gauge", "Connections that are served now.", &open);
+        if let Some(time) = self.certificate_expires {
+            let help = "When the server's certificate expires.";
+            let time = format!(" {}", time.as_secs());
+            family("certificate_expires_timestamp_seconds", "gauge", help, &time);
+        }
         let counters = [
             ("batches", "Batches of changes that were carried out.", &self.batches),
             ("kernel_failures", "Changes and looks that failed.", &self.kernel_failures),
@@ -124,7 +132,8 @@ mod tests {
 
     #[test]
     fn text() {
-        let metrics = Metrics::default();
+        let certificate_expires = Some(Duration::from_secs(4_107_542_400));
+        let metrics = Metrics { certificate_expires, ..Metrics::default() };
         let usage = |rules| Usage { rules, packets: 5, bytes: 300 };
         let feed = Tag::parse("feed").unwrap();
         metrics.set_usage(BTreeMap::from([
@@ -158,6 +167,7 @@ mod tests {
             "# TYPE rfw_expired_rules_total counter",
             "rfw_expired_rules_total 3",
             "rfw_connections 1",
+            "rfw_certificate_expires_timestamp_seconds 4107542400",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

@@ -5,6 +5,7 @@ pub mod answer;
 pub mod api_error;
 pub mod auth;
 pub mod body;
+pub mod certificate;
 pub mod deadline;
 pub mod json;
 pub mod request;

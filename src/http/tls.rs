@@ -1,21 +1,27 @@
 //! TLS: the only file that names rustls.
 
+use super::certificate::Certificate;
 use super::deadline::DeadlineSocket;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, PeerIncompatible,
-    RootCertStore, ServerConfig, ServerConnection, StreamOwned, version,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, InconsistentKeys,
+    PeerIncompatible, RootCertStore, ServerConfig, ServerConnection, StreamOwned, version,
 };
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The server's side of one TLS connection.
 pub type Session = StreamOwned<ServerConnection, DeadlineSocket>;
 
 /// What every connection of the outward server starts from.
-#[derive(Clone, Debug)]
-pub struct Acceptor(Arc<ServerConfig>);
+#[derive(Debug)]
+pub struct Acceptor {
+    config: Arc<ServerConfig>,
+    /// When the first certificate of the chain expires, as Unix time.
+    pub expires: Duration,
+}
 
 /// One of the files.
 #[derive(PartialEq, Eq, Debug)]
@@ -36,6 +42,7 @@ impl Acceptor {
         tls12: bool,
     ) -> Result<Acceptor, (Part, String)> {
         let chain = certificates(chain).map_err(|why| (Part::Chain, why))?;
+        let expires = check_chain(&chain).map_err(|why| (Part::Chain, why))?;
         let key = private_key(key).map_err(|why| (Part::Key, why))?;
         let versions: &[_] = match tls12 {
             true => &[&version::TLS13, &version::TLS12],
@@ -57,15 +64,15 @@ impl Acceptor {
             .map_err(|error| (Part::Key, error.to_string()))?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
-            .map_err(|error| (Part::Key, format!("this pair cannot be used: {error}")))?;
+            .map_err(|error| (Part::Key, unusable(&error, "outward.server.certfile")))?;
         config.ignore_client_order = true;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Acceptor(Arc::new(config)))
+        Ok(Acceptor { config: Arc::new(config), expires })
     }
 
     /// Starts TLS on a connection; the handshake is made by the first read.
     pub fn session(&self, socket: DeadlineSocket) -> io::Result<Session> {
-        let connection = ServerConnection::new(self.0.clone()).map_err(io::Error::other)?;
+        let connection = ServerConnection::new(self.config.clone()).map_err(io::Error::other)?;
         Ok(StreamOwned::new(connection, socket))
     }
 }
@@ -73,23 +80,51 @@ impl Acceptor {
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Vec<_> = rustls_pemfile::certs(&mut &pem[..])
         .collect::<Result<_, _>>()
-        .map_err(|error| format!("the certificate file is not PEM: {error}"))?;
+        .map_err(|error| format!("is not valid PEM ({error}); copy the whole file again"))?;
     match certificates.is_empty() {
-        true => Err("the certificate file holds no CERTIFICATE block".into()),
+        true => Err("contains no CERTIFICATE block; name a certificate in PEM format".into()),
         false => Ok(certificates),
+    }
+}
+
+/// When the first of them expires. rustls refuses version 1 too, but gives no reason.
+fn check_chain(chain: &[CertificateDer<'_>]) -> Result<Duration, String> {
+    let chain = chain.iter().map(|der| Certificate::parse(der)).collect::<Option<Vec<_>>>();
+    let chain = chain
+        .ok_or("contains a damaged certificate; copy the whole file again or make a new one")?;
+    if let Some(Certificate { version: version @ ..3, .. }) = chain.first() {
+        return Err(format!(
+            "is an X.509 version {version} certificate, as made by rfw 0.2.2; run rfwgen -f ADDRESS in \
+             the directory with its offline/ca.key and client/ca.crt, and install the new key and \
+             certificate (clients keep their ca.crt)"
+        ));
+    }
+    Ok(chain.iter().map(|certificate| certificate.expires).min().unwrap_or_default())
+}
+
+/// Why a private key cannot be used with the certificate of this option.
+fn unusable(error: &Error, certificate: &str) -> String {
+    match error {
+        Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            format!("is not the key of the certificate in {certificate}; name a pair")
+        }
+        _ => format!("cannot be used with the certificate in {certificate}: {error}"),
     }
 }
 
 fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
     rustls_pemfile::private_key(&mut &pem[..])
-        .map_err(|error| format!("the key file is not PEM: {error}"))?
-        .ok_or_else(|| "the key file holds no unencrypted private key".into())
+        .map_err(|error| format!("is not valid PEM ({error}); copy the whole file again"))?
+        .ok_or_else(|| {
+            "contains no unencrypted private key in PEM format; 'openssl pkey' decrypts one".into()
+        })
 }
 
 fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(pem)? {
-        roots.add(certificate).map_err(|error| error.to_string())?;
+        let refused = |error| format!("contains a certificate that no CA can have: {error}");
+        roots.add(certificate).map_err(refused)?;
     }
     Ok(roots)
 }
@@ -112,7 +147,8 @@ impl Connector {
     /// chain and its key, shows this certificate to servers that ask for one. rfw
     /// always speaks TLS 1.3. The error is a sentence.
     pub fn new(ca: Option<&[u8]>, pair: Option<(&[u8], &[u8])>) -> Result<Connector, String> {
-        let mut roots = ca.map_or(Ok(RootCertStore::empty()), roots)?;
+        let of = |option: &'static str| move |why| format!("{option}: this file {why}");
+        let mut roots = ca.map_or(Ok(RootCertStore::empty()), roots).map_err(of("--cacert"))?;
         if ca.is_none() {
             roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
         }
@@ -124,8 +160,11 @@ impl Connector {
         let config = match pair {
             None => config.with_no_client_auth(),
             Some((chain, key)) => config
-                .with_client_auth_cert(certificates(chain)?, private_key(key)?)
-                .map_err(|error| format!("this pair cannot be used: {error}"))?,
+                .with_client_auth_cert(
+                    certificates(chain).map_err(of("--cert"))?,
+                    private_key(key).map_err(of("--key"))?,
+                )
+                .map_err(|error| of("--key")(unusable(&error, "--cert")))?,
         };
         Ok(Connector(Arc::new(config)))
     }
@@ -259,9 +298,10 @@ mod tests {
     #[test]
     fn files_that_hold_nothing() {
         let (part, why) = Acceptor::new(b"", b"", None, false).unwrap_err();
-        assert_eq!((part, &*why), (Part::Chain, "the certificate file holds no CERTIFICATE block"));
+        let none = "contains no CERTIFICATE block; name a certificate in PEM format";
+        assert_eq!((part, &*why), (Part::Chain, none));
         let wrong = Connector::new(Some(b""), None).map(|_| ());
-        assert_eq!(wrong, Err("the certificate file holds no CERTIFICATE block".into()));
+        assert_eq!(wrong, Err(format!("--cacert: this file {none}")));
         assert!(Connector::new(None, None).is_ok());
     }
 

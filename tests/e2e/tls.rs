@@ -1,6 +1,8 @@
 //! The outward server: TLS, its keys made by contrib/rfwgen, credentials, who may connect.
 
+use crate::faults::trace;
 use crate::lab::*;
+use rfw::http::certificate::Certificate;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
@@ -242,16 +244,34 @@ fn bad_keys_do_not_start() {
         let key = "keys/server_127.0.0.1/server.key";
         let rows = [
             ("chmod 666 KEY", "write"),
-            ("echo > KEY", "server.key"),
-            ("echo '-----BEGIN PRIVATE KEY-----' > KEY", "server.key"),
-            ("openssl genpkey -algorithm ED25519 > KEY", "server."),
-            ("rm KEY", "server.key"),
+            ("echo > KEY", "rfw.conf:8: KEY contains no unencrypted private key in PEM format;"),
+            ("echo '-----BEGIN PRIVATE KEY-----' > KEY", "rfw.conf:8: KEY is not valid PEM ("),
+            (
+                "openssl genpkey -algorithm ED25519 > KEY",
+                "rfw.conf:8: KEY is not the key of the certificate in outward.server.certfile; \
+                 name a pair",
+            ),
+            (
+                "openssl ecparam -genkey -noout -name secp521r1 > KEY",
+                "rfw.conf:8: KEY cannot be used with the certificate in outward.server.certfile: ",
+            ),
+            ("rm KEY", "KEY"),
+            (
+                "cp KEY CRT",
+                "rfw.conf:7: CRT contains no CERTIFICATE block; name a certificate in PEM",
+            ),
+            (
+                "sed -i 2s/M/N/ CRT",
+                "rfw.conf:7: CRT contains a damaged certificate; copy the whole",
+            ),
         ];
+        let crt = &key.replace(".key", ".crt");
+        let named = |text: &str| text.replace("KEY", key).replace("CRT", crt);
         for (ill, word) in rows {
-            sh(&format!("cd lab; cp {key} good; {}", ill.replace("KEY", key)));
+            sh(&format!("cd lab; cp {key} good; cp {crt} good.crt; {}", named(ill)));
             let (status, said) = lab.rfw("-t -f rfw.conf");
-            assert!(status == 1 && said.contains(word), "{ill}: {status} {said}");
-            sh(&format!("cd lab; rm -f {key}; mv good {key}"));
+            assert!(status == 1 && said.contains(&named(word)), "{ill}: {status} {said}");
+            sh(&format!("cd lab; rm -f {key}; mv good {key}; mv good.crt {crt}"));
         }
         assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
     });
@@ -451,5 +471,158 @@ fn garbage_gets_an_alert_and_is_closed() {
             assert_eq!(https(USER, "GET /list"), "200 ", "{what}");
         }
         rfw.await_idle();
+    });
+}
+
+/// What rfwgen of rfw 0.2.2 ran; it took 4096 bits for the CA.
+const OLD_RFWGEN: &str = "
+cd lab; mkdir -p keys/offline keys/client keys/server_127.0.0.1; cd keys
+openssl req -new -newkey rsa:2048 -days 7305 -nodes -x509 -sha1 -keyout offline/ca.key -out client/ca.crt OPTIONS \
+    -subj '/C=IE/ST=Universe/L=Internet/O=rfw root CA 2014-07-01 12:00:00' 2>&1
+cd server_127.0.0.1; openssl genrsa -out server.key 2048 2>&1
+openssl req -new -subj '/C=IE/ST=Universe/L=Internet/O=Server 127.0.0.1/CN=127.0.0.1' -key server.key -out server.csr
+openssl x509 -req -days 7305 -in server.csr -CA ../client/ca.crt -CAkey ../offline/ca.key -set_serial 01 \
+    -out server.crt 2>&1
+chmod 600 server.key";
+
+/// rustls takes no version 1 certificate; with the CA of 0.2.2 rfwgen makes one that its clients
+/// accept as they are.
+#[test]
+fn certificates_of_rfw_0_2_2() {
+    once(|lab| {
+        // openssl's own configuration gives the CA its extensions.
+        lab.write("no.conf", "[req]\ndistinguished_name=n\n[n]\n");
+        sh(&OLD_RFWGEN.replace("OPTIONS", "-config /run/lab/no.conf"));
+        sh("openssl x509 -in lab/keys/client/ca.crt -noout -text | grep 'Version: 1 '");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+        sh(&format!("cd lab/keys; '{script}' -f 127.0.0.1 < /dev/null; rm -r ../keys"));
+        sh(&OLD_RFWGEN.replace("OPTIONS", ""));
+        sh("cp lab/keys/client/ca.crt lab/clients.crt");
+        lab.configure(CONF);
+        let (status, said) = lab.rfw("-t -f rfw.conf");
+        let advice = "rfw.conf:7: keys/server_127.0.0.1/server.crt is an X.509 version 1 certificate, \
+                      as made by rfw 0.2.2; run rfwgen -f ADDRESS in the directory with its \
+                      offline/ca.key and client/ca.crt, and install the new key and certificate \
+                      (clients keep their ca.crt)\n";
+        assert!(status == 1 && said.ends_with(advice), "{said}");
+
+        sh(&format!("cd lab/keys; '{script}' -f 127.0.0.1 < /dev/null"));
+        let _rfw = lab.start(CONF);
+        let listed = curl(&format!("--cacert /run/lab/clients.crt {USER}"), "GET /list", SERVER);
+        assert_eq!(listed, "[]\n200");
+    });
+}
+
+/// Makes the server's certificate anew, with these dates (YYYYMMDDHHMMSSZ).
+fn make_certificate(from: &str, to: &str) {
+    sh(&format!(
+        "cd lab; : > index; printf '[ca]\ndefault_ca=x\n[x]\ndatabase=index\nnew_certs_dir=.
+         default_md=sha256\npolicy=p\nrand_serial=yes\n[p]\ncommonName=supplied\n' > ca.conf
+         openssl req -new -key keys/server_127.0.0.1/server.key -subj /CN=x -out csr
+         openssl ca -batch -notext -config ca.conf -in csr -out keys/server_127.0.0.1/server.crt \
+             -extfile ext -startdate {from} -enddate {to} \
+             -cert keys/client/ca.crt -keyfile keys/offline/ca.key 2>&1"
+    ));
+}
+
+#[test]
+fn expiring_certificates_are_reported() {
+    let strace = has_strace("tls::expiring_certificates_are_reported");
+    once(|lab| {
+        keys(lab);
+        lab.write("ext", "subjectAltName=IP:127.0.0.1\n");
+        let file = "keys/server_127.0.0.1/server.crt: the certificate";
+        for (days, want) in
+            [(31, None), (29, Some(("WARNING", "expires"))), (-1, Some(("ERROR", "expired")))]
+        {
+            let expires = now().saturating_add_signed(days * 86_400);
+            let date = |format: &str| sh(&format!("date -u -d @{expires} +{format}")).trim().into();
+            let (digits, shown): (String, String) = (date("%Y%m%d%H%M%SZ"), date("%FT%T.000Z"));
+            make_certificate("20200101000000Z", &digits);
+            let notice = want.map_or(String::new(), |(level, verb)| {
+                let advice = "make a new one with rfwgen -f, install it and restart rfw";
+                format!("{level}: {file} {verb} at {shown}; {advice}\n")
+            });
+            lab.configure(CONF);
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            assert!(status == 0 && said.starts_with(&notice), "{said}");
+            assert_eq!(said.contains("certificate"), want.is_some(), "{said}");
+
+            lab.clear_log();
+            let mut rfw = lab.start(&format!("local.server\n{CONF}"));
+            let logged = notice.replacen(':', "", 1);
+            let count = |log: String| match want {
+                None => usize::from(log.contains(file)),
+                Some(_) => log.matches(&logged).count(),
+            };
+            assert_eq!(count(lab.log()), usize::from(want.is_some()), "{}", lab.log());
+            let metric = format!("\nrfw_certificate_expires_timestamp_seconds {expires}\n");
+            let text = ask("GET /metrics").body;
+            assert!(text.contains(&metric), "{text}");
+            assert_eq!(https(&format!("-k {USER}"), "GET /list"), "200 ", "expired or not");
+            if strace && days == 29 {
+                // Where each second takes no time, a day does not either.
+                let sleep = "-e trace=clock_nanosleep -e inject=clock_nanosleep:retval=0";
+                let _tracer = trace(&rfw, &format!("-o /dev/null {sleep}"));
+                await_true("it is reported each day", 120, || count(lab.read("rfw.log")) > 1);
+            }
+            rfw.kill();
+        }
+        let _rfw = lab.start("local.server");
+        let text = ask("GET /metrics").body;
+        assert!(!text.contains("certificate"), "{text}");
+    });
+}
+
+/// The first certificate to expire counts, wherever it stands in the chain.
+#[test]
+fn dates_and_versions_as_openssl_reads_them() {
+    once(|lab| {
+        keys(lab);
+        let crt = "keys/server_127.0.0.1/server.crt";
+        let check = |what: &str, version: u8| {
+            sh(&format!("openssl x509 -in lab/{crt} -outform DER -out lab/der"));
+            let date = sh(&format!(
+                "date +%s -d \"$(openssl x509 -in lab/{crt} -noout -enddate | cut -d= -f2)\""
+            ));
+            let expires = Duration::from_secs(date.trim().parse().unwrap());
+            let der = std::fs::read(lab.dir.join("der")).unwrap();
+            assert_eq!(Certificate::parse(&der), Some(Certificate { version, expires }), "{what}");
+            for at in 0..der.len() {
+                let mut damaged = der.clone();
+                damaged[at] ^= 1 << (at % 8);
+                let _ = Certificate::parse(&damaged); // whatever it is, no panic
+                assert_eq!(Certificate::parse(&der[..at]), None, "{what}: {at} bytes");
+            }
+        };
+        check("rfwgen", 3);
+        for (ext, version) in [("subjectAltName=IP:127.0.0.1\n", 3), ("", 1)] {
+            lab.write("ext", ext);
+            for to in [
+                "20260101000000Z",
+                "491231235959Z",
+                "20500101000000Z",
+                "21000228235959Z",
+                "99991231235959Z",
+            ] {
+                make_certificate("19700101000000Z", to);
+                check(to, version);
+            }
+        }
+        for key in ["rsa:4096", "rsa:1024", "ED25519", "ec -pkeyopt ec_paramgen_curve:P-384"] {
+            let request = "openssl req -x509 -days 40000 -nodes -keyout key -subj /CN=x";
+            sh(&format!("cd lab; {request} -newkey {key} -out {crt} 2>&1"));
+            check(key, 3);
+        }
+
+        lab.write("ext", "subjectAltName=IP:127.0.0.1\n");
+        make_certificate("20200101000000Z", "20490101000000Z");
+        sh(&format!("cd lab; cat keys/client/ca.crt >> {crt}"));
+        let _rfw = lab.start(&format!("local.server\n{CONF}"));
+        let ca = sh(
+            "date +%s -d \"$(openssl x509 -in lab/keys/client/ca.crt -noout -enddate | cut -d= -f2)\"",
+        );
+        let text = ask("GET /metrics").body;
+        assert!(text.contains(&format!("_timestamp_seconds {ca}")), "{text}");
     });
 }
