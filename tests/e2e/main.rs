@@ -26,6 +26,7 @@ mod http;
 mod kernel;
 mod lists;
 mod log;
+mod old_rfw;
 mod packets;
 mod process;
 mod program;
