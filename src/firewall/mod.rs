@@ -10,6 +10,7 @@ pub mod ipset;
 pub mod iptables;
 pub mod list;
 pub mod lock;
+pub mod prerequisites;
 pub mod process;
 pub mod queue;
 pub mod reconcile;

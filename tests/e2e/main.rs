@@ -35,6 +35,7 @@ mod regressions;
 mod repair;
 mod server;
 mod sets;
+mod start;
 mod state;
 mod tags;
 mod tls;
