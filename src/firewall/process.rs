@@ -96,8 +96,8 @@ impl Programs {
 /// A program, by its absolute path.
 #[derive(Clone)]
 pub struct Program {
-    path: PathBuf,
-    programs: Arc<Programs>,
+    pub(super) path: PathBuf,
+    pub(super) programs: Arc<Programs>,
 }
 
 impl Program {

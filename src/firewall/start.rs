@@ -4,6 +4,7 @@
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
+use super::leftovers;
 use super::list::List;
 use super::process::ToolError;
 use super::reconcile::Listing;
@@ -90,6 +91,7 @@ pub fn start<K: Kernel>(
         let count = engine.list.count_rules(*family);
         log.info(format_args!("{family}: {count} rules"));
     }
+    leftovers::report_old_rules(&listings, &log);
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
@@ -231,7 +233,11 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), Too
         match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
             Err(error) => {
-                log.warning(format_args!("cannot destroy the unused set {name}: {error}"));
+                log.warning(format_args!(
+                    "the set {name} remains, though rfw does not use it ({error}); if someone \
+                     else's rule uses it, delete that rule (iptables-save | grep {name} shows \
+                     it), and rfw destroys the set when it starts next"
+                ));
             }
         }
     }
