@@ -7,6 +7,7 @@ use rfw::config::{Config, Named, Outward};
 use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
 use rfw::firewall::iptables::{Iptables, restore_beside};
 use rfw::firewall::lock::{InstanceLock, own_user};
+use rfw::firewall::prerequisites;
 use rfw::firewall::process::Programs;
 use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
@@ -191,6 +192,14 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), Str
     check_tables(&config.iptables.path).map_err(blame(&config.iptables))?;
     if config.ip6tables.line > 0 {
         check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
+    }
+    let sets = config.ipset.is_some();
+    let check = |family, iptables: &Named| {
+        prerequisites::check(&iptables.path, family, sets).map_err(blame(iptables))
+    };
+    check(Family::V4, &config.iptables)?;
+    if check_ipv6(&config.ip6tables.path).is_ok() {
+        check(Family::V6, &config.ip6tables)?;
     }
     if let Some(state) = &config.state {
         StateFile::check(&state.path).map_err(|error| blame(state)(at(&state.path, &error)))?;

@@ -255,7 +255,7 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
 #[derive(Clone)]
 pub struct Iptables {
     pub family: Family,
-    iptables: Program,
+    pub(super) iptables: Program,
     restore: Program,
 }
 

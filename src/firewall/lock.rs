@@ -82,14 +82,6 @@ fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
 }
 
 #[cfg(test)]
-impl InstanceLock {
-    /// One that excludes nobody.
-    pub fn none() -> InstanceLock {
-        InstanceLock(File::open("/dev/null").unwrap())
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write;

@@ -8,8 +8,10 @@
 pub mod engine;
 pub mod ipset;
 pub mod iptables;
+pub mod leftovers;
 pub mod list;
 pub mod lock;
+pub mod prerequisites;
 pub mod process;
 pub mod queue;
 pub mod reconcile;
@@ -129,7 +131,8 @@ impl Firewall {
         });
         let maxelem = sets.unwrap_or_default();
         let settings = Settings { guards, sets: sets.is_some(), maxelem };
-        let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
+        let engine = start::start(tools.clone(), state, settings, whitelist, log.clone(), metrics)?;
+        tools.iptables.iter().for_each(|iptables| leftovers::report_other_variant(iptables, &log));
         Ok(Firewall { queue: Queue::new(engine), tools })
     }
 

@@ -8,6 +8,7 @@
 //! 4. The edits of a chain take little more time than a listing.
 
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
+use super::leftovers::old_rule;
 use crate::rule::Chain;
 use std::collections::{HashMap, HashSet};
 
@@ -15,6 +16,9 @@ use std::collections::{HashMap, HashSet};
 /// more rules than the chain has, times this factor, it is cheaper to delete all of rfw's rules
 /// from the front, where they are found at once, and to insert them again.
 const WALKS: usize = 64;
+
+/// How many rules of 0.2.2's are looked for in a chain.
+const MAX_OLD: usize = 1_000;
 
 /// One rule in a listing; `None` is a foreign rule.
 pub type Row = Option<TaggedRule>;
@@ -25,12 +29,17 @@ pub struct ChainListing {
     rows: Vec<Row>,
     /// The first foreign rule.
     first_foreign: Option<String>,
+    /// Those that rfw 0.2.2 may have left.
+    pub(super) old: Vec<TaggedRule>,
 }
 
 impl ChainListing {
     pub fn push(&mut self, row: Row, line: &str) {
         if row.is_none() && self.first_foreign.is_none() {
             self.first_foreign = Some(without_counters(line));
+        }
+        if row.is_none() && self.old.len() < MAX_OLD {
+            self.old.extend(old_rule(line));
         }
         self.rows.push(row);
     }

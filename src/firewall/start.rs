@@ -4,6 +4,7 @@
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
+use super::leftovers;
 use super::list::List;
 use super::process::ToolError;
 use super::reconcile::Listing;
@@ -86,10 +87,11 @@ pub fn start<K: Kernel>(
             engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
         }
         let written = engine.rewrite_rules(*family, listing, None);
-        written.map_err(|error| not_accepted(&error))?;
+        written.map_err(|error| not_accepted(&error, "xt_comment"))?;
         let count = engine.list.count_rules(*family);
         log.info(format_args!("{family}: {count} rules"));
     }
+    leftovers::report_old_rules(&listings, &log);
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
@@ -196,20 +198,25 @@ fn try_kernel<K: Kernel>(
     let (in_iface, out_iface) = (Iface::parse("rfw0").unwrap_or(Iface::ANY), Iface::ANY);
     let (target, chain, side) = (Target::Accept, Chain::Input, Side::Source);
     let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag: Tag::NONE };
-    let set = KernelRule::set(template, family);
-    let rule = if sets { set } else { KernelRule::plain(template.rule(Net::any(family))) };
-    let tagged = TaggedRule::new(rule, None);
-    let write_rules = || {
+    let try_rule = |rule| {
+        let tagged = TaggedRule::new(rule, None);
         let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
         engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
     };
-    if !sets {
-        return write_rules().map_err(|error| not_accepted(&error));
+    let reject = if family == Family::V4 { "ipt_REJECT" } else { "ip6t_REJECT" };
+    for (target, module) in [(target, "xt_comment"), (Target::Reject, reject)] {
+        let rule = RuleTemplate { target, ..template }.rule(Net::any(family));
+        let tried = try_rule(KernelRule::plain(rule));
+        tried.map_err(|error| not_accepted(&error, module))?;
     }
+    if !sets {
+        return Ok(());
+    }
+    let set = KernelRule::set(template, family);
     let name = set.to_string();
     let create = SetEdit::Create { name: &name, family, entries: 0, maxelem: 1 };
     let write = |edit| engine.kernel.write_sets(&mut iter::once(edit), START_TOOL_LIMIT);
-    let written = write(create).and_then(|()| write_rules());
+    let written = write(create).and_then(|()| try_rule(set));
     written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
 }
 
@@ -226,20 +233,24 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), Too
         match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
             Err(error) => {
-                log.warning(format_args!("cannot destroy the unused set {name}: {error}"));
+                log.warning(format_args!(
+                    "the set {name} remains, though rfw does not use it ({error}); if someone \
+                     else's rule uses it, delete that rule (iptables-save | grep {name} shows \
+                     it), and rfw destroys the set when it starts next"
+                ));
             }
         }
     }
     Ok(())
 }
 
-fn not_accepted(error: &ToolError) -> String {
+fn not_accepted(error: &ToolError, module: &str) -> String {
     let advice = match error.is_transient() {
-        true => "start rfw again",
-        false => {
-            "the kernel must have the comment match (xt_comment), and rfw must run as root \
-                  or with CAP_NET_ADMIN"
-        }
+        true => "start rfw again".into(),
+        false => format!(
+            "the kernel must have the module {module} (with iptables-nft also nft_compat), and rfw \
+             must run as root or with CAP_NET_ADMIN"
+        ),
     };
     format!("the kernel did not accept rfw's rules ({error}); {advice}")
 }

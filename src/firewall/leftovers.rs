@@ -1,0 +1,178 @@
+//! Rules in the kernel that act like rfw's, but that this rfw does not keep: it reports them at start,
+//! and never touches them.
+
+use super::iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule, parse_row};
+use super::prerequisites::Version;
+use super::process::Program;
+use super::reconcile::Listing;
+use crate::log::Log;
+use crate::rule::net::Family;
+use crate::rule::{Chain, Iface, Target};
+use std::fs;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(10);
+const COMMENT: &str = " -m comment --comment rfw";
+
+/// Reads a rule in the form that rfw 0.2.2 left: rfw's without the comment, and for any interface.
+pub fn old_rule(line: &str) -> Option<TaggedRule> {
+    let guard = if line.contains(" -p tcp ") { ":guard" } else { "" };
+    let tagged = line.replacen(" -j ", &format!("{COMMENT}{guard} -j "), 1);
+    let KernelRule { rule, kind } = parse_row(&tagged, Family::V4)?.1?.rule;
+    let is_old = rule.ifaces() == (Iface::ANY, Iface::ANY)
+        && (kind != RuleKind::Plain || rule.addresses().next().is_some());
+    is_old.then_some(TaggedRule::new(KernelRule { rule, kind }, None))
+}
+
+/// Warns of the rules that 0.2.2 left; it had only IPv4.
+pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
+    let listing = listings.iter().filter(|(family, _)| *family == Family::V4);
+    let chains = listing.flat_map(|(_, listing)| Chain::ALL.map(|chain| listing.chain(chain)));
+    if let Some(sentence) = warning(chains.flat_map(|chain| &chain.old).copied().collect()) {
+        log.warning(format_args!("{sentence}"));
+    }
+}
+
+/// An administrator's own rules may look the same, those that accept an address above all: they
+/// count only where there are guard rules of 0.2.2's.
+fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
+    let port = old.iter().find_map(guarded_port);
+    old.retain(|TaggedRule { rule, .. }| {
+        rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
+    });
+    let rules = old.first().map(|first| {
+        let delete = RuleEdit::Delete(*first).to_string().replace(COMMENT, "");
+        format!(
+            "rules in the form that rfw 0.2.2 left: {}; rfw does not list, expire or delete them; to \
+             adopt the first, run rfwc put {}, then iptables {delete}; to remove it, only the latter",
+            old.len(),
+            first.rule
+        )
+    });
+    let guards = port.map(|port| {
+        format!(
+            "rfw 0.2.2 left guard rules for port {port}; to remove them, run iptables -S | sed -nE \
+             '/^-A (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port \
+             {port} -j/s/^-A/iptables -D/p' | sh"
+        )
+    });
+    let found: Vec<String> = rules.into_iter().chain(guards).collect();
+    let all = "rfw(8), REPLACING RFW 0.2.2, shows the commands for all";
+    (!found.is_empty()).then(|| format!("{}; {all}", found.join("; ")))
+}
+
+/// The port whose responses a rule drops: hardly anyone but 0.2.2 has such a rule.
+fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
+    let KernelRule { rule, kind: RuleKind::Guard(port) } = tagged.rule else { return None };
+    let drops = (rule.chain(), rule.target) == (Chain::Output, Target::Drop);
+    Some(port).filter(|_| drops && rule.addresses().next().is_none())
+}
+
+/// Warns of rfw's rules in the other variant of iptables: the kernel obeys those too. What
+/// cannot be read is not reported.
+pub fn report_other_variant(iptables: &Iptables, log: &Log) {
+    let Some(other) = other_variant(iptables) else { return };
+    let mut count = 0_usize;
+    let _ = other.read(LIMIT, |_, tagged, _| {
+        count = count.saturating_add(usize::from(tagged.is_some()));
+    });
+    if count > 0 {
+        let (here, there) = (&iptables.iptables, &other.iptables);
+        log.warning(format_args!(
+            "rules of rfw's in {there}: {count}; they are in effect beside those of {here}, but rfw \
+             does not list, expire or delete them; to remove them, run {there} -S | sed -nE \
+             '/--comment \"?rfw[\": @]/s|^-A|{there} -D|p' | sh"
+        ));
+    }
+}
+
+/// The other variant's program in the same folder, if it can be asked without a change: to list the
+/// legacy tables is to create them.
+fn other_variant(iptables: &Iptables) -> Option<Iptables> {
+    let (name, tables) = match iptables.family {
+        Family::V4 => ("iptables", "/proc/net/ip_tables_names"),
+        Family::V6 => ("ip6tables", "/proc/net/ip6_tables_names"),
+    };
+    let is_nft = Version::of(&iptables.iptables).ok()?.is_nft;
+    if is_nft && !fs::read_to_string(tables).ok()?.lines().any(|table| table == "filter") {
+        return None;
+    }
+    let variant = if is_nft { "legacy" } else { "nft" };
+    let Program { path, programs } = &iptables.iptables;
+    let path = path.with_file_name(format!("{name}-{variant}"));
+    path.exists().then(|| Iptables::new(iptables.family, path, programs.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let table = [
+            // What 0.2.2 leaves, with iptables 1.8.9
+            ("-A INPUT -s 7.7.7.0/24 -c 0 0 -j DROP", "/drop/input/any/7.7.7.0/24"),
+            ("-A OUTPUT -d 9.9.9.9/32 -c 5 7 -j ACCEPT", "/accept/output/any/9.9.9.9"),
+            (
+                "-A FORWARD -s 1.2.3.0/24 -d 5.5.5.5/32 -c 0 0 -j REJECT --reject-with icmp-port-unreachable",
+                "/reject/forward/any/1.2.3.0/24/any/5.5.5.5",
+            ),
+            (
+                "-A INPUT -s 192.0.2.1/32 -p tcp -m tcp --dport 7393 -c 0 0 -j ACCEPT",
+                "guard rule for port 7393 (INPUT, ACCEPT 192.0.2.1)",
+            ),
+            (
+                "-A OUTPUT -p tcp -m tcp --sport 7393 -c 0 0 -j DROP",
+                "guard rule for port 7393 (OUTPUT, DROP)",
+            ),
+            // What it never made
+            ("-A INPUT -s 7.7.7.7/32 -i eth0 -c 0 0 -j DROP", ""),
+            ("-A INPUT ! -s 7.7.7.7/32 -c 0 0 -j DROP", ""),
+            ("-A INPUT -s 7.0.0.0/8 -c 0 0 -j DROP", ""),
+            ("-A INPUT -c 0 0 -j DROP", ""),
+            ("-A FORWARD -c 0 0 -j DROP", ""),
+            ("-A FORWARD -s 0.0.0.0/32 -c 0 0 -j DROP", ""),
+            ("-A INPUT -s 7.7.7.7/32 -c 0 0 -j LOG", ""),
+            ("-A INPUT -s 7.7.7.7/32 -m comment --comment mine -c 0 0 -j DROP", ""),
+            ("-A INPUT -p udp -m udp --dport 7393 -c 0 0 -j DROP", ""),
+            ("-A OUTPUT -p tcp -m tcp --dport 7393 -c 0 0 -j DROP", ""),
+            ("-A INPUT -s 7.7.7.7/32 -p tcp -c 0 0 -j DROP", ""),
+            ("-A INPUT -j f2b-sshd", ""),
+        ];
+        for (line, expected) in table {
+            let rule = old_rule(line).map_or(String::new(), |tagged| tagged.rule.to_string());
+            assert_eq!(rule, expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn warnings() {
+        let table: [(&[&str], &str); 6] = [
+            (&[], ""),
+            (&["-A INPUT -s 7.7.7.7/32 -j ACCEPT"], ""),
+            (&["-A OUTPUT -d 10.0.0.1/32 -p tcp -m tcp --sport 80 -j DROP"], ""),
+            (&["-A INPUT -p tcp -m tcp --dport 80 -j DROP"], ""),
+            (
+                &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
+                "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
+                 them; to adopt the first, run rfwc put /drop/input/any/8.8.8.8, then iptables -D \
+                 INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
+            ),
+            (
+                &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
+                "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
+                 them; to adopt the first, run rfwc put /accept/input/any/7.7.7.7, then iptables -D \
+                 INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
+                 rules for port 80; to remove them, run iptables -S | sed -nE '/^-A (INPUT( -s [^ \
+                 ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
+                 -j/s/^-A/iptables -D/p' | sh",
+            ),
+        ];
+        for (lines, expected) in table {
+            let old = lines.iter().filter_map(|line| old_rule(line)).collect();
+            let found = warning(old).unwrap_or_default();
+            let found = found.split("; rfw(8)").next().unwrap();
+            assert_eq!(found, expected, "{lines:?}");
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! SPEC 5: what rfw finds at start and reports: what others left in the kernel, and an iptables that
+//! cannot do what rfw needs.
+
+use crate::lab::*;
+use std::fs;
+
+/// What rfw 0.2.2 left after these requests to it, with white.list as the lab has it and port 7399: its guards, then
+/// `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`, `accept/input/any/7.7.7.7`,
+/// `accept/output/any/9.9.9.0/24`, `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`,
+/// `drop/forward/any/6.6.6.6`.
+const OLD: [&str; 10] = [
+    "INPUT -p tcp --dport 7399 -j DROP",
+    "OUTPUT -p tcp --sport 7399 -j DROP",
+    "INPUT -p tcp --dport 7399 -s 192.0.2.1 -j ACCEPT",
+    "OUTPUT -p tcp --sport 7399 -d 192.0.2.1 -j ACCEPT",
+    "INPUT -s 1.2.3.4 -j DROP",
+    "INPUT -s 7.7.7.77/24 -j DROP",
+    "INPUT -s 7.7.7.7 -j ACCEPT",
+    "OUTPUT -d 9.9.9.0/24 -j ACCEPT",
+    "FORWARD -d 5.5.5.5 -s 1.2.3.0/24 -j REJECT",
+    "FORWARD -s 6.6.6.6 -j DROP",
+];
+
+/// The administrator's own, which have a form of their own.
+const OTHERS: [&str; 5] = [
+    "FORWARD -j DROP",
+    "INPUT -p tcp --dport 22 -j ACCEPT",
+    "INPUT -s 9.9.9.9 -i lo -j DROP",
+    "INPUT -s 9.9.9.9 -m comment --comment mine -j DROP",
+    "OUTPUT -d 9.9.9.9 -p tcp --dport 7399 -j ACCEPT",
+];
+
+fn warnings(lab: &Lab, word: &str) -> Vec<String> {
+    let log = lab.log();
+    let lines = log.lines().filter(|line| line.contains(" WARNING ") && line.contains(word));
+    lines.map(String::from).collect()
+}
+
+/// Runs commands as the administrator types them, where `iptables` is the lab's variant.
+fn type_in(lab: &Lab, commands: &str) {
+    sh(&format!(
+        "mkdir -p lab/path; ln -sf {} lab/path/iptables; ln -sf {} lab/path/rfwc
+         cd lab; PATH=/run/lab/path:$PATH; {commands}",
+        lab.real("iptables"),
+        env!("CARGO_BIN_EXE_rfw"),
+    ));
+}
+
+#[test]
+fn rules_of_0_2_2() {
+    both(|lab| {
+        OTHERS.iter().for_each(|rule| drop(lab.iptables(&format!("-A {rule}"))));
+        let others = lab.others();
+        OLD.iter().for_each(|rule| drop(lab.iptables(&format!("-I {rule}"))));
+        let mut rfw = lab.start("local.server");
+        let found = warnings(lab, "0.2.2");
+        assert_eq!(found.len(), 1, "{found:?}");
+        let words = [
+            "0.2.2 left: 6; ",
+            "run rfwc put /accept/input/any/7.7.7.7, then iptables -D INPUT -s 7.7.7.7 -j ACCEPT;",
+            "for port 7399",
+            "rfw(8), REPLACING RFW 0.2.2",
+        ];
+        assert!(words.iter().all(|word| found[0].contains(word)), "{found:?}");
+        assert_eq!(lab.rules(), [""; 0], "0.2.2's rules are only reported");
+
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/man/rfw.8");
+        let page = fs::read_to_string(page).unwrap();
+        let section = page.split_once(".Sh REPLACING RFW 0.2.2").unwrap().1;
+        let section = section.split("\n.Sh ").next().unwrap();
+        let blocks = section.split(".Bd -literal").skip(1);
+        let commands = blocks.map(|block| block.split_once('\n').unwrap().1);
+        let commands = commands.map(|block| block.split(".Ed").next().unwrap());
+        let commands: String = commands.collect::<String>().replace("\\e", "\\").replace("\\&", "");
+        let commands = commands.replace("7393", "7399");
+        type_in(lab, &commands);
+        let rules = [
+            "FORWARD -s 1.2.3.0/24 -d 5.5.5.5/32 -j REJECT [rfw]",
+            "FORWARD -s 6.6.6.6/32 -j DROP [rfw]",
+            "INPUT -s 1.2.3.4/32 -j DROP [rfw]",
+            "INPUT -s 7.7.7.0/24 -j DROP [rfw]",
+            "INPUT -s 7.7.7.7/32 -j ACCEPT [rfw]",
+            "OUTPUT -d 9.9.9.0/24 -j ACCEPT [rfw]",
+        ];
+        let mut adopted = lab.rules();
+        let place = |rule| adopted.iter().position(|adopted| adopted == rule);
+        assert!(place(rules[4]) < place(rules[3]), "the order of those that overlap: {adopted:?}");
+        adopted.sort();
+        assert_eq!(adopted, rules);
+        assert_eq!(lab.others(), others);
+        lab.clear_log();
+        rfw.restart();
+        assert_eq!(warnings(lab, ""), [""; 0]);
+    });
+}
+
+/// Each command in the warning does what it says. Without 0.2.2's guard rules, accepted addresses
+/// are the administrator's own.
+#[test]
+fn rules_that_may_be_0_2_2s() {
+    both(|lab| {
+        lab.iptables("-A INPUT -s 10.0.0.0/9 -j ACCEPT");
+        lab.iptables("-A INPUT -s 6.6.6.6 -j DROP");
+        let mut rfw = lab.start("local.server");
+        let found = warnings(lab, "0.2.2").concat();
+        assert!(found.contains("0.2.2 left: 1; ") && !found.contains("guard"), "{found}");
+        for command in ["rfwc put ", "iptables -D "] {
+            let command = format!("{command}{}", found.split_once(command).unwrap().1);
+            type_in(lab, command.split([',', ';']).next().unwrap());
+        }
+        assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
+        lab.clear_log();
+        rfw.restart();
+        assert_eq!(warnings(lab, ""), [""; 0]);
+
+        OLD[..4].iter().for_each(|rule| drop(lab.iptables(&format!("-I {rule}"))));
+        rfw.restart();
+        let found = warnings(lab, "0.2.2").concat();
+        assert!(found.contains("0.2.2 left: 1; ") && found.contains("/accept/"), "{found}");
+        let command = found.split_once("run iptables -S").unwrap().1.split(';').next().unwrap();
+        type_in(lab, &format!("iptables -S{command}"));
+        assert_eq!(lab.iptables("-S").matches("7399").count(), 0);
+    });
+}
+
+#[test]
+fn rules_in_the_other_variant() {
+    both(|lab| {
+        let is_nft = lab.real("iptables").contains("nft");
+        let other = |family| match is_nft {
+            true => format!("/usr/sbin/{family}-legacy"),
+            false => format!("/usr/sbin/{family}-nft"),
+        };
+        let tables = || sh("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
+        lab.configure("local.server");
+        // As root, who alone sees the names of the legacy tables.
+        let mut rfw = lab.launch(&["/usr/bin/env"]);
+        rfw.await_ready();
+        assert_eq!(warnings(lab, ""), [""; 0]);
+        assert!(!is_nft || tables().is_empty(), "rfw has made legacy tables");
+
+        let (v4, v6) = (other("iptables"), other("ip6tables"));
+        let (old, mine) = ("-m comment --comment rfw:1795431795@a", "-m comment --comment rfwall");
+        sh(&format!(
+            "{v4} -A INPUT -s 1.1.1.1 {old} -j DROP; {v4} -A INPUT -s 2.2.2.2 {mine} -j DROP
+             {v4} -A OUTPUT -d 3.3.3.3 -m comment --comment rfw -j REJECT
+             {v4} -A INPUT -p tcp -m tcp --dport 7399 -m comment --comment rfw:guard -j DROP
+             {v6} -A INPUT -s 2001:db8::1 -m comment --comment rfw -j DROP"
+        ));
+        for (program, count) in [(v4, 3), (v6, 1)] {
+            rfw.kill();
+            lab.clear_log();
+            rfw = lab.launch(&["/usr/bin/env"]);
+            rfw.await_ready();
+            let found = warnings(lab, &format!("rules of rfw's in {program}: {count}; "));
+            assert_eq!(found.len(), 1, "{found:?}");
+            sh(found[0].split_once("run ").unwrap().1);
+            let left = sh(&format!("{program} -S"));
+            assert_eq!(left.matches("rfw").count(), if count == 3 { 1 } else { 0 }, "{left}");
+        }
+        rfw.kill();
+        lab.clear_log();
+        rfw = lab.launch(&["/usr/bin/env"]);
+        rfw.await_ready();
+        assert_eq!(warnings(lab, ""), [""; 0]);
+    });
+}
+
+/// A set that someone else's rule uses cannot be destroyed, and never keeps rfw from starting.
+#[test]
+fn sets_in_use_by_others() {
+    both(|lab| {
+        let name = "rfw4:drop:in:any";
+        let user = format!("INPUT -m set --match-set {name} src -j LOG");
+        let mut rfw = lab.start(&format!("local.server\n{SETS}"));
+        ask("PUT /drop/input/any/1.2.3.4");
+        lab.iptables(&format!("-A {user}"));
+        // Without sets, and with them again
+        for (line, is_used) in [("", false), (SETS, true)] {
+            lab.configure(&format!("local.server\n{line}"));
+            lab.clear_log();
+            rfw.restart();
+            let found = warnings(lab, &format!("the set {name} remains"));
+            assert_eq!(found.len(), usize::from(!is_used), "{found:?}");
+            assert_eq!(ask("GET /list").field("source"), "1.2.3.4");
+        }
+        ask("DELETE /drop/input/any/1.2.3.4");
+        lab.clear_log();
+        rfw.restart();
+        let found = warnings(lab, &format!("iptables-save | grep {name}"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        lab.iptables(&format!("-D {user}"));
+        rfw.restart();
+        assert_eq!(lab.ipset("list -n"), "");
+    });
+}
+
+/// rfw -t and a start: both fail with a sentence that has all words.
+fn assert_refused(lab: &Lab, words: &[&str]) {
+    for options in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
+        let (status, said) = lab.rfw(options);
+        let all = words.iter().all(|word| said.contains(word));
+        assert!(status == 1 && all, "{options}: {status} {said}, not {words:?}");
+    }
+}
+
+#[test]
+fn an_outdated_iptables() {
+    once(|lab| {
+        for (me, line) in [("iptables", 3), ("ip6tables", 0)] {
+            let stand_in = format!(
+                "case \"$me $*\" in
+                 \"{me} \"*-V*|\"{me} --version\") echo \"$me v1.4.21\"; exit 0;;
+                 {me}-restore*-w*) echo \"$me: invalid option -- 'w'\" >&2; exit 2;; esac"
+            );
+            lab.stand_in(&stand_in);
+            lab.configure("local.server");
+            let place = if line > 0 { format!("rfw.conf:{line}: ") } else { "rfw.conf: ".into() };
+            assert_refused(lab, &[&place, &format!("/bin/{me} is too old"), "1.6.2"]);
+        }
+        lab.stand_in(
+            "[ \"$1\" != --version ] || { echo 'nftables v1.0.6 (Lester Gooch #5)'; exit 0; }",
+        );
+        assert_refused(lab, &["too old"]);
+        lab.stand_in("[ \"$1\" != --version ] || exit 0");
+        assert_refused(lab, &["is not iptables"]);
+    });
+}
+
+/// Runs `body` on a copy of iptables' extension files that lacks one.
+fn without_file(file: &str, body: impl FnOnce()) {
+    let folder = sh("ls -d /usr/lib/*/xtables /usr/lib/xtables /lib/xtables 2>/dev/null || true");
+    let folder = folder.lines().next().expect("iptables' extension files");
+    sh(&format!(
+        "rm -rf xtables; cp -a {folder} xtables; rm xtables/{file}; mount --bind xtables {folder}"
+    ));
+    body();
+    sh(&format!("umount {folder}"));
+}
+
+#[test]
+fn iptables_without_an_extension() {
+    both(|lab| {
+        let rows = [
+            ("libxt_comment.so", "", true),
+            ("libipt_REJECT.so", "", true),
+            ("libip6t_REJECT.so", "", true),
+            ("libxt_set.so", "", false),
+            ("libxt_set.so", SETS, true),
+        ];
+        for (file, line, is_refused) in rows {
+            lab.configure(&format!("local.server\n{line}"));
+            without_file(file, || match is_refused {
+                true => assert_refused(
+                    lab,
+                    &["rfw.conf:", &format!("install {file}"), "belongs to iptables"],
+                ),
+                false => assert_eq!(lab.rfw("-t -f rfw.conf").0, 0),
+            });
+            assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
+        }
+    });
+}
+
+/// The kernel's answer is strace's, the words are those of the real iptables.
+#[test]
+fn a_kernel_without_an_extension() {
+    both(|lab| {
+        if !has_strace("a_kernel_without_an_extension") {
+            return;
+        }
+        for extension in ["comment", "REJECT", "set"] {
+            lab.stand_in(&format!(
+                "case \"$*\" in *\"--comment rfw\"|*--reject-with*|*\"-m set\")
+                 case \"$*\" in *{extension}*)
+                 exec strace -fo /dev/null -e inject=getsockopt,recvmsg:error=ENOENT $real \"$@\";; esac;; esac"
+            ));
+            lab.configure(&format!("local.server\n{SETS}"));
+            let module = format!("_{extension}: load, install or build it");
+            assert_refused(lab, &["rfw.conf:3: ", "the kernel needs the module", &module]);
+        }
+        // Before 1.8.8, iptables does not ask the kernel first.
+        for (extension, module) in [("comment", "xt_comment"), ("REJECT", "ipt_REJECT")] {
+            lab.stand_in(&format!(
+                "case $me in iptables-restore) cat >$lab/in; if grep -q {extension} $lab/in
+                 then echo 'iptables-restore: line 4 failed' >&2; exit 1; fi
+                 exec $real \"$@\" <$lab/in;; esac"
+            ));
+            lab.configure("local.server");
+            let (status, said) = lab.rfw("-f rfw.conf --logfile -");
+            assert!(
+                status == 1 && said.contains(&format!("the module {module} ")),
+                "{status} {said}"
+            );
+        }
+    });
+}
