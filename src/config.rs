@@ -118,11 +118,10 @@ impl Config {
             let path = entries.get("ipset.path", PathBuf::new(), ABSOLUTE, absolute)?;
             Ok(Named { path, line })
         });
-        let interval = "an interval: up to 9 digits and s, m, h or d, as in 10m; 0 is for ever";
         let default_iptables = PathBuf::from("/sbin/iptables");
         let iptables = entries.get("iptables.path", default_iptables, ABSOLUTE, absolute)?;
         let ip6tables = beside(&iptables);
-        let default_expire = entries.get("default.expire", 0, interval, interval::parse)?;
+        let default_expire = entries.get("default.expire", 0, interval::FORM, interval::parse)?;
         if ipset.is_some() && default_expire > u64::from(LONGEST_IN_SET) {
             let line = entries.flag("default.expire").unwrap_or(0);
             return error(
@@ -357,7 +356,8 @@ mod tests {
             ("non.restful =", 4, "without ="),
             ("default.expire", 4, "no value"),
             ("auth.username =", 4, "no value"),
-            ("default.expire = soon", 4, "interval"),
+            ("default.expire = soon", 4, "s, m, h or d"),
+            ("default.expire = 3651d", 4, "at most 3650d"),
             ("local.server.port = 0", 4, "65535"),
             ("local.server.port = 65536", 4, "65535"),
             ("local.server.port = +80", 4, "65535"),

@@ -1,7 +1,7 @@
 //! Every error of the API, with its status, code and sentence.
 
 use super::json;
-use crate::rule::interval::LONGEST_IN_SET;
+use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
 use crate::rule::rights::Forbidden;
 use crate::rule::whitelist::Conflict;
@@ -76,8 +76,8 @@ impl ApiError {
                 (400, "bad_tag", format!("'{text}' is not a tag; {write}."))
             }
             ApiError::Expire(text) => {
-                let write = "write up to 9 digits and s, m, h or d, as in 10m";
-                let message = format!("{} is not an interval; {write}.", quoted(text));
+                let write = interval::FORM;
+                let message = format!("{} is not an interval; write {write}.", quoted(text));
                 (400, "bad_expire", message)
             }
             ApiError::LongExpire => {

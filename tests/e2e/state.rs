@@ -80,6 +80,35 @@ fn a_reboot_brings_back_rules_order_and_expiry() {
     });
 }
 
+/// What an older rfw took stays: the limit of `expire` is for requests.
+#[test]
+fn an_expiry_of_more_than_ten_years_stays() {
+    both(|lab| {
+        const LATE: &str = "99999999999";
+        lab.iptables(&format!("-I INPUT -s 1.1.1.1 -m comment --comment rfw:{LATE} -j DROP"));
+        let late = |count| {
+            let listed = ask("GET /list").body.matches(&format!("\"expires\":{LATE},")).count();
+            assert_eq!((listed, lab.rules().len()), (count, count), "{:?}", lab.rules());
+        };
+        let mut rfw = lab.start("local.server");
+        late(1);
+        ask("PUT /drop/input/any/3.3.3.3");
+        ask("DELETE /drop/input/any/3.3.3.3");
+        late(1);
+        rfw.kill();
+        state(
+            lab,
+            &format!("+ {LATE} /drop/input/any/1.1.1.1\n+ {LATE} /drop/input/any/2.2.2.2\n"),
+        );
+        let mut rfw = lab.start(CONF);
+        late(2);
+        rfw.kill();
+        let _rfw = lab.start(&format!("{CONF}\n{SETS}"));
+        assert_eq!(lab.entries().len(), 2);
+        assert_eq!(lines(lab).matches(LATE).count(), 2);
+    });
+}
+
 /// The kernel's list is taken over once, and then the file is the list.
 #[test]
 fn whose_list_counts() {
