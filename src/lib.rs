@@ -8,11 +8,11 @@
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
-//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`host`] (its own
-//! addresses and interfaces), [`log`], [`metrics`], [`clock`], [`mutex`] and [`notify`] (rfw is
-//! ready). The other way round goes [`client`], the same program by the name of rfwc: from the
-//! command line to the request, with what [`http`] has for it ([`http::answer`], [`http::tls`],
-//! [`http::deadline`]).
+//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`file`] (who may own,
+//! write and read it), [`host`] (its own addresses and interfaces), [`log`], [`metrics`],
+//! [`clock`], [`mutex`] and [`notify`] (rfw is ready). The other way round goes [`client`], the
+//! same program by the name of rfwc: from the command line to the request, with what [`http`] has
+//! for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
 #![cfg_attr(
     test,
@@ -29,6 +29,7 @@ pub mod api;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod file;
 pub mod firewall;
 pub mod host;
 pub mod http;

@@ -4,9 +4,10 @@ use rfw::api::Grammar;
 use rfw::client;
 use rfw::clock;
 use rfw::config::{Config, Named, Outward};
+use rfw::file::{self, Access};
 use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
 use rfw::firewall::iptables::{Iptables, restore_beside};
-use rfw::firewall::lock::{InstanceLock, own_user};
+use rfw::firewall::lock::InstanceLock;
 use rfw::firewall::prerequisites;
 use rfw::firewall::process::Programs;
 use rfw::firewall::start::StartError;
@@ -27,7 +28,7 @@ use rfw::server::listener::Listener;
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -153,29 +154,29 @@ impl Options {
 /// Reads rfw.conf and what it names, or says in one sentence what is wrong.
 fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), String> {
     let folder = file.parent().unwrap_or(Path::new("."));
-    let text = read_text(file, Access::Readable)?;
+    let text = file::read_text(file, Access::Readable)?;
     let mut config = Config::parse(&text, folder).map_err(|error| at(file, &error))?;
     if config.credentials.is_some() {
-        read_trusted(file, Access::Secret)?;
+        file::read(file, Access::Secret)?;
     }
     let blame = |named: &Named| {
         let line = named.line;
         move |message| at(file, &LineError { line, message })
     };
     let list = &config.whitelist;
-    let text = read_text(&list.path, Access::Readable).map_err(blame(list))?;
+    let text = file::read_text(&list.path, Access::Readable).map_err(blame(list))?;
     let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
     let mut users = Users::new(config.credentials.take());
     if let Some(named) = &config.users {
-        let text = read_text(&named.path, Access::Secret).map_err(blame(named))?;
+        let text = file::read_text(&named.path, Access::Secret).map_err(blame(named))?;
         users.add(&text).map_err(|error| at(&named.path, &error))?;
     }
     let acceptor = match &config.outward {
         None => None,
         Some(Outward { certfile, keyfile, clientca, tls12, .. }) => {
-            let chain = read_trusted(&certfile.path, Access::Readable).map_err(blame(certfile))?;
-            let key = read_trusted(&keyfile.path, Access::Secret).map_err(blame(keyfile))?;
-            let read = |ca: &Named| read_trusted(&ca.path, Access::Readable).map_err(blame(ca));
+            let chain = file::read(&certfile.path, Access::Readable).map_err(blame(certfile))?;
+            let key = file::read(&keyfile.path, Access::Secret).map_err(blame(keyfile))?;
+            let read = |ca: &Named| file::read(&ca.path, Access::Readable).map_err(blame(ca));
             let ca = clientca.as_ref().map(read).transpose()?;
             let acceptor = Acceptor::new(&chain, &key, ca.as_deref(), *tls12);
             let acceptor = acceptor.map_err(|(part, why)| {
@@ -304,47 +305,6 @@ fn at(file: &Path, LineError { line, message }: &LineError) -> String {
         0 => format!("{}: {message}", file.display()),
         _ => format!("{}:{line}: {message}", file.display()),
     }
-}
-
-/// What others than its owner may do with a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Access {
-    Readable,
-    /// Nothing: it holds a private key or a password.
-    Secret,
-}
-
-/// Reads a file that decides who may do what: it belongs to root or the user that runs rfw, and
-/// to others it is only what `access` says.
-fn read_trusted(file: &Path, access: Access) -> Result<Vec<u8>, String> {
-    let name = file.display();
-    let wrong = |error: io::Error| format!("{name}: cannot read it: {error}");
-    let mut open = File::open(file).map_err(wrong)?;
-    let data = open.metadata().map_err(wrong)?;
-    if ![0, own_user()].contains(&data.uid()) {
-        let owner = data.uid();
-        return Err(format!(
-            "{name}: user {owner}, who owns it, can change it; run chown root on it"
-        ));
-    }
-    if data.mode() & 0o022 != 0 {
-        return Err(format!("{name}: others than its owner may write it; run chmod go-w on it"));
-    }
-    // To the group root too, because systemd hands over credentials so (the mask of their ACL).
-    let may_read = if data.gid() == 0 { 0o004 } else { 0o044 };
-    if access == Access::Secret && data.mode() & may_read != 0 {
-        return Err(format!(
-            "{name}: others than its owner may read the secret in it; run chmod 600 on it"
-        ));
-    }
-    let mut content = Vec::new();
-    open.read_to_end(&mut content).map_err(wrong)?;
-    Ok(content)
-}
-
-fn read_text(file: &Path, access: Access) -> Result<String, String> {
-    let content = read_trusted(file, access)?;
-    String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))
 }
 
 fn check_tables(iptables: &Path) -> Result<(), String> {

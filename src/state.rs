@@ -10,6 +10,7 @@
 //! is truncated: further lines could not restore the order of rules, nor be written to a full disk. A power cut leaves an incomplete tail, which was never acknowledged. A rule is
 //! written as its path and tag ([`crate::rule`]); version 1 had no tags.
 
+use crate::file::{self, Access};
 use crate::rule::whitelist::LineError;
 use crate::rule::{Rule, is_number};
 use std::fs::{self, File, OpenOptions};
@@ -254,13 +255,11 @@ fn whole_file(message: String) -> LineError {
     LineError { line: 0, message }
 }
 
-/// It decides who is blocked, so others must not write it, and reading it must not block.
+/// Reading it must not block.
 fn check_kind(path: &Path) -> Result<(), LineError> {
     match fs::metadata(path) {
         Ok(data) if !data.is_file() => Err(whole_file("it is not a regular file".into())),
-        Ok(data) if data.mode() & 0o022 != 0 => {
-            Err(whole_file("others than its owner may write it; run chmod go-w on it".into()))
-        }
+        Ok(data) => file::check(path, &data, Access::Readable).map_err(whole_file),
         Err(error) if !folder(path).is_dir() => {
             Err(whole_file(format!("its folder does not exist ({error}); run mkdir -m 700 on it")))
         }

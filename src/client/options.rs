@@ -1,6 +1,7 @@
 //! From arguments and the files that they name to a job. All is read and
 //! checked before the first byte is sent; errors are sentences.
 
+use crate::file::{self, Access};
 use crate::http::auth::Credentials;
 use crate::http::body::MAX_BODY;
 use crate::http::request::is_authority;
@@ -8,7 +9,7 @@ use crate::http::tls::Connector;
 use crate::rule::is_number;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 pub const USAGE: &str = "\
@@ -129,10 +130,13 @@ impl Given {
             "--list" => self.list = Some(value()?),
             "--tag" => self.query.push(format!("tag={}", value()?)),
             "--replace" => self.query.push("replace=true".into()),
-            "--credentials" => self.credentials = Some(read_secret(&value()?)?),
-            "--cacert" => self.ca = Some(read(&value()?, false)?),
-            "--cert" => self.chain = Some(read(&value()?, false)?),
-            "--key" => self.key = Some(read(&value()?, false)?),
+            "--credentials" => {
+                let text = file::read_text(Path::new(&value()?), Access::Secret)?;
+                self.credentials = Some(text);
+            }
+            "--cacert" => self.ca = Some(read(&value()?)?),
+            "--cert" => self.chain = Some(read(&value()?)?),
+            "--key" => self.key = Some(file::read(Path::new(&value()?), Access::Secret)?),
             "--timeout" => self.timeout = Some(seconds(&value()?)?),
             _ => return Err(format!("unknown option {option}; rfwc -h shows all")),
         }
@@ -205,7 +209,7 @@ impl Server {
             return Err("a server's URL holds no user and password: see --credentials".into());
         }
         let wrong =
-            || format!("'{}' is no server; write http[s]://HOST[:PORT]", url.escape_debug());
+            || format!("'{}' is not a server; write http[s]://HOST[:PORT]", url.escape_debug());
         let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
         let (tls, port) = match scheme {
             "http" => (false, 7390),
@@ -227,7 +231,7 @@ impl Server {
 }
 
 fn read_servers(file: &str) -> Result<Vec<Server>, String> {
-    let bytes = read(file, false)?;
+    let bytes = read(file)?;
     let mut servers = Vec::new();
     for (at, line) in String::from_utf8_lossy(&bytes).lines().enumerate() {
         let url = line.split('#').next().unwrap_or_default().trim();
@@ -237,13 +241,13 @@ fn read_servers(file: &str) -> Result<Vec<Server>, String> {
         }
     }
     match servers.is_empty() {
-        true => Err(format!("{file}: no server is named there")),
+        true => Err(format!("{file} names no server; write a URL in each line")),
         false => Ok(servers),
     }
 }
 
 fn read_list(file: &str) -> Result<Vec<u8>, String> {
-    let list = whole(open(file)?).map_err(|error| unreadable(file, &error))?;
+    let list = read(file)?;
     match list.len() as u64 > MAX_BODY {
         true => Err(format!("{file}: a list may have {MAX_BODY} bytes (64 MiB) at most")),
         false => Ok(list),
@@ -258,34 +262,21 @@ fn open(file: &str) -> Result<Box<dyn Read>, String> {
     }
 }
 
-fn read_secret(file: &str) -> Result<String, String> {
-    String::from_utf8(read(file, true)?).map_err(|_| format!("{file}: not UTF-8"))
-}
-
 /// No error shows what stands there.
 fn user_and_password(text: &str) -> Result<Credentials, String> {
     let (user, password) = text.trim_end_matches(['\r', '\n']).split_once(':').unwrap_or_default();
     Credentials::new(user, password).ok_or("the credentials must be one line, USER:PASSWORD".into())
 }
 
-/// Reads a file; a secret one only if nobody but its owner may do so.
-fn read(file: &str, secret: bool) -> Result<Vec<u8>, String> {
-    let wrong = |error| unreadable(file, &error);
-    let open = File::open(file).map_err(wrong)?;
-    if secret && open.metadata().map_err(wrong)?.mode() & 0o077 != 0 {
-        return Err(format!("{file}: others than its owner may use it; run chmod 600 on it"));
-    }
-    whole(open).map_err(wrong)
+/// Reads a whole file, or enough of it to show that it is too long for a list.
+fn read(file: &str) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let read = open(file)?.take(MAX_BODY.saturating_add(1)).read_to_end(&mut bytes);
+    read.map(|_| bytes).map_err(|error| unreadable(file, &error))
 }
 
 fn unreadable(file: &str, error: &io::Error) -> String {
     format!("{file}: cannot read it: {error}")
-}
-
-/// All that comes, or enough to show that it is too long for a list.
-fn whole(source: impl Read) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    source.take(MAX_BODY.saturating_add(1)).read_to_end(&mut bytes).map(|_| bytes)
 }
 
 #[cfg(test)]
@@ -338,7 +329,7 @@ mod tests {
         ];
         for url in wrong {
             let error = Server::parse(url).unwrap_err();
-            assert!(error.ends_with("is no server; write http[s]://HOST[:PORT]"), "{error}");
+            assert!(error.ends_with("is not a server; write http[s]://HOST[:PORT]"), "{error}");
         }
         for url in ["http://u:pw@a", "https://u@a", "u:pw@a"] {
             let error = Server::parse(url).unwrap_err();
@@ -379,10 +370,11 @@ mod tests {
             ("get /x --timeout +1", "--timeout +1: write 1 to 1000000 seconds"),
             ("get /x --timeout 0", "--timeout 0: write 1 to 1000000 seconds"),
             ("--nope -h", "unknown option --nope; rfwc -h shows all"),
+            ("--server a", "'a' is not a server; write http[s]://HOST[:PORT]"),
             ("nope -h", "help"),
             ("get --version", "version"),
             ("get /x --cert Cargo.toml", "--cert and --key go together"),
-            ("get /x --key Cargo.toml", "--cert and --key go together"),
+            ("get /x --key /proc/self/environ", "--cert and --key go together"),
             ("get /x --list Cargo.toml", "get takes no --list"),
             ("put /x --tag feed", "PUT /x?tag=feed http://127.0.0.1:7390 30"),
             ("delete /x?y=1 --tag *", "DELETE /x?y=1&tag=* http://127.0.0.1:7390 30"),

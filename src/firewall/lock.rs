@@ -1,5 +1,6 @@
 //! The lock that one rfw in each network namespace holds.
 
+use crate::file::own_user;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -54,11 +55,6 @@ impl InstanceLock {
     pub fn for_child(&self) -> io::Result<Stdio> {
         Ok(self.0.try_clone()?.into())
     }
-}
-
-/// The user that runs rfw. Without /proc it counts as root, and only root is trusted.
-pub fn own_user() -> u32 {
-    fs::metadata("/proc/self").map_or(0, |data| data.uid())
 }
 
 /// Opens the lock file of this network namespace. Only root can make `folder` or give it away,

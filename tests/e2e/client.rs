@@ -158,6 +158,7 @@ fn both_names_and_wrong_usage() {
             ("get /é", 2, "escape"),
             ("get /x --list pem", 2, "--list"),
             ("get /x --insecure", 2, "--insecure"),
+            ("get /x --cert pem --key pem", 2, "chmod 600 pem"),
             ("get /x -k", 2, "-k"),
             ("get /x --timeout", 2, "--timeout needs a value"),
             ("get /x --timeout 0", 2, "seconds"),
@@ -174,7 +175,7 @@ fn both_names_and_wrong_usage() {
             ("get /x --cacert pem", 2, "CERTIFICATE"),
             ("get /x --cert pem", 2, "--key"),
             ("get /x --credentials gone", 2, "gone"),
-            ("get /x --credentials pem", 2, "chmod 600"),
+            ("get /x --credentials pem", 2, "chmod 600 pem"),
             ("get /x --credentials secret", 2, "USER:PASSWORD"),
         ];
         for (arguments, status, word) in rows {
@@ -213,7 +214,7 @@ fn credentials_come_from_a_file_or_the_environment() {
         for (text, mode, status) in [
             (SECRET, 0o600, 0),
             (SECRET, 0o400, 0),
-            (SECRET, 0o640, 2),
+            (SECRET, 0o640, 0), // its group is root's
             (SECRET, 0o604, 2),
             (SECRET, 0o660, 2),
             ("mu:s3cret:pass\n\n#x", 0o600, 2),
@@ -232,6 +233,31 @@ fn credentials_come_from_a_file_or_the_environment() {
             ask.env("RFW_CREDENTIALS", text);
             assert_eq!(run(ask).0, status, "{text}");
         }
+    });
+}
+
+/// One rule for daemon and client: root's or the own user's, and for nobody else.
+#[test]
+fn secrets_of_others_are_refused() {
+    once(|lab| {
+        credentials(lab, SECRET);
+        if !Command::new("chown").args(["4321:4321", "/run/lab/secret"]).status().unwrap().success()
+        {
+            return;
+        }
+        let refused = |run: &str| {
+            let (status, _, err) = rfwc("get /x --credentials secret");
+            assert_eq!(
+                (status, err.split_once("; run ").unwrap().1),
+                (2, &*format!("{run}\n")),
+                "{err}"
+            );
+            sh(&format!("cd lab; {run}"));
+        };
+        refused("chown root secret");
+        sh("chmod 640 lab/secret");
+        refused("chmod 600 secret");
+        assert_eq!(rfwc("--timeout 1 get /x --credentials secret").0, 1, "nobody answers");
     });
 }
 

@@ -1,0 +1,91 @@
+//! Files that decide who may do what, and those with secrets: who may own, write and read them.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// What users other than its owner may do with a file. Nobody else may write to it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Readable,
+    /// Nothing: it holds a private key or a password.
+    Secret,
+}
+
+/// Checks that root or this program's own user owns a file, and what others may do with it. The
+/// error says what is wrong, and the command that corrects it.
+pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String> {
+    let (name, owner, own) = (file.display(), data.uid(), own_user());
+    if ![0, own].contains(&owner) {
+        let own = if own == 0 { "root".into() } else { own.to_string() };
+        return Err(format!("user {owner} owns it; run chown {own} {name}"));
+    }
+    let chmod = if access == Access::Secret { "chmod 600" } else { "chmod go-w" };
+    if data.mode() & 0o022 != 0 {
+        return Err(format!("other users can write to it; run {chmod} {name}"));
+    }
+    // The group root may read it: systemd passes credentials that way (the mask of their ACL).
+    let may_read = if data.gid() == 0 { 0o004 } else { 0o044 };
+    if access == Access::Secret && data.mode() & may_read != 0 {
+        return Err(format!("other users can read the secret in it; run {chmod} {name}"));
+    }
+    Ok(())
+}
+
+/// Reads a file, once it is checked.
+pub fn read(file: &Path, access: Access) -> Result<Vec<u8>, String> {
+    let name = file.display();
+    let failed = |error: io::Error| format!("{name}: cannot read it: {error}");
+    let mut open = File::open(file).map_err(failed)?;
+    let data = open.metadata().map_err(failed)?;
+    check(file, &data, access).map_err(|message| format!("{name}: {message}"))?;
+    let mut content = Vec::new();
+    open.read_to_end(&mut content).map_err(failed)?;
+    Ok(content)
+}
+
+pub fn read_text(file: &Path, access: Access) -> Result<String, String> {
+    let content = read(file, access)?;
+    String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))
+}
+
+/// The user that runs this program. Without /proc it counts as root, and only root is trusted.
+pub fn own_user() -> u32 {
+    fs::metadata("/proc/self").map_or(0, |data| data.uid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// Owners are for the end-to-end tests: only root can give a file away.
+    #[test]
+    fn modes() {
+        let path = std::env::temp_dir().join(format!("rfw-file-{}", std::process::id()));
+        fs::write(&path, "x").unwrap();
+        let is_group_root = fs::metadata(&path).unwrap().gid() == 0;
+        let table = [
+            (0o400, "", ""),
+            (0o604, "", "read"),
+            (0o640, "", if is_group_root { "" } else { "read" }),
+            (0o602, "go-w", "write"),
+            (0o620, "go-w", "write"),
+        ];
+        for (mode, readable, secret) in table {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            for (access, word) in [(Access::Readable, readable), (Access::Secret, secret)] {
+                let error = read(&path, access).err().unwrap_or_default();
+                assert_eq!(error.is_empty(), word.is_empty(), "{mode:o} {error}");
+                let chmod = if access == Access::Secret { "chmod 600" } else { "chmod go-w" };
+                let run = format!("; run {chmod} {}", path.display());
+                assert!(
+                    error.is_empty() || error.contains(word) && error.ends_with(&run),
+                    "{error}"
+                );
+            }
+        }
+        fs::remove_file(&path).unwrap();
+    }
+}
