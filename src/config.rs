@@ -2,25 +2,29 @@
 //!
 //! ```text
 //! file    = *( blank / comment / "[config]" / flag / setting )
-//! comment = ( "#" / ";" ) text
+//! comment = ( "#" / ";" ) text      ; on a line of its own
 //! flag    = key
 //! setting = key "=" value
 //! ```
 
 use crate::http::auth::Credentials;
+use crate::nearest;
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::is_number;
 use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 const FLAGS: &str = "outward.server outward.server.tls12 local.server \
                      local.server.authentication non.restful";
 const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.certfile \
                         outward.server.keyfile outward.server.clientca local.server.port \
-                        auth.username auth.password auth.file default.expire whitelist.file iptables.path ip6tables.path \
-                        ipset.path ipset.maxelem state.file";
+                        auth.username auth.password auth.file default.expire whitelist.file \
+                        iptables.path ip6tables.path ipset.path ipset.maxelem state.file";
+
+/// The keys whose values may hold anything.
+const LITERAL: [&str; 2] = ["auth.username", "auth.password"];
 
 /// The HTTPS server for remote clients.
 pub struct Outward {
@@ -50,6 +54,7 @@ pub struct Config {
     /// Seconds; 0 is for ever.
     pub default_expire: u64,
     pub whitelist: Named,
+    /// An absolute path or a bare name, as is the next one.
     pub iptables: Named,
     pub ip6tables: Named,
     /// Whether sets are used, and how many entries one may have.
@@ -57,6 +62,8 @@ pub struct Config {
     pub maxelem: usize,
     /// The file that keeps the list over a reboot.
     pub state: Option<Named>,
+    /// What is probably a mistake.
+    pub warnings: Vec<LineError>,
 }
 
 /// A path, and the line that names it; 0 is none.
@@ -103,7 +110,7 @@ impl Config {
         let outward = entries.flag("outward.server").map(outward).transpose()?;
         let local = entries.flag("local.server").map(local);
         if outward.is_none() && local.is_none() {
-            return error(0, "no server is on; write a line outward.server or local.server");
+            return error(0, "no server is on; add a line outward.server or local.server");
         }
         let loopback = outward.is_some() && (ip.is_unspecified() || ip.is_loopback());
         if local.is_some() && loopback && outward_port == local_port {
@@ -113,13 +120,12 @@ impl Config {
         let count =
             |value: &str| value.parse().ok().filter(|count: &u32| is_number(value) && *count > 0);
         let maxelem =
-            entries.get("ipset.maxelem", 1_048_576, "how many, 1 to 4294967295", count)?;
+            entries.get("ipset.maxelem", 1_048_576, "a number, 1 to 4294967295", count)?;
         let ipset = entries.flag("ipset.path").map(|line| {
             let path = entries.get("ipset.path", PathBuf::new(), ABSOLUTE, absolute)?;
             Ok(Named { path, line })
         });
-        let default_iptables = PathBuf::from("/sbin/iptables");
-        let iptables = entries.get("iptables.path", default_iptables, ABSOLUTE, absolute)?;
+        let iptables = entries.get("iptables.path", "/sbin/iptables".into(), PROGRAM, program)?;
         let ip6tables = beside(&iptables);
         let default_expire = entries.get("default.expire", 0, interval::FORM, interval::parse)?;
         if ipset.is_some() && default_expire > u64::from(LONGEST_IN_SET) {
@@ -141,11 +147,44 @@ impl Config {
             state: optional("state.file")?,
             whitelist: named("whitelist.file", 0)?,
             ip6tables: Named {
-                path: entries.get("ip6tables.path", ip6tables, ABSOLUTE, absolute)?,
+                path: entries.get("ip6tables.path", ip6tables, PROGRAM, program)?,
                 line: entries.flag("ip6tables.path").unwrap_or(0),
             },
             iptables: Named { path: iptables, line: entries.flag("iptables.path").unwrap_or(0) },
+            warnings: entries.warnings(),
         })
+    }
+
+    /// What is on and what is off, a line each.
+    pub fn summary(&self, users: usize) -> String {
+        let show = |named: &Named| named.path.display().to_string();
+        let outward = self.outward.as_ref().map(|outward| {
+            let address = SocketAddr::new(outward.ip, outward.port);
+            let versions = if outward.tls12 { "TLS 1.2 and 1.3" } else { "TLS 1.3" };
+            let ca = outward.clientca.as_ref();
+            let ca = ca.map_or("no client CA".into(), |ca| format!("client CA {}", show(ca)));
+            format!("https://{address}, {versions}, {ca}")
+        });
+        let local = self.local.as_ref().map(|Local { port, authentication }| {
+            let with = if *authentication { "with" } else { "without" };
+            format!("http://localhost:{port}, {with} authentication")
+        });
+        let sets = |ipset| format!("{}, at most {} addresses each", show(ipset), self.maxelem);
+        let expire = Some(self.default_expire).filter(|seconds| *seconds > 0);
+        let lines = [
+            ("outward.server", outward),
+            ("local.server", local),
+            ("sets", self.ipset.as_ref().map(sets)),
+            ("state file", self.state.as_ref().map(show)),
+            ("users", Some(users).filter(|users| *users > 0).map(|users| users.to_string())),
+            ("default.expire", expire.map(|seconds| format!("{seconds} s"))),
+        ];
+        let lines = lines.map(|(name, on)| match on {
+            Some(details) => format!("{name}: ON, {details}\n"),
+            None => format!("{name}: OFF\n"),
+        });
+        let (iptables, ip6tables) = (show(&self.iptables), show(&self.ip6tables));
+        format!("{}iptables: {iptables}\nip6tables: {ip6tables}\n", lines.concat())
     }
 }
 
@@ -153,6 +192,15 @@ const ABSOLUTE: &str = "an absolute path";
 
 fn absolute(value: &str) -> Option<PathBuf> {
     Some(PathBuf::from(value)).filter(|path| path.is_absolute())
+}
+
+const PROGRAM: &str = "an absolute path, or a name that is in /sbin or /usr/sbin";
+
+/// An absolute path or, as 0.2.2 shipped it, a bare name.
+fn program(value: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(value);
+    let is_bare = path.file_name() == Some(path.as_os_str());
+    Some(path).filter(|path| is_bare || path.is_absolute())
 }
 
 /// `/sbin/iptables-nft` has `/sbin/ip6tables-nft` beside it.
@@ -175,16 +223,20 @@ impl<'a> Entries<'a> {
             if line.is_empty() || line.starts_with(['#', ';']) {
                 continue;
             }
-            if line == "[config]" && !section {
+            if line.starts_with('[') {
+                if section || line != "[config]" {
+                    return error(number, "[config], once, is the only section");
+                }
                 section = true;
                 continue;
             }
             if !section {
-                return error(number, "the first line that counts must be [config]");
+                return error(number, "[config] is missing; write it in a line before this one");
             }
-            let (key, value) = entry(line, number)?;
+            let (key, value) =
+                entry(line).map_err(|message| LineError { line: number, message })?;
             if let Some((first, _)) = entries.insert(key, (number, value)) {
-                return error(number, format!("{key} stands in line {first} already"));
+                return error(number, format!("{key} is already set in line {first}"));
             }
         }
         Ok(Entries(entries))
@@ -206,7 +258,7 @@ impl<'a> Entries<'a> {
             None => Ok(default),
             Some((line, value)) => match read(value) {
                 Some(read) => Ok(read),
-                None => error(*line, format!("{key} = {value}: write {what}")),
+                None => error(*line, format!("{key} = {value} is not valid; write {what}")),
             },
         }
     }
@@ -214,7 +266,7 @@ impl<'a> Entries<'a> {
     fn needed(&self, key: &str, line: usize) -> Result<&'a str, LineError> {
         match self.0.get(key) {
             Some((_, value)) => Ok(value),
-            None => error(line, format!("{key} is needed; write a line {key} = …")),
+            None => error(line, format!("{key} is missing; add a line {key} = ...")),
         }
     }
 
@@ -234,27 +286,56 @@ impl<'a> Entries<'a> {
             Some(credentials) => Ok(Some(credentials)),
             None => error(
                 self.flag("auth.username").unwrap_or(0),
-                "auth.username holds a colon, or it or auth.password a control character",
+                "auth.username contains a colon, or it or auth.password a control character",
             ),
         }
     }
+
+    /// Where a user or password has quotes or a comment: it may be meant, and 0.2.2 took it so.
+    fn warnings(&self) -> Vec<LineError> {
+        let warning = |key: &&str| {
+            let (line, value) = *self.0.get(*key)?;
+            let is_quoted = |quote| value.strip_prefix(quote).is_some_and(|v| v.ends_with(quote));
+            let part = match ['"', '\''].into_iter().any(is_quoted) {
+                true => "its quotes",
+                false if has_comment(value) => "what looks like a comment",
+                false => return None,
+            };
+            let message =
+                format!("{key} is taken literally, with {part}; remove them if not meant");
+            Some(LineError { line, message })
+        };
+        LITERAL.iter().filter_map(warning).collect()
+    }
 }
 
-fn entry(line: &str, number: usize) -> Result<(&str, &str), LineError> {
+/// Reads a line that sets a key. No error shows a password.
+fn entry(line: &str) -> Result<(&str, &str), String> {
     let (key, value) = match line.split_once('=') {
         None => (line, None),
         Some((key, value)) => (key.trim_end(), Some(value.trim_start())),
     };
-    let is_in = |keys: &str| keys.split_whitespace().any(|known| known == key);
-    match (is_in(FLAGS), is_in(SETTINGS), value) {
-        (true, _, None) => Ok((key, "")),
-        (true, _, Some(_)) => {
-            error(number, format!("{key} is on as soon as it stands here; write it without ="))
-        }
-        (_, true, None | Some("")) => error(number, format!("{key} has no value")),
-        (_, true, Some(value)) => Ok((key, value)),
-        _ => error(number, format!("'{key}' is no key of rfw's")),
+    let name = key.split([':', ' ', '\t']).next().unwrap_or_default();
+    if has_comment(line) && !LITERAL.contains(&key) {
+        return Err("a comment must be on a line of its own".into());
     }
+    let is_in = |keys: &str| keys.split_whitespace().any(|known| known == name);
+    match (is_in(FLAGS), is_in(SETTINGS), value) {
+        (true, _, None) if name == key => Ok((key, "")),
+        (true, ..) => Err(format!("{name} is a flag: it takes no value")),
+        (_, true, _) if name != key => Err(format!("write it with =, as in {name} = ...")),
+        (_, true, None | Some("")) => Err(format!("{key} has no value")),
+        (_, true, Some(value)) => Ok((key, value)),
+        _ => {
+            let keys = FLAGS.split_whitespace().chain(SETTINGS.split_whitespace());
+            let hint = nearest::hint(name, keys);
+            Err(format!("unknown key '{}'{hint}", name.escape_debug()))
+        }
+    }
+}
+
+fn has_comment(text: &str) -> bool {
+    text.split_whitespace().skip(1).any(|word| word.starts_with(['#', ';']))
 }
 
 #[cfg(test)]
@@ -302,6 +383,9 @@ mod tests {
         assert_eq!(config.ip6tables.path, Path::new("/usr/sbin/ip6tables-nft"));
         let text = format!("{LEAST}iptables.path = /x/fake\n");
         assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/x/ip6tables"));
+        let config = parse(&format!("{LEAST}iptables.path = iptables-nft\n")).unwrap();
+        assert_eq!(config.iptables.path, Path::new("iptables-nft"));
+        assert_eq!(config.ip6tables.path, Path::new("ip6tables-nft"));
         let text = format!("{LEAST}ip6tables.path = /y/ip6tables\n");
         assert_eq!(parse(&text).unwrap().ip6tables.path, Path::new("/y/ip6tables"));
 
@@ -345,19 +429,75 @@ mod tests {
     }
 
     #[test]
+    fn probable_mistakes() {
+        let table = [
+            ("p", ""),
+            ("\"p", ""),
+            ("\"", ""),
+            ("#p", ""),
+            ("p#;", ""),
+            ("\"p\"", "its quotes"),
+            ("''", "its quotes"),
+            ("p # q", "what looks like a comment"),
+            ("p ;", "what looks like a comment"),
+        ];
+        for (value, part) in table {
+            let text = format!("{LEAST}auth.username = {value}\nauth.password = {value}");
+            let warnings = parse(&text).unwrap().warnings;
+            let lines: Vec<_> = warnings.iter().map(|warning| warning.line).collect();
+            assert_eq!(lines, if part.is_empty() { &[][..] } else { &[4, 5] }, "{value}");
+            assert!(warnings.iter().all(|warning| warning.message.contains(part)), "{value}");
+        }
+    }
+
+    #[test]
+    fn summaries() {
+        let off = "outward.server: OFF\nlocal.server: ON, http://localhost:7390, without authentication\n\
+                   sets: OFF\nstate file: OFF\nusers: OFF\ndefault.expire: OFF\n\
+                   iptables: /sbin/iptables\nip6tables: /sbin/ip6tables\n";
+        assert_eq!(parse(LEAST).unwrap().summary(0), off);
+        let text = format!(
+            "[config]\nwhitelist.file = w\n{OUTWARD}outward.server.tls12\n\
+            outward.server.ip = ::\noutward.server.clientca = ca\nipset.path = /s\n\
+            state.file = /state\ndefault.expire = 1h"
+        );
+        let on = "outward.server: ON, https://[::]:7393, TLS 1.2 and 1.3, client CA /etc/rfw/ca\n\
+                  local.server: OFF\nsets: ON, /s, at most 1048576 addresses each\n\
+                  state file: ON, /state\nusers: ON, 3\ndefault.expire: ON, 3600 s\n";
+        assert!(parse(&text).unwrap().summary(3).starts_with(on));
+        let text = format!("{LEAST}{OUTWARD}local.server.authentication");
+        let summary = parse(&text).unwrap().summary(1);
+        let lines: Vec<_> = summary.lines().take(2).collect();
+        let on = [
+            "outward.server: ON, https://0.0.0.0:7393, TLS 1.3, no client CA",
+            "local.server: ON, http://localhost:7390, with authentication",
+        ];
+        assert_eq!(lines, on);
+    }
+
+    #[test]
     fn wrong_files() {
         // Each behind the three lines of LEAST.
         let table = [
-            ("colour = red", 4, "no key"),
-            ("[config]", 4, "no key"),
-            ("whitelist.file = b", 4, "line 3 already"),
-            ("non.restful\nnon.restful", 5, "line 4 already"),
-            ("non.restful = yes", 4, "without ="),
-            ("non.restful =", 4, "without ="),
+            ("colour = red", 4, "unknown key 'colour'"),
+            ("local.servr", 4, "'local.servr' (did you mean local.server?)"),
+            ("Iptables_Path = /x", 4, " (did you mean iptables.path?)"),
+            ("auth.pasword: s3cret", 4, "'auth.pasword' (did you mean auth.password?)"),
+            ("auth.password: s3=cret", 4, "write it with =, as in auth.password = ..."),
+            ("default.expire 10m", 4, "with =, as in default.expire"),
+            ("local.server: yes", 4, "local.server is a flag"),
+            ("non.restful # x", 4, "on a line of its own"),
+            ("default.expire = 10m\t; x", 4, "on a line of its own"),
+            ("auth.file = users # x", 4, "on a line of its own"),
+            ("default.expire = 3651d", 4, "at most 3650d"),
+            ("[config]", 4, "once"),
+            ("whitelist.file = b", 4, "already set in line 3"),
+            ("non.restful\nnon.restful", 5, "already set in line 4"),
+            ("non.restful = yes", 4, "no value"),
+            ("non.restful =", 4, "no value"),
             ("default.expire", 4, "no value"),
             ("auth.username =", 4, "no value"),
             ("default.expire = soon", 4, "s, m, h or d"),
-            ("default.expire = 3651d", 4, "at most 3650d"),
             ("local.server.port = 0", 4, "65535"),
             ("local.server.port = 65536", 4, "65535"),
             ("local.server.port = +80", 4, "65535"),
@@ -373,14 +513,14 @@ mod tests {
             ("ipset.maxelem = +1", 4, "4294967295"),
             ("ipset.path = ipset", 4, "absolute"),
             ("default.expire = 2147484\nipset.path = /s", 4, "2147483 s at most"),
-            ("iptables.path = iptables", 4, "absolute"),
+            ("iptables.path = sbin/iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
-            ("outward.server", 4, "outward.server.certfile is needed"),
-            ("local.server.authentication", 2, "auth.username is needed"),
-            ("auth.username = a", 0, "auth.password is needed"),
+            ("outward.server", 4, "outward.server.certfile is missing"),
+            ("local.server.authentication", 2, "auth.username is missing"),
+            ("auth.username = a", 0, "auth.password is missing"),
             ("auth.username = a:b\nauth.password = c", 4, "colon"),
             ("auth.file =", 4, "no value"),
-            ("auth.file = u\nauth.username = a", 0, "auth.password is needed"),
+            ("auth.file = u\nauth.username = a", 0, "auth.password is missing"),
         ];
         for (lines, line, words) in table {
             let error = parse(&format!("{LEAST}{lines}\n")).err().unwrap();
@@ -389,9 +529,9 @@ mod tests {
         }
         let whole = [
             ("", 0, "no server"),
-            ("local.server\n", 1, "[config]"),
-            ("[other]\nlocal.server\n", 1, "[config]"),
-            ("[config]\nlocal.server\n", 0, "whitelist.file is needed"),
+            ("local.server\n", 1, "[config] is missing"),
+            ("[other]\nlocal.server\n", 1, "only section"),
+            ("[config]\nlocal.server\n", 0, "whitelist.file is missing"),
             ("[config]\nwhitelist.file = w\n", 0, "no server"),
             ("[config]\noutward.server.ip = localhost\noutward.server\n", 2, "listen"),
         ];

@@ -9,10 +9,10 @@
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
 //! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`file`] (who may own,
-//! write and read it), [`host`] (its own addresses and interfaces), [`log`], [`metrics`],
-//! [`clock`], [`mutex`] and [`notify`] (rfw is ready). The other way round goes [`client`], the
-//! same program by the name of rfwc: from the command line to the request, with what [`http`] has
-//! for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
+//! write and read it), [`nearest`] (did you mean ...?), [`host`] (its own addresses and
+//! interfaces), [`log`], [`metrics`], [`clock`], [`mutex`] and [`notify`] (rfw is ready). The other
+//! way round goes [`client`], the same program by the name of rfwc: from the command line to the
+//! request, with what [`http`] has for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
 
 #![cfg_attr(
     test,
@@ -36,6 +36,7 @@ pub mod http;
 pub mod log;
 pub mod metrics;
 pub mod mutex;
+pub mod nearest;
 pub mod notify;
 pub mod rule;
 pub mod server;

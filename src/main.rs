@@ -18,6 +18,7 @@ use rfw::http::certificate::expiry_notice;
 use rfw::http::tls::{Acceptor, Part};
 use rfw::log::{Level, Log};
 use rfw::metrics::Metrics;
+use rfw::nearest;
 use rfw::notify;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::{LineError, Whitelist};
@@ -72,11 +73,7 @@ fn main() -> ExitCode {
     let output = match options.ask {
         Ask::Help => Ok(USAGE.into()),
         Ask::Version => Ok(format!("rfw {VERSION}\n")),
-        Ask::Check => load(&options.file).map(|(config, .., acceptor)| {
-            let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
-            let notice = notice.map(|(level, text)| format!("{}: {text}\n", level.name()));
-            format!("{}{} is in order\n", notice.unwrap_or_default(), options.file.display())
-        }),
+        Ask::Check => check(&options.file),
         Ask::Run => run(&options).map(|never| match never {}),
     };
     match output.and_then(|text| print(&text)) {
@@ -133,7 +130,11 @@ impl Options {
                 "-t" => options.ask = Ask::Check,
                 "-V" | "--version" => return Ok(Options { ask: Ask::Version, ..options }),
                 "-h" | "--help" => return Ok(Options { ask: Ask::Help, ..options }),
-                _ => return Err(format!("unknown option {arg}")),
+                _ if !arg.starts_with('-') => return Err(format!("unexpected argument {arg}")),
+                _ => {
+                    let hint = nearest::option_hint(name, USAGE);
+                    return Err(format!("unknown option {arg}{hint}"));
+                }
             }
         }
         Ok(options)
@@ -149,6 +150,18 @@ impl Options {
             _ => (arg, None),
         }
     }
+}
+
+/// What `-t` prints.
+fn check(file: &Path) -> Result<String, String> {
+    let (config, _, users, acceptor) = load(file)?;
+    let warnings = config.warnings.iter();
+    let mut text: String = warnings.map(|line| format!("WARNING: {}\n", at(file, line))).collect();
+    let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
+    if let Some((level, notice)) = notice {
+        text += &format!("{}: {notice}\n", level.name());
+    }
+    Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count())))
 }
 
 /// Reads rfw.conf and what it names, or says in one sentence what is wrong.
@@ -190,6 +203,9 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), Str
             Some(acceptor?)
         }
     };
+    for program in [&mut config.iptables, &mut config.ip6tables] {
+        program.path = find(&program.path);
+    }
     check_tables(&config.iptables.path).map_err(blame(&config.iptables))?;
     if config.ip6tables.line > 0 {
         check_tables(&config.ip6tables.path).map_err(blame(&config.ip6tables))?;
@@ -215,6 +231,9 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), Str
 fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, users, acceptor) = load(&options.file)?;
     let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
+    for warning in &config.warnings {
+        log.warning(format_args!("{}", at(&options.file, warning)));
+    }
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let lock = InstanceLock::take(Duration::from_secs(15), || {
@@ -307,6 +326,12 @@ fn at(file: &Path, LineError { line, message }: &LineError) -> String {
     }
 }
 
+/// Where a program is that rfw.conf names. PATH belongs to whoever starts rfw, so it does not count.
+fn find(program: &Path) -> PathBuf {
+    let places = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
+    places.iter().find(|path| path.exists()).unwrap_or(&places[0]).clone()
+}
+
 fn check_tables(iptables: &Path) -> Result<(), String> {
     check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
 }
@@ -323,10 +348,10 @@ fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
 fn check_program(program: &Path) -> Result<(), String> {
     let name = program.display();
     let data = fs::metadata(program)
-        .map_err(|error| format!("{name}: {error}; install it, or set its path"))?;
+        .map_err(|error| format!("{name}: {error}; install it, or correct its path"))?;
     match data.is_file() && data.mode() & 0o111 != 0 {
         true => Ok(()),
-        false => Err(format!("{name} is no program; set its path")),
+        false => Err(format!("{name} is not an executable file; correct its path")),
     }
 }
 

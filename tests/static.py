@@ -62,7 +62,7 @@ def judge(table, target):
 
     rfw = Rfw(program, OUTWARD_CONF)
     checked = said(program, "-t", "-f", RUN + "/rfw.conf")
-    table.row(f"{target}: -t", "is in order", checked, checked == RUN + "/rfw.conf is in order")
+    table.row(f"{target}: -t", "FILE: OK", checked, checked.startswith(RUN + "/rfw.conf: OK\n"))
     before, put, during = in_kernel(), https("PUT", RULE), in_kernel()
     deleted, after = https("DELETE", RULE), in_kernel()
     right = '"inserted"' in put and '"deleted"' in deleted

@@ -6,6 +6,7 @@ use crate::http::auth::Credentials;
 use crate::http::body::MAX_BODY;
 use crate::http::request::is_authority;
 use crate::http::tls::Connector;
+use crate::nearest;
 use crate::rule::is_number;
 use std::fs::File;
 use std::io::{self, Read};
@@ -42,7 +43,8 @@ Standard output has a line for each server, URL: STATUS RESULT or URL: SENTENCE,
 or what get brings: of one server as it is, of several with URL: before each
 line. Of batch it has the lines that failed, and at the end URL: DONE of LINES.
 Standard error has the URLs of the servers that failed, one a line, as
---servers takes them. Exit status: 0 all did it, 1 some failed, 2 wrong usage.
+--servers takes them, except on a terminal that shows them already.
+Exit status: 0 all did it, 1 some failed, 2 wrong usage.
 ";
 
 const DEFAULT_SERVER: &str = "http://127.0.0.1:7390";
@@ -138,7 +140,10 @@ impl Given {
             "--cert" => self.chain = Some(read(&value()?)?),
             "--key" => self.key = Some(file::read(Path::new(&value()?), Access::Secret)?),
             "--timeout" => self.timeout = Some(seconds(&value()?)?),
-            _ => return Err(format!("unknown option {option}; rfwc -h shows all")),
+            _ => {
+                let hint = nearest::option_hint(option, USAGE);
+                return Err(format!("unknown option {option}{hint}; rfwc -h shows all"));
+            }
         }
         Ok(())
     }
@@ -371,6 +376,10 @@ mod tests {
             ("get /x --timeout 0", "--timeout 0: write 1 to 1000000 seconds"),
             ("--nope -h", "unknown option --nope; rfwc -h shows all"),
             ("--server a", "'a' is not a server; write http[s]://HOST[:PORT]"),
+            (
+                "--credential x",
+                "unknown option --credential (did you mean --credentials?); rfwc -h shows all",
+            ),
             ("nope -h", "help"),
             ("get --version", "version"),
             ("get /x --cert Cargo.toml", "--cert and --key go together"),

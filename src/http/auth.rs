@@ -89,6 +89,10 @@ impl Users {
         Users(admin.into_iter().collect())
     }
 
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Adds those of a file. No error shows a password.
     pub fn add(&mut self, text: &str) -> Result<(), LineError> {
         let before = self.0.len();

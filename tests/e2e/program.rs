@@ -1,7 +1,10 @@
 //! SPEC 1 to 3 and 7: the program as a command: options, configuration, start-up checks, log.
 
 use crate::lab::*;
+use crate::tls;
 use std::net::TcpListener;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
 
 #[test]
 fn options() {
@@ -10,14 +13,16 @@ fn options() {
         let rows = [
             ("-V", 0, env!("CARGO_PKG_VERSION")),
             ("-h", 0, "--loglevel"),
-            ("-t -f rfw.conf", 0, ""),
+            ("-t -f rfw.conf", 0, "rfw.conf: OK\noutward.server: OFF\nlocal.server: ON, http://"),
             ("-t -f /run/lab/rfw.conf --logfile - --loglevel ERROR -v", 0, ""),
             ("-t -frfw.conf --logfile=rfw.log --loglevel=error", 0, ""),
             ("-t -f nope.conf", 1, "nope.conf"),
             ("-t -fnope.conf", 1, "nope.conf"),
             ("-t -f", 2, "-f"),
-            ("-x", 2, "-x"),
-            ("-t rfw.conf", 2, "rfw.conf"),
+            ("-x", 2, "rfw: unknown option -x\n"),
+            ("--logfiel=x", 2, "unknown option --logfiel=x (did you mean --logfile?)"),
+            ("--logfiel x", 2, "unknown option --logfiel (did you mean --logfile?)"),
+            ("-t rfw.conf", 2, "unexpected argument rfw.conf"),
             ("-t -f rfw.conf --loglevel LOUD", 2, "LOUD"),
             ("-t -f rfw.conf --loglevel=LOUD", 2, "--loglevel LOUD"),
             ("-t -f rfw.conf --logfile", 2, "--logfile needs a value"),
@@ -69,13 +74,17 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 /// A line of a good rfw.conf (below), what stands there instead, and what rfw says of it.
-const BAD_CONF: [(&str, &str, &[&str]); 31] = [
+const BAD_CONF: [(&str, &str, &[&str]); 36] = [
     ("[config]", "[other]", &["rfw.conf:1"]),
     ("[config]", "local.server", &["rfw.conf:1"]),
-    ("[config]", "", &["rfw.conf"]),
+    ("[config]", "", &["rfw.conf:2", "[config] is missing"]),
     ("[config]", "[config]|[config]", &["rfw.conf:2"]),
-    ("local.server", "local.servr", &["rfw.conf:4", "local.servr"]),
-    ("local.server", "Local.Server", &["rfw.conf:4"]),
+    ("local.server", "local.servr", &["rfw.conf:4", "local.servr", "did you mean local.server?"]),
+    ("local.server", "Local.Server", &["rfw.conf:4", "did you mean local.server?"]),
+    ("whitelist.file =", "whitelist.file:", &["rfw.conf:2", "as in whitelist.file = ..."]),
+    ("white.list", "white.list # mine", &["rfw.conf:2", "a comment must be on a line of its own"]),
+    ("local.server", "local.server ; on", &["rfw.conf:4", "a comment must be"]),
+    ("local.server", "local.server|default.expire = 3651d", &["rfw.conf:5", "at most 3650d"]),
     ("local.server", "local.server = yes", &["rfw.conf:4"]),
     ("local.server", "local.server =", &["rfw.conf:4"]),
     ("local.server", "local.server|local.server", &["rfw.conf:5", "local.server"]),
@@ -98,8 +107,9 @@ const BAD_CONF: [(&str, &str, &[&str]); 31] = [
     ("whitelist.file = white.list", "", &["whitelist.file"]),
     ("iptables.path = ", "iptables.path = usr/", &["rfw.conf:3", "absolute"]),
     ("iptables.path = ", "iptables.path = /nope", &["rfw.conf:3", "/nope"]),
+    ("iptables.path = ", "iptables.path = nope|# ", &["rfw.conf:3", "/sbin/nope"]),
     ("iptables.path = ", "iptables.path = /run/lab/white.list|#", &["rfw.conf:3"]),
-    ("local.server", "local.server|ip6tables.path = x", &["rfw.conf:5", "absolute"]),
+    ("local.server", "local.server|ip6tables.path = ./x", &["rfw.conf:5", "absolute"]),
     ("local.server", "local.server|auth.password = a:b|auth.username = a:b", &["rfw.conf:6"]),
 ];
 
@@ -120,6 +130,120 @@ fn a_wrong_configuration_never_starts() {
             }
         }
         assert!(wrong.is_empty(), "\n{wrong}");
+    });
+}
+
+/// The keys and values that rfw.conf of 0.2.2 has, in its order, with the blanks filled in.
+const CONF_022: &str = "#####
+# A header
+#####
+
+[config]
+
+outward.server
+
+outward.server.port = 7393
+
+outward.server.ip = 0.0.0.0
+
+outward.server.certfile = /run/lab/keys/server_127.0.0.1/server.crt
+
+outward.server.keyfile = /run/lab/keys/server_127.0.0.1/server.key
+
+local.server
+
+local.server.port = 7390
+
+non.restful
+
+
+# local.server.authentication
+
+auth.username = mu
+auth.password = s3cret:pass
+
+
+
+# It may be given as:
+# - <number>s
+default.expire = 24h
+
+whitelist.file = /run/lab/white.list
+
+iptables.path = iptables
+
+";
+
+/// And its command lines: from a clone, `bin/rfw -f config/rfw.conf --logfile=rfw.log`; `rfw -v`.
+#[test]
+fn the_configuration_of_0_2_2() {
+    once(|lab| {
+        tls::keys(lab);
+        lab.write("white.list", "127.0.0.1\n");
+        let blank = CONF_022.replace(" mu\n", " \n").replace(" s3cret:pass\n", " \n");
+        lab.write("rfw.conf", &blank);
+        let (status, said) = lab.rfw("-t -f rfw.conf");
+        assert!(status == 1 && said.contains("rfw.conf:26: auth.username has no value"), "{said}");
+        lab.write("rfw.conf", CONF_022);
+        let (status, said) = lab.rfw("-t -f rfw.conf");
+        let lines = ["default.expire: ON, 86400 s", "iptables: /sbin/iptables", "users: ON, 1"];
+        assert!(status == 0 && lines.iter().all(|line| said.contains(line)), "{said}");
+        sh("mount -t tmpfs log /var/log");
+        for options in ["--logfile=rfw.log", "-v"] {
+            let script = format!("cd /run/lab; exec \"$0\" {options} -f rfw.conf");
+            let mut rfw = lab.launch(&["/bin/sh", "-c", &script]);
+            rfw.await_ready();
+            let put = ask("GET /drop/input/any/1.2.3.4?modify=insert");
+            assert!((86_399..=86_402).contains(&(put.expires() - now())), "{put:?}");
+            assert!(sh("/sbin/iptables -S").contains("-s 1.2.3.4/32"));
+            let options = "-k --user mu:s3cret:pass";
+            let deleted = curl(options, "DELETE /drop/input/any/1.2.3.4", "https://127.0.0.1:7393");
+            assert!(deleted.ends_with("200"), "{deleted}");
+            rfw.kill();
+        }
+    });
+}
+
+/// PATH belongs to whoever starts rfw.
+#[test]
+fn a_bare_name_is_not_looked_up_in_path() {
+    once(|lab| {
+        lab.configure("local.server");
+        lab.stand_in("");
+        sh(
+            "mv lab/bin/iptables lab/bin/mytables; mv lab/bin/iptables-restore lab/bin/mytables-restore",
+        );
+        let conf = lab.read("rfw.conf");
+        lab.write("rfw.conf", &conf.replace(&lab.iptables_path(), "mytables"));
+        let said = sh(&format!(
+            "cd lab; PATH=/run/lab/bin:$PATH {PROGRAM} -t -f rfw.conf 2>&1 || echo $?"
+        ));
+        assert!(
+            said.contains("rfw.conf:3: /sbin/mytables: No such file") && said.ends_with("1\n"),
+            "{said}"
+        );
+    });
+}
+
+/// 0.2.2 took quotes literally, too.
+#[test]
+fn quotes_around_a_password_are_reported() {
+    once(|lab| {
+        let rows =
+            [("\"x y\"", "its quotes"), ("x # mine", "what looks like a comment"), ("x", "")];
+        for (password, part) in rows {
+            lab.write("rfw.log", "");
+            let warning = format!("rfw.conf:6: auth.password is taken literally, with {part}");
+            let mut rfw =
+                lab.start(&format!("local.server\nauth.username = mu\nauth.password = {password}"));
+            let (status, said) = lab.rfw("-t -f rfw.conf");
+            let shown = [
+                lab.log().contains(&format!("WARNING {warning}")),
+                said.contains(&format!("WARNING: {warning}")),
+            ];
+            assert_eq!((status, shown), (0, [!part.is_empty(); 2]), "{said} {}", lab.log());
+            rfw.kill();
+        }
     });
 }
 

@@ -21,7 +21,8 @@ fn read(text: &str) -> Result<String, usize> {
     let has_users = config.credentials.is_some() || config.users.is_some();
     assert!(outward.is_none() || has_users);
     assert!(!local.is_some_and(|local| local.1) || has_users);
-    assert!(programs.0.is_absolute() && programs.1.is_absolute() && config.maxelem > 0);
+    let is_program = |path: &Path| path.is_absolute() || path.components().count() == 1;
+    assert!(is_program(&programs.0) && is_program(&programs.1) && config.maxelem > 0);
     let rest = (config.non_restful, config.default_expire, config.maxelem);
     let whitelist = path(&config.whitelist);
     let users = (config.credentials.is_some(), config.users.as_ref().map(path));
