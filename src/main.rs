@@ -29,7 +29,7 @@ use rfw::server::listener::Listener;
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -230,14 +230,20 @@ fn load(file: &Path) -> Result<(Config, Whitelist, Users, Option<Acceptor>), Str
 /// Starts, and stays; or says in one sentence why not.
 fn run(options: &Options) -> Result<Infallible, String> {
     let (config, whitelist, users, acceptor) = load(&options.file)?;
-    let log = open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
+    let (log, in_file) =
+        open_log(options).map_err(|error| format!("cannot start the log: {error}"))?;
     for warning in &config.warnings {
         log.warning(format_args!("{}", at(&options.file, warning)));
     }
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let lock = InstanceLock::take(Duration::from_secs(15), || {
-        log.warning(format_args!("another rfw, or a program of a killed one, still runs; waiting"));
+        let waiting =
+            "another rfw, or a program that a killed one started, still runs; waiting up to 15 s";
+        log.warning(format_args!("{waiting}"));
+        if in_file {
+            tell(waiting.into());
+        }
     })?;
     let programs = Arc::new(Programs::new(lock));
     let mut iptables =
@@ -276,6 +282,9 @@ fn run(options: &Options) -> Result<Infallible, String> {
     }
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
+    if in_file && io::stderr().is_terminal() {
+        tell(format!("listening at {addresses}, logging to {}", options.logfile.display()));
+    }
     let Config { default_expire, non_restful, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets: sets.is_some(), ipv6 };
     let server = Server {
@@ -355,14 +364,20 @@ fn check_program(program: &Path) -> Result<(), String> {
     }
 }
 
-/// A log file that cannot be opened does not stop the firewall.
-fn open_log(options: &Options) -> io::Result<Log> {
+/// Writes to standard error from a thread of its own: a terminal can be stopped (Ctrl-S).
+fn tell(text: String) {
+    thread::spawn(move || writeln!(io::stderr(), "rfw: {text}"));
+}
+
+/// The log, and whether only its file has it. One that cannot be opened does not stop the firewall.
+fn open_log(options: &Options) -> io::Result<(Log, bool)> {
     let mut log = Log::default();
     let name = options.logfile.as_path();
     // To open a FIFO that nobody reads waits for a reader, unless it is opened for reading, too.
     let open = || File::options().read(true).append(true).create(true).mode(0o640).open(name);
     let file = (name != Path::new("-")).then(open);
-    if options.verbose || !matches!(file, Some(Ok(_))) {
+    let in_file = !options.verbose && matches!(file, Some(Ok(_)));
+    if !in_file {
         log.add(stderr()?, if options.verbose { Level::Debug } else { options.level })?;
     }
     match file {
@@ -370,7 +385,7 @@ fn open_log(options: &Options) -> io::Result<Log> {
         Some(Err(error)) => log.warning(format_args!("cannot write {}: {error}", name.display())),
         None => {}
     }
-    Ok(log)
+    Ok((log, in_file))
 }
 
 /// Standard error without the lock of [`io::stderr`], which a blocked writer would hold.

@@ -248,6 +248,30 @@ fn quotes_around_a_password_are_reported() {
 }
 
 #[test]
+fn on_a_terminal_it_says_where_it_listens_and_logs() {
+    once(|lab| {
+        lab.configure("local.server");
+        // An ordinary user does not own these.
+        sh("chown root lab/*");
+        let run = format!("{PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/rfw.log");
+        lab.write("run", &format!("exec {run}\n"));
+        let words = "rfw: listening at http://127.0.0.1:7390, http://[::1]:7390, \
+                     logging to /run/lab/rfw.log\r\n";
+        let first = Process::start("script -qfc /bin/sh\t/run/lab/run /run/lab/seen");
+        await_true("it says so", 10 + SLACK, || lab.read("seen").contains(words));
+        // Its log has the same, so a second one says that it waits on standard error.
+        lab.write("second", "");
+        let script = format!("exec {run} 2>>/run/lab/second");
+        lab.write("run", &script);
+        let _second = Process::start("/bin/sh /run/lab/run");
+        await_true("it says that it waits", 3, || {
+            lab.read("second").contains("rfw: another rfw, or a program that a killed one started, still runs; waiting up to 15 s\n")
+        });
+        drop(first);
+    });
+}
+
+#[test]
 fn a_wrong_whitelist_never_starts() {
     once(|lab| {
         lab.configure("local.server");
