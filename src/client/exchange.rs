@@ -151,6 +151,7 @@ fn judge(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> {
     match head.status {
         200 if text.starts_with(RESULT) => Ok(words.into()),
         200 => Err(for_good("200, but this is no answer of rfw's")),
+        401 => Err(for_good(format!("{words} Give them with --credentials."))),
         503 => Err(Failure { words: words.into(), again: Some(head.retry_after) }),
         _ => Err(for_good(words)),
     }

@@ -119,6 +119,8 @@ struct Report {
     done: usize,
     /// The servers that failed.
     failed: Vec<String>,
+    /// Whether standard error has got the sentence about one of them.
+    is_told: bool,
     /// Whether standard error is a terminal, and there is something to wait for.
     bar: bool,
     /// Whether the results could be written; the first error.
@@ -127,7 +129,7 @@ struct Report {
 
 impl Report {
     fn new(total: usize, bar: bool) -> Report {
-        Report { total, done: 0, failed: Vec::new(), bar, written: Ok(()) }
+        Report { total, done: 0, failed: Vec::new(), is_told: false, bar, written: Ok(()) }
     }
 
     /// Takes the result of a server. Where standard output is for a body, it goes
@@ -141,6 +143,7 @@ impl Report {
         }
         if beside && result.is_err() {
             let _ = write!(io::stderr(), "# {line}");
+            self.is_told = true;
         } else if !words.is_empty() {
             self.print_result(line.as_bytes());
         }
@@ -148,10 +151,12 @@ impl Report {
         self.draw();
     }
 
-    /// Names the servers that failed, and returns the exit status.
+    /// Names the servers that failed, unless a terminal shows them already, and returns the exit
+    /// status.
     fn finish(&self) -> ExitCode {
         self.clear();
-        for name in &self.failed {
+        let is_shown = io::stderr().is_terminal() && (self.is_told || io::stdout().is_terminal());
+        for name in self.failed.iter().filter(|_| !is_shown) {
             let _ = writeln!(io::stderr(), "{name}");
         }
         let written = is_written(&self.written);

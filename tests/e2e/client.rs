@@ -157,7 +157,8 @@ fn both_names_and_wrong_usage() {
             ("get x", 2, "start with /"),
             ("get /é", 2, "escape"),
             ("get /x --list pem", 2, "--list"),
-            ("get /x --insecure", 2, "--insecure"),
+            ("get /x --insecure", 2, "unknown option --insecure; rfwc -h"),
+            ("get /x --credential x", 2, "did you mean --credentials?"),
             ("get /x --cert pem --key pem", 2, "chmod 600 pem"),
             ("get /x -k", 2, "-k"),
             ("get /x --timeout", 2, "--timeout needs a value"),
@@ -199,8 +200,7 @@ fn credentials_come_from_a_file_or_the_environment() {
         tls::keys(lab);
         let _rfw = lab.start(&format!("local.server\nlocal.server.authentication\n{}", tls::CONF));
         let ca = "--cacert keys/client/ca.crt";
-        let unauthorized =
-            "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file.";
+        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file. Give them with --credentials.";
         for url in [LOCAL_URL, OUTWARD_URL] {
             let ask = |more: &str| result(url, &format!("get /list {ca} {more}"));
             assert_eq!(ask(""), unauthorized);
@@ -258,6 +258,30 @@ fn secrets_of_others_are_refused() {
         sh("chmod 640 lab/secret");
         refused("chmod 600 secret");
         assert_eq!(rfwc("--timeout 1 get /x --credentials secret").0, 1, "nobody answers");
+    });
+}
+
+/// On a terminal a failed URL was there twice: with the reason, and alone.
+#[test]
+fn a_terminal_shows_a_failed_server_once() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let rows = [
+            ("put /x", 1),
+            ("put /x 2>&1 | cat", 2),
+            ("put /x >out", 1), // the name alone; the reason is in the file
+            ("get /x", 1),
+            ("get /x >out", 1),
+            ("get /x 2>err; cat err", 2),
+            ("--server http://[::1]:7390 put /x", 2),
+        ];
+        let _ = command("");
+        for (arguments, count) in rows {
+            let line = format!("./rfwc --server http://127.0.0.1:7390 {arguments}");
+            lab.write("line", &line);
+            let seen = sh("cd lab; script -qec '/bin/sh line' /dev/null </dev/null || true");
+            assert_eq!(seen.matches("http://").count(), count, "{line}: {seen}");
+        }
     });
 }
 
