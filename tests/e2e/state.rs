@@ -195,7 +195,7 @@ fn damage_is_named_and_nothing_is_touched() {
             ("+ 0 /drop/input/any/10.0.0.1\nx\n", "/run/lab/state:3: 'x' is not a valid line"),
             ("\0\0\0\n", "/run/lab/state:2: "),
             ("+ 0 /drop/input/any/1.2.3.4/3\n", "/run/lab/state:2: "),
-            ("+ 0 /drop/input/any/1.2.3.4\r\n", "1.2.3.4\\r' is not a line"),
+            ("+ 0 /drop/input/any/1.2.3.4\r\n", "1.2.3.4\\r' is not a valid line"),
         ];
         for (text, words) in table {
             state(lab, text);
