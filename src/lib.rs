@@ -8,11 +8,13 @@
 //! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
 //! 5. [`firewall`]: the command function, from a change to the kernel and back.
 //!
-//! Beside the way: [`state`] (the list on the disk), [`config`] (rfw.conf), [`file`] (who may own,
-//! write and read it), [`nearest`] (did you mean ...?), [`host`] (its own addresses and
-//! interfaces), [`log`], [`metrics`], [`clock`], [`mutex`] and [`notify`] (rfw is ready). The other
-//! way round goes [`client`], the same program by the name of rfwc: from the command line to the
-//! request, with what [`http`] has for it ([`http::answer`], [`http::tls`], [`http::deadline`]).
+//! Used by all of them: [`config`] (the text of rfw.conf), [`setup`] (everything that it names, read and
+//! checked), [`file`] (who may own, write and read a file), [`nearest`] (did you mean ...?),
+//! [`state`] (the list on disk), [`host`] (its own addresses and interfaces), [`log`], [`metrics`],
+//! [`clock`], [`mutex`] and [`notify`] (rfw is ready).
+//!
+//! [`client`] is the same program under the name rfwc: from the command line to the request, with
+//! [`http::answer`], [`http::tls`] and [`http::deadline`].
 
 #![cfg_attr(
     test,
@@ -40,4 +42,5 @@ pub mod nearest;
 pub mod notify;
 pub mod rule;
 pub mod server;
+pub mod setup;
 pub mod state;

@@ -1,0 +1,140 @@
+//! rfw.conf and everything that it names, read and checked. Each error is a sentence that names file and
+//! line.
+
+use crate::config::{Config, Named, Outward};
+use crate::file::{self, Access};
+use crate::firewall::iptables::restore_beside;
+use crate::firewall::prerequisites;
+use crate::http::auth::Users;
+use crate::http::tls::{Acceptor, Part};
+use crate::rule::net::Family;
+use crate::rule::whitelist::{LineError, Whitelist};
+use crate::state::StateFile;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// What rfw starts with.
+pub struct Setup {
+    pub config: Config,
+    pub whitelist: Whitelist,
+    pub users: Users,
+    /// For the outward server.
+    pub acceptor: Option<Acceptor>,
+}
+
+impl Setup {
+    pub fn load(file: &Path) -> Result<Setup, String> {
+        let folder = file.parent().unwrap_or(Path::new("."));
+        let text = file::read_text(file, Access::Readable)?;
+        let mut config = Config::parse(&text, folder).map_err(|error| at(file, &error))?;
+        if config.credentials.is_some() {
+            file::read(file, Access::Secret)?;
+        }
+        let source = Source(file);
+        let list = &config.whitelist;
+        let text = file::read_text(&list.path, Access::Readable);
+        let text = text.map_err(|error| source.blame(list, error))?;
+        let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
+        let mut users = Users::new(config.credentials.take());
+        if let Some(named) = &config.users {
+            let text = file::read_text(&named.path, Access::Secret);
+            let text = text.map_err(|error| source.blame(named, error))?;
+            users.add(&text).map_err(|error| at(&named.path, &error))?;
+        }
+        let acceptor = config.outward.as_ref().map(|outward| source.acceptor(outward));
+        let acceptor = acceptor.transpose()?;
+        for program in [&mut config.iptables, &mut config.ip6tables] {
+            program.path = find(&program.path);
+        }
+        source.check_programs(&config)?;
+        if let Some(state) = &config.state {
+            let checked = StateFile::check(&state.path);
+            checked.map_err(|error| source.blame(state, at(&state.path, &error)))?;
+        }
+        Ok(Setup { config, whitelist, users, acceptor })
+    }
+}
+
+/// rfw.conf, in errors about what it names.
+struct Source<'a>(&'a Path);
+
+impl Source<'_> {
+    fn blame(&self, named: &Named, message: String) -> String {
+        at(self.0, &LineError { line: named.line, message })
+    }
+
+    fn acceptor(&self, outward: &Outward) -> Result<Acceptor, String> {
+        let Outward { certfile, keyfile, clientca, tls12, .. } = outward;
+        let read = |named: &Named, access| {
+            file::read(&named.path, access).map_err(|error| self.blame(named, error))
+        };
+        let chain = read(certfile, Access::Readable)?;
+        let key = read(keyfile, Access::Secret)?;
+        let ca = clientca.as_ref().map(|ca| read(ca, Access::Readable)).transpose()?;
+        Acceptor::new(&chain, &key, ca.as_deref(), *tls12).map_err(|(part, why)| {
+            let named = match part {
+                Part::Chain => certfile,
+                Part::Key => keyfile,
+                Part::ClientCa => clientca.as_ref().unwrap_or(certfile),
+            };
+            self.blame(named, format!("{} {why}", named.path.display()))
+        })
+    }
+
+    fn check_programs(&self, config: &Config) -> Result<(), String> {
+        let Config { iptables, ip6tables, ipset, .. } = config;
+        let check = |family, iptables: &Named| {
+            let checked = check_tables(&iptables.path);
+            let checked = checked
+                .and_then(|()| prerequisites::check(&iptables.path, family, ipset.is_some()));
+            checked.map_err(|error| self.blame(iptables, error))
+        };
+        check(Family::V4, iptables)?;
+        // Without an ip6tables that rfw.conf names, rfw works for IPv4.
+        if ip6tables.line > 0 || check_ipv6(&ip6tables.path).is_ok() {
+            check(Family::V6, ip6tables)?;
+        }
+        let ipset = ipset.as_ref();
+        ipset.map_or(Ok(()), |ipset| {
+            check_program(&ipset.path).map_err(|error| self.blame(ipset, error))
+        })
+    }
+}
+
+/// An error with its file and line; line 0 is the file as a whole.
+pub fn at(file: &Path, LineError { line, message }: &LineError) -> String {
+    match line {
+        0 => format!("{}: {message}", file.display()),
+        _ => format!("{}:{line}: {message}", file.display()),
+    }
+}
+
+/// Where a program is that rfw.conf names. PATH belongs to whoever starts rfw, so it does not count.
+fn find(program: &Path) -> PathBuf {
+    let places = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
+    places.iter().find(|path| path.exists()).unwrap_or(&places[0]).clone()
+}
+
+fn check_tables(iptables: &Path) -> Result<(), String> {
+    check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
+}
+
+/// Whether this host has IPv6 to filter. A kernel without it has no such file in /proc.
+pub fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
+    if Path::new("/proc/self/net/dev").exists() && !Path::new("/proc/self/net/if_inet6").exists() {
+        return Err("this host has no IPv6".into());
+    }
+    check_tables(ip6tables)
+}
+
+/// Looks whether a file is a program; the start shows whether it works.
+fn check_program(program: &Path) -> Result<(), String> {
+    let name = program.display();
+    let data = fs::metadata(program)
+        .map_err(|error| format!("{name}: {error}; install it, or correct its path"))?;
+    match data.is_file() && data.mode() & 0o111 != 0 {
+        true => Ok(()),
+        false => Err(format!("{name} is not an executable file; correct its path")),
+    }
+}
