@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh: sees to it that the tools which one of make's targets needs are there.
 #
-#   contrib/deps.sh build|demo|test|bench|conformance|static|std|static-test
+#   contrib/deps.sh build|demo|test|bench|peers|conformance|static|std|static-test
 #
 # As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
 # missing, and fails. What `make test` can do without (cargo fmt, cargo clippy, shellcheck, mandoc,
@@ -49,7 +49,7 @@ case ${1:-} in
 build) ;;
 static) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
 std) std=yes ;;
-demo | test | bench | conformance | static-test)
+demo | test | bench | peers | conformance | static-test)
 	want iptables iptables
 	want ipset ipset
 	want ip iproute2
@@ -58,13 +58,14 @@ demo | test | bench | conformance | static-test)
 	want openssl openssl
 	case $1 in
 	bench | static-test) want python3 python3 ;;
+	peers) [ -x /usr/bin/python3 ] || missing="$missing python3" ;; # for Debian's modules, no other will do
 	conformance) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
 	esac
 	if [ "$1" = static-test ]; then
 		want readelf binutils
 		want qemu-mips-static qemu-user-static
 	fi ;;
-*) echo "usage: contrib/deps.sh build|demo|test|bench|conformance|static|std|static-test" >&2; exit 2 ;;
+*) echo "usage: contrib/deps.sh build|demo|test|bench|peers|conformance|static|std|static-test" >&2; exit 2 ;;
 esac
 
 apt=
