@@ -1,4 +1,4 @@
-//! Time: a clock that nobody can set, and how the log and HTTP write dates.
+//! Time: a clock that setting the wall clock does not move, and the date formats of log and HTTP.
 
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -8,15 +8,14 @@ pub fn wall() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The moment when a time limit that begins now ends. The longest of limits ends at once, rather than
-/// never.
+/// The deadline `limit` from now; a limit that overflows ends at once, rather than never.
 pub fn after(limit: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(limit).unwrap_or(now)
 }
 
-/// Unix time that goes on evenly when somebody sets the wall clock: read once,
-/// then carried on by the monotonic clock.
+/// Unix time that does not jump when the wall clock is set: read once, then
+/// advanced by the monotonic clock.
 #[derive(Debug)]
 pub struct Clock {
     started: Instant,
@@ -24,8 +23,8 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Steps of the wall clock smaller than this are let be.
-    const STEP: Duration = Duration::from_secs(2);
+    /// Smaller jumps of the wall clock are ignored.
+    const MIN_JUMP: Duration = Duration::from_secs(2);
 
     /// Starts at the wall clock's time.
     pub fn start() -> Clock {
@@ -36,12 +35,11 @@ impl Clock {
         self.base.saturating_add(self.started.elapsed())
     }
 
-    /// Follows the wall clock where it was set, and says by how many seconds:
-    /// every time that was read off this clock before is to be moved by them.
-    /// Parts of a second count for the later time.
+    /// Adopts the wall clock if it was set. Returns the jump in seconds, rounded
+    /// up: the caller must move every time read from this clock before by it.
     pub fn follow(&mut self, wall: Duration) -> Option<i64> {
         let now = self.now();
-        if wall.abs_diff(now) < Clock::STEP {
+        if wall.abs_diff(now) < Clock::MIN_JUMP {
             return None;
         }
         *self = Clock { started: Instant::now(), base: wall };
@@ -68,13 +66,13 @@ impl Utc {
         reason = "a day count below 2^48 is far from every bound; no subtraction goes below zero"
     )]
     fn date(self) -> (u64, u64, u64) {
-        // Counted from 1 March of the year 0, where leap days end a year and
-        // 146,097 days make 400 years.
+        // Days since 1 March of year 0: leap days then end a year, and 400
+        // years have 146,097 days.
         let days = self.0.as_secs() / 86_400 + 719_468;
         let (era, day) = (days / 146_097, days % 146_097);
         let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
         let day = day - (365 * year + year / 4 - year / 100);
-        // From March on, 5 months have 153 days, over and over.
+        // From March on, every 5 months have 153 days.
         let month = (5 * day + 2) / 153;
         let day = day - (153 * month + 2) / 5 + 1;
         let (month, carry) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };

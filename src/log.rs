@@ -1,7 +1,7 @@
 //! The only writer of the log.
 //!
-//! Nothing waits for the log: each file has a bounded queue and a thread that writes it. Lines that
-//! find the queue full are lost and counted; refusals are limited, so that no client fills the disk.
+//! Nothing waits for the log: each file has a bounded queue and a thread that writes it. When the
+//! queue is full, lines are lost and counted. Refusals are limited, so that no client fills the disk.
 
 use crate::clock::{self, Utc};
 use crate::mutex::lock;
@@ -16,23 +16,23 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Lines that wait for one file: more than one check of the kernel logs, of 100 bytes mostly.
+/// Lines queued for one file, mostly of 100 bytes: more than one check of the kernel logs.
 const MAX_QUEUED: usize = 4096;
-/// Bytes of a line, the rest is cut: as many as a pipe takes whole or not at all (PIPE_BUF).
+/// The longest line in bytes, which a pipe accepts whole or not at all (PIPE_BUF).
 const MAX_LINE: usize = 4096;
-/// From a failed write to the next attempt.
+/// The delay after a failed write.
 const RETRY_TIME: Duration = Duration::from_secs(1);
-/// How long lines that are not written yet may delay the end of the program.
+/// How long unwritten lines may delay the program's exit.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
 /// Refusals to one address that are logged within a [`WINDOW`]: more than a person reads.
 const MAX_REFUSALS: usize = 100;
 /// The same for failed TLS handshakes, which have one reason mostly.
 const MAX_HANDSHAKES: usize = 10;
 const WINDOW: Duration = Duration::from_secs(60);
-/// Addresses that are counted one by one; all others share one count.
+/// Addresses that are counted individually; all others share one count.
 const MAX_PEERS: usize = 1024;
 
-/// How much an event matters, from least to most.
+/// The severity of an event, in ascending order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Level {
     Debug,
@@ -55,13 +55,13 @@ impl Level {
         Level::ALL.iter().find(|(level, _)| *level == self).map_or("", |(_, name)| name)
     }
 
-    /// Reads a name, in any letter case.
+    /// Parses a name in any letter case.
     pub fn parse(text: &str) -> Option<Level> {
         Level::ALL.iter().find(|(_, name)| name.eq_ignore_ascii_case(text)).map(|(level, _)| *level)
     }
 }
 
-/// Where the lines go. The last owner waits until they are written, [`FLUSH_TIME`] for each file.
+/// The files of the log. Dropping it waits until all lines are written, at most [`FLUSH_TIME`] per file.
 #[derive(Default)]
 pub struct Log {
     sinks: Vec<Sink>,
@@ -70,12 +70,12 @@ pub struct Log {
 }
 
 impl Log {
-    /// Sends events of this level and above to a file, too. Fails if no thread can be started.
-    pub fn add(&mut self, file: File, least: Level) -> io::Result<()> {
+    /// Adds a file for events of this level and above. Fails if its thread cannot be started.
+    pub fn add(&mut self, file: File, min_level: Level) -> io::Result<()> {
         let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
         let (end, written) = mpsc::sync_channel(0);
         let lost = Arc::default();
-        let sink = Sink { least, lines, lost: Arc::clone(&lost), written: Mutex::new(written) };
+        let sink = Sink { min_level, lines, lost: Arc::clone(&lost), written: Mutex::new(written) };
         thread::Builder::new().spawn(move || {
             let _end: SyncSender<()> = end;
             while let Some(line) = next(&queue, &lost) {
@@ -86,18 +86,20 @@ impl Log {
         Ok(())
     }
 
-    /// Logs one event, and never waits. The text is ours; what clients sent in it must have gone
-    /// through [`printable`].
+    /// Logs one event without waiting. Text from a client must have passed through [`printable`].
     pub fn write(&self, level: Level, event: fmt::Arguments<'_>) {
-        if self.takes(level) {
+        if self.is_enabled(level) {
             let line = line(level, event);
-            self.sinks.iter().filter(|sink| level >= sink.least).for_each(|sink| sink.push(&line));
+            self.sinks
+                .iter()
+                .filter(|sink| level >= sink.min_level)
+                .for_each(|sink| sink.push(&line));
         }
     }
 
-    /// The same for a request that is refused, with at most [`MAX_REFUSALS`] lines for an address.
+    /// Logs a refused request, at most [`MAX_REFUSALS`] per address and [`WINDOW`].
     pub fn refusal(&self, peer: IpAddr, level: Level, event: fmt::Arguments<'_>) {
-        if self.takes(level) && lock(&self.refusals).admits(peer, Instant::now()) {
+        if self.is_enabled(level) && lock(&self.refusals).admits(peer, Instant::now()) {
             self.write(level, event);
         }
     }
@@ -121,8 +123,8 @@ impl Log {
         }
     }
 
-    fn takes(&self, level: Level) -> bool {
-        self.sinks.iter().any(|sink| level >= sink.least)
+    fn is_enabled(&self, level: Level) -> bool {
+        self.sinks.iter().any(|sink| level >= sink.min_level)
     }
 
     pub fn info(&self, event: fmt::Arguments<'_>) {
@@ -149,7 +151,7 @@ impl Drop for Log {
 
 /// One file of the log.
 struct Sink {
-    least: Level,
+    min_level: Level,
     lines: SyncSender<String>,
     lost: Arc<Mutex<usize>>,
     /// Closed when all lines are written.
@@ -157,7 +159,7 @@ struct Sink {
 }
 
 impl Sink {
-    /// After a lost line, all are lost until the queue is empty, so that the report of them stands
+    /// After a lost line, all are lost until the queue is empty, so that the report of them appears
     /// where they are missing.
     fn push(&self, line: &str) {
         let mut lost = lock(&self.lost);
@@ -167,7 +169,7 @@ impl Sink {
     }
 }
 
-/// Waits for the next line, or the report of those lost after the last; `None` at the end.
+/// Waits for the next line, or for the report of lines lost before it; `None` at the end.
 fn next(queue: &Receiver<String>, lost: &Mutex<usize>) -> Option<String> {
     if let Ok(line) = queue.try_recv() {
         return Some(line);
@@ -179,7 +181,7 @@ fn next(queue: &Receiver<String>, lost: &Mutex<usize>) -> Option<String> {
     Some(line(Level::Warning, format_args!("the log blocked or failed; lines lost: {lost}")))
 }
 
-/// The line of an event that happens now.
+/// The line for an event of this moment, cut to [`MAX_LINE`].
 fn line(level: Level, event: fmt::Arguments<'_>) -> String {
     let mut line = format!("{} {} {event}", Utc(clock::wall()), level.name());
     while line.len() >= MAX_LINE {
@@ -189,7 +191,7 @@ fn line(level: Level, event: fmt::Arguments<'_>) -> String {
     line
 }
 
-/// Writes a line, however long that takes.
+/// Writes a line, retrying until it succeeds.
 fn write_line(mut file: &File, line: &[u8]) {
     let mut rest = line;
     while !rest.is_empty() {
@@ -197,9 +199,9 @@ fn write_line(mut file: &File, line: &[u8]) {
             Ok(count) if count > 0 => rest = rest.get(count..).unwrap_or_default(),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             _ => {
-                // A full disk keeps no part of it; a pipe does, and gets the rest later.
+                // An incomplete line is removed from a file; in a pipe, it is completed later.
                 let written = line.len().saturating_sub(rest.len());
-                if written > 0 && take_back(file, written).is_ok() {
+                if written > 0 && remove_end(file, written).is_ok() {
                     rest = line;
                 }
                 thread::sleep(RETRY_TIME);
@@ -209,7 +211,7 @@ fn write_line(mut file: &File, line: &[u8]) {
 }
 
 /// Removes the last bytes of a regular file.
-fn take_back(mut file: &File, count: usize) -> io::Result<()> {
+fn remove_end(mut file: &File, count: usize) -> io::Result<()> {
     let end = file.seek(SeekFrom::End(0))?;
     file.set_len(end.saturating_sub(count as u64))?;
     file.seek(SeekFrom::End(0)).map(drop)
@@ -229,18 +231,18 @@ impl<const MAX: usize> Limiter<MAX> {
         *count <= MAX
     }
 
-    /// Forgets those whose window is over; how many refusals to each were not logged.
+    /// Removes the addresses whose window has ended; returns how many refusals of each were not logged.
     fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
-        let over =
+        let is_over =
             |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
-        let over = self.0.extract_if(over);
+        let over = self.0.extract_if(is_over);
         let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX)));
         suppressed.filter(|(_, count)| *count > 0).collect()
     }
 }
 
-/// Foreign text for a line of the log: everything but printable ASCII is
-/// escaped, and so are quotes, so it cannot end a line or a quotation.
+/// Escapes a client's text for the log: quotes and everything but printable
+/// ASCII, so that it cannot end a line or a quotation.
 pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
     text.escape_ascii()
 }
@@ -249,23 +251,23 @@ pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
 mod tests {
     use super::*;
 
-    /// A log whose file nobody writes, and the other end of its queue.
-    fn unwritten() -> (Sink, Receiver<String>) {
+    /// A sink without a writer, and its queue.
+    fn sink_without_writer() -> (Sink, Receiver<String>) {
         let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
         let written = Mutex::new(mpsc::sync_channel(0).1);
-        (Sink { least: Level::Info, lines, lost: Arc::default(), written }, queue)
+        (Sink { min_level: Level::Info, lines, lost: Arc::default(), written }, queue)
     }
 
     #[test]
     fn a_full_queue_loses_lines_and_counts_them() {
         for (pushed, lost) in [(MAX_QUEUED, 0), (MAX_QUEUED + 1, 1), (MAX_QUEUED + 9, 9)] {
-            let (sink, queue) = unwritten();
+            let (sink, queue) = sink_without_writer();
             for n in 0..pushed {
                 sink.push(&n.to_string());
             }
             let next = || next(&queue, &sink.lost).unwrap();
             assert_eq!(next(), "0");
-            // There is room again, but what is lost now belongs to the same gap.
+            // There is room again, but this line belongs to the same gap.
             sink.push("last");
             let lost = if lost > 0 { lost + 1 } else { 0 };
             assert!((1..MAX_QUEUED).all(|n| next() == n.to_string()));
@@ -285,7 +287,7 @@ mod tests {
 
     #[test]
     fn the_last_lines_are_written_and_counted_before_the_queue_ends() {
-        let (sink, queue) = unwritten();
+        let (sink, queue) = sink_without_writer();
         let lost = sink.lost.clone();
         for n in 0..=MAX_QUEUED {
             sink.push(&n.to_string());
@@ -297,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_a_longest_length() {
+    fn long_lines_are_cut() {
         let empty = line(Level::Info, format_args!(""));
         for (length, cut) in [(MAX_LINE, MAX_LINE), (MAX_LINE + 1, MAX_LINE)] {
             let line = line(Level::Info, format_args!("{}", "x".repeat(length - empty.len())));
@@ -320,7 +322,7 @@ mod tests {
         assert_eq!(limiter.end(at(60)), [(Some(peer(1)), 3)]);
         assert_eq!(limiter.end(at(61)), []);
         assert!(limiter.admits(peer(1), at(61)) && !limiter.admits(peer(2), at(61)));
-        // Not one address more than there is room for; those that come later share one count.
+        // Addresses beyond MAX_PEERS share one count.
         for n in 10..=u32::try_from(MAX_PEERS).unwrap() + 7 {
             assert!(limiter.admits(peer(n), at(61)));
         }
@@ -330,14 +332,14 @@ mod tests {
         );
         assert!(!limiter.admits(peer(0x0200_0000), at(61)));
         assert_eq!(limiter.0.len(), MAX_PEERS + 1);
-        assert!(limiter.admits(peer(10), at(61)), "who has a count keeps it");
+        assert!(limiter.admits(peer(10), at(61)), "an address keeps its count");
         assert_eq!(limiter.end(at(62)), [(Some(peer(2)), 1)]);
         assert_eq!(limiter.end(at(121)), [(None, 1)]);
         assert_eq!(limiter.0.len(), 0);
     }
 
     #[test]
-    fn what_is_taken_back_leaves_the_file_as_it_was() {
+    fn removing_an_end_leaves_the_rest_of_the_file() {
         let path = std::env::temp_dir().join(format!("rfw-log-{}", std::process::id()));
         for append in [true, false] {
             let _ = std::fs::remove_file(&path);
@@ -345,19 +347,19 @@ mod tests {
             let file = options.create(true).write(true).append(append).open(&path).unwrap();
             write_line(&file, b"whole\n");
             (&file).write_all(b"to").unwrap();
-            take_back(&file, 2).unwrap();
+            remove_end(&file, 2).unwrap();
             write_line(&file, b"next\n");
             assert_eq!(std::fs::read(&path).unwrap(), b"whole\nnext\n");
             // Truncated by logrotate meanwhile.
             file.set_len(1).unwrap();
-            take_back(&file, 2).unwrap();
+            remove_end(&file, 2).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), b"");
         }
         std::fs::remove_file(path).unwrap();
     }
 
     #[test]
-    fn foreign_text_stays_on_its_line() {
+    fn client_text_stays_on_its_line() {
         let table: [(&[u8], &str); 4] = [
             (b"PUT /drop", "PUT /drop"),
             (b"a\r\n2026-11-22 INFO forged", r"a\r\n2026-11-22 INFO forged"),

@@ -1,8 +1,8 @@
-//! The one way to take a Mutex.
+//! The only way to lock a Mutex.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Waits for a Mutex. A thread that panics ends the process, so none is ever poisoned.
+/// Locks a Mutex. It is never poisoned, because a panic aborts the process.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
