@@ -1,13 +1,13 @@
-//! How many connections do something at a time, and which one is evicted when more want to.
+//! How many connections are active at a time, and which one is evicted if more need a slot.
 //!
-//! A connection needs a slot to be served, another one to send a list, and another one to receive
-//! a long listing. Where all slots are taken, the connection whose client has kept rfw waiting
-//! longest is evicted: waiting for a request, for the next 16 KiB of a body, or for room for the
-//! next 16 KiB of a response. It has some patience first ([`Limits::patience`]), and is safe while
-//! rfw is at work for it. Clients of an address that holds more than its share, a quarter of the
-//! slots, are evicted before all others and wait behind them. While others wait for a slot, a
-//! connection is closed after its response ([`Slot::is_wanted`]), so everybody has a turn. Whoever
-//! has waited for [`MAX_WAIT`] is refused.
+//! A connection needs a slot to be served, another to send a list, and another to receive a long
+//! listing. If all slots are taken, the connection that has kept rfw waiting longest is evicted:
+//! waiting for a request, for the next 16 KiB of a body, or for the client to accept the next
+//! 16 KiB of a response. It is not evicted before [`Limits::patience`] has passed, nor while rfw
+//! works for it. Connections of an address that holds more than its share, a quarter of the slots,
+//! are evicted before all others and get slots after all others. While others wait for a slot, a
+//! connection is closed after its response ([`Slot::is_wanted`]), so that every client gets a turn.
+//! A connection that has waited for [`MAX_WAIT`] is refused.
 
 use crate::clock;
 use crate::mutex::lock;
@@ -18,27 +18,27 @@ use std::time::{Duration, Instant};
 
 /// How long a connection waits for a slot.
 pub const MAX_WAIT: Duration = Duration::from_secs(5);
-/// How long even the client of a greedy address may keep rfw waiting: from its connect to its
-/// request it needs some milliseconds.
+/// The patience with an address that holds more than its share: from connecting to its request, a
+/// client needs some milliseconds.
 const MIN_PATIENCE: Duration = Duration::from_millis(20);
-/// So many bytes of a body or of a response are progress: byte by byte a client makes none.
+/// How many bytes of a body or response count as progress; single bytes do not.
 const PIECE: usize = 16 * 1024;
 
-/// What makes one limiter different from another.
+/// The parameters of a limiter.
 pub struct Limits {
     pub slots: usize,
-    /// How many evicted connections may still be on their way out when the next one enters.
+    /// How many evicted connections may still be closing when the next one is admitted.
     pub evicting: usize,
     /// How long a client may keep rfw waiting before it can be evicted.
     pub patience: Duration,
-    /// How often those who wait look whether somebody can be evicted by now.
+    /// How often a waiting connection checks whether another one can be evicted.
     pub poll: Duration,
 }
 
 enum State {
-    /// rfw waits for the client since then; so many bytes of the next piece have moved.
+    /// rfw has waited for the client since then, which has moved this many bytes of the next piece.
     Waiting(Instant, usize),
-    /// The client waits for rfw, at first until a thread serves it.
+    /// The client waits for rfw, initially for a thread.
     Working,
     Evicted,
 }
@@ -51,14 +51,14 @@ struct Holder {
 
 #[derive(Default)]
 struct Table {
-    /// By the number of the slot.
+    /// By slot number.
     holders: BTreeMap<u64, Holder>,
     /// How many of them are evicted.
     evicting: usize,
     /// How many slots each address holds.
     held: HashMap<IpAddr, usize>,
-    /// Numbers and addresses of those who wait, in order of arrival.
-    line: Vec<(u64, IpAddr)>,
+    /// The waiting connections, in order of arrival: their slot numbers and addresses.
+    queue: Vec<(u64, IpAddr)>,
     next_number: u64,
 }
 
@@ -68,7 +68,7 @@ pub struct ConnectionLimiter {
     changed: Condvar,
 }
 
-/// One slot, held until it is dropped.
+/// A slot, released when it is dropped.
 pub struct Slot {
     limiter: Arc<ConnectionLimiter>,
     number: u64,
@@ -81,7 +81,7 @@ impl ConnectionLimiter {
         Arc::new(ConnectionLimiter { limits, table: Mutex::default(), changed: Condvar::new() })
     }
 
-    /// Waits for a slot until the deadline, or until `is_gone`: then `None`.
+    /// Waits for a slot; `None` after the deadline, or if the connection `is_gone`.
     pub fn acquire(
         self: &Arc<ConnectionLimiter>,
         socket: &Arc<TcpStream>,
@@ -92,9 +92,9 @@ impl ConnectionLimiter {
         let mut table = self.lock();
         let number = table.next_number;
         table.next_number = number.wrapping_add(1);
-        table.line.push((number, ip));
+        table.queue.push((number, ip));
         let has_slot = loop {
-            if table.has_room(number, ip, &self.limits) {
+            if table.make_room(number, ip, &self.limits) {
                 table.insert(number, ip, socket.clone());
                 break true;
             }
@@ -104,7 +104,7 @@ impl ConnectionLimiter {
             let waited = self.changed.wait_timeout(table, self.limits.poll);
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
-        table.line.retain(|(waiting, _)| *waiting != number);
+        table.queue.retain(|(waiting, _)| *waiting != number);
         self.changed.notify_one();
         let socket = socket.clone();
         has_slot.then(|| Slot { limiter: self.clone(), number, ip, socket })
@@ -116,10 +116,10 @@ impl ConnectionLimiter {
 }
 
 impl Table {
-    /// Whether there is a slot for the one with this number, and it is the next: from the address
-    /// that holds the fewest slots, the first that came.
-    fn has_room(&mut self, number: u64, ip: IpAddr, limits: &Limits) -> bool {
-        let next = self.line.iter().min_by_key(|(_, ip)| self.held_by(ip));
+    /// Whether there is a slot, perhaps by eviction, and this number is next: the first in the queue
+    /// from the address that holds the fewest slots.
+    fn make_room(&mut self, number: u64, ip: IpAddr, limits: &Limits) -> bool {
+        let next = self.queue.iter().min_by_key(|(_, ip)| self.held_by(ip));
         if next.is_some_and(|(next, _)| *next != number) {
             return false;
         }
@@ -132,17 +132,18 @@ impl Table {
             && all < limits.slots.saturating_add(limits.evicting)
     }
 
+    /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
     fn evict(&mut self, share: usize, patience: Duration) {
-        let mut worst = None;
+        let mut victim = None;
         for (number, holder) in &self.holders {
             let State::Waiting(since, _) = holder.state else { continue };
             let (is_greedy, waited) = (self.held_by(&holder.ip) > share, since.elapsed());
             let patience = if is_greedy { MIN_PATIENCE } else { patience };
             if waited >= patience {
-                worst = worst.max(Some((is_greedy, waited, *number)));
+                victim = victim.max(Some((is_greedy, waited, *number)));
             }
         }
-        if let Some((.., number)) = worst
+        if let Some((.., number)) = victim
             && let Some(holder) = self.holders.get_mut(&number)
         {
             let _ = holder.socket.shutdown(Shutdown::Both);
@@ -174,8 +175,8 @@ impl Table {
 }
 
 impl Slot {
-    /// Waits for a slot of another limiter; `None` if it takes too long, or if this slot's
-    /// connection is evicted meanwhile.
+    /// Waits for a slot of another limiter; `None` after [`MAX_WAIT`], or if this slot's connection
+    /// is evicted meanwhile.
     pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
         let deadline = clock::after(MAX_WAIT);
         let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
@@ -188,7 +189,7 @@ impl Slot {
         self.update(|state| *state = State::Waiting(Instant::now(), 0));
     }
 
-    /// The client has sent or received so many bytes more.
+    /// Counts further bytes that the client has sent or received.
     pub fn progress(&self, bytes: usize) {
         self.update(|state| match state {
             State::Waiting(_, moved) if moved.saturating_add(bytes) < PIECE => {
@@ -198,7 +199,7 @@ impl Slot {
         });
     }
 
-    /// Does something for which the client has to wait.
+    /// Does something that the client waits for; meanwhile it is not evicted.
     pub fn work<T>(&self, work: impl FnOnce() -> T) -> T {
         self.update(|state| *state = State::Working);
         let result = work();
@@ -206,20 +207,20 @@ impl Slot {
         result
     }
 
-    /// Whether others wait for a slot, or had to evict somebody just now.
+    /// Whether others wait for a slot, or an evicted connection is still closing.
     pub fn is_wanted(&self) -> bool {
         let table = self.limiter.lock();
-        table.evicting > 0 || !table.line.is_empty()
+        table.evicting > 0 || !table.queue.is_empty()
     }
 
-    /// Whether the socket is shut down, and nobody is there to say more to.
+    /// Whether the connection was evicted: its socket is shut down.
     pub fn is_evicted(&self) -> bool {
         let mut is_evicted = true;
         self.update(|_| is_evicted = false);
         is_evicted
     }
 
-    /// Only the eviction itself ends the state of an evicted connection.
+    /// Changes the state, except that an evicted connection remains evicted.
     fn update(&self, change: impl FnOnce(&mut State)) {
         match self.limiter.lock().holders.get_mut(&self.number) {
             Some(holder) if !matches!(holder.state, State::Evicted) => change(&mut holder.state),
@@ -242,10 +243,10 @@ mod tests {
     use std::net::TcpListener;
     use std::thread;
 
-    /// Longer than a busy machine may take for a test.
+    /// Longer than a test takes on a busy machine.
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// Connections that hold slots, with the clients' ends.
+    /// Connections that hold slots, with the clients' sockets.
     struct Test {
         listener: TcpListener,
         limiter: Arc<ConnectionLimiter>,
@@ -261,7 +262,7 @@ mod tests {
             Test { listener, limiter, held: Vec::new() }
         }
 
-        /// A connection from 0.0.0.N that wants a slot and waits for `wait` at most.
+        /// Connects from 0.0.0.N and waits for a slot, at most for `wait`.
         fn acquire(&mut self, n: u32, wait: Duration) -> bool {
             let client = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
             let socket = Arc::new(self.listener.accept().unwrap().0);
@@ -270,8 +271,8 @@ mod tests {
             slot.map(|slot| self.held.push((slot, client))).is_some()
         }
 
-        /// rfw has waited for this client for so many milliseconds.
-        fn waited(&self, at: usize, millis: u64) {
+        /// Sets for how long rfw has waited for a client.
+        fn set_waited(&self, at: usize, millis: u64) {
             let since = Instant::now() - Duration::from_millis(millis);
             self.held[at].0.update(|state| *state = State::Waiting(since, 0));
         }
@@ -282,8 +283,8 @@ mod tests {
     }
 
     #[test]
-    fn the_client_that_is_waited_for_longest_is_evicted() {
-        // For how long rfw has waited for each holder of a slot, 0 while it works itself.
+    fn the_client_that_keeps_rfw_waiting_longest_is_evicted() {
+        // How long rfw has waited for each holder (0: it works for it), and which one is evicted.
         let table: [(&[u64], Option<usize>); 4] = [
             (&[30_000, 50_000, 40_000], Some(1)),
             (&[0, 0, 30_000], Some(2)),
@@ -295,7 +296,7 @@ mod tests {
             for (at, millis) in waited.iter().enumerate() {
                 assert!(test.acquire(at as u32, Duration::ZERO));
                 if *millis > 0 {
-                    test.waited(at, *millis);
+                    test.set_waited(at, *millis);
                 }
             }
             assert_eq!(test.acquire(9, Duration::ZERO), victim.is_some(), "{waited:?}");
@@ -308,7 +309,8 @@ mod tests {
 
     #[test]
     fn every_address_has_its_share() {
-        // The addresses of four holders, for each of whom rfw has waited 100 ms; who comes; who goes.
+        // The addresses of four holders, each of which has kept rfw waiting for about 100 ms; the
+        // newcomer's address; which holder is evicted.
         let table: [([u32; 4], u32, Option<usize>); 4] = [
             ([1, 2, 2, 2], 3, Some(1)),
             ([1, 2, 2, 2], 1, Some(1)),
@@ -319,16 +321,16 @@ mod tests {
             let mut test = Test::new(4, 1);
             for (at, n) in holders.iter().enumerate() {
                 assert!(test.acquire(*n, Duration::ZERO));
-                test.waited(at, 100 - at as u64);
+                test.set_waited(at, 100 - at as u64);
             }
             assert_eq!(test.acquire(newcomer, Duration::ZERO), victim.is_some(), "{holders:?}");
             assert_eq!(test.evicted(), Vec::from_iter(victim), "{holders:?} {newcomer}");
         }
     }
 
-    /// The first that came; but an address that holds a slot comes after one that holds none.
+    /// First come, first served, but an address that holds a slot comes after one that holds none.
     #[test]
-    fn whoever_waits_has_a_turn() {
+    fn every_waiting_connection_gets_a_turn() {
         let mut test = Test::new(1, 0);
         assert!(test.acquire(1, Duration::ZERO));
         assert!(!test.held[0].0.is_wanted());
@@ -344,12 +346,12 @@ mod tests {
                     order.lock().unwrap().push(n);
                     drop(slot);
                 });
-                while limiter.lock().line.len() <= at {
+                while limiter.lock().queue.len() <= at {
                     thread::yield_now();
                 }
             }
             assert!(test.held[0].0.is_wanted());
-            // Another slot of the same address is what makes it wait behind the others.
+            // With another slot, this address comes after the others.
             limiter.lock().held.insert(IpAddr::V4(1.into()), 2);
             test.held.clear();
         });
@@ -363,7 +365,7 @@ mod tests {
         {
             let mut test = Test::new(1, 1);
             assert!(test.acquire(1, Duration::ZERO));
-            test.waited(0, 30_000);
+            test.set_waited(0, 30_000);
             pieces.iter().for_each(|bytes| test.held[0].0.progress(*bytes));
             assert_eq!(test.acquire(2, Duration::ZERO), !is_progress, "{pieces:?}");
         }
@@ -373,26 +375,26 @@ mod tests {
     fn evicted_connections_are_counted_until_they_leave() {
         let mut test = Test::new(1, 0);
         assert!(test.acquire(1, Duration::ZERO));
-        test.waited(0, 30_000);
-        // With no room for one on its way out, it is evicted at once, and entered later.
+        test.set_waited(0, 30_000);
+        // With `evicting: 0`, the newcomer is admitted only after the evicted connection has closed.
         assert!(!test.acquire(2, Duration::ZERO));
         assert_eq!(test.evicted(), [0]);
         assert!(test.held[0].0.is_wanted());
         drop(test.held.remove(0));
         assert!(test.acquire(2, Duration::ZERO));
         assert!(!test.held[0].0.is_wanted() && test.limiter.lock().held.len() == 1);
-        // An evicted connection gives up its place in another line.
-        let other = Test::new(0, 0); // has none to give
-        test.waited(0, 30_000);
+        // An evicted connection stops waiting for a slot of another limiter.
+        let other = Test::new(0, 0); // it has none
+        test.set_waited(0, 30_000);
         assert!(!test.acquire(3, Duration::ZERO));
         let before = Instant::now();
         assert!(test.held[0].0.acquire(&other.limiter).is_none());
-        assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().line.is_empty());
+        assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().queue.is_empty());
     }
 
-    /// Until it is served a connection is safe; with a slot for a transfer it is being served.
+    /// A connection is not evicted before it is served; with a slot for a transfer, it is served.
     #[test]
-    fn patience_begins_with_the_service() {
+    fn patience_begins_when_a_connection_is_served() {
         let mut test = Test::new(1, 1);
         assert!(test.acquire(1, Duration::ZERO));
         test.held[0].0.update(|state| assert!(matches!(state, State::Working)));
@@ -401,12 +403,12 @@ mod tests {
     }
 
     #[test]
-    fn work_is_safe() {
+    fn a_connection_is_not_evicted_during_work() {
         let mut test = Test::new(1, 1);
         assert!(test.acquire(1, Duration::ZERO));
-        test.waited(0, 30_000);
+        test.set_waited(0, 30_000);
         let slot = test.held.remove(0).0;
         assert!(slot.work(|| !test.acquire(2, Duration::ZERO)));
-        assert!(!test.acquire(2, Duration::ZERO), "patience begins behind the work");
+        assert!(!test.acquire(2, Duration::ZERO), "patience begins after the work");
     }
 }

@@ -1,7 +1,7 @@
 //! The servers: from accept to the last byte of the last response.
 //!
-//! [`listener`] accepts and admits, [`limiter`] says how many connections are served at a time,
-//! [`connection`] is the whole life of a request.
+//! [`listener`] accepts connections, [`limiter`] limits how many are served at a time, [`connection`]
+//! is the whole life of a request.
 
 pub mod connection;
 pub mod limiter;
@@ -31,6 +31,6 @@ pub struct Server {
     pub listings: Arc<ConnectionLimiter>,
     /// Held while a listing is read from the kernel.
     pub reading: Mutex<()>,
-    /// Where the servers listen, for the help text.
+    /// The addresses of the servers, for the help text.
     pub addresses: String,
 }
