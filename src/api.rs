@@ -1,4 +1,4 @@
-//! The REST API: a request to a command, and what became of it to JSON.
+//! The REST API: requests to commands, outcomes to JSON.
 
 use crate::firewall::iptables::{KernelRule, TaggedRule};
 use crate::firewall::list::{Outcome, Tally, Verdict};
@@ -12,38 +12,38 @@ use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
 
-/// What a client may ask for. Changes are an [`Intent`] until its user's rights make them
-/// [`Allowed`].
+/// What a client requests. A change is an [`Intent`] until the user's rights turn it into an
+/// [`Allowed`] action.
 #[derive(PartialEq, Eq, Debug)]
 pub enum Command<A> {
     /// The help text.
     Help,
     /// Counters for Prometheus.
     Metrics,
-    /// Rules of the kernel.
+    /// The rules in the kernel that a filter selects.
     List(Filter),
-    /// All rules with a tag less, in one chain or in all.
+    /// Delete all rules with a tag, in one chain or in all.
     DeleteTag(A, Option<Chain>),
-    /// A rule more or less.
+    /// Insert or delete one rule.
     Change(Rule, A),
-    /// The rules of a template for each line of the body, more or less.
+    /// Insert or delete a template's rules for the addresses in the body.
     ChangeAll(RuleTemplate, A, ListOptions),
 }
 
-/// The parts of the grammar that rfw.conf sets.
+/// The settings of rfw.conf that the grammar depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Grammar {
-    /// The expiry in seconds of a PUT without `expire`; 0 is never.
+    /// The expiry in seconds of a PUT without `expire`; 0 means never.
     pub default_expire: u64,
     /// Whether GET may change rules.
     pub non_restful: bool,
-    /// Whether addresses go to sets, and so expire sooner.
+    /// Whether addresses are kept in sets, which limits `expire`.
     pub sets: bool,
     /// Whether this host filters IPv6.
     pub ipv6: bool,
 }
 
-/// The query parameters that have a meaning.
+/// The query parameters.
 #[derive(Default)]
 struct Query {
     expire: Option<String>,
@@ -56,7 +56,7 @@ struct Query {
 }
 
 impl Command<Intent> {
-    /// Reads method, path and query.
+    /// Parses method, path and query.
     pub fn parse(request: &Request, grammar: Grammar) -> Result<Command<Intent>, ApiError> {
         let path = request.path.strip_suffix('/').unwrap_or(&request.path);
         let segments = path.split('/').skip(1).map(decode).collect::<Option<Vec<_>>>();
@@ -64,7 +64,7 @@ impl Command<Intent> {
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
         let query = Query::parse(request.query.as_deref())?;
         if query.lenient.is_some() && segments.len() != 3 {
-            return Err(ApiError::Query("The parameter 'lenient' is for lists only.".into()));
+            return Err(ApiError::Query("The parameter 'lenient' requires a list.".into()));
         }
         match *segments {
             [] => query.only_get(request, Command::Help),
@@ -81,35 +81,33 @@ impl Command<Intent> {
                 if request.body == Body::Length(0) {
                     return Err(ApiError::List(ListError::Empty));
                 }
-                let action_fits = grammar.check(intent.action, true);
-                action_fits.map(|()| Command::ChangeAll(template, intent, options))
+                grammar.check_expire(intent.action, true)?;
+                Ok(Command::ChangeAll(template, intent, options))
             }
             _ => {
                 let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let intent = query.intent(request, rule.as_ref().err(), grammar)?;
                 if matches!(intent.action, Action::Replace(_)) {
-                    return Err(ApiError::Query(
-                        "The parameter 'replace' goes with a list.".into(),
-                    ));
+                    return Err(ApiError::Query("The parameter 'replace' requires a list.".into()));
                 }
                 let rule = rule.map_err(ApiError::Rule)?;
                 if rule.addresses().next().is_none() && matches!(intent.action, Action::Put(_)) {
                     return Err(ApiError::Rule(RuleError::NoAddress));
                 }
-                let action_fits = grammar.check(intent.action, rule.template().is_some());
-                action_fits.map(|()| Command::Change(rule, intent))
+                grammar.check_expire(intent.action, rule.template().is_some())?;
+                Ok(Command::Change(rule, intent))
             }
         }
     }
 
-    /// Decides whether a user with these rights may give this command.
+    /// Checks whether these rights permit the command.
     pub fn allow(self, rights: &Rights) -> Result<Command<Allowed>, ApiError> {
         let allow = |intent| {
             let allowed = rights.allow(intent).map_err(ApiError::Forbidden)?;
             match (allowed.action(), allowed.tag()) {
-                (Action::Replace(_), Tag::NONE) => {
-                    Err(ApiError::Query("The parameter 'replace' needs a tag: &tag=NAME.".into()))
-                }
+                (Action::Replace(_), Tag::NONE) => Err(ApiError::Query(
+                    "The parameter 'replace' requires a tag: add &tag=NAME.".into(),
+                )),
                 _ => Ok(allowed),
             }
         };
@@ -139,10 +137,10 @@ impl Command<Allowed> {
 }
 
 impl Grammar {
-    /// Whether the expiry is one that sets take, where the address goes to a set.
-    fn check(self, action: Action, to_set: bool) -> Result<(), ApiError> {
+    /// Refuses an expiry that is too long for a set, if the address is kept in one.
+    fn check_expire(self, action: Action, in_set: bool) -> Result<(), ApiError> {
         match action.expire() {
-            Some(seconds) if self.sets && to_set && seconds > LONGEST_IN_SET.into() => {
+            Some(seconds) if self.sets && in_set && seconds > LONGEST_IN_SET.into() => {
                 Err(ApiError::LongExpire)
             }
             _ => Ok(()),
@@ -157,8 +155,8 @@ impl Query {
             query.unwrap_or_default().split('&').filter(|_| query.is_some_and(|q| !q.is_empty()))
         {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let wrong = |what: &str| ApiError::Query(format!("The parameter '{name}' {what}."));
-            let slot = match name {
+            let invalid = |problem| ApiError::Query(format!("The parameter '{name}' {problem}."));
+            let field = match name {
                 "expire" => &mut parsed.expire,
                 "modify" => &mut parsed.modify,
                 "wait" => &mut parsed.wait,
@@ -166,18 +164,18 @@ impl Query {
                 "replace" => &mut parsed.replace,
                 "ip" => &mut parsed.ip,
                 "lenient" => &mut parsed.lenient,
-                _ => return Err(wrong("is unknown; take expire=INTERVAL")),
+                _ => return Err(invalid("is unknown; GET / shows all parameters")),
             };
-            let value = decode(value).ok_or_else(|| wrong("holds a wrong %XX escape"))?;
-            if slot.replace(value).is_some() {
-                return Err(wrong("stands twice"));
+            let value = decode(value).ok_or_else(|| invalid("has an invalid %XX escape"))?;
+            if field.replace(value).is_some() {
+                return Err(invalid("occurs twice"));
             }
         }
         let flags =
             [("wait", &parsed.wait), ("replace", &parsed.replace), ("lenient", &parsed.lenient)];
         for (name, value) in flags {
             if value.as_ref().is_some_and(|value| value != "true") {
-                return Err(ApiError::Query(format!("The parameter '{name}' can only be true.")));
+                return Err(ApiError::Query(format!("The parameter '{name}' must be true.")));
             }
         }
         Ok(parsed)
@@ -196,23 +194,21 @@ impl Query {
         }
     }
 
-    /// The rules of a chain or of all, to be shown or deleted.
+    /// Lists or deletes rules of one chain or of all.
     fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command<Intent>, ApiError> {
-        let others = [&self.expire, &self.modify, &self.replace];
-        let takes = match request.method.as_str() {
-            "GET" => "'ip' and 'tag'",
-            "DELETE" if self.ip.is_none() => "'tag'",
-            "DELETE" => {
-                return Err(ApiError::Query("DELETE takes only the parameter 'tag' here.".into()));
-            }
+        let (is_delete, accepted) = match request.method.as_str() {
+            "GET" => (false, "the parameters 'ip' and 'tag'"),
+            "DELETE" => (true, "the parameter 'tag'"),
             _ => return Err(ApiError::Method("GET, DELETE")),
         };
-        if others.iter().any(|value| value.is_some()) {
-            return Err(ApiError::Query(format!("This path takes only the parameters {takes}.")));
+        let others = [&self.expire, &self.modify, &self.replace];
+        if others.iter().any(|value| value.is_some()) || is_delete && self.ip.is_some() {
+            let message = format!("{} takes only {accepted} on this path.", request.method);
+            return Err(ApiError::Query(message));
         }
         let tag = self.tag.as_deref();
-        if request.method == "DELETE" {
-            let tag = tag.ok_or(ApiError::Query("Name what to delete: ?tag=NAME.".into()))?;
+        if is_delete {
+            let tag = tag.ok_or(ApiError::Query("Name the tag to delete: ?tag=NAME.".into()))?;
             let intent = Intent { action: Action::Delete, tag: parse_tag(tag)? };
             return Ok(Command::DeleteTag(intent, chain));
         }
@@ -222,34 +218,34 @@ impl Query {
         Ok(Command::List(Filter { chain, tag: tag.transpose()?, net }))
     }
 
-    /// What is to be done about the rules of a path, in which this is wrong.
+    /// The action and tag for the rules of a path, which may be invalid.
     fn intent(
         self,
         request: &Request,
-        wrong: Option<&RuleError>,
+        path_error: Option<&RuleError>,
         grammar: Grammar,
     ) -> Result<Intent, ApiError> {
-        if wrong == Some(&RuleError::Unknown) {
+        if path_error == Some(&RuleError::Unknown) {
             return Err(ApiError::NotFound);
         }
         let is_put = self.is_put(request, grammar)?;
-        let refused = |sentence: &str| Err(ApiError::Query(sentence.into()));
+        let invalid = |message: &str| Err(ApiError::Query(message.into()));
         if self.ip.is_some() {
-            return refused("The parameter 'ip' goes with GET /list only.");
+            return invalid("The parameter 'ip' requires GET /list.");
         }
-        let is_any = self.tag.as_deref() == Some("*") && !is_put;
+        let is_any_tag = self.tag.as_deref() == Some("*") && !is_put;
         let tag = match self.tag.as_deref() {
-            Some(tag) if !is_any => parse_tag(tag)?,
+            Some(tag) if !is_any_tag => parse_tag(tag)?,
             _ => Tag::NONE,
         };
         let action = match (is_put, self.replace) {
             (true, None) => Action::Put,
             (true, Some(_)) => Action::Replace,
-            (false, Some(_)) => return refused("The parameter 'replace' goes with PUT only."),
+            (false, Some(_)) => return invalid("The parameter 'replace' requires PUT."),
             (false, None) if self.expire.is_some() => {
-                return refused("The parameter 'expire' goes with PUT only.");
+                return invalid("The parameter 'expire' requires PUT.");
             }
-            (false, None) if is_any => return Ok(Intent { action: Action::DeleteAnyTag, tag }),
+            (false, None) if is_any_tag => return Ok(Intent { action: Action::DeleteAnyTag, tag }),
             (false, None) => return Ok(Intent { action: Action::Delete, tag }),
         };
         let seconds = match self.expire {
@@ -266,10 +262,10 @@ impl Query {
             ("GET", Some("insert")) if grammar.non_restful => Ok(true),
             ("GET", Some("delete")) if grammar.non_restful => Ok(false),
             ("GET", _) if grammar.non_restful => {
-                Err(ApiError::Query("GET takes modify=insert or modify=delete.".into()))
+                Err(ApiError::Query("GET requires modify=insert or modify=delete.".into()))
             }
             ("PUT" | "DELETE", Some(_)) => {
-                Err(ApiError::Query("The parameter 'modify' goes with GET only.".into()))
+                Err(ApiError::Query("The parameter 'modify' requires GET.".into()))
             }
             _ if grammar.non_restful => Err(ApiError::Method("GET, PUT, DELETE")),
             _ => Err(ApiError::Method("PUT, DELETE")),
@@ -281,7 +277,8 @@ fn parse_tag(text: &str) -> Result<Tag, ApiError> {
     Tag::parse(text).ok_or_else(|| ApiError::Tag(text.into()))
 }
 
-/// The rule of a path. `curl -T FILE URL/` sends a list to URL/FILE.
+/// Parses the path of a rule. If it has a body, its end may be a file name: `curl -T FILE URL/` sends a
+/// list to URL/FILE.
 fn parse_rule(segments: &[&str], has_body: bool) -> Result<Rule, RuleError> {
     let rule = Rule::parse(segments);
     match (segments, &rule) {
@@ -292,14 +289,14 @@ fn parse_rule(segments: &[&str], has_body: bool) -> Result<Rule, RuleError> {
     }
 }
 
-/// What `GET /` answers.
+/// The response to `GET /`.
 pub fn help(addresses: &str, grammar: Grammar) -> String {
     let expire = match grammar.default_expire {
-        0 => "for ever".into(),
+        0 => "permanent".into(),
         seconds => format!("{seconds} s"),
     };
     let get = match grammar.non_restful {
-        true => "GET    the same path?modify=insert or delete      as PUT and DELETE\n",
+        true => "GET    the same path?modify=insert or delete      the same as PUT and DELETE\n",
         false => "",
     };
     include_str!("help.txt")
@@ -309,7 +306,7 @@ pub fn help(addresses: &str, grammar: Grammar) -> String {
         .replace("GETS", get)
 }
 
-/// Decodes `%XX` once (RFC 3986, 2.1); `None` if the bytes are not UTF-8.
+/// Decodes `%XX` once (RFC 3986, 2.1); `None` if an escape is invalid or the result is not UTF-8.
 fn decode(text: &str) -> Option<String> {
     let mut pieces = text.split('%');
     let mut bytes = pieces.next()?.as_bytes().to_vec();
@@ -321,61 +318,67 @@ fn decode(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// Whether a GET asks for a change, allowed or not.
+/// Whether a GET requests a change, permitted or not.
 pub fn modifies(request: &Request) -> bool {
     request.query.as_deref().is_some_and(|query| query.contains("modify="))
 }
 
-/// The answer to a change of one rule.
+/// The response to a change of one rule.
 pub fn outcome_json(rule: &Rule, tag: Tag, Outcome { tally, expires }: &Outcome) -> String {
     format!(
         "{{\"result\":\"{}\",\"rule\":{{\"chain\":\"{}\",\"target\":\"{}\",{}}},\"expires\":{},\"tag\":{}}}\n",
         tally.single().map_or("", Verdict::name),
         rule.chain().name(),
         rule.target.name(),
-        ends_json(rule),
+        match_json(rule),
         json::number(*expires),
         tag_json(tag)
     )
 }
 
-/// The answer to a change of many.
+/// The response to a change of many rules.
 pub fn tally_json(action: Action, tally: &Tally, report: &ListReport) -> String {
-    let counts: String = tally_of(action, tally, |name, count| format!("\"{name}\":{count},"));
-    let lines: Vec<String> = report.whitelisted.iter().map(|line| json::string(line)).collect();
-    let counts = counts + &report_of(report, |name, count| format!("\"{name}\":{count},"));
-    let wrong = report.invalid.as_ref();
-    let wrong =
-        wrong.map_or(String::new(), |wrong| format!(",\"wrong\":{}", lines_json(&wrong.lines)));
-    let lines = lines.join(",");
-    format!("{{\"result\":\"applied\",{counts}\"whitelisted\":[{lines}]{wrong}}}\n")
+    let counts: String = format_tally(action, tally, |name, count| format!("\"{name}\":{count},"));
+    let whitelisted: Vec<String> =
+        report.whitelisted.iter().map(|line| json::string(line)).collect();
+    let counts = counts + &format_report(report, |name, count| format!("\"{name}\":{count},"));
+    let whitelisted = whitelisted.join(",");
+    let wrong = match &report.invalid {
+        Some(invalid) => format!(",\"wrong\":{}", lines_json(&invalid.lines)),
+        None => String::new(),
+    };
+    format!("{{\"result\":\"applied\",{counts}\"whitelisted\":[{whitelisted}]{wrong}}}\n")
 }
 
-/// How many lines of a list were not applied, for each reason, in some form.
-pub fn report_of(report: &ListReport, form: impl Fn(&str, usize) -> String) -> String {
+/// Formats how many lines of a list were not applied, for each reason.
+pub fn format_report(report: &ListReport, format: impl Fn(&str, usize) -> String) -> String {
     let skipped = Some(("ipv6_skipped", report.ipv6_skipped)).filter(|(_, count)| *count > 0);
     let wrong = report.invalid.as_ref().map(|invalid| ("wrong_count", invalid.count));
     let counts = [skipped, wrong, Some(("whitelisted_count", report.whitelisted_count))];
-    counts.into_iter().flatten().map(|(name, count)| form(name, count)).collect()
+    counts.into_iter().flatten().map(|(name, count)| format(name, count)).collect()
 }
 
-/// The same JSON object with a note at its end.
+/// Adds a note to the end of a JSON object.
 pub fn with_note(object: &str, note: &str) -> String {
     format!("{},\"note\":{}}}\n", object.trim_end_matches("}\n"), json::string(note))
 }
 
-/// The verdicts that an action may meet, with their counts, each in some form.
-pub fn tally_of(action: Action, tally: &Tally, form: impl Fn(&str, usize) -> String) -> String {
+/// Formats the count of each verdict that an action can have.
+pub fn format_tally(
+    action: Action,
+    tally: &Tally,
+    format: impl Fn(&str, usize) -> String,
+) -> String {
     let verdicts: &[Verdict] = match action {
         Action::Put(_) | Action::Replace(_) => {
             &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted]
         }
         Action::Delete | Action::DeleteAnyTag => &[Verdict::Deleted, Verdict::Absent],
     };
-    verdicts.iter().map(|verdict| form(verdict.name(), tally.of(*verdict))).collect()
+    verdicts.iter().map(|verdict| format(verdict.name(), tally.of(*verdict))).collect()
 }
 
-/// One element of the list; `number` is the rule's position in its chain.
+/// One element of a listing; `number` is the rule's position in its chain.
 pub fn listed_json(number: usize, tagged: &TaggedRule) -> String {
     let TaggedRule { rule: KernelRule { rule, .. }, expires, counters } = tagged;
     let (packets, bytes) =
@@ -385,7 +388,7 @@ pub fn listed_json(number: usize, tagged: &TaggedRule) -> String {
          \"target\":\"{}\",\"prot\":\"all\",\"opt\":\"--\",{},\"extra\":\"\",\"expires\":{},\"tag\":{}}}",
         rule.chain().name(),
         rule.target.name(),
-        ends_json(rule),
+        match_json(rule),
         json::number(*expires),
         tag_json(rule.tag)
     )
@@ -395,8 +398,8 @@ fn tag_json(tag: Tag) -> String {
     if tag == Tag::NONE { "null".into() } else { json::string(tag.name()) }
 }
 
-/// Interfaces and addresses; none of them holds a character to be escaped.
-fn ends_json(rule: &Rule) -> String {
+/// Interfaces and addresses, none of which contains a character to be escaped.
+fn match_json(rule: &Rule) -> String {
     let (in_iface, out_iface) = rule.ifaces();
     let (source, destination) = rule.sides();
     let name = |iface: Iface| match iface {
@@ -416,10 +419,9 @@ mod tests {
     use crate::rule::list::Invalid;
     use crate::rule::net::{Family, Net};
 
-    /// What a request line comes to; `!` stands for non.restful.
+    /// The command of a request line. A leading `!` turns on non.restful, a final `+` adds a body.
     fn read(line: &str) -> String {
         let (non_restful, line) = (line.starts_with('!'), line.trim_start_matches('!'));
-        // A body, where the line ends in +
         let (line, length) = line.strip_suffix('+').map_or((line, 0), |line| (line, 9));
         let head = format!("{line} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
         let request = Request::parse(head.as_bytes()).unwrap();
@@ -445,7 +447,7 @@ mod tests {
                 format!("{:?} {rule}{} …{lenient}", allowed.action(), allowed.tag())
             }
             Err(ApiError::Method(allow)) => format!("405 {allow}"),
-            Err(error) => format!("{} {}", error.parts().0, error.parts().1),
+            Err(error) => format!("{} {}", error.status(), error.describe().1),
         }
     }
 
@@ -505,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_without_a_meaning() {
+    fn invalid_requests() {
         let table = [
             ("PUT /", "405 GET"),
             ("DELETE /metrics", "405 GET"),
@@ -578,26 +580,26 @@ mod tests {
             ("PUT /drop/input/any/1.2.3.4?Expire=1", "400 bad_query"),
             ("DELETE /drop/input/any/1.2.3.4?expire=1", "400 bad_query"),
         ];
-        for (line, refusal) in table {
-            assert_eq!(read(line), refusal, "{line}");
+        for (line, error) in table {
+            assert_eq!(read(line), error, "{line}");
         }
     }
 
     #[test]
-    fn help_says_what_is_configured() {
+    fn help_depends_on_the_configuration() {
         let grammar = Grammar { default_expire: 0, non_restful: false, sets: false, ipv6: true };
         let text = help("127.0.0.1:7390", grammar);
         assert!(text.starts_with("rfw 0.") && text.contains(" at 127.0.0.1:7390\n"), "{text}");
-        assert!(text.contains("without it for ever\n") && !text.contains("?modify"), "{text}");
+        assert!(text.contains("; default: permanent\n") && !text.contains("?modify"), "{text}");
         assert!(text.contains("\nGET    /list"), "{text}");
         let text =
             help("", Grammar { default_expire: 90, non_restful: true, sets: false, ipv6: true });
-        assert!(text.contains("without it 90 s\n"), "{text}");
+        assert!(text.contains("; default: 90 s\n"), "{text}");
         assert!(text.contains("\nGET    the same path?modify=insert or delete"), "{text}");
     }
 
     #[test]
-    fn whether_a_change_is_asked_for() {
+    fn requests_that_modify() {
         let table = [("/", false), ("/modify=", false), ("/?x", false), ("/?x&modify=", true)];
         for (target, change) in table {
             let head = format!("GET {target} HTTP/1.0\r\n\r\n");
@@ -606,7 +608,7 @@ mod tests {
     }
 
     #[test]
-    fn answers() {
+    fn responses() {
         let rule: Rule = "/drop/forward/eth0/1.2.3.0/24".parse().unwrap();
         let mut tally = Tally::default();
         tally.add(Verdict::Refreshed, 1);
@@ -630,11 +632,11 @@ mod tests {
 "#
         );
         let lines = vec![(2, RuleError::All("\"".into()))];
-        report.invalid = Some(Invalid { count: 3, of: 9, lines });
+        report.invalid = Some(Invalid { count: 3, entries: 9, lines });
         report.ipv6_skipped = 7;
         let json = tally_json(Action::Delete, &tally, &report);
         assert!(json.contains(r#","ipv6_skipped":7,"wrong_count":3,"whitelisted_count":21,"#));
-        let end = r#"],"wrong":[{"line":2,"message":"'all' is not an interface; every interface is any, as in \"."}]}
+        let end = r#"],"wrong":[{"line":2,"message":"'all' is not an interface; write any for every interface, as in \"."}]}
 "#;
         assert!(json.ends_with(end), "{json}");
         assert_eq!(with_note("{\"a\":{}}\n", "\""), "{\"a\":{},\"note\":\"\\\"\"}\n");

@@ -1,6 +1,6 @@
-//! What this host has at the moment: addresses and interfaces.
+//! This host's current addresses and interfaces.
 //!
-//! The files are those of the process, `/proc/self/net`, which `ProcSubset=pid` does not hide.
+//! They are read from `/proc/self/net`, which `ProcSubset=pid` does not hide.
 
 use crate::rule::Iface;
 use crate::rule::net::Net;
@@ -8,19 +8,19 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 
-/// The routes of IPv4, among them one to each own address. Some kernels for routers lack it.
+/// The IPv4 routes, including one to each address of this host. Some router kernels lack this file.
 const ROUTES: &str = "/proc/self/net/fib_trie";
-/// A line for each own address of IPv6. A kernel without IPv6 lacks it.
+/// One line per IPv6 address of this host. A kernel without IPv6 lacks this file.
 const ADDRESSES_V6: &str = "/proc/self/net/if_inet6";
 const INTERFACES: &str = "/proc/self/net/dev";
-/// The most that is read of a file, in bytes; of [`ROUTES`], 18,000 routes. The kernel walks all
-/// routes again for every 4 KiB, which takes 0.03 s for so many and minutes for all of the Internet.
+/// The most bytes to read from a file: 18,000 routes of [`ROUTES`]. The kernel walks all routes
+/// again for every 4 KiB, which takes 0.03 s for that many and minutes for a full Internet table.
 const MAX_FILE: u64 = 2 << 20;
-/// Room for what most hosts have: each read(2) starts from the first route again.
+/// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// The own addresses that matter for these blocks; for none, all. If the kernel does not list its
-/// addresses, those among the blocks to which a socket can be bound.
+/// This host's addresses; empty if none of `blocks` can be one of them. No blocks ask for all
+/// addresses. If the kernel lists no addresses, those blocks to which a socket can be bound.
 pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
     let mut possible: Vec<_> = blocks.iter().map(|net| (*net, is_bindable(net))).collect();
     possible.retain(|(_, is_bindable)| *is_bindable != Some(false));
@@ -31,9 +31,9 @@ pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
     list_addresses().unwrap_or_else(|_| possible.into_iter().map(|(net, _)| net).collect())
 }
 
-/// Whether a socket can be bound to an address: to that of another host it cannot (bind(2),
-/// EADDRNOTAVAIL). This takes under 10 us, however many routes there are. Where `ip_nonlocal_bind`
-/// is on, every address looks like an own one. `None` for a block, and if no socket can be made.
+/// Whether a socket can be bound to an address, as only to this host's (bind(2), EADDRNOTAVAIL).
+/// Takes under 10 us, however many routes there are. With `ip_nonlocal_bind`, every address is
+/// bindable. `None` for a block, or if no socket can be created.
 fn is_bindable(net: &Net) -> Option<bool> {
     match UdpSocket::bind((net.is_host().then_some(net.addr())?, 0)) {
         Ok(_) => Some(true),
@@ -42,7 +42,7 @@ fn is_bindable(net: &Net) -> Option<bool> {
     }
 }
 
-/// All addresses that the kernel lists as this host's.
+/// All addresses of this host that the kernel lists.
 pub fn list_addresses() -> Result<Vec<Net>> {
     let mut nets = own_v4(&read(ROUTES)?);
     match read(ADDRESSES_V6) {
@@ -53,38 +53,38 @@ pub fn list_addresses() -> Result<Vec<Net>> {
     Ok(nets)
 }
 
-/// A sentence about an interface that a rule names and this host does not have, if there is one.
+/// A note if this host lacks one of the interfaces that a rule names.
 pub fn missing_interface(named: [Iface; 2]) -> Option<String> {
     let mut named = named.into_iter().filter(|iface| *iface != Iface::ANY).peekable();
     named.peek()?;
     let text = read(INTERFACES).ok()?;
-    let missing = named.find(|iface| !interfaces(&text).any(|name| iface.is_about(name)))?;
+    let missing = named.find(|iface| !interfaces(&text).any(|name| iface.matches(name)))?;
     let missing = missing.to_string();
-    let what = match missing.strip_suffix('+') {
+    let problem = match missing.strip_suffix('+') {
         Some(start) => format!("no interface has a name that starts with '{start}'"),
         None => format!("no interface is named '{missing}'"),
     };
-    Some(format!("At present {what}: until there is one, this has no effect."))
+    Some(format!("At present {problem}; the change has no effect until there is one."))
 }
 
-/// Reads lines such as `  eth0: 0 0 ...`, each with the name of an interface.
+/// The interface names in lines such as `  eth0: 0 0 ...`.
 fn interfaces(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim())
 }
 
 fn read(path: &str) -> Result<String> {
     let mut text = String::with_capacity(READ_SIZE);
-    let in_file = |error: Error| Error::new(error.kind(), format!("{path}: {error}"));
-    let mut file = File::open(path).map_err(in_file)?.take(MAX_FILE);
-    file.read_to_string(&mut text).map_err(in_file)?;
+    let with_path = |error: Error| Error::new(error.kind(), format!("{path}: {error}"));
+    let mut file = File::open(path).map_err(with_path)?.take(MAX_FILE);
+    file.read_to_string(&mut text).map_err(with_path)?;
     match file.limit() {
         0 => Err(Error::new(ErrorKind::FileTooLarge, format!("{path}: too many routes"))),
         _ => Ok(text),
     }
 }
 
-/// Reads leaves such as `|-- 192.0.2.1`, each with its routes below it: `/32 host LOCAL`. A local
-/// route to a wider block, as for TPROXY, is no address.
+/// Reads leaves such as `|-- 192.0.2.1`, each followed by its routes: `/32 host LOCAL`. A local
+/// route to a wider block, as for TPROXY, is not an address.
 fn own_v4(routes: &str) -> Vec<Net> {
     let mut nets = Vec::new();
     let mut leaf: Option<Ipv4Addr> = None;
@@ -142,7 +142,7 @@ Id 100:
     }
 
     #[test]
-    fn addresses_of_ipv6() {
+    fn own_ipv6_addresses() {
         let text = "\
 fe80000000000000585979fffe46747b 03 40 20 c0       d0
 00000000000000000000000000000001 01 80 10 80       lo
@@ -162,17 +162,18 @@ x 1
             ("eht9", "lo", "no interface is named 'eht9'"),
             ("lo", "nosuch", "no interface has a name that starts with 'nosuch'"),
         ];
-        for (one, two, what) in table {
+        for (one, two, problem) in table {
             let named = [one, two].map(|name| Iface::parse(name).unwrap());
             let missing = missing_interface(named).unwrap_or_default();
-            assert!(missing.contains(what) && missing.is_empty() == what.is_empty(), "{missing}");
+            let is_right = missing.contains(problem) && missing.is_empty() == problem.is_empty();
+            assert!(is_right, "{missing}");
         }
         assert!(interfaces("Inter-| x\n face |y\n  lo: 1 2\neth0.5: 3\n").eq(["lo", "eth0.5"]));
         assert_eq!(is_bindable(&loopback), Some(true));
         assert_eq!(is_bindable(&Net::parse("203.0.113.0/24").unwrap()), None);
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
-        // It never ends.
+        // An endless file.
         assert_eq!(read("/dev/zero").unwrap_err().kind(), ErrorKind::FileTooLarge);
     }
 }

@@ -2,19 +2,24 @@
 //!
 //! In the order in which a request travels:
 //!
-//! 1. [`server`]: the listeners, how many connections at a time, and the whole life of a request;
-//! 2. [`http`]: bytes to requests, requests to who is asking, responses to bytes;
-//! 3. [`api`]: a request to a command;
-//! 4. [`rule`]: what a rule is, and the whitelist that no change may touch;
-//! 5. [`firewall`]: the command function, from a change to the kernel and back.
+//! 1. [`server`]: the listeners, the limit on connections, and the whole life of a request;
+//! 2. [`http`]: bytes to requests, credentials to principals, responses to bytes;
+//! 3. [`api`]: requests to commands, outcomes to JSON;
+//! 4. [`rule`]: what a rule is, and the whitelist that protects addresses from changes;
+//! 5. [`firewall`]: from a change to the list, the state file and the kernel.
 //!
-//! Used by all of them: [`config`] (the text of rfw.conf), [`setup`] (everything that it names, read and
-//! checked), [`file`] (who may own, write and read a file), [`nearest`] (did you mean ...?),
-//! [`state`] (the list on disk), [`host`] (its own addresses and interfaces), [`log`], [`metrics`],
-//! [`clock`], [`mutex`] and [`notify`] (rfw is ready).
+//! Used by all of them:
 //!
-//! [`client`] is the same program under the name rfwc: from the command line to the request, with
-//! [`http::answer`], [`http::tls`] and [`http::deadline`].
+//! - [`config`], the text of rfw.conf, and [`setup`], everything that it names, read and checked;
+//! - [`file`], the owners and permissions of the files that rfw reads;
+//! - [`nearest`], "did you mean ...?";
+//! - [`state`], the list on disk;
+//! - [`host`], this host's addresses and interfaces;
+//! - [`notify`], readiness for the supervisor;
+//! - [`log`], [`metrics`], [`clock`] and [`mutex`].
+//!
+//! [`client`] is rfwc, the same program under another name: from the command line to the request.
+//! It shares [`http::response_head`], [`http::tls`] and [`http::deadline`] with the server.
 
 #![cfg_attr(
     test,

@@ -73,7 +73,7 @@ def filter_failure(context, failure, case, response):
     if not isinstance(failure, RejectedPositiveData):
         return True
     values = [urllib.parse.unquote(str(case.path_parameters[name])) for name in re.findall("{(.*?)}", case.path)]
-    right = any(words in response.content for words in (b"(24 days)", b'"empty_list"', b"needs a tag"))
+    right = any(words in response.content for words in (b"(24 days)", b'"empty_list"', b"requires a tag"))
     return ("{ip}" not in case.path or fit(case.method.upper(), values[2:])) and not right
 
 

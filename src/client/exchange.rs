@@ -2,11 +2,11 @@
 //! is over; and the connection, which the next one can use.
 
 use super::options::{Fleet, Job, Server};
-use crate::http::answer::Head;
 use crate::http::api_error::ApiError;
 use crate::http::body;
 use crate::http::deadline::DeadlineSocket;
 use crate::http::request::MAX_HEAD;
+use crate::http::response_head::Head;
 use crate::http::stream::is_timeout;
 use crate::http::tls;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};

@@ -1,4 +1,4 @@
-//! Every error of the API, with its status, code and sentence.
+//! Every error of the API: its status, error code and message.
 
 use super::json;
 use crate::rule::interval::{self, LONGEST_IN_SET};
@@ -9,66 +9,70 @@ use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-/// How many characters of a client's text a message shows.
+/// How many characters of a client's text a message quotes.
 const MAX_SHOWN: usize = 80;
 
-/// Why a request is not carried out. This is the one place where reasons
-/// become status codes.
+/// Why a request is refused. This is the only place where reasons become status
+/// codes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ApiError {
-    /// A status of HTTP's own, and what to do.
+    /// A violation of HTTP: status and message.
     Http(u16, &'static str),
     Unauthorized,
-    /// Too many wrong credentials from this address; so long to wait.
-    Guessing(Duration),
-    /// Not with the rights of this user.
+    /// Too many wrong credentials from this address; how long it must wait.
+    TooManyGuesses(Duration),
+    /// The user lacks the right to make this change.
     Forbidden(Forbidden),
     NotFound,
-    /// The path has a meaning for these methods only.
+    /// The path supports only these methods.
     Method(&'static str),
     Rule(RuleError),
-    /// A parameter that is unknown, given twice, or has a wrong value.
+    /// A parameter that is unknown, given twice, or has an invalid value.
     Query(String),
-    /// Not a tag.
+    /// An invalid tag.
     Tag(String),
-    /// Not an interval.
+    /// An invalid interval.
     Expire(String),
-    /// Longer than an address is kept in a set.
+    /// An interval longer than a set can keep an address.
     LongExpire,
     List(ListError),
-    /// There is no room for so many; what to do.
+    /// A limit is reached: which one, and what to do.
     Full(&'static str),
-    /// The state file cannot be written, as this sentence says.
+    /// The state file cannot be written: why.
     State(String),
-    /// The change touches a block that no change may touch.
+    /// The change overlaps a protected block.
     Whitelisted(Conflict),
     /// An IPv6 rule on a host without IPv6.
     NoIpv6,
-    /// The kernel did not take the rule; iptables' own words.
+    /// The kernel rejected the rule; the error message of iptables.
     Iptables(String),
-    /// Try again in a moment.
+    /// A temporary failure: why.
     Busy(String),
 }
 
 impl ApiError {
-    /// Status code, error code and sentence.
-    pub fn parts(&self) -> (u16, &'static str, String) {
+    pub fn status(&self) -> u16 {
+        self.describe().0
+    }
+
+    /// Status, error code and message.
+    pub fn describe(&self) -> (u16, &'static str, String) {
         match self {
             ApiError::Http(status, message) => (*status, code(*status), message.to_string()),
             ApiError::Unauthorized => {
                 (401, code(401), "Send the user name and password of rfw.conf or auth.file.".into())
             }
-            ApiError::Guessing(_) => {
+            ApiError::TooManyGuesses(_) => {
                 (429, code(429), "Too many wrong credentials; wait for a minute.".into())
             }
             ApiError::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
             ApiError::NotFound | ApiError::Rule(RuleError::Unknown) => {
-                (404, code(404), "No such action or chain; GET / shows what there is.".into())
+                (404, code(404), "No such action or chain; GET / shows all paths.".into())
             }
             ApiError::Method(allow) => {
                 (405, code(405), format!("The methods for this path are {allow}."))
             }
-            ApiError::Rule(error) => rule_error_parts(error),
+            ApiError::Rule(error) => describe_rule_error(error),
             ApiError::Query(message) => (400, "bad_query", message.clone()),
             ApiError::Tag(text) => {
                 let write =
@@ -81,12 +85,12 @@ impl ApiError {
                 (400, "bad_expire", message)
             }
             ApiError::LongExpire => {
-                let most = format!(
-                    "In a set an address expires after {LONGEST_IN_SET} s (24 days) at most"
+                let limit = format!(
+                    "In a set, an address expires after at most {LONGEST_IN_SET} s (24 days)"
                 );
-                (400, "bad_expire", format!("{most}; 0 is for ever."))
+                (400, "bad_expire", format!("{limit}; 0 means never."))
             }
-            ApiError::List(error) => list_error_parts(error),
+            ApiError::List(error) => describe_list_error(error),
             ApiError::Full(sentence) => {
                 (507, code(507), format!("{sentence} Nothing was applied."))
             }
@@ -101,14 +105,14 @@ impl ApiError {
                 (409, "whitelisted", message)
             }
             ApiError::NoIpv6 => {
-                (400, "bad_address", "This host filters no IPv6; send IPv4 addresses.".into())
+                (400, "bad_address", "This host does not filter IPv6; send IPv4 addresses.".into())
             }
-            ApiError::Iptables(words) => (500, "iptables_failed", words.clone()),
+            ApiError::Iptables(message) => (500, "iptables_failed", message.clone()),
             ApiError::Busy(reason) => (503, "busy", format!("{reason} Try again in a moment.")),
         }
     }
 
-    /// What else the answer says, as members of a JSON object.
+    /// Further members of the JSON response, each after a comma.
     pub fn extra(&self) -> String {
         match self {
             ApiError::List(ListError::Invalid(Invalid { lines, .. })) => {
@@ -118,13 +122,13 @@ impl ApiError {
         }
     }
 
-    /// The field that belongs to the status.
+    /// The header field that goes with the status.
     pub fn header(&self) -> String {
         match self {
             ApiError::Unauthorized => "WWW-Authenticate: Basic realm=\"rfw\"\r\n".into(),
             ApiError::Method(allow) => format!("Allow: {allow}\r\n"),
             ApiError::Busy(_) => "Retry-After: 1\r\n".into(),
-            ApiError::Guessing(left) => {
+            ApiError::TooManyGuesses(left) => {
                 format!("Retry-After: {}\r\n", left.as_secs().saturating_add(1))
             }
             _ => String::new(),
@@ -135,40 +139,39 @@ impl ApiError {
 /// Invalid lines of a list as a JSON array.
 pub fn lines_json(lines: &[(usize, RuleError)]) -> String {
     let line = |(line, error): &(usize, RuleError)| {
-        format!("{{\"line\":{line},\"message\":{}}}", json::string(&rule_error_parts(error).2))
+        format!("{{\"line\":{line},\"message\":{}}}", json::string(&describe_rule_error(error).2))
     };
     format!("[{}]", lines.iter().map(line).collect::<Vec<_>>().join(","))
 }
 
-fn list_error_parts(error: &ListError) -> (u16, &'static str, String) {
+fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
     match error {
         ListError::TooMany => {
-            (413, code(413), format!("A list may have {MAX_ENTRIES} entries at most."))
+            (413, code(413), format!("A list may have at most {MAX_ENTRIES} entries."))
         }
         ListError::Empty => (
             400,
             "empty_list",
-            "The body names no address, and nothing was changed; send a list with curl -T FILE or \
+            "The body names no address, so nothing was changed; send a list with curl -T FILE or \
              --data-binary @FILE (-d strips the newlines), or name an address in the path."
                 .into(),
         ),
-        ListError::Invalid(Invalid { count, of, lines }) => {
+        ListError::Invalid(Invalid { count, entries, lines }) => {
             let first = lines.first().map_or(String::new(), |(line, error)| {
-                format!(" Line {line}: {}", rule_error_parts(error).2)
+                format!(" Line {line}: {}", describe_rule_error(error).2)
             });
-            let end = match *count > of / 2 {
-                true => "; a body of which more than half is invalid is not a list.",
-                false => "; with lenient=true the rest would be.",
+            let end = match *count > entries / 2 {
+                true => "; a body with more invalid lines than valid ones is not a list.",
+                false => "; lenient=true skips invalid lines.",
             };
-            let message = format!(
-                "{count} of {of} lines are invalid.{first} Nothing of the list is applied{end}"
-            );
+            let message =
+                format!("{count} of {entries} lines are invalid.{first} Nothing was applied{end}");
             (400, "bad_list", message)
         }
     }
 }
 
-fn rule_error_parts(error: &RuleError) -> (u16, &'static str, String) {
+fn describe_rule_error(error: &RuleError) -> (u16, &'static str, String) {
     let (code, message) = match error {
         RuleError::Unknown | RuleError::Shape => (
             "bad_path",
@@ -178,30 +181,30 @@ fn rule_error_parts(error: &RuleError) -> (u16, &'static str, String) {
         ),
         RuleError::NoAddress => (
             "bad_path",
-            "A rule in FORWARD must name an address; without one all routing stops.".into(),
+            "A rule in FORWARD must name an address; without one, it would match all routed packets.".into(),
         ),
         RuleError::Iface(name) => (
             "bad_interface",
             format!(
-                "{} is not an interface; write any, or up to 15 of A-Z a-z 0-9 . _ @ - \
-                 such as eth0, or up to 14 such as ppp for all that start so.",
+                "{} is not an interface; write any, a name such as eth0 (up to 15 of A-Z a-z 0-9 . \
+                 _ @ -), or a prefix such as ppp (up to 14).",
                 quoted(name)
             ),
         ),
         RuleError::All(path) => (
             "bad_interface",
-            format!("'all' is not an interface; every interface is any, as in {path}."),
+            format!("'all' is not an interface; write any for every interface, as in {path}."),
         ),
         RuleError::FileName(path) => (
             "bad_interface",
             format!(
-                "This path ends in a file's name, which curl -T appends to a URL that ends in /; \
-                 send the list to {path}, with no / behind it."
+                "This path ends in a file name, which curl -T appends to a URL that ends in /; \
+                 send the list to {path}, without a final /."
             ),
         ),
         RuleError::Address(text) => ("bad_address", address_message(text)),
         RuleError::AnyAddress => {
-            ("bad_address", "0.0.0.0 and :: are any address, which only FORWARD takes.".into())
+            ("bad_address", "0.0.0.0 and :: mean any address, which only FORWARD accepts.".into())
         }
         RuleError::Families => ("bad_address", "Both addresses must be IPv4, or both IPv6.".into()),
         RuleError::Mask(text) => ("bad_mask", mask_message(text)),
@@ -220,18 +223,18 @@ fn rule_error_parts(error: &RuleError) -> (u16, &'static str, String) {
             ),
         ),
         RuleError::Long => {
-            ("bad_address", format!("A line may have {MAX_LINE} bytes before its comment."))
+            ("bad_address", format!("A line may have at most {MAX_LINE} bytes before its comment."))
         }
     };
     (400, code, message)
 }
 
-/// What is wrong with the text of an address: each usual mistake has a hint of its own.
+/// Says that a text is not an address, with a hint for each common mistake.
 fn address_message(text: &str) -> String {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     let first = text.split_whitespace().next().unwrap_or_default();
     let hint = if let Ok(socket) = text.parse::<SocketAddr>() {
-        format!("a rule is about all ports, so write {}", socket.ip())
+        format!("a rule covers all ports, so write {}", socket.ip())
     } else if let (Ok(ip), true) = (bare.parse::<IpAddr>(), bare != text) {
         format!("write {ip}, without brackets")
     } else if let (Ok(ip), true) = (first.parse::<IpAddr>(), first != text) {
@@ -246,7 +249,7 @@ fn address_message(text: &str) -> String {
     format!("{} is not an address; {hint}.", quoted(text))
 }
 
-/// What is wrong with `ADDRESS/MASK`.
+/// Says that `ADDRESS/MASK` is not a block, with a hint if the mask is a netmask.
 fn mask_message(text: &str) -> String {
     let (address, mask) = text.split_once('/').unwrap_or((text, ""));
     match prefix_of(mask) {
@@ -268,7 +271,7 @@ fn prefix_of(netmask: &str) -> Option<u32> {
     Some(bits.leading_ones()).filter(|ones| bits.count_ones() == *ones)
 }
 
-/// A client's text: what is not printable is escaped, and no more is shown than tells what it is.
+/// Quotes a client's text, escaped and cut to [`MAX_SHOWN`] characters.
 fn quoted(text: &str) -> String {
     match text.char_indices().nth(MAX_SHOWN) {
         None => format!("'{}'", text.escape_debug()),
@@ -278,8 +281,8 @@ fn quoted(text: &str) -> String {
     }
 }
 
-/// Reason phrase (RFC 9110, 15) and the error code that goes with it.
-pub fn names(status: u16) -> (&'static str, &'static str) {
+/// The reason phrase (RFC 9110, 15) and error code of a status.
+pub fn reason_and_code(status: u16) -> (&'static str, &'static str) {
     match status {
         200 => ("OK", ""),
         400 => ("Bad Request", "bad_request"),
@@ -303,7 +306,7 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
 }
 
 fn code(status: u16) -> &'static str {
-    names(status).1
+    reason_and_code(status).1
 }
 
 #[cfg(test)]
@@ -313,22 +316,22 @@ mod tests {
     use crate::rule::tag::Tag;
 
     #[test]
-    fn status_code_and_sentence() {
+    fn status_code_and_message() {
         let tags = ["a", "b"].map(|tag| Tag::parse(tag).unwrap()).into();
         let x = || String::from("x");
         let net = |text: &str| Net::parse(text).unwrap();
         let (white, own) =
             (Conflict::Whitelisted(net("1.2.3.0/24")), Conflict::Own(net("1.2.3.4")));
-        let invalid = |count, of| {
+        let invalid = |count, entries| {
             let lines = vec![(2, RuleError::Long)];
-            ApiError::List(ListError::Invalid(Invalid { count, of, lines }))
+            ApiError::List(ListError::Invalid(Invalid { count, entries, lines }))
         };
         let table = [
             (ApiError::Http(414, "x"), 414, "uri_too_long", "x"),
             (ApiError::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
             (ApiError::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
             (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
-            (ApiError::Guessing(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
+            (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
             (ApiError::NotFound, 404, "not_found", "No such action"),
             (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (ApiError::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
@@ -340,10 +343,15 @@ mod tests {
                 "bad_interface",
                 "'x' is not an interface",
             ),
-            (ApiError::Rule(RuleError::All(x())), 400, "bad_interface", "any, as in x."),
+            (
+                ApiError::Rule(RuleError::All(x())),
+                400,
+                "bad_interface",
+                "any for every interface, as in x.",
+            ),
             (ApiError::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
             (ApiError::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
-            (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD takes"),
+            (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD accepts"),
             (ApiError::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),
             (ApiError::Rule(RuleError::Mask(x())), 400, "bad_mask", "be 9 to 32 for IPv4, 17"),
             (ApiError::Rule(RuleError::Wide(net("1.0.0.0/8"))), 400, "bad_mask", "wider than /9"),
@@ -352,31 +360,30 @@ mod tests {
             (ApiError::Rule(RuleError::Long), 400, "bad_address", "1024 bytes"),
             (ApiError::Query(x()), 400, "bad_query", "x"),
             (ApiError::Expire(x()), 400, "bad_expire", "'x' is not an interval"),
-            (ApiError::LongExpire, 400, "bad_expire", "2147483 s (24 days) at most"),
+            (ApiError::LongExpire, 400, "bad_expire", "at most 2147483 s (24 days); 0"),
             (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
+            (invalid(3, 6), 400, "bad_list", "comment. Nothing was applied; lenient=true"),
+            (invalid(3, 5), 400, "bad_list", "more invalid lines than valid ones"),
             (
-                invalid(3, 6),
-                400,
-                "bad_list",
-                "comment. Nothing of the list is applied; with lenient",
+                ApiError::List(ListError::TooMany),
+                413,
+                "content_too_large",
+                "at most 1000000 entries",
             ),
-            (invalid(3, 5), 400, "bad_list", "more than half is invalid is not a list."),
-            (ApiError::List(ListError::TooMany), 413, "content_too_large", "1000000 entries"),
             (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
             (ApiError::Full("No room."), 507, "set_full", "Nothing was applied"),
             (ApiError::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
             (ApiError::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
             (ApiError::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
-            (ApiError::NoIpv6, 400, "bad_address", "no IPv6"),
+            (ApiError::NoIpv6, 400, "bad_address", "not filter IPv6"),
             (ApiError::Iptables(x()), 500, "iptables_failed", "x"),
             (ApiError::Busy("x.".into()), 503, "busy", "x. Try again in a moment."),
         ];
-        for (error, status, code, words) in table {
-            let (got_status, got_code, sentence) = error.parts();
+        for (error, status, code, part) in table {
+            let (got_status, got_code, message) = error.describe();
             assert_eq!((got_status, got_code), (status, code), "{error:?}");
-            assert!(sentence.contains(words), "{sentence}");
-            let lines =
-                "[{\"line\":2,\"message\":\"A line may have 1024 bytes before its comment.\"}]";
+            assert!(message.contains(part), "{message}");
+            let lines = "[{\"line\":2,\"message\":\"A line may have at most 1024 bytes before its comment.\"}]";
             let members =
                 if code == "bad_list" { format!(",\"lines\":{lines}") } else { String::new() };
             assert_eq!(error.extra(), members);
@@ -384,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_mistakes_have_hints() {
+    fn common_mistakes_have_hints() {
         let table = [
             (
                 "[2001:db8::1]",
@@ -392,11 +399,11 @@ mod tests {
             ),
             (
                 "1.2.3.4:80",
-                "'1.2.3.4:80' is not an address; a rule is about all ports, so write 1.2.3.4.",
+                "'1.2.3.4:80' is not an address; a rule covers all ports, so write 1.2.3.4.",
             ),
             (
                 "[2001:db8::1]:443",
-                "'[2001:db8::1]:443' is not an address; a rule is about all ports, so write 2001:db8::1.",
+                "'[2001:db8::1]:443' is not an address; a rule covers all ports, so write 2001:db8::1.",
             ),
             (
                 "1.2.3.0 255.255.255.0",
@@ -446,7 +453,7 @@ mod tests {
             (ApiError::Unauthorized, "WWW-Authenticate: Basic realm=\"rfw\"\r\n"),
             (ApiError::Method("PUT, DELETE"), "Allow: PUT, DELETE\r\n"),
             (ApiError::Busy(String::new()), "Retry-After: 1\r\n"),
-            (ApiError::Guessing(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
+            (ApiError::TooManyGuesses(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
             (ApiError::NotFound, ""),
         ];
         for (error, field) in table {
@@ -478,7 +485,7 @@ mod tests {
             (507, "Insufficient Storage", "set_full"),
         ];
         for (status, reason, code) in table {
-            assert_eq!(names(status), (reason, code), "{status}");
+            assert_eq!(reason_and_code(status), (reason, code), "{status}");
         }
     }
 }

@@ -1,12 +1,12 @@
-//! Who is asking: Basic authentication, RFC 7617, and the users, listed in rfw.conf and in the
-//! file that `auth.file` names:
+//! Basic authentication (RFC 7617), and the users, who are listed in rfw.conf and in the file that
+//! `auth.file` names:
 //!
 //! ```text
 //! file = *( line LF ) [ line ]
 //! line = *WSP [ "#" comment / name ":" password 1*WSP rights ] *WSP
 //! ```
 //!
-//! Names and passwords there hold no white space.
+//! Names and passwords in this file contain no white space.
 
 use super::api_error::ApiError;
 use crate::mutex::lock;
@@ -18,13 +18,13 @@ use std::net::IpAddr;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Users at most, in rfw.conf and the file together: each is compared with every request.
+/// The most users, in rfw.conf and the file together: every request is compared with each of them.
 const MAX_USERS: usize = 256;
 
-/// A user name and password, as a client would send them.
+/// A user name and password, encoded as a client sends them.
 ///
-/// Comparing in this form needs no decoder, and a password that a decoder
-/// would cut at a NUL or read in two ways is just a different one.
+/// Comparing this form needs no decoder, which could cut a password at a NUL
+/// or accept two encodings of it.
 pub struct Credentials {
     user: String,
     token: String,
@@ -35,11 +35,12 @@ struct User {
     rights: Rights,
 }
 
-/// Those who may log in, each name once.
+/// The users, each name once.
 #[derive(Default)]
 pub struct Users(Vec<User>);
 
-/// Somebody who is known, or whom nobody asked. Only [`authenticate`] makes one.
+/// An authenticated user, or any client of a server without authentication. Only [`authenticate`]
+/// makes one.
 pub struct Principal {
     peer: IpAddr,
     user: Option<String>,
@@ -52,7 +53,7 @@ impl Principal {
     }
 }
 
-/// For the log: address and user, `-` where no credentials were asked for.
+/// For the log: address and user, `-` without authentication.
 impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.peer, self.user.as_deref().unwrap_or("-"))
@@ -60,8 +61,8 @@ impl fmt::Display for Principal {
 }
 
 impl Credentials {
-    /// `None` if either is empty, if the user name holds a colon, which would
-    /// end it, or if there are control characters (RFC 7617, 2).
+    /// `None` if either is empty or contains a control character, or if the
+    /// user name contains a colon, which would end it (RFC 7617, 2).
     pub fn new(user: &str, password: &str) -> Option<Credentials> {
         let control = |text: &str| text.contains(char::is_control);
         if user.is_empty()
@@ -76,14 +77,14 @@ impl Credentials {
         Some(Credentials { user: user.into(), token })
     }
 
-    /// The field of a request that shows them, with its CRLF.
+    /// The field of a request that carries them, with its CRLF.
     pub fn field(&self) -> String {
         format!("Authorization: Basic {}\r\n", self.token)
     }
 }
 
 impl Users {
-    /// The user of rfw.conf, if there is one; it may do everything.
+    /// Starts with the user of rfw.conf, if there is one, who has all rights.
     pub fn new(admin: Option<Credentials>) -> Users {
         let admin = admin.map(|credentials| User { credentials, rights: Rights::All });
         Users(admin.into_iter().collect())
@@ -106,62 +107,66 @@ impl Users {
             true => Ok(()),
             false => Err(LineError {
                 line: 0,
-                message: "it names no user; write NAME:PASSWORD RIGHTS".into(),
+                message: "the file names no user; write NAME:PASSWORD RIGHTS".into(),
             }),
         }
     }
 
     fn add_line(&mut self, line: &str) -> Result<(), String> {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [pair, rights] = *words else {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [pair, rights] = *fields else {
             return Err("write NAME:PASSWORD RIGHTS, without other spaces".into());
         };
         let (name, password) = pair.split_once(':').unwrap_or_default();
         let credentials = Credentials::new(name, password)
-            .ok_or("write NAME:PASSWORD, neither of them empty or with a control character")?;
-        // What stands there may be the end of a password with a space.
+            .ok_or("write NAME:PASSWORD; neither may be empty or contain a control character")?;
+        // The text itself is not shown: it may be the end of a password with a space.
         let rights = Rights::parse(rights)
             .ok_or("the rights are not valid; write all, read or tag=NAME[,NAME...]")?;
         if self.0.iter().any(|user| user.credentials.user == name) {
             return Err(format!("user '{name}' exists already, in this file or as auth.username"));
         }
         if self.0.len() >= MAX_USERS {
-            return Err(format!("there may be {MAX_USERS} users, auth.username included"));
+            return Err(format!("there may be at most {MAX_USERS} users, auth.username included"));
         }
         self.0.push(User { credentials, rights });
         Ok(())
     }
 
-    /// Compares with all of them, even behind the right one, in a time that depends on the length
-    /// of `token` alone.
+    /// Compares with every user, also after a match, so that the time depends only on the length of
+    /// `token`.
     fn find(&self, token: &[u8]) -> Option<&User> {
         self.0.iter().fold(None, |found, user| {
-            if same(token, user.credentials.token.as_bytes()) { Some(user) } else { found }
+            if equal_in_constant_time(token, user.credentials.token.as_bytes()) {
+                Some(user)
+            } else {
+                found
+            }
         })
     }
 }
 
-/// How many wrong credentials an address may send in each [`WINDOW`]; with one
-/// more it has to wait for as long, whatever it sends.
+/// How many wrong credentials an address may send per [`WINDOW`]. After one
+/// more, all its requests are refused for as long.
 const MAX_WRONG: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(60);
-/// How many addresses are remembered; the oldest is forgotten for a new one.
+/// How many addresses are remembered; a new one replaces the oldest.
 const MAX_GUESSERS: usize = 1024;
 
-/// Who has sent wrong credentials lately: since when, and how many.
+/// The addresses that sent wrong credentials lately: since when, and how many.
 #[derive(Default)]
 pub struct LoginThrottle(Mutex<HashMap<IpAddr, (Instant, u32)>>);
 
 impl LoginThrottle {
-    /// How long an address has to wait yet.
-    fn wait(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
+    /// How long an address must still wait.
+    fn time_left(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
         let peers = lock(&self.0);
         let (since, wrong) = peers.get(&peer)?;
         let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
         (*wrong > MAX_WRONG && !left.is_zero()).then_some(left)
     }
 
-    /// Counts a wrong guess. The one that is too many begins the time of waiting.
+    /// Counts wrong credentials. Those beyond the limit start the waiting time.
     fn add(&self, peer: IpAddr, now: Instant) {
         let mut peers = lock(&self.0);
         peers.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
@@ -179,7 +184,7 @@ impl LoginThrottle {
     }
 }
 
-/// Lets a peer in: with the credentials of a user, or where none are asked for.
+/// Accepts the credentials of one of `users`; `None` if the server requires no authentication.
 pub fn authenticate(
     peer: IpAddr,
     authorization: Option<&str>,
@@ -190,8 +195,8 @@ pub fn authenticate(
     let Some(users) = users else {
         return Ok(Principal { peer, user: None, rights: Rights::All });
     };
-    if let Some(left) = throttle.wait(peer, now) {
-        return Err(ApiError::Guessing(left));
+    if let Some(left) = throttle.time_left(peer, now) {
+        return Err(ApiError::TooManyGuesses(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
     let user = users.find(token.trim_start_matches(' ').as_bytes());
@@ -200,7 +205,7 @@ pub fn authenticate(
             Ok(Principal { peer, user: Some(credentials.user.clone()), rights: rights.clone() })
         }
         None => {
-            // Who sends none has not guessed.
+            // Missing credentials are not a guess.
             if authorization.is_some() {
                 throttle.add(peer, now);
             }
@@ -209,13 +214,13 @@ pub fn authenticate(
     }
 }
 
-/// Compares in a time that depends on the length of `given` alone.
-fn same(given: &[u8], wanted: &[u8]) -> bool {
-    let mut difference = u8::from(given.len() != wanted.len());
+/// Compares in a time that depends only on the length of `given`.
+fn equal_in_constant_time(given: &[u8], secret: &[u8]) -> bool {
+    let mut difference = u8::from(given.len() != secret.len());
     for (at, byte) in given.iter().enumerate() {
-        // Behind its end the secret is compared as zeros.
-        let secret = wanted.get(at).copied().unwrap_or_default();
-        difference = std::hint::black_box(difference | (byte ^ secret));
+        // Past its end, the secret is compared as zeros.
+        let expected = secret.get(at).copied().unwrap_or_default();
+        difference = std::hint::black_box(difference | (byte ^ expected));
     }
     difference == 0
 }
@@ -272,13 +277,14 @@ mod tests {
             ("aa", "aaa", false),
             ("a\0", "a", false),
         ];
-        for (given, wanted, equal) in table {
-            assert_eq!(same(given.as_bytes(), wanted.as_bytes()), equal, "{given} {wanted}");
+        for (given, secret, expected) in table {
+            let equal = equal_in_constant_time(given.as_bytes(), secret.as_bytes());
+            assert_eq!(equal, expected, "{given} {secret}");
         }
     }
 
     #[test]
-    fn who_gets_in() {
+    fn authentication() {
         let users = Users::new(Credentials::new("Aladdin", "open sesame"));
         let peer = IpAddr::from([192, 0, 2, 1]);
         let right = "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==";
@@ -301,7 +307,7 @@ mod tests {
         for (authorization, admitted) in table {
             assert_eq!(ask(authorization, Some(&users)).is_ok(), admitted, "{authorization:?}");
         }
-        // A server that asks and knows nobody lets nobody in.
+        // A server with authentication but without users admits nobody.
         assert!(ask(Some(right), Some(&nobody)).is_err());
         assert!(ask(Some("Basic "), Some(&nobody)).is_err());
         assert_eq!(ask(Some(right), Some(&users)).unwrap().to_string(), "192.0.2.1 Aladdin");
@@ -311,7 +317,7 @@ mod tests {
         assert!(Credentials::new("a:b", "x").is_none());
     }
 
-    /// Who each token is, among many users; every one is looked at, whoever is right.
+    /// The user of each token, among several.
     #[test]
     fn users() {
         let mut users = Users::new(Credentials::new("admin", "a"));
@@ -340,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_files() {
+    fn invalid_files() {
         let table = [
             ("", 0, "names no user"),
             ("# nobody\n\n", 0, "names no user"),
@@ -350,9 +356,9 @@ mod tests {
             ("a:secret read all", 1, "without other spaces"),
             ("a:secret tag=a, b", 1, "without other spaces"),
             ("a:secret all # comment", 1, "without other spaces"),
-            ("asecret all", 1, "NAME:PASSWORD,"),
-            (":secret all", 1, "neither of them empty"),
-            ("#x\n\na: all", 3, "neither of them empty"),
+            ("asecret all", 1, "NAME:PASSWORD;"),
+            (":secret all", 1, "neither may be empty"),
+            ("#x\n\na: all", 3, "neither may be empty"),
             ("a:sec\u{1}ret all", 1, "control character"),
             ("a:my secret", 1, "rights are not valid"),
             ("a:secret write", 1, "rights are not valid"),
@@ -365,11 +371,11 @@ mod tests {
                 "user 'admin' exists already, in this file or as auth.username",
             ),
         ];
-        for (text, line, words) in table {
+        for (text, line, part) in table {
             let mut users = Users::new(Credentials::new("admin", "a"));
             let error = users.add(text).unwrap_err();
             assert_eq!(error.line, line, "{text}: {}", error.message);
-            assert!(error.message.contains(words), "{text}: {}", error.message);
+            assert!(error.message.contains(part), "{text}: {}", error.message);
             assert!(!error.message.contains("sec"), "a password: {}", error.message);
         }
         let text = |count| (0..count).map(|n| format!("u{n}:x read\n")).collect::<String>();
@@ -390,7 +396,7 @@ mod tests {
             let now = start + Duration::from_secs(second);
             match authenticate(peer(n), authorization, Some(&users), &throttle, now) {
                 Ok(_) => "in".into(),
-                Err(ApiError::Guessing(left)) => format!("wait {}", left.as_secs()),
+                Err(ApiError::TooManyGuesses(left)) => format!("wait {}", left.as_secs()),
                 Err(_) => "wrong".into(),
             }
         };
@@ -406,7 +412,7 @@ mod tests {
         assert_eq!(ask(1, wrong, 70), "wait 1");
         assert_eq!(ask(2, right, 70), "in");
         assert_eq!(ask(1, right, 71), "in");
-        // Ten in one minute and ten in the next are not too many.
+        // Ten in one minute and ten in the next are allowed.
         assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6) == "wrong"));
         // Memory is bounded.
         assert!((10..9_999).all(|n| ask(n, wrong, 300) == "wrong"));

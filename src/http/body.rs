@@ -1,4 +1,4 @@
-//! The body of a request, RFC 9112, 6 and 7.1, handed on as it comes.
+//! The body of a message (RFC 9112, 6 and 7.1), passed on as it arrives.
 //!
 //! ```text
 //! chunked-body = *( chunk-size exts CRLF chunk-data CRLF )
@@ -13,24 +13,23 @@ use crate::clock;
 use std::io::{self, BufRead, Read};
 use std::time::{Duration, Instant};
 
-/// The longest body in bytes, with the extensions of its chunks.
+/// The longest body in bytes, including the extensions of its chunks.
 pub const MAX_BODY: u64 = 64 << 20;
-/// The longest line in bytes that begins a chunk or is a trailer, with its CRLF.
+/// The longest chunk-size or trailer line in bytes, with its CRLF.
 const MAX_LINE: u64 = 1024;
-/// As many digits as a size needs, and some zeros.
+/// Enough digits for any size; further bytes of its line count towards [`MAX_BODY`].
 const MAX_DIGITS: usize = 16;
-/// A body must come within this time.
+/// The time limit for a whole body.
 const BODY_TIME: Duration = Duration::from_secs(60);
-/// And at this pace: so many bytes in each such time, or the rest.
+/// The minimum rate: this many bytes, or the rest, within each such period.
 const PACE: (usize, Duration) = (30 * 1024, Duration::from_secs(30));
 
-const LONG: ApiError = ApiError::Http(413, "A list may have 67108864 bytes (64 MiB) at most.");
+const LONG: ApiError = ApiError::Http(413, "A list may have at most 67108864 bytes (64 MiB).");
 pub const SLOW: ApiError =
-    ApiError::Http(408, "A body must come within 60 s, and 1 KiB a second of it over 30 s.");
-pub const SHORT: ApiError =
-    ApiError::Http(400, "The body ended too early; nothing of it was applied.");
+    ApiError::Http(408, "A body must arrive within 60 s, and 30 KiB of it in every 30 s.");
+pub const SHORT: ApiError = ApiError::Http(400, "The body ended too early; nothing was applied.");
 const CHUNK: ApiError =
-    ApiError::Http(400, "A chunk must be: hex digits, CRLF, so many bytes, CRLF.");
+    ApiError::Http(400, "A chunk must be: SIZE in hex, CRLF, SIZE bytes, CRLF.");
 
 /// Reads the body of a request from its connection.
 pub fn receive(
@@ -41,17 +40,17 @@ pub fn receive(
     if matches!(request.body, Body::Length(length) if length > MAX_BODY) {
         return Err(LONG);
     }
-    // RFC 9110, 10.1.1: not where the client is seen to have gone on by itself.
+    // RFC 9110, 10.1.1: not if the client has already begun to send the body.
     if request.expects_continue && !stream.has_received() {
-        stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(fault)?;
+        stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(body_error)?;
     }
     let mut source = Paced { stream, due: PACE.0, end: clock::after(BODY_TIME) };
     source.set_deadline();
     read(&mut source, request.body, MAX_BODY, each)
 }
 
-/// Reads a body, of which `each` gets the pieces, and leaves what is behind it. Chunks may have
-/// `room` bytes in all.
+/// Reads a body, passes its pieces to `each`, and leaves what follows unread. Chunks may have
+/// `room` bytes in total.
 pub fn read<E: From<ApiError>>(
     source: &mut impl BufRead,
     body: Body,
@@ -64,7 +63,7 @@ pub fn read<E: From<ApiError>>(
     loop {
         let head = line(source)?;
         let size = chunk_size(&head)?;
-        // Extensions count too, or small chunks could bring any number of bytes.
+        // Extensions count too: otherwise, small chunks could carry any number of bytes.
         let taken = size.saturating_add(head.len().saturating_sub(MAX_DIGITS) as u64);
         room = room.checked_sub(taken).ok_or(LONG)?;
         if size == 0 {
@@ -92,7 +91,7 @@ fn pass_on<E: From<ApiError>>(
     each: &mut impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     while left > 0 {
-        let bytes = source.fill_buf().map_err(fault)?;
+        let bytes = source.fill_buf().map_err(body_error)?;
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
         let bytes = bytes.get(..most).filter(|bytes| !bytes.is_empty()).ok_or(SHORT)?;
         each(bytes)?;
@@ -102,10 +101,10 @@ fn pass_on<E: From<ApiError>>(
     Ok(())
 }
 
-/// A line without its CRLF, a character a byte.
+/// Reads a line without its CRLF, as one character per byte.
 fn line(source: &mut impl BufRead) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
-    source.take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(fault)?;
+    source.take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(body_error)?;
     let line = match bytes.strip_suffix(b"\r\n") {
         Some(line) if !line.contains(&b'\r') => line,
         _ if bytes.is_empty() => return Err(SHORT),
@@ -123,7 +122,7 @@ fn chunk_size(line: &str) -> Result<u64, ApiError> {
     }
 }
 
-/// No extension (7.1.1) has a meaning here.
+/// Checks chunk extensions (7.1.1), all of which are ignored.
 fn skip_extensions(mut text: &str) -> Option<()> {
     while !text.is_empty() {
         text = skip_token(bws(bws(text).strip_prefix(';')?))?;
@@ -147,7 +146,7 @@ fn skip_token(text: &str) -> Option<&str> {
     text.get(end..).filter(|_| end > 0)
 }
 
-/// Behind the closing quote of a quoted-string (RFC 9110, 5.6.4).
+/// The text after a quoted-string (RFC 9110, 5.6.4) whose opening quote is read.
 fn skip_quoted(text: &str) -> Option<&str> {
     let mut chars = text.chars();
     loop {
@@ -162,21 +161,21 @@ fn skip_quoted(text: &str) -> Option<&str> {
     }
 }
 
-fn fault(error: io::Error) -> ApiError {
+fn body_error(error: io::Error) -> ApiError {
     if is_timeout(&error) { SLOW } else { SHORT }
 }
 
-/// A connection that has to keep the pace.
+/// A connection that must keep up with [`PACE`].
 struct Paced<'a> {
     stream: &'a mut HttpStream,
-    /// Bytes that are still to come in time.
+    /// Bytes that must still arrive in the current period.
     due: usize,
-    /// When the whole body must be here.
+    /// The deadline of the whole body.
     end: Instant,
 }
 
 impl Paced<'_> {
-    /// For the bytes that are due now.
+    /// Starts a period of [`PACE`].
     fn set_deadline(&mut self) {
         let left = self.end.saturating_duration_since(Instant::now());
         self.stream.set_deadline(left.min(PACE.1));
@@ -213,7 +212,7 @@ mod tests {
     use std::io::Write;
     use std::net::Shutdown;
 
-    /// The body, or the status; and what is left behind it.
+    /// The body or the error's status, and the bytes after it.
     fn read_all(mut bytes: &[u8], body: Body) -> (String, String) {
         let mut text = String::new();
         let each = |bytes: &[u8]| {
@@ -221,7 +220,7 @@ mod tests {
             Ok::<(), ApiError>(())
         };
         let result = read(&mut bytes, body, MAX_BODY, each);
-        let text = result.map_or_else(|error| error.parts().0.to_string(), |()| text);
+        let text = result.map_or_else(|error| error.status().to_string(), |()| text);
         (text, String::from_utf8_lossy(bytes).into())
     }
 
@@ -276,7 +275,7 @@ mod tests {
         for (bytes, status) in wrong {
             assert_eq!(read_all(bytes.as_bytes(), Body::Chunked).0, status, "{bytes:?}");
         }
-        // Too early an end is told from wrong chunks.
+        // A truncated body is distinguished from a malformed chunk.
         for (bytes, error) in [("3\r\nabc\r\n", SHORT), ("x", CHUNK), ("0\n", CHUNK)] {
             let result = read(&mut bytes.as_bytes(), Body::Chunked, MAX_BODY, |_| Ok(()));
             assert_eq!(result, Err(error));
@@ -290,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn the_client_is_told_to_go_on_if_it_waits() {
+    fn a_waiting_client_gets_100_continue() {
         for (with_head, later, expected) in
             [("", "abc", "abc"), ("abc", "", "abc"), ("", "", "400")]
         {
@@ -306,18 +305,18 @@ mod tests {
                 Ok(())
             };
             let result = receive(&mut stream, &request, each);
-            let body = result.map_or_else(|error| error.parts().0.to_string(), |()| body);
+            let body = result.map_or_else(|error| error.status().to_string(), |()| body);
             assert_eq!(body, expected);
             drop(stream);
-            let mut told = String::new();
-            client.read_to_string(&mut told).unwrap();
-            let go_on = if with_head.is_empty() { "HTTP/1.1 100 Continue\r\n\r\n" } else { "" };
-            assert_eq!(told, go_on);
+            let mut interim = String::new();
+            client.read_to_string(&mut interim).unwrap();
+            let expected = if with_head.is_empty() { "HTTP/1.1 100 Continue\r\n\r\n" } else { "" };
+            assert_eq!(interim, expected);
         }
     }
 
     #[test]
-    fn lengths_are_refused_before_they_come() {
+    fn a_long_body_is_refused_before_it_arrives() {
         let (client, mut stream) = pair();
         client.shutdown(Shutdown::Write).unwrap();
         for (length, expected) in [(MAX_BODY + 1, LONG), (MAX_BODY, SHORT)] {
@@ -328,9 +327,9 @@ mod tests {
     }
 
     #[test]
-    fn a_body_has_to_keep_the_pace() {
+    fn a_body_must_keep_the_pace() {
         assert_eq!(PACE.0 as u64, 1024 * PACE.1.as_secs());
-        // After the last byte that was due there is time again, not before, and not after the end.
+        // A new period starts with the last byte due, not earlier, and not after the end.
         for (due, seconds, in_time) in [(3, 20, true), (4, 20, false), (3, 0, false)] {
             let (mut client, mut stream) = pair();
             client.write_all(b"abc").unwrap();
@@ -342,8 +341,8 @@ mod tests {
             assert_eq!(paced.read(&mut [0; 2]).unwrap(), 2);
             assert_eq!(paced.fill_buf().unwrap(), b"c");
             paced.consume(1);
-            let more = paced.fill_buf().map(<[u8]>::len).map_err(fault);
-            assert_eq!(more, if in_time { Ok(0) } else { Err(SLOW) });
+            let rest = paced.fill_buf().map(<[u8]>::len).map_err(body_error);
+            assert_eq!(rest, if in_time { Ok(0) } else { Err(SLOW) });
         }
     }
 }

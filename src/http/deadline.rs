@@ -1,4 +1,4 @@
-//! A socket under one deadline.
+//! A socket with one deadline.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// with what is left of it, so a peer gains nothing by sending byte by byte.
 #[derive(Clone, Debug)]
 pub struct DeadlineSocket {
-    /// Shared with who may cut it.
+    /// Shared with the limiter, which shuts it down to evict the connection.
     pub stream: Arc<TcpStream>,
     pub deadline: Instant,
 }

@@ -1,8 +1,8 @@
-//! Writing JSON, RFC 8259. rfw reads none.
+//! JSON output (RFC 8259). rfw parses no JSON.
 
 use std::fmt::Write;
 
-/// A string with its quotes.
+/// A string, escaped and in quotes.
 pub fn string(text: &str) -> String {
     let mut out = String::from('"');
     for c in text.chars() {

@@ -1,7 +1,6 @@
-//! Bytes to requests and responses to bytes: RFC 9110 and 9112, no more of
-//! them than rfw needs.
+//! Bytes to requests and responses to bytes: as much of RFC 9110 and 9112 as
+//! rfw needs.
 
-pub mod answer;
 pub mod api_error;
 pub mod auth;
 pub mod body;
@@ -10,5 +9,6 @@ pub mod deadline;
 pub mod json;
 pub mod request;
 pub mod response;
+pub mod response_head;
 pub mod stream;
 pub mod tls;

@@ -1,5 +1,5 @@
-//! The head of a request, RFC 9112, read strictly: whatever two readers could
-//! understand differently is refused.
+//! The head of a request (RFC 9112), parsed strictly: what two parsers could
+//! interpret differently is refused.
 //!
 //! ```text
 //! head         = [ CRLF ] request-line CRLF *( field-line CRLF ) CRLF
@@ -17,22 +17,22 @@ pub const MAX_HEAD: usize = 16 * 1024;
 /// The most field lines.
 pub const MAX_FIELDS: usize = 64;
 
-const LONG_LINE: ApiError = ApiError::Http(414, "The request line may have 8192 bytes at most.");
+const LONG_LINE: ApiError = ApiError::Http(414, "The request line may have at most 8192 bytes.");
 const LONG_HEAD: ApiError =
-    ApiError::Http(431, "The head may have 16384 bytes and 64 fields at most.");
+    ApiError::Http(431, "The head may have at most 16384 bytes and 64 fields.");
 const VERSION: ApiError = ApiError::Http(505, "Send HTTP/1.1 or HTTP/1.0.");
-const EXPECTATION: ApiError = ApiError::Http(417, "The only Expect here is 100-continue.");
+const EXPECTATION: ApiError = ApiError::Http(417, "The only supported Expect is 100-continue.");
 
 fn bad(message: &'static str) -> ApiError {
     ApiError::Http(400, message)
 }
 
-/// How long the body is said to be (RFC 9112, 6.3).
+/// The length of the body that the head states (RFC 9112, 6.3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Body {
-    /// So many bytes; zero where the head says nothing.
+    /// In bytes; zero if the head states none.
     Length(u64),
-    /// As many chunks as come.
+    /// Chunks until the last one.
     Chunked,
 }
 
@@ -40,23 +40,23 @@ pub enum Body {
 #[derive(PartialEq, Eq, Debug)]
 pub struct Request {
     pub method: String,
-    /// The path of the target, percent-escapes untouched; `*` for `OPTIONS *`.
+    /// The path of the target, not decoded; `*` for `OPTIONS *`.
     pub path: String,
     pub query: Option<String>,
-    /// The authority that the client means, from the target or from Host.
+    /// The authority that the client addresses, from the target or from Host.
     pub host: Option<String>,
     pub authorization: Option<String>,
     pub body: Body,
     /// Whether the client waits for a 100 before it sends the body.
     pub expects_continue: bool,
-    /// Whether the client speaks HTTP/1.1, and so understands chunks.
+    /// Whether the client speaks HTTP/1.1, which includes chunks.
     pub http11: bool,
     /// Whether the connection may serve another request (9.3).
     pub keep_alive: bool,
 }
 
-/// Finds where the head ends in what was received so far; `None`: more must
-/// come. The verdict depends on the bytes alone, not on how they are split.
+/// The length of the head in what was received so far; `None` if it is not yet
+/// complete. The result depends only on the bytes, not on how they are split.
 pub fn head_length(received: &[u8]) -> Result<Option<usize>, ApiError> {
     let mut start = 0_usize;
     let mut first = true;
@@ -73,10 +73,10 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, ApiError> {
             [] | [b'\r'] => return Ok(None),
             [b'\r', b'\n', ..] => {}
             _ => {
-                return Err(bad("A line must end in CRLF, and CR and LF stand nowhere else."));
+                return Err(bad("A line must end in CRLF, and contain no other CR or LF."));
             }
         }
-        // One empty line before the request line is let pass (2.2).
+        // One empty line before the request line is ignored (2.2).
         if length == 0 && start > 0 {
             return Ok(Some(end));
         }
@@ -87,16 +87,16 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, ApiError> {
 }
 
 impl Request {
-    /// Reads a whole head, as [`head_length`] measured it.
+    /// Parses a whole head, of the length that [`head_length`] returns.
     pub fn parse(head: &[u8]) -> Result<Request, ApiError> {
-        // A character a byte, so that values may hold obs-text (RFC 9110, 5.5).
+        // One character per byte, because values may contain obs-text (RFC 9110, 5.5).
         let text: String = head.iter().map(|b| char::from(*b)).collect();
         let mut lines = text.trim_start_matches("\r\n").trim_end_matches("\r\n").split("\r\n");
         let (method, target, minor) = request_line(lines.next().unwrap_or_default())?;
         let fields = Fields::parse(lines)?;
         let (authority, path, query) = target_parts(method, target)?;
         let host = host(&fields, minor)?;
-        // RFC 9110, 10.1.1: HTTP/1.0 does not know it.
+        // RFC 9110, 10.1.1: HTTP/1.0 has no Expect.
         let expect = fields.single("expect")?.filter(|_| minor > 0);
         if expect.is_some_and(|value| !value.eq_ignore_ascii_case("100-continue")) {
             return Err(EXPECTATION);
@@ -114,7 +114,7 @@ impl Request {
         })
     }
 
-    /// Whether the client means the host that it runs on, by name or address, with any port.
+    /// Whether the client addresses its own host, by name or address, with any port.
     pub fn is_for_localhost(&self) -> bool {
         let host = self.host.as_deref().unwrap_or_default();
         let name = match host.rsplit_once(':') {
@@ -124,7 +124,7 @@ impl Request {
         ["localhost", "127.0.0.1", "[::1]"].iter().any(|known| known.eq_ignore_ascii_case(name))
     }
 
-    /// Method and target as they came, for the log.
+    /// Method and target as received, for the log.
     pub fn line(&self) -> String {
         let query = self.query.as_ref().map(|query| format!("?{query}"));
         format!("{} {}{}", self.method, self.path, query.unwrap_or_default())
@@ -132,17 +132,17 @@ impl Request {
 }
 
 fn request_line(line: &str) -> Result<(&str, &str, u8), ApiError> {
-    let wrong = bad("The request line must be: METHOD SP TARGET SP HTTP/1.1.");
+    let malformed = bad("The request line must be: METHOD SP TARGET SP HTTP/1.1.");
     let [method, target, version] = *line.split(' ').collect::<Vec<_>>() else {
-        return Err(wrong);
+        return Err(malformed);
     };
     if !is_token(method) {
-        return Err(wrong);
+        return Err(malformed);
     }
     match version.strip_prefix("HTTP/").map(str::as_bytes) {
         Some([b'1', b'.', minor @ b'0'..=b'9']) => Ok((method, target, minor.saturating_sub(b'0'))),
         Some([b'0'..=b'9', b'.', b'0'..=b'9']) => Err(VERSION),
-        _ => Err(wrong),
+        _ => Err(malformed),
     }
 }
 
@@ -153,7 +153,7 @@ fn target_parts<'a>(
     target: &'a str,
 ) -> Result<(Option<&'a str>, &'a str, Option<&'a str>), ApiError> {
     if method == "CONNECT" {
-        return Err(ApiError::Http(501, "rfw is no proxy: CONNECT is not implemented."));
+        return Err(ApiError::Http(501, "rfw is not a proxy: CONNECT is not implemented."));
     }
     if target == "*" && method == "OPTIONS" {
         return Ok((None, target, None));
@@ -186,7 +186,7 @@ fn target_parts<'a>(
     Ok((authority, path, query))
 }
 
-/// RFC 3986, 3.3: pchar, and the characters in `also`.
+/// Whether all characters are pchar (RFC 3986, 3.3) or in `also`.
 fn is_pchars(text: &str, also: &str) -> bool {
     let mut pieces = text.split('%');
     let plain = |piece: &str| {
@@ -202,7 +202,7 @@ fn is_pchars(text: &str, also: &str) -> bool {
         })
 }
 
-/// Whether these are field lines, as they may also stand behind a body.
+/// Checks field lines; those after a body (trailers) have the same form.
 pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
     Fields::parse(lines).map(|_| ())
 }
@@ -215,13 +215,13 @@ impl<'a> Fields<'a> {
         let mut fields = Vec::new();
         for line in lines {
             let (name, value) = line.split_once(':').unwrap_or_default();
-            // A name with a space at either end, or an obs-fold (5.2), is no token.
+            // A name with a space at either end, or an obs-fold (5.2), is not a token.
             if !is_token(name) {
                 return Err(bad("A field line must be NAME:VALUE, with no space in the name."));
             }
             let control = |c: char| c.is_ascii_control() && c != '\t';
             if value.contains(control) {
-                return Err(bad("A field value must hold no control characters."));
+                return Err(bad("A field value must contain no control characters."));
             }
             if fields.len() >= MAX_FIELDS {
                 return Err(LONG_HEAD);
@@ -244,21 +244,21 @@ impl<'a> Fields<'a> {
         !wants("close") && (minor > 0 || wants("keep-alive"))
     }
 
-    /// The value of a field that may stand only once.
+    /// The value of a field that may occur only once.
     fn single(&self, name: &str) -> Result<Option<&'a str>, ApiError> {
         let mut values = self.all(name);
         match (values.next(), values.next()) {
             (value, None) => Ok(value),
-            _ => Err(bad("Host, Content-Length, Expect and Authorization may stand only once.")),
+            _ => Err(bad("Host, Content-Length, Expect and Authorization may occur only once.")),
         }
     }
 }
 
-/// RFC 9112, 3.2: HTTP/1.1 needs exactly one Host, and a valid one.
+/// RFC 9112, 3.2: HTTP/1.1 requires exactly one Host, and a valid one.
 fn host<'a>(fields: &Fields<'a>, minor: u8) -> Result<Option<&'a str>, ApiError> {
     let host = fields.single("host")?;
     match host {
-        None if minor > 0 => Err(bad("HTTP/1.1 needs a Host field.")),
+        None if minor > 0 => Err(bad("HTTP/1.1 requires a Host field.")),
         Some(host) if !host.is_empty() && !is_authority(host) => {
             Err(bad("The Host field must be a host name or address, with or without a port."))
         }
@@ -279,19 +279,19 @@ pub fn is_authority(text: &str) -> bool {
     host_ok && (matches!(port, "" | ":") || port.strip_prefix(':').is_some_and(is_number))
 }
 
-/// RFC 9112, 6.1 to 6.3: one way to tell the length, or none.
+/// RFC 9112, 6.1 to 6.3: the length is stated in at most one way.
 pub(super) fn body(fields: &Fields<'_>, minor: u8) -> Result<Body, ApiError> {
     let length = fields.single("content-length")?;
     let codings: Vec<&str> = fields.all("transfer-encoding").collect();
     match (&*codings, length) {
         ([], None) => Ok(Body::Length(0)),
-        // More digits than a u64 holds are more bytes than anybody takes.
+        // A length beyond a u64 exceeds every limit.
         ([], Some(text)) if is_number(text) => Ok(Body::Length(text.parse().unwrap_or(u64::MAX))),
         ([], Some(_)) => Err(bad("Content-Length must be digits.")),
         (_, Some(_)) => Err(bad("Content-Length and Transfer-Encoding exclude each other.")),
-        _ if minor == 0 => Err(bad("HTTP/1.0 knows no Transfer-Encoding.")),
+        _ if minor == 0 => Err(bad("HTTP/1.0 has no Transfer-Encoding.")),
         ([coding], _) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::Chunked),
-        _ => Err(ApiError::Http(501, "The only Transfer-Encoding here is chunked.")),
+        _ => Err(ApiError::Http(501, "The only supported Transfer-Encoding is chunked.")),
     }
 }
 
@@ -308,15 +308,15 @@ pub fn is_tchar(c: char) -> bool {
 mod tests {
     use super::*;
 
-    /// What a head comes to, in one line.
+    /// A parsed head in one line, or its error.
     fn read(head: &[u8]) -> String {
         let length = match head_length(head) {
             Ok(Some(length)) => length,
             Ok(None) => return "more".into(),
-            Err(error) => return error.parts().0.to_string(),
+            Err(error) => return error.status().to_string(),
         };
         match Request::parse(&head[..length]) {
-            Err(error) => error.parts().0.to_string(),
+            Err(error) => error.status().to_string(),
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_that_are_this_one() {
+    fn names_of_the_local_host() {
         let table = [
             ("localhost", true),
             ("LocalHost:8080", true),
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn as_the_log_shows_it() {
+    fn request_lines_in_the_log() {
         for (target, line) in [("/a%20b", "PUT /a%20b"), ("http://h?x=%00", "PUT /?x=%00")] {
             let head = format!("PUT {target} HTTP/1.0\r\n\r\n");
             assert_eq!(Request::parse(head.as_bytes()).unwrap().line(), line);
@@ -494,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_reads_alike_however_it_is_split() {
+    fn a_head_parses_alike_however_it_is_split() {
         let long = "a".repeat(MAX_LINE + 9);
         let heads = [
             with("X: y\r\n") + "GET /next",

@@ -1,6 +1,6 @@
-//! Answers to bytes.
+//! Responses to bytes.
 
-use super::api_error::{ApiError, names};
+use super::api_error::{ApiError, reason_and_code};
 use super::body;
 use super::json;
 use super::request::{Body, Request};
@@ -9,24 +9,24 @@ use crate::clock::{self, Utc};
 use crate::log::printable;
 use std::time::Duration;
 
-/// How many bytes of a long answer are sent at a time.
+/// How many bytes of a long response are sent at a time.
 const CHUNK: usize = 16 * 1024;
-/// How long a client may take to receive an answer, and a long one.
-const ANSWER_TIME: Duration = Duration::from_secs(5);
-const LIST_TIME: Duration = Duration::from_secs(60);
+/// How long a client may take to receive a response, and a long one.
+const RESPONSE_TIME: Duration = Duration::from_secs(5);
+const LONG_RESPONSE_TIME: Duration = Duration::from_secs(60);
 
-/// The answer to one request. A short one has a Content-Length; a long one is
-/// sent while it is made, in chunks (RFC 9112, 7.1), or to HTTP/1.0 up to the
-/// end of the connection.
+/// The response to one request. A short one has a Content-Length; a long one is
+/// sent while it is generated, in chunks (RFC 9112, 7.1) or, for HTTP/1.0, until
+/// the connection is closed.
 pub struct ResponseWriter<'a> {
     stream: &'a mut HttpStream,
     /// Whether the connection may serve another request.
-    pub keep: bool,
+    pub keep_alive: bool,
     http11: bool,
-    /// The answer to HEAD has no body (RFC 9110, 9.3.2).
+    /// The response to HEAD has no body (RFC 9110, 9.3.2).
     head_only: bool,
-    /// Whether the head is sent.
-    begun: bool,
+    /// Whether the head of a long response has been sent.
+    has_begun: bool,
     pending: String,
 }
 
@@ -34,63 +34,63 @@ impl<'a> ResponseWriter<'a> {
     pub fn new(stream: &'a mut HttpStream, request: Option<&Request>) -> ResponseWriter<'a> {
         ResponseWriter {
             stream,
-            // A body that nobody reads would be taken for the next request.
-            keep: request.is_some_and(|r| r.keep_alive && r.body == Body::Length(0)),
+            // An unread body would be taken for the next request.
+            keep_alive: request.is_some_and(|r| r.keep_alive && r.body == Body::Length(0)),
             http11: request.is_some_and(|request| request.http11),
             head_only: request.is_some_and(|request| request.method == "HEAD"),
-            begun: false,
+            has_begun: false,
             pending: String::new(),
         }
     }
 
-    /// Reads the request's body; the connection is of further use behind it.
+    /// Reads the request's body; afterwards, the connection may serve another request.
     pub fn receive(
         &mut self,
         request: &Request,
         each: impl FnMut(&[u8]) -> Result<(), ApiError>,
     ) -> Result<(), ApiError> {
         body::receive(self.stream, request, each)?;
-        self.keep = request.keep_alive;
+        self.keep_alive = request.keep_alive;
         Ok(())
     }
 
-    /// Adds to the body of a JSON answer; `false` if the client is gone.
+    /// Adds to the body of a JSON response; `false` if the client is gone.
     pub fn push(&mut self, text: &str) -> bool {
         self.pending.push_str(text);
         if self.pending.len() < CHUNK {
             return true;
         }
-        if !self.begun {
-            self.stream.set_deadline(LIST_TIME);
-            self.keep = self.keep && self.http11;
+        if !self.has_begun {
+            self.stream.set_deadline(LONG_RESPONSE_TIME);
+            self.keep_alive = self.keep_alive && self.http11;
             let coding = if self.http11 { "Transfer-Encoding: chunked\r\n" } else { "" };
             let head = self.head(200, "application/json", coding);
             self.send(&head);
-            self.begun = true;
+            self.has_begun = true;
         }
         self.send_pending("")
     }
 
-    /// Ends the answer, a 200.
+    /// Completes a response with status 200.
     pub fn end(&mut self, content_type: &str) {
-        match self.begun {
+        match self.has_begun {
             true => self.send_pending("0\r\n\r\n"),
             false => self.send_whole(200, content_type, ""),
         };
     }
 
-    /// Answers `{"error":CODE,"message":SENTENCE}`. Where a part of a long answer
-    /// is sent already, the connection ends, which a client sees by the missing
-    /// last chunk. Returns the result for the log, with what the kernel's tools said.
+    /// Responds with `{"error":CODE,"message":SENTENCE}`. If part of a long response
+    /// has been sent, the connection is closed instead, and the client misses the
+    /// last chunk. Returns the result for the log, with the message of a 5xx.
     pub fn refuse(&mut self, error: &ApiError) -> String {
-        let (status, code, message) = error.parts();
-        if self.begun {
-            self.keep = false;
+        let (status, code, message) = error.describe();
+        if self.has_begun {
+            self.keep_alive = false;
             return format!("cut {status} {code}");
         }
         let text = json::string(&message);
-        let more = error.extra();
-        self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{more}}}\n");
+        let extra = error.extra();
+        self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{extra}}}\n");
         self.send_whole(status, "application/json", &error.header());
         match status {
             ..500 => format!("{status} {code}"),
@@ -102,14 +102,14 @@ impl<'a> ResponseWriter<'a> {
         format!(
             "HTTP/1.1 {status} {}\r\nDate: {}\r\nContent-Type: {content_type}\r\n\
              Connection: {}\r\n{fields}\r\n",
-            names(status).0,
+            reason_and_code(status).0,
             Utc(clock::wall()).http(),
-            if self.keep { "keep-alive" } else { "close" }
+            if self.keep_alive { "keep-alive" } else { "close" }
         )
     }
 
     fn send_whole(&mut self, status: u16, content_type: &str, fields: &str) -> bool {
-        self.stream.set_deadline(ANSWER_TIME);
+        self.stream.set_deadline(RESPONSE_TIME);
         let body = std::mem::take(&mut self.pending);
         let fields = format!("{fields}Content-Length: {}\r\n", body.len());
         let mut text = self.head(status, content_type, &fields);
@@ -131,7 +131,7 @@ impl<'a> ResponseWriter<'a> {
 
     fn send(&mut self, text: &str) -> bool {
         let sent = self.stream.send(text).is_ok();
-        self.keep = self.keep && sent;
+        self.keep_alive = self.keep_alive && sent;
         sent
     }
 }
@@ -145,14 +145,14 @@ mod tests {
     const GET: &str = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
     const OLD: &str = "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n";
 
-    /// What the client gets, less the date, CRLF shown as |; and whether the
-    /// connection is kept.
-    fn answer(head: &str, make: impl FnOnce(&mut ResponseWriter<'_>)) -> (String, bool) {
+    /// What the client receives, without the date and with | for CRLF, and whether
+    /// the connection is kept alive.
+    fn respond(head: &str, make: impl FnOnce(&mut ResponseWriter<'_>)) -> (String, bool) {
         let (mut client, mut stream) = pair();
         let request = Request::parse(head.as_bytes()).unwrap();
         let mut response = ResponseWriter::new(&mut stream, Some(&request));
         make(&mut response);
-        let keep = response.keep;
+        let keep = response.keep_alive;
         drop(stream);
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn short_answers() {
+    fn short_responses() {
         let make = |response: &mut ResponseWriter<'_>| {
             assert!(response.push("a") && response.push("b"));
             response.end("text/plain");
@@ -179,12 +179,12 @@ mod tests {
             ),
         ];
         for (request, expected, keep) in table {
-            assert_eq!(answer(request, make), (expected, keep), "{request:?}");
+            assert_eq!(respond(request, make), (expected, keep), "{request:?}");
         }
     }
 
     #[test]
-    fn long_answers_are_sent_while_they_are_made() {
+    fn long_responses_are_sent_while_they_are_generated() {
         let text = "x".repeat(CHUNK);
         let head = "HTTP/1.1 200 OK|Content-Type: application/json|Connection: ";
         let make = |pieces: &[&str]| {
@@ -195,21 +195,21 @@ mod tests {
             }
         };
         let (most, last) = (&text[1..], "y");
-        let (got, _) = answer(GET, make(&[most]));
+        let (got, _) = respond(GET, make(&[most]));
         assert_eq!(got, format!("{head}keep-alive|Content-Length: 16383||{most}"));
         let chunked = format!("{head}keep-alive|Transfer-Encoding: chunked||4000|");
-        let got = answer(GET, make(&[most, last]));
+        let got = respond(GET, make(&[most, last]));
         assert_eq!(got, (format!("{chunked}{most}{last}|0||"), true));
-        let got = answer(GET, make(&[&text, &text, last]));
+        let got = respond(GET, make(&[&text, &text, last]));
         assert_eq!(got, (format!("{chunked}{text}|4000|{text}|1|y|0||"), true));
-        let got = answer(OLD, make(&[&text, &text, last]));
+        let got = respond(OLD, make(&[&text, &text, last]));
         assert_eq!(got, (format!("{head}close||{text}{text}y"), false));
     }
 
     #[test]
-    fn refusals() {
+    fn errors() {
         let mut logged = String::new();
-        let got = answer(GET, |response| logged = response.refuse(&ApiError::Method("PUT")));
+        let got = respond(GET, |response| logged = response.refuse(&ApiError::Method("PUT")));
         let head = "HTTP/1.1 405 Method Not Allowed|Content-Type: application/json|";
         let text =
             r#"{"error":"method_not_allowed","message":"The methods for this path are PUT."}"#;
@@ -217,14 +217,14 @@ mod tests {
         assert_eq!(got, (format!("{head}{rest}"), true));
         assert_eq!(logged, "405 method_not_allowed");
         let failure = ApiError::Iptables("no\n".into());
-        let got = answer(GET, |response| logged = response.refuse(&failure)).0;
+        let got = respond(GET, |response| logged = response.refuse(&failure)).0;
         assert!(
             got.ends_with("{\"error\":\"iptables_failed\",\"message\":\"no\\u000a\"}\n"),
             "{got}"
         );
         assert_eq!(logged, r"500 iptables_failed 'no\n'");
-        // In the middle of an answer there is only the end.
-        let (got, keep) = answer(GET, |response| {
+        // In the middle of a response, the connection is closed.
+        let (got, keep) = respond(GET, |response| {
             response.push(&"x".repeat(CHUNK));
             logged = response.refuse(&failure);
         });
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_was_read_leaves_the_connection_of_use() {
+    fn a_connection_is_reusable_after_its_body_is_read() {
         for (connection, kept) in [("x", true), ("close", false)] {
             let (mut client, mut stream) = pair();
             let fields = format!("Host: h\r\nConnection: {connection}\r\nContent-Length: 3");
@@ -246,18 +246,18 @@ mod tests {
                 Ok(())
             };
             response.receive(&request, each).unwrap();
-            assert_eq!((response.keep, &*body), (kept, &b"abc"[..]));
+            assert_eq!((response.keep_alive, &*body), (kept, &b"abc"[..]));
         }
     }
 
     #[test]
-    fn a_client_that_is_gone_is_noticed() {
+    fn a_client_that_is_gone_is_detected() {
         let (client, mut stream) = pair();
         drop(client);
         let request = Request::parse(GET.as_bytes()).unwrap();
         let mut response = ResponseWriter::new(&mut stream, Some(&request));
         let text = "x".repeat(CHUNK);
         assert!((0..1_000).any(|_| !response.push(&text)));
-        assert!(!response.keep);
+        assert!(!response.keep_alive);
     }
 }

@@ -1,4 +1,4 @@
-//! The head of an answer, RFC 9112, 4, read as strictly as that of a request.
+//! The head of a response (RFC 9112, 4), parsed as strictly as that of a request.
 //!
 //! ```text
 //! status-line = "HTTP/" DIGIT "." DIGIT SP 3DIGIT [ SP reason-phrase ] CRLF
@@ -8,20 +8,20 @@ use super::request::{Body, Fields, body};
 use crate::rule::is_number;
 use std::time::Duration;
 
-/// What the client has to know of an answer before its body.
+/// What the client needs to know before it reads the body.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Head {
     pub status: u16,
     pub body: Body,
-    /// How long the server asks to wait; zero where it says nothing, or a date.
+    /// How long the server asks to wait; zero if it does not say, or gives a date.
     pub retry_after: Duration,
-    /// Whether another request may follow on the connection.
+    /// Whether the connection may carry another request.
     pub keep_alive: bool,
 }
 
 impl Head {
-    /// Reads a whole head. `None` if it is malformed, or if it does not say how long the
-    /// body is: then nobody could tell whether it is whole.
+    /// Parses a whole head. `None` if it is malformed, or does not state the length of the
+    /// body: a truncated body would then look complete.
     pub fn parse(head: &[u8]) -> Option<Head> {
         let text: String = head.iter().map(|byte| char::from(*byte)).collect();
         let mut lines = text.strip_suffix("\r\n\r\n")?.split("\r\n");

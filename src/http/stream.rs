@@ -1,4 +1,4 @@
-//! A connection, plain or TLS, of which every wait has one common deadline.
+//! A connection, plain or TLS, with one deadline for all its waits.
 
 use super::api_error::ApiError;
 use super::deadline::DeadlineSocket;
@@ -11,8 +11,8 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a connection lingers for a peer that still sends, however much, so that the answer is
-/// not lost to a reset (RFC 9112, 9.6).
+/// How long a closed connection reads on if the peer still sends, so that a reset does not destroy
+/// the response (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(1);
 
 /// How many bytes are received at a time.
@@ -27,16 +27,16 @@ enum Io {
     Tls(Box<Session>),
 }
 
-/// One connection with what was received ahead of its use.
+/// One connection and its receive buffer.
 pub struct HttpStream {
     io: Io,
     received: Vec<u8>,
-    /// How much of that is used already.
+    /// How many of the received bytes are used.
     used: usize,
 }
 
 impl HttpStream {
-    /// Takes a connection; with an acceptor it speaks TLS.
+    /// Wraps a socket, in TLS if there is an acceptor.
     pub fn new(stream: Arc<TcpStream>, acceptor: Option<&Acceptor>) -> io::Result<HttpStream> {
         stream.set_nodelay(true)?;
         let socket = DeadlineSocket { stream, deadline: Instant::now() };
@@ -47,7 +47,7 @@ impl HttpStream {
         Ok(HttpStream { io, received: Vec::new(), used: 0 })
     }
 
-    /// Sets the deadline of everything that follows.
+    /// Sets the deadline of all reads and writes that follow.
     pub fn set_deadline(&mut self, time: Duration) {
         self.socket().deadline = clock::after(time);
     }
@@ -95,7 +95,7 @@ impl HttpStream {
         self.used < self.received.len()
     }
 
-    /// The bytes that come next, at least one unless the peer has ended.
+    /// The next bytes, at least one unless the peer has closed its side.
     pub fn fill(&mut self) -> io::Result<&[u8]> {
         if !self.has_received() {
             self.received.clear();
@@ -105,7 +105,7 @@ impl HttpStream {
         Ok(self.received.get(self.used..).unwrap_or_default())
     }
 
-    /// So many of them are used.
+    /// Marks bytes of [`HttpStream::fill`] as used.
     pub fn consume(&mut self, count: usize) {
         self.used = self.used.saturating_add(count);
     }
@@ -117,7 +117,7 @@ impl HttpStream {
         }
     }
 
-    /// Closes the connection so that the peer can still read the answer.
+    /// Closes the connection such that the peer can still read the response.
     pub fn close(mut self) {
         self.set_deadline(LINGER);
         if let Io::Tls(session) = &mut self.io {
@@ -169,13 +169,13 @@ mod tests {
     fn path(stream: &mut HttpStream) -> String {
         match stream.request() {
             Err(_) => "none".into(),
-            Ok(Err(error)) => error.parts().0.to_string(),
+            Ok(Err(error)) => error.status().to_string(),
             Ok(Ok(request)) => request.path,
         }
     }
 
     #[test]
-    fn requests_behind_each_other() {
+    fn pipelined_requests() {
         let (mut client, mut stream) = pair();
         client.write_all(b"GET /a HTTP/1.0\r\n\r\nGET /b HTTP/1.0\r\n\r\n").unwrap();
         assert_eq!(path(&mut stream), "/a");
@@ -189,7 +189,7 @@ mod tests {
         let (mut client, mut stream) = pair();
         client.write_all(b"GET\n").unwrap();
         assert_eq!(path(&mut stream), "400");
-        // Longer than what is received at a time.
+        // Longer than one read.
         let (mut client, mut stream) = pair();
         let long = "x".repeat(PIECE - 16);
         write!(client, "GET /{long} HTTP/1.0\r\nX: {long}\r\n\r\n").unwrap();
@@ -197,12 +197,12 @@ mod tests {
     }
 
     #[test]
-    fn who_is_late_is_told_unless_silent() {
-        for (begun, told) in [("GET /", "408"), ("", "none")] {
+    fn a_late_client_gets_408_unless_it_sent_nothing() {
+        for (begun, expected) in [("GET /", "408"), ("", "none")] {
             let (mut client, mut stream) = pair();
             client.write_all(begun.as_bytes()).unwrap();
             stream.set_deadline(Duration::from_millis(100));
-            assert_eq!(path(&mut stream), told);
+            assert_eq!(path(&mut stream), expected);
         }
         for (kind, timeout) in [
             (ErrorKind::TimedOut, true),
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_behind_a_head() {
+    fn bytes_after_a_head() {
         let (mut client, mut stream) = pair();
         client.write_all(b"PUT / HTTP/1.0\r\n\r\nabcd").unwrap();
         assert_eq!(path(&mut stream), "/");
@@ -231,10 +231,10 @@ mod tests {
         assert_eq!(stream.fill().unwrap(), b"");
     }
 
-    /// Unread bytes make the kernel reset a connection that is closed, and a
-    /// reset takes the answer with it.
+    /// If bytes are unread at close, the kernel resets the connection, which
+    /// destroys the response.
     #[test]
-    fn the_last_answer_arrives() {
+    fn the_last_response_arrives() {
         let (mut client, mut stream) = pair();
         client.write_all(&[b'x'; 100_000]).unwrap();
         stream.send("answer").unwrap();

@@ -1,4 +1,4 @@
-//! A list of addresses, read as its bytes come, line by line.
+//! A list of addresses, parsed line by line as its bytes arrive.
 //!
 //! ```text
 //! list  = [ byte-order-mark ] *( line ( LF / CR LF / CR ) ) [ line ]
@@ -11,25 +11,25 @@ use super::rights::Allowed;
 use super::whitelist::{Permitted, Sieve, Whitelist};
 use super::{Chain, RuleError, RuleTemplate, is_narrow, take_block};
 
-/// The most blocks in a list; a range counts as the blocks that it comes to.
+/// The most blocks in a list; a range counts as the blocks that make it up.
 pub const MAX_ENTRIES: usize = 1_000_000;
-/// The longest line in bytes, its comment not counted.
+/// The longest line in bytes, without its comment.
 pub const MAX_LINE: usize = 1024;
 /// How many invalid lines, and how many whitelisted ones, are reported.
 const MAX_REPORTED: usize = 20;
-/// UTF-8's, which some editors and spreadsheets write.
+/// In UTF-8; some editors and spreadsheets write it.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// How a list is read.
+/// How a list is parsed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ListOptions {
-    /// Whether up to half of the lines may be invalid; then they are skipped.
+    /// Whether invalid lines are skipped, if they are at most half of all.
     pub lenient: bool,
-    /// Whether this host filters IPv6; if not, its lines are skipped.
+    /// Whether this host filters IPv6; if not, IPv6 lines are skipped.
     pub ipv6: bool,
 }
 
-/// What was read of a list so far.
+/// A list that is being parsed.
 pub struct List {
     options: ListOptions,
     sieve: Sieve,
@@ -37,42 +37,42 @@ pub struct List {
     cut: Vec<Net>,
     report: ListReport,
     invalid: Invalid,
-    /// Lines so far, those without an entry too.
+    /// Lines so far, including those without an entry.
     lines: usize,
-    /// The line that is not yet whole, without what is far behind MAX_LINE.
+    /// The line that is not yet complete, cut soon after [`MAX_LINE`].
     line: Vec<u8>,
     after_cr: bool,
 }
 
-/// The lines that name no rule.
+/// The invalid lines of a list.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Invalid {
     pub count: usize,
     /// How many lines have an entry, valid or not.
-    pub of: usize,
+    pub entries: usize,
     /// The first of them, with their numbers, counted from 1.
     pub lines: Vec<(usize, RuleError)>,
 }
 
-/// What of a list was not applied.
+/// The parts of a list that are not applied.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub struct ListReport {
-    /// How many lines have addresses that no change may touch. What else they name is applied.
+    /// How many lines name protected addresses. The rest of such a line is applied.
     pub whitelisted_count: usize,
     /// The first of them.
     pub whitelisted: Vec<String>,
     /// Lines skipped because this host has no IPv6.
     pub ipv6_skipped: usize,
-    /// If the list was read leniently, the lines skipped as invalid.
+    /// With `lenient`, the lines skipped as invalid.
     pub invalid: Option<Invalid>,
 }
 
-/// Why nothing of a list is applied.
+/// Why a list is refused as a whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ListError {
-    /// There are more than [`MAX_ENTRIES`].
+    /// More than [`MAX_ENTRIES`] blocks.
     TooMany,
-    /// It names no address.
+    /// No address.
     Empty,
     Invalid(Invalid),
 }
@@ -97,15 +97,15 @@ impl List {
         }
     }
 
-    /// Takes the bytes that come next.
+    /// Parses the next bytes.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), ListError> {
         for piece in bytes.split_inclusive(|byte| matches!(byte, b'\r' | b'\n')) {
             let after_cr = std::mem::replace(&mut self.after_cr, piece.ends_with(b"\r"));
             if after_cr && piece == b"\n" {
-                continue; // of CR LF
+                continue; // the second half of CR LF
             }
             let text = piece.strip_suffix(b"\n").or(piece.strip_suffix(b"\r"));
-            // Behind the longest entry, what shows that there is more of it or a comment.
+            // Room for the longest entry, and for what shows that it continues or a comment follows.
             let room = MAX_LINE.saturating_add(BYTE_ORDER_MARK.len()).saturating_add(2);
             let room = room.saturating_sub(self.line.len());
             self.line.extend(text.unwrap_or(piece).iter().take(room));
@@ -116,17 +116,17 @@ impl List {
         Ok(())
     }
 
-    /// The change of all its rules, and what is left out of it.
+    /// The permitted change, and the report on what it leaves out.
     pub fn finish(mut self) -> Result<(Permitted, ListReport), ListError> {
         self.end_line()?;
-        let Invalid { count, of, .. } = self.invalid;
-        // A download that went wrong must not unblock everything that its list had.
-        let is_left = self.sieve.count() > 0 || !self.sieve.replaces();
-        if of == 0 || !is_left && count == 0 {
+        let Invalid { count, entries, .. } = self.invalid;
+        // A failed download must not unblock everything that the previous list blocked.
+        let deletes_all = self.sieve.count() == 0 && self.sieve.replaces();
+        if entries == 0 || deletes_all && count == 0 {
             return Err(ListError::Empty);
         }
-        let most = if self.options.lenient { of / 2 } else { 0 };
-        if count > most || !is_left {
+        let tolerated = if self.options.lenient { entries / 2 } else { 0 };
+        if count > tolerated || deletes_all {
             return Err(ListError::Invalid(self.invalid));
         }
         self.cut.sort_unstable();
@@ -139,25 +139,25 @@ impl List {
     fn end_line(&mut self) -> Result<(), ListError> {
         let mut line = std::mem::take(&mut self.line);
         self.lines = self.lines.saturating_add(1);
-        let start = if self.lines == 1 { BYTE_ORDER_MARK } else { b"" };
-        let entry = without_comment(line.strip_prefix(start).unwrap_or(&line));
+        let mark = if self.lines == 1 { BYTE_ORDER_MARK } else { b"" };
+        let entry = without_comment(line.strip_prefix(mark).unwrap_or(&line));
         let text = String::from_utf8_lossy(entry);
         let text = text.trim_matches([' ', '\t']);
         if !text.is_empty() || entry.len() > MAX_LINE {
             let blocks = if entry.len() > MAX_LINE { Err(RuleError::Long) } else { blocks(text) };
-            self.take_entry(text, blocks)?;
+            self.add_entry(text, blocks)?;
         }
         line.clear();
         self.line = line;
         Ok(())
     }
 
-    fn take_entry(
+    fn add_entry(
         &mut self,
         text: &str,
         blocks: Result<Vec<Net>, RuleError>,
     ) -> Result<(), ListError> {
-        self.invalid.of = self.invalid.of.saturating_add(1);
+        self.invalid.entries = self.invalid.entries.saturating_add(1);
         let is_ipv6 = |net: &Net| net.family() == Family::V6;
         match blocks {
             Err(error) => {
@@ -169,7 +169,7 @@ impl List {
             Ok(blocks) if !self.options.ipv6 && blocks.iter().any(is_ipv6) => {
                 self.report.ipv6_skipped = self.report.ipv6_skipped.saturating_add(1);
             }
-            Ok(blocks) => self.sift(text, &blocks),
+            Ok(blocks) => self.add_blocks(text, &blocks),
         }
         match self.sieve.count().saturating_add(self.cut.len()) > MAX_ENTRIES {
             true => Err(ListError::TooMany),
@@ -177,7 +177,7 @@ impl List {
         }
     }
 
-    fn sift(&mut self, text: &str, blocks: &[Net]) {
+    fn add_blocks(&mut self, text: &str, blocks: &[Net]) {
         let mut has_holes = false;
         for net in blocks {
             has_holes |= self.sieve.add(*net);
@@ -203,7 +203,7 @@ fn without_comment(line: &[u8]) -> &[u8] {
     end.and_then(|end| line.get(..end)).unwrap_or(line)
 }
 
-/// One entry, which is held to what the path of a rule in INPUT may name.
+/// Parses an entry, which may name what the path of a rule in INPUT may name.
 fn blocks(entry: &str) -> Result<Vec<Net>, RuleError> {
     if entry.contains('-') {
         let nets = Net::parse_range(entry).filter(|nets| !nets.iter().any(Net::is_unspecified));
@@ -246,7 +246,12 @@ mod tests {
         }
         let invalid_text = |invalid: &Invalid| {
             let lines = invalid.lines.iter().map(|(line, error)| format!("{line} {error:?}"));
-            format!("{}/{}: {}", invalid.count, invalid.of, lines.collect::<Vec<_>>().join(", "))
+            format!(
+                "{}/{}: {}",
+                invalid.count,
+                invalid.entries,
+                lines.collect::<Vec<_>>().join(", ")
+            )
         };
         let (permitted, report) = list.finish().map_err(|error| match error {
             ListError::Invalid(invalid) => invalid_text(&invalid),
@@ -321,7 +326,7 @@ mod tests {
             let error = read_with(text.as_bytes(), 3, true, true).unwrap_err();
             assert!(error.contains(r#": 1 Address("x")"#), "{error}");
         }
-        // What is not UTF-8 is invalid, but not in a comment.
+        // Bytes that are not UTF-8 are invalid, except in a comment.
         let read = read_with(b"1.1.1.1 # \xff\n\xff\n", 3, true, true);
         assert_eq!(read.unwrap().1, "0:  1/2: 2 Address(\"\u{fffd}\")");
     }
@@ -346,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_lines() {
+    fn invalid_lines() {
         let long = format!("1.1.1.1{}9", " ".repeat(MAX_LINE));
         let wide = |text: &str| format!("{:?}", RuleError::Wide(Net::parse(text).unwrap()));
         let table = [
@@ -367,8 +372,8 @@ mod tests {
             ("10.0.0.1,", r#"1/1: 1 Address("10.0.0.1,")"#.into()),
             (&long, "1/1: 1 Long".into()),
         ];
-        for (text, wrong) in table {
-            assert_eq!(read(text, 5), Err(wrong), "{text}");
+        for (text, error) in table {
+            assert_eq!(read(text, 5), Err(error), "{text}");
         }
         let many = read(&"x\n".repeat(30), 9).unwrap_err();
         assert!(many.starts_with("30/30: 1 ") && many.ends_with(r#"20 Address("x")"#), "{many}");
@@ -378,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_entries() {
+    fn the_limit_on_entries() {
         let whitelist = Whitelist::parse("10.0.0.0/24").unwrap();
         let (own, template) = ([], RuleTemplate::parse(&["drop", "input", "any"]));
         let options = ListOptions { lenient: false, ipv6: true };
@@ -396,7 +401,7 @@ mod tests {
             assert_eq!(list.push(b"10.0.0.7\n10.1.0.7\n"), Ok(()));
         }
         assert_eq!(list.push(b"10.1.0.7\n"), Err(ListError::TooMany));
-        // Of these, each comes to 8 blocks and a hole.
+        // Each of these becomes 8 blocks and a hole.
         let mut list = new();
         for _ in 0..MAX_ENTRIES / 9 {
             assert_eq!(list.push(b"10.0.0.0/16\n"), Ok(()));

@@ -1,6 +1,6 @@
 //! What a rule is: pure values, no input or output.
 //!
-//! A rule has one text form, its API path, read by [`Rule::parse`] and written
+//! A rule has one text form, its API path, parsed by [`Rule::parse`] and written
 //! by `Display`:
 //!
 //! ```text
@@ -11,8 +11,8 @@
 //! iface  = "any" / name [ "+" ]
 //! ```
 //!
-//! A request has the tag in its query instead. A rule with one address is a [`RuleTemplate`] and
-//! that address.
+//! In a request, the tag is in the query instead. A rule with one address consists of a
+//! [`RuleTemplate`] and that address.
 
 pub mod interval;
 pub mod list;
@@ -21,15 +21,15 @@ pub mod rights;
 pub mod tag;
 pub mod whitelist;
 
-use net::{Family, Net, decimal};
+use net::{Family, Net, parse_prefix};
 use std::fmt;
 use std::net::IpAddr;
 use std::slice::Iter;
 use std::str::FromStr;
 use tag::Tag;
 
-/// The shortest prefixes that a rule may name: wider blocks lock out half the
-/// world too easily.
+/// The shortest prefixes that a rule may name: wider blocks could lock out half
+/// the world by mistake.
 pub const WIDEST_V4: u8 = 9;
 pub const WIDEST_V6: u8 = 17;
 
@@ -38,7 +38,7 @@ pub fn widest(family: Family) -> u8 {
     if family == Family::V4 { WIDEST_V4 } else { WIDEST_V6 }
 }
 
-/// What happens to a packet. Set rules are in this order.
+/// What happens to a packet, in the order of set rules.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Target {
     Accept,
@@ -49,7 +49,7 @@ pub enum Target {
 impl Target {
     pub const ALL: [Target; 3] = [Target::Accept, Target::Reject, Target::Drop];
 
-    /// The name that iptables uses; the API takes it in any letter case.
+    /// The name that iptables uses; the API accepts it in any letter case.
     pub fn name(self) -> &'static str {
         match self {
             Target::Drop => "DROP",
@@ -71,7 +71,7 @@ impl Chain {
     /// In the order in which iptables lists them.
     pub const ALL: [Chain; 3] = [Chain::Input, Chain::Forward, Chain::Output];
 
-    /// The name that iptables uses; the API takes it in any letter case.
+    /// The name that iptables uses; the API accepts it in any letter case.
     pub fn name(self) -> &'static str {
         match self {
             Chain::Input => "INPUT",
@@ -85,21 +85,21 @@ impl Chain {
     }
 }
 
-/// Which interfaces a rule is about, as iptables names them: `eth0` is one,
-/// `ppp+` all that start so, nothing is every one. At most 15 bytes (IFNAMSIZ
-/// less the NUL) of `[A-Za-z0-9._@-]` and the `+`, so it needs no quoting.
+/// The interfaces that a rule matches, as iptables names them: `eth0` is one,
+/// `ppp+` is all that start with `ppp`, the empty name is all. At most 15 bytes
+/// (IFNAMSIZ without the NUL) of `[A-Za-z0-9._@-]` and the `+`: no quoting needed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Iface([u8; 15]);
 
 impl Iface {
     pub const ANY: Iface = Iface([0; 15]);
 
-    /// Reads a path segment, in which a name that does not end in a digit is a
-    /// prefix, with or without `+`.
+    /// Parses a path segment. A name that does not end in a digit is a prefix,
+    /// with or without `+`.
     pub fn parse(text: &str) -> Option<Iface> {
         match text {
             "any" => Some(Iface::ANY),
-            // Whoever writes these means every interface, and no interface has such a name.
+            // Probably meant as every interface; no interface has such a name.
             _ if text.eq_ignore_ascii_case("any") || text.eq_ignore_ascii_case("all") => None,
             _ if text.ends_with('+') || text.ends_with(|c: char| c.is_ascii_digit()) => {
                 Iface::named(text)
@@ -108,8 +108,8 @@ impl Iface {
         }
     }
 
-    /// Whether it is about the interface of this name.
-    pub fn is_about(&self, name: &str) -> bool {
+    /// Whether it matches the interface of this name.
+    pub fn matches(&self, name: &str) -> bool {
         let text = self.to_string();
         match text.strip_suffix('+') {
             Some(start) => name.starts_with(start),
@@ -129,7 +129,7 @@ impl Iface {
     }
 }
 
-/// As iptables writes it, and as `any` in the path.
+/// As iptables writes it, and `any` for all interfaces.
 impl fmt::Display for Iface {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.0.split(|b| *b == 0).next().unwrap_or_default();
@@ -137,7 +137,7 @@ impl fmt::Display for Iface {
     }
 }
 
-/// Which packets a rule is about: exactly the fields that the chain has.
+/// The packets that a rule matches: exactly the fields that its chain has.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Match {
     Input {
@@ -148,7 +148,7 @@ pub enum Match {
         iface: Iface,
         destination: Net,
     },
-    /// Both blocks are of one family.
+    /// Both blocks have the same family.
     Forward {
         in_iface: Iface,
         out_iface: Iface,
@@ -164,19 +164,19 @@ pub struct Rule {
     pub tag: Tag,
 }
 
-/// Which side of a packet an address is compared with.
+/// Which address of a packet is compared.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Side {
     Source,
     Destination,
 }
 
-/// A rule less its one address: where that is looked for, and what happens then.
+/// A rule without its one address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct RuleTemplate {
     pub target: Target,
     pub chain: Chain,
-    /// Incoming and outgoing interface, as far as the chain knows them.
+    /// Incoming and outgoing interface; [`Iface::ANY`] where the chain has none.
     pub in_iface: Iface,
     pub out_iface: Iface,
     /// Always the source in INPUT, the destination in OUTPUT.
@@ -185,7 +185,7 @@ pub struct RuleTemplate {
 }
 
 impl RuleTemplate {
-    /// Reads the segments of a path that ends at the interface.
+    /// Parses the segments of a path that ends at the interface.
     pub fn parse(segments: &[&str]) -> Result<RuleTemplate, RuleError> {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
@@ -198,7 +198,7 @@ impl RuleTemplate {
         }
     }
 
-    /// The rule for one block; for any address it is as wide as the template.
+    /// The rule for one block, or for any address.
     pub fn rule(self, net: Net) -> Rule {
         let RuleTemplate { target, chain, in_iface, out_iface, side, tag } = self;
         let any = Net::any(net.family());
@@ -215,19 +215,19 @@ impl RuleTemplate {
         Rule { target, matches, tag }
     }
 
-    /// The same template with another target.
+    /// The same template with each of the other targets.
     pub fn others(self) -> impl Iterator<Item = RuleTemplate> {
         let others = Target::ALL.into_iter().filter(move |target| *target != self.target);
         others.map(move |target| RuleTemplate { target, ..self })
     }
 }
 
-/// What is to be done about some rules.
+/// What a change does with its rules.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
-    /// Have them, for so many seconds; 0 is for ever.
+    /// Insert or refresh them, to expire after this many seconds; 0 means never.
     Put(u64),
-    /// The same, and no others with their tag in this template. Of a list only.
+    /// The same, and delete all others with their tag in this template. For lists only.
     Replace(u64),
     Delete,
     /// Delete them whatever their tag.
@@ -235,7 +235,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// For how many seconds rules are put; `None` if they are deleted.
+    /// The seconds after which the rules expire; `None` if they are deleted.
     pub fn expire(self) -> Option<u64> {
         match self {
             Action::Put(seconds) | Action::Replace(seconds) => Some(seconds),
@@ -244,18 +244,18 @@ impl Action {
     }
 }
 
-/// The rules that a change is about.
+/// The rules of a change.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rules {
     One(Rule),
-    /// One for each block, sorted, none twice.
+    /// One for each block; the blocks are sorted and unique.
     List(RuleTemplate, Vec<Net>),
-    /// All with a tag, in one chain or in all, whatever there is.
+    /// All existing rules with a tag, in one chain or in all.
     Tagged(Tag, Option<Chain>),
 }
 
 impl Rules {
-    /// Those that are named one by one.
+    /// The rules that are named individually.
     pub fn iter(&self) -> impl Iterator<Item = Rule> {
         let (one, template, nets) = match self {
             Rules::One(rule) => (Some(*rule), None, &[][..]),
@@ -288,17 +288,17 @@ impl Change {
 
     /// Whether rules of a family may change.
     pub fn concerns(&self, family: Family) -> bool {
-        let is_open = matches!(self.rules, Rules::Tagged(..));
-        is_open || matches!(self.action, Action::Replace(_)) || self.rules.has(family)
+        let is_by_tag = matches!(self.rules, Rules::Tagged(..));
+        is_by_tag || matches!(self.action, Action::Replace(_)) || self.rules.has(family)
     }
 }
 
-/// Which rules are asked for; `None` is any.
+/// Which rules are requested; `None` matches all.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Filter {
     pub chain: Option<Chain>,
     pub tag: Option<Tag>,
-    /// A block that one of the addresses overlaps.
+    /// A block that overlaps an address of the rule.
     pub net: Option<Net>,
 }
 
@@ -308,44 +308,44 @@ impl Filter {
         self.covers(rule.chain(), rule.tag) && self.net.is_none_or(overlaps)
     }
 
-    /// Whether it is about rules of this chain with this tag, whatever their addresses.
+    /// Whether it selects rules of this chain with this tag, addresses aside.
     pub fn covers(&self, chain: Chain, tag: Tag) -> bool {
         self.chain.is_none_or(|wanted| wanted == chain)
             && self.tag.is_none_or(|wanted| wanted == tag)
     }
 }
 
-/// Why a path names no rule. The text is the segment at fault.
+/// Why a path does not name a rule. The text is the invalid segment.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum RuleError {
-    /// The first segment is no target, or the second no chain.
+    /// An unknown target or chain.
     Unknown,
     /// Too few or too many segments.
     Shape,
     Iface(String),
-    /// `all` where `any` is meant, as in this path.
+    /// `all` instead of `any`; the text is the path with `any`.
     All(String),
-    /// In a list: a file's name; the list belongs to this path.
+    /// In a list, a file name; the text is the path without it.
     FileName(String),
     Address(String),
-    /// All addresses, outside FORWARD.
+    /// "Any address" outside FORWARD.
     AnyAddress,
-    /// No address at all, in FORWARD.
+    /// No address in FORWARD.
     NoAddress,
     /// Addresses of two families in one rule.
     Families,
-    /// Not a prefix length; the address and what follows it.
+    /// An invalid prefix length; the text is the address and the mask.
     Mask(String),
-    /// A block that is wider than a rule may name.
+    /// A block wider than a rule may name.
     Wide(Net),
-    /// In a list: not a range.
+    /// In a list, an invalid range.
     Range(String),
-    /// In a list: too many bytes for a line.
+    /// In a list, a line that is too long.
     Long,
 }
 
 impl Rule {
-    /// Reads the segments of a path without a tag, slashes taken off.
+    /// Parses the segments of a path without a tag.
     pub fn parse(segments: &[&str]) -> Result<Rule, RuleError> {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
@@ -369,7 +369,7 @@ impl Rule {
         if rest.len() > 0 { Err(RuleError::Shape) } else { Ok(rule) }
     }
 
-    /// The template of a rule that names one address, and that address.
+    /// The template and the address of a rule that names exactly one.
     pub fn template(&self) -> Option<(RuleTemplate, Net)> {
         let ((in_iface, out_iface), (source, destination)) = (self.ifaces(), self.sides());
         let (side, net) = match (source.is_any(), destination.is_any()) {
@@ -381,7 +381,7 @@ impl Rule {
         Some((RuleTemplate { target, chain, in_iface, out_iface, side, tag }, net))
     }
 
-    /// Whether a path could name it: what the kernel lists need not.
+    /// Whether a path can name it, unlike some rules that the kernel may list.
     pub fn is_wellformed(&self) -> bool {
         let named = self.chain() == Chain::Forward || self.addresses().next().is_some();
         named && self.addresses().all(|net| is_narrow(&net))
@@ -417,12 +417,12 @@ impl Rule {
         }
     }
 
-    /// The blocks that it names; "any address" is none.
+    /// The blocks that it names, without "any address".
     pub fn addresses(&self) -> impl Iterator<Item = Net> {
         <[Net; 2]>::from(self.sides()).into_iter().filter(|net| !net.is_any())
     }
 
-    /// Whether both rules may be about the same packet, interfaces aside.
+    /// Whether both rules can match the same packet, interfaces aside.
     pub fn overlaps(&self, other: &Rule) -> bool {
         let ((from, to), (other_from, other_to)) = (self.sides(), other.sides());
         self.chain() == other.chain() && from.overlaps(&other_from) && to.overlaps(&other_to)
@@ -457,29 +457,28 @@ fn take_iface(rest: &mut Iter<'_, &str>) -> Result<Iface, RuleError> {
     Iface::parse(text).ok_or_else(|| RuleError::Iface(text.to_string()))
 }
 
-/// Takes an address and the prefix length that may follow: in FORWARD an
-/// interface may follow as well, and only a number is a prefix length. Without
-/// one, `0.0.0.0` and `::` are "any address"; as a single host they are nobody.
+/// Takes an address and the prefix length that may follow. In FORWARD, an
+/// interface may follow instead, so only a number is a prefix length. Without
+/// one, `0.0.0.0` and `::` mean "any address"; as single hosts, they are invalid.
 fn take_block(chain: Chain, rest: &mut Iter<'_, &str>) -> Result<Net, RuleError> {
     let text = rest.next().ok_or(RuleError::Shape)?;
-    let wrong = || RuleError::Address(text.to_string());
-    let host = Net::host(text.parse::<IpAddr>().map_err(|_| wrong())?);
+    let invalid = || RuleError::Address(text.to_string());
+    let host = Net::host(text.parse::<IpAddr>().map_err(|_| invalid())?);
     let mask = rest.as_slice().first().filter(|next| chain != Chain::Forward || is_number(next));
     let Some(mask) = mask else {
         return Ok(if host.is_unspecified() { Net::any(host.family()) } else { host });
     };
     rest.next();
-    let net = decimal(mask).and_then(|prefix| Net::new(host.addr(), prefix));
+    let net = parse_prefix(mask).and_then(|prefix| Net::new(host.addr(), prefix));
     match net.ok_or_else(|| RuleError::Mask(format!("{text}/{mask}")))? {
-        net if net.is_unspecified() => Err(wrong()),
+        net if net.is_unspecified() => Err(invalid()),
         net if !is_narrow(&net) => Err(RuleError::Wide(net)),
         net => Ok(net),
     }
 }
 
-/// Whether `curl -T FILE URL/` made it, which sends FILE to URL/FILE: it has a dot and, after the
-/// last one, a letter. Of interfaces, VLANs such as eth0.5 have dots; with a + behind it, any name
-/// is taken.
+/// Whether a segment looks like a file name, which `curl -T FILE URL/` appends to the URL: a letter
+/// follows its last dot. VLANs such as eth0.5 have dots, too; a final + marks an interface.
 fn is_file_name(name: &str) -> bool {
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
     !name.ends_with('+') && extension.contains(|c: char| c.is_ascii_alphabetic())
@@ -494,7 +493,7 @@ impl FromStr for Rule {
     type Err = RuleError;
 
     fn from_str(path: &str) -> Result<Rule, RuleError> {
-        // An interface's name may have an @ as well, but a tag follows an address.
+        // An interface name may contain an @, too, but a tag follows an address.
         let is_tagged = path.rsplit('/').next().and_then(|segment| segment.split_once('@'));
         let is_tagged =
             is_tagged.is_some_and(|(block, _)| is_number(block) || block.parse::<IpAddr>().is_ok());
@@ -507,7 +506,7 @@ impl FromStr for Rule {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // In a path "any address" has no prefix.
+        // In a path, "any address" has no prefix.
         let block = |net: Net| match net.is_any() {
             true => net.addr().to_string(),
             false => net.to_string(),
@@ -520,11 +519,11 @@ impl fmt::Display for Rule {
             }
             Match::Forward { in_iface, out_iface, source, destination } => {
                 write!(f, "{start}/{in_iface}/{}", block(source))?;
-                // An interface may be called `24`: only behind a prefix is it one.
+                // An interface named `24` would be read as a prefix length unless one precedes it.
                 if source.is_host() && is_number(&out_iface.to_string()) {
                     write!(f, "/{}", source.prefix())?;
                 }
-                // Where an @ follows an interface, it is part of its name.
+                // A tag directly after an interface would be read as part of its name.
                 let has_at = self.tag != Tag::NONE || out_iface.to_string().contains('@');
                 match (out_iface, destination.is_any()) {
                     (Iface::ANY, true) => {}
@@ -586,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_name_no_rule() {
+    fn invalid_paths() {
         use RuleError::*;
         let text = |s: &str| s.to_string();
         let net = |s: &str| Net::parse(s).unwrap();
@@ -658,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn places() {
+    fn templates() {
         let parse = |path: &str| RuleTemplate::parse(&path.split('/').collect::<Vec<_>>());
         let table = [
             ("drop/input/eth0", "/drop/input/eth0/1.2.3.4"),
@@ -677,7 +676,7 @@ mod tests {
                 assert_eq!(RuleTemplate { target: template.target, ..other }, template);
             }
         }
-        // Behind the other side of a forwarded packet.
+        // A forwarded packet's destination.
         let rule: Rule = "/drop/forward/any/0.0.0.0/eth1/1.2.3.4".parse().unwrap();
         let (template, found) = rule.template().unwrap();
         assert_eq!(
@@ -708,7 +707,7 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_of_a_name() {
+    fn interfaces_match_names() {
         let table = [
             ("eth0", "eth0", true),
             ("eth0", "eth01", false),
@@ -717,8 +716,8 @@ mod tests {
             ("ppp", "pp", false),
             ("any", "lo", true),
         ];
-        for (iface, name, is_about) in table {
-            assert_eq!(Iface::parse(iface).unwrap().is_about(name), is_about, "{iface} {name}");
+        for (iface, name, expected) in table {
+            assert_eq!(Iface::parse(iface).unwrap().matches(name), expected, "{iface} {name}");
         }
     }
 

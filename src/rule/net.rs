@@ -1,9 +1,9 @@
-//! Blocks of addresses: IPv4 and IPv6, always in canonical form.
+//! Address blocks, IPv4 and IPv6, always in canonical form.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The two address families, each with kernel tables of its own.
+/// The two address families, each with its own kernel tables.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Family {
     V4,
@@ -54,22 +54,22 @@ impl Net {
         Net { addr: address(family, 0), prefix: 0 }
     }
 
-    /// Reads `ADDRESS` or `ADDRESS/PREFIX`, the notation of RFC 4632 and 4291.
+    /// Parses `ADDRESS` or `ADDRESS/PREFIX` (RFC 4632 and 4291).
     pub fn parse(text: &str) -> Option<Net> {
         match text.split_once('/') {
             None => Some(Net::host(text.parse().ok()?)),
-            Some((addr, prefix)) => Net::new(addr.parse().ok()?, decimal(prefix)?),
+            Some((addr, prefix)) => Net::new(addr.parse().ok()?, parse_prefix(prefix)?),
         }
     }
 
-    /// Reads `FIRST-LAST` as the blocks of [`Net::range`].
+    /// Parses `FIRST-LAST` into the blocks of [`Net::range`].
     pub fn parse_range(text: &str) -> Option<Vec<Net>> {
         let (first, last) = text.split_once('-')?;
         Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?)
     }
 
-    /// The fewest blocks that together are `first` to `last`, both included;
-    /// `None` if they are of two families or in the wrong order.
+    /// The fewest blocks that make up `first` to `last`, both included; `None`
+    /// if they have different families or the wrong order.
     pub fn range(first: IpAddr, last: IpAddr) -> Option<Vec<Net>> {
         let (first, last) = (first.to_canonical(), last.to_canonical());
         let family = family_of(first);
@@ -106,7 +106,7 @@ impl Net {
         self.prefix == self.family().width()
     }
 
-    /// Whether it is the host `0.0.0.0` or `::`, which is nobody.
+    /// Whether it is `0.0.0.0` or `::`, the address of no host.
     pub fn is_unspecified(&self) -> bool {
         self.is_host() && self.addr.is_unspecified()
     }
@@ -124,7 +124,7 @@ impl Net {
             && (number(self.addr) ^ number(other.addr)) & !host_bits == 0
     }
 
-    /// Its two halves; of a single address there are none.
+    /// Its two halves; none for a single address.
     pub fn halves(&self) -> impl Iterator<Item = Net> {
         let (family, first) = (self.family(), number(self.addr));
         let last = first | low_bits(family.width().saturating_sub(self.prefix));
@@ -138,7 +138,7 @@ impl Net {
     }
 }
 
-/// As iptables shows it: a single address without, a block with its prefix.
+/// As iptables shows it: a single address has no prefix.
 impl fmt::Display for Net {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_host() {
@@ -148,8 +148,8 @@ impl fmt::Display for Net {
     }
 }
 
-/// Reads a prefix length: decimal digits, no sign, no leading zero.
-pub fn decimal(text: &str) -> Option<u8> {
+/// Parses a prefix length: decimal digits, no sign, no leading zero.
+pub fn parse_prefix(text: &str) -> Option<u8> {
     let plain = text == "0" || !text.starts_with(['0', '+']);
     text.parse().ok().filter(|_| plain)
 }
@@ -167,7 +167,7 @@ fn number(addr: IpAddr) -> u128 {
 
 fn address(family: Family, number: u128) -> IpAddr {
     match family {
-        // The number came from 32 bits, so the mask takes nothing off.
+        // The number came from 32 bits, so the mask changes nothing.
         Family::V4 => IpAddr::V4(Ipv4Addr::from_bits((number & 0xffff_ffff) as u32)),
         Family::V6 => IpAddr::V6(Ipv6Addr::from_bits(number)),
     }
@@ -241,7 +241,7 @@ mod tests {
             ("0.0.0.0/0", "0.0.0.0/1 128.0.0.0/1"),
             ("::/0", "::/1 8000::/1"),
             ("2001:db8::1", ""),
-            // The other half is IPv4, which is another family's.
+            // The other half is IPv4, another family.
             ("::fffe:0:0/95", "::fffe:0:0/96"),
         ];
         for (net, halves) in table {

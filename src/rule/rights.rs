@@ -1,4 +1,4 @@
-//! What a user may do. This is the one place that decides it.
+//! What a user may do. This is the only place that decides it.
 
 use super::tag::Tag;
 use super::{Action, Change, Rule, RuleTemplate, Rules};
@@ -12,11 +12,11 @@ use std::fmt;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rights {
     All,
-    /// Changes with one of these tags; none with `read`.
+    /// Changes with one of these tags; `read` has none.
     Tags(Vec<Tag>),
 }
 
-/// An action that a user wants to take on rules with a tag; [`Tag::NONE`] if it names none.
+/// An action that a user requests on rules with a tag; [`Tag::NONE`] if the request names none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Intent {
     pub action: Action,
@@ -27,7 +27,7 @@ pub struct Intent {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Allowed(Intent);
 
-/// The tags with which the user may make changes: not with the one that it wants.
+/// The requested tag is not among those with which the user may make changes, which are these.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Forbidden(pub Vec<Tag>);
 
@@ -43,7 +43,7 @@ impl Rights {
         }
     }
 
-    /// Without a tag, an intent is about the first one that the user may change.
+    /// An intent without a tag gets the first one of the user.
     pub fn allow(&self, intent: Intent) -> Result<Allowed, Forbidden> {
         let Rights::Tags(tags) = self else { return Ok(Allowed(intent)) };
         let tag = match intent {
@@ -63,12 +63,12 @@ impl Allowed {
         self.0.action
     }
 
-    /// The tag of all rules that may change; of [`Action::DeleteAnyTag`], [`Tag::NONE`].
+    /// The tag of all rules that may change; [`Tag::NONE`] for [`Action::DeleteAnyTag`].
     pub fn tag(self) -> Tag {
         self.0.tag
     }
 
-    /// The change of some rules, whose tag becomes the allowed one.
+    /// The change of these rules, with the allowed tag in place of theirs.
     pub(super) fn change(self, rules: Rules) -> Change {
         let Intent { action, tag } = self.0;
         let rules = match rules {
@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    /// The tag that each action on rules with a tag comes to, for each kind of user; `-` is 403.
+    /// The action and tag of an intent; the resulting tag for each kind of user, `-` for 403.
     #[test]
     fn what_is_allowed() {
         let (put, replace) = (Action::Put(0), Action::Replace(0));

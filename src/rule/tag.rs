@@ -1,4 +1,4 @@
-//! Tags: which source a rule is from. Each source can withdraw its own rules and no others.
+//! Tags name the source of a rule. Each source can withdraw its own rules and no others.
 //!
 //! ```text
 //! tag = 1*20( "a"-"z" / "0"-"9" / "." / "_" / "-" )   ; the first a letter or digit
@@ -14,7 +14,7 @@ const MAX_LEN: usize = 20;
 pub struct Tag([u8; MAX_LEN]);
 
 impl Tag {
-    /// That of an untagged rule. Untagged rules are a source like any other.
+    /// The tag of an untagged rule. Untagged rules are a source like any other.
     pub const NONE: Tag = Tag([0; MAX_LEN]);
 
     pub fn parse(text: &str) -> Option<Tag> {
@@ -28,7 +28,7 @@ impl Tag {
         Some(tag)
     }
 
-    /// Takes the tag, if there is one, off the end of a text; `None` if it is not a tag.
+    /// Splits the tag, if there is one, off the end of a text; `None` if it is invalid.
     pub fn split(text: &str) -> Option<(&str, Tag)> {
         match text.rsplit_once('@') {
             Some((rest, tag)) => Some((rest, Tag::parse(tag)?)),
@@ -43,7 +43,7 @@ impl Tag {
     }
 }
 
-/// As it follows a path, a comment and the name of a set: `@feed`, or nothing.
+/// The suffix of a path, a comment or a set's name: `@feed`, or nothing.
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let at = if *self == Tag::NONE { "" } else { "@" };

@@ -1,4 +1,4 @@
-//! Addresses that nobody may lock out, and that alone may talk to the
+//! Addresses that no change may lock out, and that alone may connect to the
 //! outward server.
 
 use super::net::Net;
@@ -6,27 +6,27 @@ use super::rights::Allowed;
 use super::{Action, Chain, Change, Rule, RuleTemplate, Rules, Target};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The whitelist: what `white.list` names, and the loopback addresses.
+/// The entries of `white.list`, and the loopback addresses.
 #[derive(Debug)]
 pub struct Whitelist {
     nets: Vec<Net>,
 }
 
-/// The block that a change may not touch: of the whitelist, or an address of this host.
+/// The protected block that a change overlaps: an entry of the whitelist, or this host's address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Conflict {
     Whitelisted(Net),
     Own(Net),
 }
 
-/// A change that its user may make, and that touches no whitelisted address and blocks none of this
-/// host's own: an [`Allowed`] one from [`Whitelist::permit`], from [`Sieve::permit`], or one that
-/// adds no rule. The firewall takes nothing else.
+/// A change that its user may make, and that overlaps no whitelisted address and blocks none of this
+/// host's own. Made of an [`Allowed`] action by [`Whitelist::permit`], [`Sieve::permit`] or
+/// [`Permitted::delete_tag`]. The firewall accepts nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
 
 impl Permitted {
-    /// Deletes the rules with a tag, none of which touches the whitelist.
+    /// Deletes all rules with a tag, none of which overlaps the whitelist.
     pub fn delete_tag(allowed: Allowed, chain: Option<Chain>) -> Permitted {
         Permitted(allowed.change(Rules::Tagged(allowed.tag(), chain)))
     }
@@ -36,7 +36,7 @@ impl Permitted {
     }
 }
 
-/// Cuts out of the blocks of a list what no change may touch.
+/// Cuts protected addresses out of the blocks of a list.
 #[derive(Debug)]
 pub struct Sieve {
     protected: Whitelist,
@@ -46,7 +46,7 @@ pub struct Sieve {
 }
 
 impl Sieve {
-    /// PUT and DELETE have the same holes, so that a DELETE finds what the PUT of its list made.
+    /// PUT and DELETE have the same holes, so that a DELETE finds what the PUT of the list inserted.
     pub fn new(
         whitelist: &Whitelist,
         own: &[Net],
@@ -60,10 +60,10 @@ impl Sieve {
         Sieve { protected: Whitelist::new(nets), template, allowed, nets: Vec::new() }
     }
 
-    /// Adds the fewest blocks that are this one without the holes; whether there are any holes.
+    /// Adds the fewest blocks that make up this one without its holes; returns whether it has any.
     pub fn add(&mut self, net: Net) -> bool {
         let Some(hole) = self.protected.overlapping(&net) else {
-            // 0.0.0.0 and :: are nobody's, and no rule may name them.
+            // No host has the addresses 0.0.0.0 and ::, and no rule may name them.
             self.nets.extend(Some(net).filter(|net| !net.is_unspecified()));
             return false;
         };
@@ -85,7 +85,7 @@ impl Sieve {
         self.nets.len()
     }
 
-    /// The change of all blocks, each once.
+    /// The change of all blocks, without duplicates.
     pub fn permit(mut self) -> Permitted {
         self.nets.sort_unstable();
         self.nets.dedup();
@@ -93,18 +93,18 @@ impl Sieve {
     }
 }
 
-/// A line of a file that is wrong, or the file as a whole.
+/// An error in a file.
 #[derive(PartialEq, Eq, Debug)]
 pub struct LineError {
-    /// Counted from 1; 0 where no single line is to blame.
+    /// Counted from 1; 0 for the file as a whole.
     pub line: usize,
     /// What is wrong and what to do.
     pub message: String,
 }
 
 impl Whitelist {
-    /// Reads one entry a line: an address, a CIDR block or `FIRST-LAST`;
-    /// blank lines and lines that start with `#` count for nothing.
+    /// Parses one entry per line: an address, a CIDR block or `FIRST-LAST`.
+    /// Blank lines and comments, which start with `#`, are ignored.
     pub fn parse(text: &str) -> Result<Whitelist, LineError> {
         let mut nets = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
@@ -119,12 +119,12 @@ impl Whitelist {
             let blocks = blocks.ok_or_else(|| LineError {
                 line: number,
                 message: format!(
-                    "'{entry}' is no entry; write an address, a CIDR block such as 10.0.0.0/8, \
+                    "'{entry}' is not a valid entry; write an address, a CIDR block such as 10.0.0.0/8, \
                      or a range such as 10.0.0.1-10.0.0.9"
                 ),
             })?;
             if blocks.iter().any(Net::is_any) {
-                let message = format!("'{entry}' is every address: nothing could be blocked");
+                let message = format!("'{entry}' contains every address: nothing could be blocked");
                 return Err(LineError { line: number, message });
             }
             nets.extend(blocks);
@@ -138,7 +138,7 @@ impl Whitelist {
         Ok(Whitelist::new(nets))
     }
 
-    /// A block sorts before those that it contains, and stands for them.
+    /// Keeps only the widest blocks: a block sorts before those that it contains.
     fn new(mut nets: Vec<Net>) -> Whitelist {
         nets.sort();
         nets.dedup_by(|net, before| before.contains(net));
@@ -154,12 +154,12 @@ impl Whitelist {
         self.overlapping(&Net::host(peer)).is_some()
     }
 
-    /// The first of the whitelisted blocks that share an address with this one.
-    /// They are sorted and apart from each other, so at most the last one before
-    /// it contains it, and the next one is the first that it contains.
+    /// The first whitelisted block that overlaps this one. They are sorted and
+    /// disjoint, so only the last one before it can contain it, and only the
+    /// next one can be the first that it contains.
     pub fn overlapping(&self, net: &Net) -> Option<Net> {
-        let (before, behind) = self.nets.split_at(self.nets.partition_point(|w| w < net));
-        [before.last(), behind.first()].into_iter().flatten().find(|w| w.overlaps(net)).copied()
+        let (before, after) = self.nets.split_at(self.nets.partition_point(|w| w < net));
+        [before.last(), after.first()].into_iter().flatten().find(|w| w.overlaps(net)).copied()
     }
 
     /// The whitelisted block that one of a rule's addresses overlaps.
@@ -167,8 +167,8 @@ impl Whitelist {
         rule.addresses().find_map(|net| self.overlapping(&net))
     }
 
-    /// Lets the change of a rule pass, or names the block that it may not touch. Of this host's own
-    /// addresses, an ACCEPT takes nothing away, and a DELETE may be what gives one back.
+    /// Permits the change of a rule, or names the protected block that it overlaps. Of this host's
+    /// own addresses, an ACCEPT blocks none, and a DELETE may unblock one.
     pub fn permit(&self, rule: Rule, allowed: Allowed, own: &[Net]) -> Result<Permitted, Conflict> {
         if let Some(net) = self.conflict(&rule) {
             return Err(Conflict::Whitelisted(net));
@@ -297,7 +297,7 @@ mod tests {
             let nets: Vec<String> = nets.iter().map(Net::to_string).collect();
             assert_eq!(nets.join(" "), left, "{target} {net}");
         }
-        // The /16 of SPEC 3.
+        // A /16 with one whitelisted host becomes 16 blocks.
         let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
         let mut sieve = Sieve::new(&whitelist, &own, template, Rights::admin(Action::Put(0)));
         let whitelisted = Whitelist::parse("198.18.7.7").unwrap();

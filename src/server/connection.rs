@@ -25,28 +25,28 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Lists that are received at a time, 20 bytes an entry in memory. A client that does not send
-/// 16 KiB a second makes room for others.
+/// Lists that are received at a time, with 20 bytes of memory per entry. A client that sends less
+/// than 16 KiB/s can be evicted.
 pub const UPLOADS: Limits = Limits {
     slots: 16,
     evicting: 0,
     patience: Duration::from_secs(1),
     poll: Duration::from_millis(10),
 };
-/// Long listings that are sent at a time: without sets each sits in memory meanwhile, 24 MB for
+/// Long listings that are sent at a time; without sets, each is kept in memory meanwhile, 24 MB for
 /// 100,000 rules.
 pub const LISTINGS: Limits = Limits { slots: 4, ..UPLOADS };
-/// A listing of so many rules is short: 23 KB, for which the socket has room.
+/// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
 const SHORT_LISTING: usize = 100;
 
-/// How long a whole head may take, TLS handshake included; an idle connection may be silent for
-/// as long. With the second in which it is closed, it is gone after ten.
+/// How long a whole head may take, TLS handshake included, and how long a connection may be idle.
+/// It takes one more second to close: an idle client is disconnected after 10 s.
 const HEAD_TIME: Duration = Duration::from_secs(9);
-/// How much of a request line goes into the log.
+/// How many bytes of a request line are logged.
 const MAX_LOGGED: usize = 300;
 
 const NO_BODY: ApiError = ApiError::Http(413, "This request takes no body; send none.");
-const EVICTED: ApiError = ApiError::Http(408, "The body came too slowly while others waited.");
+const EVICTED: ApiError = ApiError::Http(408, "The body arrived too slowly while others waited.");
 
 /// One connection that is being served.
 pub struct Connection<'a> {
@@ -65,12 +65,12 @@ impl Connection<'_> {
         }
     }
 
-    /// One request and its response; whether another may follow.
+    /// Serves one request; returns whether another may follow.
     fn exchange(&self, stream: &mut HttpStream) -> bool {
         self.slot.await_client();
         stream.set_deadline(HEAD_TIME);
         if stream.has_received() {
-            // Others first: many that pipeline would hold up those who ask for one thing.
+            // Others first: otherwise, pipelined requests would delay single ones.
             thread::yield_now();
         }
         let mut request = match stream.request() {
@@ -87,36 +87,36 @@ impl Connection<'_> {
         if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
             request.keep_alive = false;
         }
-        let mut who = format!("{} -", self.peer);
+        let mut subject = format!("{} -", self.peer);
         let mut response = ResponseWriter::new(stream, request.as_ref().ok());
         let result = match &request {
-            Ok(request) => self.carry_out(request, &mut response, &mut who),
+            Ok(request) => self.carry_out(request, &mut response, &mut subject),
             Err(error) => Err(error.clone()),
         };
         let result = result.unwrap_or_else(|error| response.refuse(&error));
-        let keep = response.keep;
-        self.record(request.ok().as_ref(), &who, &result, started.elapsed());
+        let keep = response.keep_alive;
+        self.record(request.ok().as_ref(), &subject, &result, started.elapsed());
         keep
     }
 
-    /// From the request to the kernel and the response; the result is for the log.
+    /// From the request to the kernel and the response; returns the result for the log.
     fn carry_out(
         &self,
         request: &Request,
         response: &mut ResponseWriter<'_>,
-        who: &mut String,
+        subject: &mut String,
     ) -> Result<String, ApiError> {
-        let (principal, command) = self.admit(request, who)?;
+        let (principal, command) = self.admit(request, subject)?;
         match command {
             Command::Help => {
                 response.push(&api::help(&self.server.addresses, self.server.grammar));
                 response.end("text/plain; charset=utf-8");
-                Ok("helped".into())
+                Ok("help".into())
             }
             Command::Metrics => {
                 response.push(&self.server.metrics.text());
                 response.end("text/plain; version=0.0.4; charset=utf-8");
-                Ok("measured".into())
+                Ok("metrics".into())
             }
             Command::List(filter) => self.send_listing(&principal, &filter, response),
             Command::DeleteTag(allowed, chain) => {
@@ -134,7 +134,7 @@ impl Connection<'_> {
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.slot.work(apply)?;
                 let json = api::outcome_json(&rule, allowed.tag(), &outcome);
-                self.send_outcome(json, rule.ifaces().into(), response, who);
+                self.send_outcome(json, rule.ifaces().into(), response, subject);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
             Command::ChangeAll(template, allowed, options) => {
@@ -144,30 +144,32 @@ impl Connection<'_> {
                 let action = allowed.action();
                 let ifaces = [template.in_iface, template.out_iface];
                 let json = api::tally_json(action, &tally, &report);
-                self.send_outcome(json, ifaces, response, who);
-                let word = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
-                let counts = api::tally_of(action, &tally, word) + &api::report_of(&report, word);
+                self.send_outcome(json, ifaces, response, subject);
+                let item = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
+                let counts = api::format_tally(action, &tally, item);
+                let counts = counts + &api::format_report(&report, item);
                 Ok(format!("applied:{}", counts.trim_end_matches(',')))
             }
         }
     }
 
-    /// Who asks for what; `who` is for the log. Only what the principal may do passes.
+    /// Authenticates the client and checks that it may do what it requests. `subject` is set to the
+    /// client, user and tag, for the log.
     fn admit(
         &self,
         request: &Request,
-        who: &mut String,
+        subject: &mut String,
     ) -> Result<(Principal, Command<Allowed>), ApiError> {
         self.listener.check_host(request)?;
         let principal = self.authenticate(request)?;
-        *who = principal.to_string();
+        *subject = principal.to_string();
         let command = Command::parse(request, self.server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
             return Err(NO_BODY);
         }
         let command = command.allow(principal.rights())?;
         if command.tag() != Tag::NONE {
-            *who = format!("{principal} {}", command.tag());
+            *subject = format!("{principal} {}", command.tag());
         }
         Ok((principal, command))
     }
@@ -201,19 +203,23 @@ impl Connection<'_> {
         })
     }
 
-    /// Sends the JSON of a change, with a note where this host lacks an interface of the rule: a
-    /// typing error would look like success.
+    /// Sends the JSON of a change, with a note if this host lacks an interface of the rule: a typo
+    /// would look like success.
     fn send_outcome(
         &self,
         json: String,
         ifaces: [Iface; 2],
         response: &mut ResponseWriter<'_>,
-        who: &str,
+        subject: &str,
     ) {
         let json = match host::missing_interface(ifaces) {
             None => json,
             Some(note) => {
-                self.server.log.refusal(self.peer, Level::Warning, format_args!("{who}: {note}"));
+                self.server.log.refusal(
+                    self.peer,
+                    Level::Warning,
+                    format_args!("{subject}: {note}"),
+                );
                 api::with_note(&json, &note)
             }
         };
@@ -221,7 +227,7 @@ impl Connection<'_> {
         response.end("application/json");
     }
 
-    /// A short listing needs no turn: it holds up nobody, and 128 of them are little memory.
+    /// A short listing needs no slot: it delays no other, and 128 of them take little memory.
     fn send_listing(
         &self,
         principal: &Principal,
@@ -238,7 +244,7 @@ impl Connection<'_> {
             turn = Some(self.await_turn(&server.listings)?);
             listing = self.read_listing(turn.as_ref(), principal, filter)?;
         }
-        listing.shrink_to_fit(); // nearly half of it may be spare
+        listing.shrink_to_fit(); // nearly half of it may be unused
         let mut before = "[";
         let mut push = |number: usize, tagged: &TaggedRule| {
             let json = api::listed_json(number, tagged);
@@ -266,7 +272,7 @@ impl Connection<'_> {
         Ok("listed".into())
     }
 
-    /// One at a time: a change waits for one at most.
+    /// One at a time, so that a change waits for at most one.
     fn read_listing(
         &self,
         turn: Option<&Slot>,
@@ -280,11 +286,11 @@ impl Connection<'_> {
     }
 
     fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, ApiError> {
-        let busy = || ApiError::Busy("Too many lists are on their way.".into());
+        let busy = || ApiError::Busy("Too many lists are being transferred.".into());
         self.slot.acquire(limiter).ok_or_else(busy)
     }
 
-    /// Does something for which the client has to wait, with all its slots.
+    /// Does something that the client waits for, with all its slots.
     fn work<T>(&self, turn: Option<&Slot>, work: impl FnOnce() -> T) -> T {
         match turn {
             Some(turn) => turn.work(|| self.slot.work(work)),
@@ -294,7 +300,7 @@ impl Connection<'_> {
 
     /// One line for every change, made or refused, and for wrong credentials; other
     /// requests at DEBUG.
-    fn record(&self, request: Option<&Request>, who: &str, result: &str, took: Duration) {
+    fn record(&self, request: Option<&Request>, subject: &str, result: &str, took: Duration) {
         let is_change = request.is_some_and(|r| r.method != "GET" || api::modifies(r));
         let level = match result.get(..3).unwrap_or_default() {
             status if status.starts_with('5') => Level::Warning,
@@ -305,7 +311,7 @@ impl Connection<'_> {
         let line = request.map_or("-".into(), Request::line);
         let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
         let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
-        let event = format_args!("{who} \"{line}\" {result} {took:.1} ms");
+        let event = format_args!("{subject} \"{line}\" {result} {took:.1} ms");
         match result.starts_with(['4', '5']) {
             true => self.server.log.refusal(self.peer, level, event),
             false => self.server.log.write(level, event),

@@ -76,10 +76,7 @@ fn one_server() {
                 "put /drop/input/any/192.0.2.1",
                 "1 409 whitelisted: This overlaps 192.0.2.1 of the whitelist.",
             ),
-            (
-                "get /nothing",
-                "1 404 not_found: No such action or chain; GET / shows what there is.",
-            ),
+            ("get /nothing", "1 404 not_found: No such action or chain; GET / shows all paths."),
             ("put /list", "1 405 method_not_allowed: The methods for this path are GET, DELETE."),
             (
                 "put /drop/input/any --list list",
@@ -92,8 +89,8 @@ fn one_server() {
             (
                 "put /drop/input/any --list wrong",
                 "1 400 bad_list: 1 of 2 lines are invalid. Line 2: 'x\\\"' is not an address; write an \
-                 address like 192.0.2.1 or 2001:db8::1. Nothing of the list is applied; with \
-                 lenient=true the rest would be. [{\"line\":2,\"message\":\"'x\\\\\\\"' is not an \
+                 address like 192.0.2.1 or 2001:db8::1. Nothing was applied; lenient=true \
+                 skips invalid lines. [{\"line\":2,\"message\":\"'x\\\\\\\"' is not an \
                  address; write an address like 192.0.2.1 or 2001:db8::1.\"}]",
             ),
         ];

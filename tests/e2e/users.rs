@@ -263,10 +263,10 @@ fn a_wrong_auth_file_never_starts() {
     once(|lab| {
         lab.configure(&format!("{CONF}\n{ADMIN}"));
         let rows = [
-            ("", "users: it names no user"),
-            ("# none\n", "users: it names no user"),
+            ("", "users: the file names no user"),
+            ("# none\n", "users: the file names no user"),
             ("a:secret all\nb:secret\n", "users:2: write NAME:PASSWORD RIGHTS"),
-            ("a:secret all\n\nb: all\n", "users:3: write NAME:PASSWORD,"),
+            ("a:secret all\n\nb: all\n", "users:3: write NAME:PASSWORD;"),
             ("a:secret tag=A\n", "users:1: the rights are not valid"),
             ("a:secret all\na:secret2 read\n", "users:2: user 'a' exists already"),
             ("admin:secret all\n", "users:1: user 'admin' exists already"),

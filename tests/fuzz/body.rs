@@ -15,7 +15,7 @@ fn read(bytes: &[u8], piece: usize, body: Body) -> (Result<Vec<u8>, u16>, Vec<u8
         text.extend(bytes);
         Ok::<(), ApiError>(())
     };
-    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|error| error.parts().0);
+    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|error| error.status());
     let mut left = source.buffer().to_vec();
     source.consume(left.len());
     left.extend(source.into_inner());

@@ -59,8 +59,8 @@ fuzz_target!(|bytes: &[u8]| {
             assert!(v4.iter().eq(nets.iter().filter(|net| net.family() == Family::V4)));
         }
         Err(ListError::Invalid(invalid)) => {
-            assert!(0 < invalid.count && invalid.count <= invalid.of);
-            assert_eq!(lenient.is_ok(), 2 * invalid.count <= invalid.of);
+            assert!(0 < invalid.count && invalid.count <= invalid.entries);
+            assert_eq!(lenient.is_ok(), 2 * invalid.count <= invalid.entries);
         }
         Err(error) => assert_eq!(&lenient, &Err(error.clone())),
     }
