@@ -105,9 +105,9 @@ impl Command<Intent> {
         let allow = |intent| {
             let allowed = rights.allow(intent).map_err(ApiError::Forbidden)?;
             match (allowed.action(), allowed.tag()) {
-                (Action::Replace(_), Tag::NONE) => Err(ApiError::Query(
-                    "The parameter 'replace' requires a tag: add &tag=NAME.".into(),
-                )),
+                (Action::Replace(_), Tag::NONE) => {
+                    Err(ApiError::Query("The parameter 'replace' requires a tag: tag=NAME.".into()))
+                }
                 _ => Ok(allowed),
             }
         };
@@ -277,7 +277,7 @@ fn parse_tag(text: &str) -> Result<Tag, ApiError> {
     Tag::parse(text).ok_or_else(|| ApiError::Tag(text.into()))
 }
 
-/// Parses the path of a rule. If it has a body, its end may be a file name: `curl -T FILE URL/` sends a
+/// Parses the path of a rule. With a body, it may end in a file name: `curl -T FILE URL/` sends a
 /// list to URL/FILE.
 fn parse_rule(segments: &[&str], has_body: bool) -> Result<Rule, RuleError> {
     let rule = Rule::parse(segments);
@@ -351,11 +351,11 @@ pub fn tally_json(action: Action, tally: &Tally, report: &ListReport) -> String 
 }
 
 /// Formats how many lines of a list were not applied, for each reason.
-pub fn format_report(report: &ListReport, format: impl Fn(&str, usize) -> String) -> String {
+pub fn format_report(report: &ListReport, f: impl Fn(&str, usize) -> String) -> String {
     let skipped = Some(("ipv6_skipped", report.ipv6_skipped)).filter(|(_, count)| *count > 0);
     let wrong = report.invalid.as_ref().map(|invalid| ("wrong_count", invalid.count));
     let counts = [skipped, wrong, Some(("whitelisted_count", report.whitelisted_count))];
-    counts.into_iter().flatten().map(|(name, count)| format(name, count)).collect()
+    counts.into_iter().flatten().map(|(name, count)| f(name, count)).collect()
 }
 
 /// Adds a note to the end of a JSON object.
@@ -364,18 +364,14 @@ pub fn with_note(object: &str, note: &str) -> String {
 }
 
 /// Formats the count of each verdict that an action can have.
-pub fn format_tally(
-    action: Action,
-    tally: &Tally,
-    format: impl Fn(&str, usize) -> String,
-) -> String {
+pub fn format_tally(action: Action, tally: &Tally, f: impl Fn(&str, usize) -> String) -> String {
     let verdicts: &[Verdict] = match action {
         Action::Put(_) | Action::Replace(_) => {
             &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted]
         }
         Action::Delete | Action::DeleteAnyTag => &[Verdict::Deleted, Verdict::Absent],
     };
-    verdicts.iter().map(|verdict| format(verdict.name(), tally.of(*verdict))).collect()
+    verdicts.iter().map(|verdict| f(verdict.name(), tally.of(*verdict))).collect()
 }
 
 /// One element of a listing; `number` is the rule's position in its chain.

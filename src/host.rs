@@ -19,8 +19,8 @@ const MAX_FILE: u64 = 2 << 20;
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses; empty if none of `blocks` can be one of them. No blocks ask for all
-/// addresses. If the kernel lists no addresses, those blocks to which a socket can be bound.
+/// This host's addresses; empty if none of `blocks` can be one. An empty `blocks` asks for all. If
+/// the kernel lists no addresses, those of `blocks` to which a socket can be bound.
 pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
     let mut possible: Vec<_> = blocks.iter().map(|net| (*net, is_bindable(net))).collect();
     possible.retain(|(_, is_bindable)| *is_bindable != Some(false));
@@ -31,7 +31,7 @@ pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
     list_addresses().unwrap_or_else(|_| possible.into_iter().map(|(net, _)| net).collect())
 }
 
-/// Whether a socket can be bound to an address, as only to this host's (bind(2), EADDRNOTAVAIL).
+/// Whether a socket can be bound to an address: only to this host's (bind(2), EADDRNOTAVAIL).
 /// Takes under 10 us, however many routes there are. With `ip_nonlocal_bind`, every address is
 /// bindable. `None` for a block, or if no socket can be created.
 fn is_bindable(net: &Net) -> Option<bool> {

@@ -1,7 +1,7 @@
 //! The only writer of the log.
 //!
 //! Nothing waits for the log: each file has a bounded queue and a thread that writes it. When the
-//! queue is full, lines are lost and counted. Refusals are limited, so that no client fills the disk.
+//! queue is full, lines are lost and counted. Refusals are limited, so that no client fills a disk.
 
 use crate::clock::{self, Utc};
 use crate::mutex::lock;
@@ -61,7 +61,7 @@ impl Level {
     }
 }
 
-/// The files of the log. Dropping it waits until all lines are written, at most [`FLUSH_TIME`] per file.
+/// The files of the log. Dropping it waits for all lines to be written, [`FLUSH_TIME`] per file.
 #[derive(Default)]
 pub struct Log {
     sinks: Vec<Sink>,
@@ -71,11 +71,11 @@ pub struct Log {
 
 impl Log {
     /// Adds a file for events of this level and above. Fails if its thread cannot be started.
-    pub fn add(&mut self, file: File, min_level: Level) -> io::Result<()> {
+    pub fn add(&mut self, file: File, level: Level) -> io::Result<()> {
         let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
         let (end, written) = mpsc::sync_channel(0);
         let lost = Arc::default();
-        let sink = Sink { min_level, lines, lost: Arc::clone(&lost), written: Mutex::new(written) };
+        let sink = Sink { level, lines, lost: Arc::clone(&lost), written: Mutex::new(written) };
         thread::Builder::new().spawn(move || {
             let _end: SyncSender<()> = end;
             while let Some(line) = next(&queue, &lost) {
@@ -90,10 +90,7 @@ impl Log {
     pub fn write(&self, level: Level, event: fmt::Arguments<'_>) {
         if self.is_enabled(level) {
             let line = line(level, event);
-            self.sinks
-                .iter()
-                .filter(|sink| level >= sink.min_level)
-                .for_each(|sink| sink.push(&line));
+            self.sinks.iter().filter(|sink| level >= sink.level).for_each(|sink| sink.push(&line));
         }
     }
 
@@ -124,7 +121,7 @@ impl Log {
     }
 
     fn is_enabled(&self, level: Level) -> bool {
-        self.sinks.iter().any(|sink| level >= sink.min_level)
+        self.sinks.iter().any(|sink| level >= sink.level)
     }
 
     pub fn info(&self, event: fmt::Arguments<'_>) {
@@ -151,7 +148,7 @@ impl Drop for Log {
 
 /// One file of the log.
 struct Sink {
-    min_level: Level,
+    level: Level,
     lines: SyncSender<String>,
     lost: Arc<Mutex<usize>>,
     /// Closed when all lines are written.
@@ -231,7 +228,7 @@ impl<const MAX: usize> Limiter<MAX> {
         *count <= MAX
     }
 
-    /// Removes the addresses whose window has ended; returns how many refusals of each were not logged.
+    /// Removes the addresses whose window has ended; returns how many of each were not logged.
     fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
         let is_over =
             |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
@@ -255,7 +252,7 @@ mod tests {
     fn sink_without_writer() -> (Sink, Receiver<String>) {
         let (lines, queue) = mpsc::sync_channel(MAX_QUEUED);
         let written = Mutex::new(mpsc::sync_channel(0).1);
-        (Sink { min_level: Level::Info, lines, lost: Arc::default(), written }, queue)
+        (Sink { level: Level::Info, lines, lost: Arc::default(), written }, queue)
     }
 
     #[test]

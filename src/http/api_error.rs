@@ -16,7 +16,7 @@ const MAX_SHOWN: usize = 80;
 /// codes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ApiError {
-    /// A violation of HTTP: status and message.
+    /// An error of HTTP itself: status and message.
     Http(u16, &'static str),
     Unauthorized,
     /// Too many wrong credentials from this address; how long it must wait.
@@ -181,7 +181,8 @@ fn describe_rule_error(error: &RuleError) -> (u16, &'static str, String) {
         ),
         RuleError::NoAddress => (
             "bad_path",
-            "A rule in FORWARD must name an address; without one, it would match all routed packets.".into(),
+            "A rule in FORWARD must name an address; without one it matches all routed packets."
+                .into(),
         ),
         RuleError::Iface(name) => (
             "bad_interface",
@@ -343,12 +344,7 @@ mod tests {
                 "bad_interface",
                 "'x' is not an interface",
             ),
-            (
-                ApiError::Rule(RuleError::All(x())),
-                400,
-                "bad_interface",
-                "any for every interface, as in x.",
-            ),
+            (ApiError::Rule(RuleError::All(x())), 400, "bad_interface", "as in x."),
             (ApiError::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
             (ApiError::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
             (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD accepts"),
@@ -364,12 +360,7 @@ mod tests {
             (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
             (invalid(3, 6), 400, "bad_list", "comment. Nothing was applied; lenient=true"),
             (invalid(3, 5), 400, "bad_list", "more invalid lines than valid ones"),
-            (
-                ApiError::List(ListError::TooMany),
-                413,
-                "content_too_large",
-                "at most 1000000 entries",
-            ),
+            (ApiError::List(ListError::TooMany), 413, "content_too_large", "at most 1000000"),
             (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
             (ApiError::Full("No room."), 507, "set_full", "Nothing was applied"),
             (ApiError::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
@@ -383,7 +374,8 @@ mod tests {
             let (got_status, got_code, message) = error.describe();
             assert_eq!((got_status, got_code), (status, code), "{error:?}");
             assert!(message.contains(part), "{message}");
-            let lines = "[{\"line\":2,\"message\":\"A line may have at most 1024 bytes before its comment.\"}]";
+            let line = "A line may have at most 1024 bytes before its comment.";
+            let lines = format!("[{{\"line\":2,\"message\":\"{line}\"}}]");
             let members =
                 if code == "bad_list" { format!(",\"lines\":{lines}") } else { String::new() };
             assert_eq!(error.extra(), members);

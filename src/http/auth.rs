@@ -137,11 +137,7 @@ impl Users {
     /// `token`.
     fn find(&self, token: &[u8]) -> Option<&User> {
         self.0.iter().fold(None, |found, user| {
-            if equal_in_constant_time(token, user.credentials.token.as_bytes()) {
-                Some(user)
-            } else {
-                found
-            }
+            if ct_eq(token, user.credentials.token.as_bytes()) { Some(user) } else { found }
         })
     }
 }
@@ -215,7 +211,7 @@ pub fn authenticate(
 }
 
 /// Compares in a time that depends only on the length of `given`.
-fn equal_in_constant_time(given: &[u8], secret: &[u8]) -> bool {
+fn ct_eq(given: &[u8], secret: &[u8]) -> bool {
     let mut difference = u8::from(given.len() != secret.len());
     for (at, byte) in given.iter().enumerate() {
         // Past its end, the secret is compared as zeros.
@@ -278,7 +274,7 @@ mod tests {
             ("a\0", "a", false),
         ];
         for (given, secret, expected) in table {
-            let equal = equal_in_constant_time(given.as_bytes(), secret.as_bytes());
+            let equal = ct_eq(given.as_bytes(), secret.as_bytes());
             assert_eq!(equal, expected, "{given} {secret}");
         }
     }

@@ -96,7 +96,7 @@ impl Request {
         let fields = Fields::parse(lines)?;
         let (authority, path, query) = target_parts(method, target)?;
         let host = host(&fields, minor)?;
-        // RFC 9110, 10.1.1: HTTP/1.0 has no Expect.
+        // RFC 9110, 10.1.1: the Expect of HTTP/1.0 is ignored.
         let expect = fields.single("expect")?.filter(|_| minor > 0);
         if expect.is_some_and(|value| !value.eq_ignore_ascii_case("100-continue")) {
             return Err(EXPECTATION);
@@ -114,7 +114,7 @@ impl Request {
         })
     }
 
-    /// Whether the client addresses its own host, by name or address, with any port.
+    /// Whether the request is for localhost, by name or address, with any port.
     pub fn is_for_localhost(&self) -> bool {
         let host = self.host.as_deref().unwrap_or_default();
         let name = match host.rsplit_once(':') {

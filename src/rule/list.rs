@@ -105,7 +105,7 @@ impl List {
                 continue; // the second half of CR LF
             }
             let text = piece.strip_suffix(b"\n").or(piece.strip_suffix(b"\r"));
-            // Room for the longest entry, and for what shows that it continues or a comment follows.
+            // Room for the longest entry, and for what shows that it continues or ends there.
             let room = MAX_LINE.saturating_add(BYTE_ORDER_MARK.len()).saturating_add(2);
             let room = room.saturating_sub(self.line.len());
             self.line.extend(text.unwrap_or(piece).iter().take(room));
@@ -246,12 +246,8 @@ mod tests {
         }
         let invalid_text = |invalid: &Invalid| {
             let lines = invalid.lines.iter().map(|(line, error)| format!("{line} {error:?}"));
-            format!(
-                "{}/{}: {}",
-                invalid.count,
-                invalid.entries,
-                lines.collect::<Vec<_>>().join(", ")
-            )
+            let lines = lines.collect::<Vec<_>>().join(", ");
+            format!("{}/{}: {lines}", invalid.count, invalid.entries)
         };
         let (permitted, report) = list.finish().map_err(|error| match error {
             ListError::Invalid(invalid) => invalid_text(&invalid),

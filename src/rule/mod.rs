@@ -164,7 +164,7 @@ pub struct Rule {
     pub tag: Tag,
 }
 
-/// Which address of a packet is compared.
+/// The address of a packet that a template's block is compared with.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Side {
     Source,

@@ -27,7 +27,7 @@ pub struct Intent {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Allowed(Intent);
 
-/// The requested tag is not among those with which the user may make changes, which are these.
+/// The change is refused; these are the tags with which the user may make changes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Forbidden(pub Vec<Tag>);
 

@@ -19,8 +19,8 @@ pub enum Conflict {
     Own(Net),
 }
 
-/// A change that its user may make, and that overlaps no whitelisted address and blocks none of this
-/// host's own. Made of an [`Allowed`] action by [`Whitelist::permit`], [`Sieve::permit`] or
+/// A change that its user may make, that overlaps no whitelisted address, and that blocks none of
+/// this host's own. Made of an [`Allowed`] action by [`Whitelist::permit`], [`Sieve::permit`] or
 /// [`Permitted::delete_tag`]. The firewall accepts nothing else.
 #[derive(Debug)]
 pub struct Permitted(Change);
@@ -46,7 +46,7 @@ pub struct Sieve {
 }
 
 impl Sieve {
-    /// PUT and DELETE have the same holes, so that a DELETE finds what the PUT of the list inserted.
+    /// PUT and DELETE have the same holes, so that a DELETE finds what the list's PUT inserted.
     pub fn new(
         whitelist: &Whitelist,
         own: &[Net],
@@ -119,8 +119,8 @@ impl Whitelist {
             let blocks = blocks.ok_or_else(|| LineError {
                 line: number,
                 message: format!(
-                    "'{entry}' is not a valid entry; write an address, a CIDR block such as 10.0.0.0/8, \
-                     or a range such as 10.0.0.1-10.0.0.9"
+                    "'{entry}' is not a valid entry; write an address, a CIDR block such as \
+                     10.0.0.0/8, or a range such as 10.0.0.1-10.0.0.9"
                 ),
             })?;
             if blocks.iter().any(Net::is_any) {

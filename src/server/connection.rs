@@ -215,11 +215,8 @@ impl Connection<'_> {
         let json = match host::missing_interface(ifaces) {
             None => json,
             Some(note) => {
-                self.server.log.refusal(
-                    self.peer,
-                    Level::Warning,
-                    format_args!("{subject}: {note}"),
-                );
+                let event = format_args!("{subject}: {note}");
+                self.server.log.refusal(self.peer, Level::Warning, event);
                 api::with_note(&json, &note)
             }
         };

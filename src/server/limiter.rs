@@ -116,8 +116,8 @@ impl ConnectionLimiter {
 }
 
 impl Table {
-    /// Whether there is a slot, perhaps by eviction, and this number is next: the first in the queue
-    /// from the address that holds the fewest slots.
+    /// Whether there is a slot, perhaps by eviction, and this number is next: the first in the
+    /// queue from the address that holds the fewest slots.
     fn make_room(&mut self, number: u64, ip: IpAddr, limits: &Limits) -> bool {
         let next = self.queue.iter().min_by_key(|(_, ip)| self.held_by(ip));
         if next.is_some_and(|(next, _)| *next != number) {

@@ -1,7 +1,7 @@
 //! The servers: from accept to the last byte of the last response.
 //!
-//! [`listener`] accepts connections, [`limiter`] limits how many are served at a time, [`connection`]
-//! is the whole life of a request.
+//! [`listener`] accepts connections, [`limiter`] limits how many are served at a time, and
+//! [`connection`] is the whole life of a request.
 
 pub mod connection;
 pub mod limiter;
