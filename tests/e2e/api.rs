@@ -1,4 +1,4 @@
-//! SPEC 4: every row of the API, as tables of requests, answers and kernel rules.
+//! Every row of the API, as tables of requests, responses and kernel rules.
 
 use crate::lab::{list as send, *};
 
@@ -76,7 +76,7 @@ fn any_address_in_forward() {
     });
 }
 
-/// It would stop all routing. One that an older version has taken can be deleted.
+/// Otherwise it would stop all routing. A rule that an older version accepted can be deleted.
 #[test]
 fn a_forward_rule_names_an_address() {
     both(|lab| {
@@ -94,7 +94,7 @@ fn a_forward_rule_names_an_address() {
     });
 }
 
-/// Interface, and whether the answer and the log say that there is none.
+/// Interface, and whether the response and the log note that it does not exist.
 const NOTED: [(&str, bool); 8] = [
     ("any", false),
     ("lo0", true),
@@ -134,7 +134,7 @@ fn an_interface_that_does_not_exist_is_noted() {
 }
 
 #[test]
-fn a_typing_error_in_a_path_is_told_with_the_right_path() {
+fn a_typo_in_a_path_is_refused_with_the_right_path() {
     once(|lab| {
         lab.write("feed.txt", "1.2.3.4\n");
         let _rfw = lab.start("local.server");
@@ -158,7 +158,7 @@ fn a_typing_error_in_a_path_is_told_with_the_right_path() {
     });
 }
 
-/// Request; answer. 198.18.0.1 and fd18::1 are this host's own.
+/// Request and response. 198.18.0.1 and fd18::1 are this host's own addresses.
 const OWN: [(&str, &str); 15] = [
     ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
     ("PUT /reject/output/eth0/198.18.0.1", "409 whitelisted"),
@@ -181,7 +181,7 @@ const OWN: [(&str, &str); 15] = [
 fn this_hosts_own_addresses_are_never_blocked() {
     both(|lab| {
         modes(lab, "", |_, _| {
-            // What it did not have when it was blocked can be unblocked.
+            // An address that was blocked before this host got it can be unblocked.
             transcript(&[("PUT /drop/input/any/198.18.0.1", "200 inserted")]);
             sh("ip addr add 198.18.0.1/32 dev lo; ip addr add fd18::1/128 dev lo nodad");
             transcript(&[
@@ -192,7 +192,7 @@ fn this_hosts_own_addresses_are_never_blocked() {
             let answer = ask("PUT /drop/input/any/198.18.0.0/16");
             let message = answer.field("message");
             assert!(message.contains("198.18.0.1, this host's own address"), "{answer:?}");
-            // Where a socket can be bound to any address, and where there are thousands of routes.
+            // Also if a socket can be bound to any address, and if there are thousands of routes.
             sh("echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind");
             transcript(&[
                 ("PUT /drop/input/any/198.18.0.1", "409 whitelisted"),
@@ -353,7 +353,7 @@ fn allow_names_the_methods() {
 }
 
 #[test]
-fn answers_are_one_line_of_json() {
+fn responses_are_one_line_of_json() {
     both(|lab| {
         sh("ip link add eth0 type veth peer eth1; ip link add ppp0 type veth peer ppp1");
         let _rfw = lab.start("local.server");
@@ -530,7 +530,7 @@ fn metrics() {
                     get()
                 );
                 assert!(shows("rfw_batches_total 3"), "{}", get());
-                // The one before may still be on its way out.
+                // The previous one may still be closing.
                 await_true("no other connection", SLACK, || shows("rfw_connections 1"));
                 assert!(sets || shows("rfw_expired_rules_total 1"), "{}", get());
                 lab.iptables("-F");
@@ -586,10 +586,10 @@ fn whitelist() {
     });
 }
 
-/// iptables-legacy holds the xtables lock until its output is read: rfw reads it at once, and
-/// clients that never read their list, which is more than the kernel keeps for them, hinder nobody.
+/// iptables-legacy holds the xtables lock until its output is read. rfw reads it at once, so clients
+/// that never read their listing, which exceeds the kernel's buffers, delay no change.
 #[test]
-fn lists_that_nobody_reads_hinder_no_change() {
+fn unread_listings_delay_no_change() {
     legacy(|lab| {
         lab.seed(65_000, "rfw");
         let _rfw = lab.start("local.server");

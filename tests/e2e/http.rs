@@ -1,4 +1,4 @@
-//! SPEC 6: HTTP/1.1 byte by byte, on raw sockets.
+//! HTTP/1.1 byte by byte, on raw sockets: the status or the end of each malformed request.
 
 use crate::lab::*;
 use std::io::Write;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 const PUT: &str = "PUT /drop/input/any/6.6.6.6 HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// A head (`|` is CRLF, `@` a good Host line) and the status, "closed" where nothing more is taken.
+/// A head (`|` is CRLF, `@` a valid Host line) and its status, "closed" if the connection is closed.
 const HEADS: [(&str, &str); 64] = [
     ("GET / HTTP/1.1|@|", "200"),
     ("GET / HTTP/1.0|@|", "200 closed"),
@@ -123,7 +123,7 @@ fn limits() {
 }
 
 #[test]
-fn a_connection_is_kept_and_requests_are_taken_in_order() {
+fn a_connection_is_kept_alive_and_serves_requests_in_order() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let mut conn = Conn::open();
@@ -144,7 +144,7 @@ fn a_connection_is_kept_and_requests_are_taken_in_order() {
     });
 }
 
-/// Sends `bytes`, one every 500 ms, until the server closes: what it said, and after how long.
+/// Sends `bytes`, one every 500 ms, until the server closes; returns its response and the time.
 fn trickle(mut conn: Conn, bytes: &str) -> (String, u64) {
     let from = Instant::now();
     let rest = thread::scope(|scope| {
@@ -163,7 +163,7 @@ fn trickle(mut conn: Conn, bytes: &str) -> (String, u64) {
 }
 
 #[test]
-fn a_slow_head_has_one_deadline_and_holds_up_nobody() {
+fn a_slow_head_has_one_deadline_and_delays_no_one() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let mut kept = Conn::open();
@@ -192,13 +192,13 @@ fn a_slow_head_has_one_deadline_and_holds_up_nobody() {
 }
 
 #[test]
-fn the_connection_that_waits_longest_gives_way_to_the_129th() {
+fn the_connection_that_idles_longest_is_evicted_for_the_129th() {
     once(|lab| {
         let rfw = lab.start("local.server");
         rfw.await_idle();
         let mut kept: Vec<_> = (0..128).map(|_| Conn::open()).collect();
         kept.iter_mut().for_each(|conn| assert_eq!(conn.ask("GET /list").status, 200));
-        // The first one is now the youngest, so the second gives way.
+        // The first one has just been active, so the second is evicted.
         assert_eq!(kept[0].ask("GET /list").status, 200);
         assert_eq!(Conn::open().ask("GET /list").status, 200);
         assert_eq!(kept[1].rest(), "");

@@ -1,5 +1,5 @@
-//! The laboratory. Outside, `both` and `once` start this very test program again under `unshare`,
-//! once for each variant of iptables; inside, with `RFW_E2E` set, they run the body of the test.
+//! The laboratory. Outside, `both` and `once` run this test program again under `unshare`, once for
+//! each variant of iptables; inside, with `RFW_E2E` set, they run the body of the test.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -18,13 +18,13 @@ pub const OUTWARD: &str = "127.0.0.1:7393";
 /// The line of rfw.conf that keeps addresses in sets.
 pub const SETS: &str = "ipset.path = /usr/sbin/ipset";
 
-/// Makes packets to 10.9.9.0/24 and fd09::/64 come back, also from there, though these are not
-/// this host's own addresses: rfw blocks them.
+/// Routes packets to and from 10.9.9.0/24 and fd09::/64 back to this host. They are not its own
+/// addresses, so rfw can block them.
 pub const STRANGERS: &str = "
     ip route add local 10.9.9.0/24 dev lo; ip route add local fd09::/64 dev lo
     echo 1 > /proc/sys/net/ipv6/ip_nonlocal_bind";
 
-/// Seconds that a busy machine may add to any time that the contract names.
+/// Seconds that a busy machine may add to any time limit.
 pub const SLACK: u64 = 4;
 
 const TEST_SECONDS: &str = "240";
@@ -34,7 +34,7 @@ pub fn both<F: Fn(&Lab)>(body: F) {
     run(&["nft", "legacy"], body);
 }
 
-/// Runs `body` where the variant of iptables makes no difference.
+/// Runs `body` with one variant of iptables, if the variant makes no difference.
 pub fn once<F: Fn(&Lab)>(body: F) {
     run(&["nft"], body);
 }
@@ -44,7 +44,7 @@ pub fn legacy<F: Fn(&Lab)>(body: F) {
 }
 
 /// Inside a test, runs `body` with a rule for each address (`false`) and then with sets (`true`),
-/// `lines` being in rfw.conf too; nothing is left in the kernel in between.
+/// with `lines` in rfw.conf; the kernel is emptied in between.
 pub fn modes(lab: &Lab, lines: &str, body: impl Fn(&mut Rfw<'_>, bool)) {
     for (mode, sets) in [("", false), (SETS, true)] {
         println!("mode: {mode}"); // for the reader of a failure
@@ -62,8 +62,8 @@ fn is_confined() -> bool {
     env::var_os("RFW_CONFINED").is_some()
 }
 
-/// What RuntimeDirectory= and LoadCredential= of the unit do: only the owner of the folder may hold
-/// rfw's lock, and rfw reads the files of its own user and of root alone.
+/// Does what RuntimeDirectory= and LoadCredential= of the unit do: only the folder's owner may hold
+/// rfw's lock, and rfw reads only files of its own user and of root.
 fn give_files(user: u32) {
     if is_confined() {
         let other = if user == 0 { NOBODY } else { 0 };
@@ -79,7 +79,7 @@ fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
     let name = any::type_name::<F>().trim_end_matches("::{{closure}}");
     let name = name.split_once("::").expect("a path").1;
     thread::scope(|scope| {
-        // iptables-legacy wants root for its lock.
+        // iptables-legacy needs root for its lock.
         for variant in variants.iter().filter(|variant| **variant == "nft" || !is_confined()) {
             scope.spawn(move || run_inside(name, variant));
         }
@@ -113,8 +113,8 @@ fn run_inside(name: &str, variant: &str) {
     }
 }
 
-/// Whether strace is here. Without it, `test` is skipped and says so, for `make test` to count: on
-/// standard error itself, because what a passed test prints is not shown.
+/// Whether strace is installed. Otherwise, `test` is skipped, which `make test` counts: it is reported
+/// on the real standard error, because the output of a passed test is not shown.
 pub fn has_strace(test: &str) -> bool {
     let found = Path::new("/usr/bin/strace").exists();
     if !found {
@@ -127,7 +127,7 @@ fn network_namespace() -> PathBuf {
     fs::read_link("/proc/self/ns/net").expect("/proc is needed")
 }
 
-/// A private network and a private /run, where all files of the test are; both go with it.
+/// A private network and a private /run for all files of the test; both are removed with it.
 pub struct Lab {
     pub dir: PathBuf,
     variant: String,
@@ -156,11 +156,11 @@ impl Lab {
         fs::read_to_string(self.dir.join(name)).unwrap_or_default()
     }
 
-    /// rfw.log with all that was logged so far: with the line of a request that is made now.
+    /// rfw.log with everything logged so far: waits for the line of a request that is sent now.
     pub fn log(&self) -> String {
         static CALLS: AtomicUsize = AtomicUsize::new(1);
         let call = CALLS.fetch_add(1, Ordering::Relaxed);
-        // Another spelling each time: its letters escaped or not.
+        // A different spelling each time: its letters escaped or not.
         let letter = |(n, c): (usize, char)| match call >> n & 1 {
             0 => c.to_string(),
             _ => format!("%{:x}", u32::from(c)),
@@ -188,15 +188,15 @@ impl Lab {
         format!("/usr/sbin/{family}-{}{restore}", self.variant)
     }
 
-    /// The path for `iptables.path`: the real program, or the stand-in where one was made.
+    /// The path for `iptables.path`: the real program, or its stand-in if there is one.
     pub fn iptables_path(&self) -> String {
         let stand_in = self.dir.join("bin/iptables");
         let real = self.real("iptables");
         if stand_in.exists() { stand_in.to_str().unwrap().into() } else { real }
     }
 
-    /// Puts scripts in the place of iptables, iptables-restore, the two of IPv6 and ipset: they run
-    /// `body` (which knows `$me`, `$real` and `$lab`) and then, unless it left, the real program.
+    /// Replaces iptables, iptables-restore, the two of IPv6 and ipset by scripts that run `body` (with
+    /// `$me`, `$real` and `$lab`) and then, unless it exited, the real program.
     pub fn stand_in(&self, body: &str) {
         let bin = self.dir.join("bin");
         fs::create_dir_all(&bin).unwrap();
@@ -209,7 +209,7 @@ impl Lab {
         }
     }
 
-    /// The same for changes only: what merely reads goes to the real program.
+    /// The same for changes only: a call that only reads runs the real program.
     pub fn stand_in_for_changes(&self, body: &str) {
         self.stand_in(&format!(
             "case \"$me $*\" in *restore*|*\" -I \"*|*\" -D \"*)\n{body}\n;; esac"
@@ -229,20 +229,21 @@ impl Lab {
         sh(&format!("/usr/sbin/ipset {arguments}"))
     }
 
-    /// Empties the kernel's tables and sets of all that is rfw's, as a reboot does.
+    /// Removes all rules and sets of rfw from the kernel, as a reboot does.
     pub fn reboot(&self) {
         self.iptables("-F");
         self.ip6tables("-F");
         self.ipset("destroy");
     }
 
-    /// How many of so many rules iptables-nft may write at once: fewer in a user namespace.
+    /// How many of these rules iptables-nft can write at once: fewer in a user namespace.
     pub fn at_once(&self, wanted: usize) -> usize {
         let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
         if uids.contains("4294967295") { wanted } else { wanted.min(250) }
     }
 
-    /// Many rules of rfw's, as from a former run: 10.0.0.1, 10.0.1.1 and so on. Returns how many.
+    /// Inserts many rules of rfw, as from a previous run: 10.0.0.1, 10.0.1.1 and so on. Returns how
+    /// many.
     pub fn seed(&self, wanted: usize, comment: &str) -> usize {
         let count = self.at_once(wanted);
         let tail = format!("-m comment --comment {comment} -j DROP\n");
@@ -268,7 +269,7 @@ impl Lab {
         tagged.filter(|(_, tag)| wanted(tag)).map(|(line, tag)| short(line, &tag)).collect()
     }
 
-    /// What the sets hold, sorted: `rfw4:drop:in:any 1.2.3.4`, and the seconds that it has left.
+    /// The entries of the sets, sorted: `rfw4:drop:in:any 1.2.3.4`, each with its seconds left.
     pub fn entries(&self) -> Vec<(String, u64)> {
         let saved = self.ipset("save");
         let words = saved.lines().map(|line| line.split(' ').collect::<Vec<_>>());
@@ -279,8 +280,8 @@ impl Lab {
         entries
     }
 
-    /// What rfw blocks, by rules or in sets, each with its time of expiry: `1.2.3.0/24`, `7.7.7.7`.
-    /// An address may be there only once.
+    /// The addresses that rfw blocks, by rules or in sets: `1.2.3.0/24`, `7.7.7.7`, each with its
+    /// expiry. An address may occur only once.
     pub fn kept(&self) -> BTreeMap<String, Option<u64>> {
         let rules = self.rules().into_iter().filter(|rule| !rule.contains("--match-set"));
         let rules = rules.map(|rule| {
@@ -298,12 +299,12 @@ impl Lab {
         kept
     }
 
-    /// `iptables -S` and `ip6tables -S` less the tagged lines.
+    /// `iptables -S` and `ip6tables -S` without the tagged lines.
     pub fn others(&self) -> Vec<String> {
         self.dump().into_iter().filter(|line| tag(line).is_none()).collect()
     }
 
-    /// Whether rfw's rules stand before all others, in every chain of both families.
+    /// Whether rfw's rules precede all others, in every chain of both families.
     pub fn is_first(&self) -> bool {
         let chain =
             |listing: String| listing.lines().skip(1).map(|line| tag(line).is_none()).is_sorted();
@@ -311,8 +312,8 @@ impl Lab {
         chains.iter().all(|list| chain(self.iptables(list)) && chain(self.ip6tables(list)))
     }
 
-    /// rfw's rules with what each has met, `-c PACKETS BYTES`, where a rule can be inserted so:
-    /// ip6tables-nft 1.8.9 ignores it.
+    /// rfw's rules with their counters, `-c PACKETS BYTES`, if rules can be inserted with counters:
+    /// ip6tables-nft 1.8.9 ignores them.
     pub fn counted(&self) -> Vec<String> {
         let listing = |family| {
             let iptables = format!("{} -w", self.real(family));
@@ -331,14 +332,14 @@ impl Lab {
         both.lines().map(String::from).collect()
     }
 
-    /// Writes rfw.conf: the lines that every test needs, and these.
+    /// Writes rfw.conf: the lines that every test needs, and `lines`.
     pub fn configure(&self, lines: &str) {
         let iptables = self.iptables_path();
         let always = format!("whitelist.file = white.list\niptables.path = {iptables}\n");
         self.write("rfw.conf", &format!("[config]\n{always}{lines}\n"));
     }
 
-    /// A run of rfw to its end: the words of both outputs, and the exit status.
+    /// Runs rfw until it exits; returns its exit status and both outputs.
     pub fn rfw(&self, arguments: &str) -> (i32, String) {
         let confined = self.confined();
         give_files(NOBODY);
@@ -352,7 +353,7 @@ impl Lab {
         (out.status.code().expect("an exit status"), text(&out))
     }
 
-    /// Starts rfw with these lines in rfw.conf and waits until it answers.
+    /// Starts rfw with these lines in rfw.conf and waits until it responds.
     pub fn start(&self, lines: &str) -> Rfw<'_> {
         self.configure(lines);
         let mut rfw = self.launch(&[]);
@@ -360,8 +361,8 @@ impl Lab {
         rfw
     }
 
-    /// With `RFW_CONFINED` in the environment rfw runs as contrib/rfw.service has it, as far as
-    /// that can be had without systemd: an ordinary user with the capabilities of the unit.
+    /// With `RFW_CONFINED` in the environment, rfw runs as contrib/rfw.service runs it, as far as that
+    /// is possible without systemd: as an ordinary user with the capabilities of the unit.
     fn confined(&self) -> String {
         if !is_confined() {
             return String::new();
@@ -376,10 +377,10 @@ impl Lab {
         )
     }
 
-    /// Starts rfw, after the words of another program if need be, and does not wait.
+    /// Starts rfw, perhaps by another program with its arguments, and does not wait.
     pub fn launch(&self, before: &[&str]) -> Rfw<'_> {
         let words = ["-f", "rfw.conf", "--logfile", "rfw.log", "--loglevel", "DEBUG"];
-        // A test with words of its own is about something else, and runs as root.
+        // A test with another program is about something else, and runs as root.
         let confined = if before.is_empty() { self.confined() } else { String::new() };
         give_files(if before.is_empty() { NOBODY } else { 0 });
         let mut line = before.to_vec();
@@ -396,7 +397,7 @@ impl Lab {
     }
 }
 
-/// "rfw", "rfw:guard" or "rfw:1795431795" where the line is one of rfw's.
+/// "rfw", "rfw:guard" or "rfw:1795431795" if the line is a rule of rfw.
 fn tag(line: &str) -> Option<String> {
     let comment = line.split_once("--comment ")?.1.split(' ').next()?.trim_matches('"');
     let seconds = comment.strip_prefix("rfw:").unwrap_or("");
@@ -405,7 +406,7 @@ fn tag(line: &str) -> Option<String> {
     (plain || comment == "rfw:guard").then(|| comment.into())
 }
 
-/// One spelling for all versions of iptables: the comment last, reject's default left out.
+/// One spelling for all versions of iptables: the comment last, the default of REJECT omitted.
 fn short(line: &str, tag: &str) -> String {
     let mut words = line.split(' ').skip(1);
     let mut kept = Vec::new();
@@ -437,7 +438,7 @@ impl Drop for Process {
     }
 }
 
-/// A running rfw; killed at the end of the test, and quoted where the test failed.
+/// A running rfw; it is killed at the end of the test, and its output is shown if the test fails.
 pub struct Rfw<'l> {
     child: Child,
     lab: &'l Lab,
@@ -449,7 +450,7 @@ impl Rfw<'_> {
         assert_eq!(ended, None, "rfw ended: {}", self.lab.read("stderr"));
     }
 
-    /// Waits until it answers (`None`) or ends; then its exit status.
+    /// Waits until it responds (`None`) or exits (its exit status).
     pub fn await_start(&mut self, seconds: u64) -> Option<i32> {
         let mut ended = None;
         await_true("rfw answers", seconds, || {
@@ -462,7 +463,7 @@ impl Rfw<'_> {
         ended.map(|status| status.code().expect("an exit status"))
     }
 
-    /// Bytes: `VmRSS`, in memory now, or `VmHWM`, the most so far.
+    /// Bytes in memory: `VmRSS`, now, or `VmHWM`, the most so far.
     pub fn memory(&self, key: &str) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(key)).expect(key);
@@ -511,7 +512,7 @@ impl Rfw<'_> {
         std::mem::replace(&mut rfw.child, Command::new("true").spawn().unwrap())
     }
 
-    /// Waits until the process ends by itself; its exit status.
+    /// Waits until the process exits by itself; returns its exit status.
     pub fn await_end(&mut self, seconds: u64) -> Option<i32> {
         let mut ended = None;
         await_true("rfw ends", seconds, || {
@@ -521,7 +522,7 @@ impl Rfw<'_> {
         ended.and_then(|status| status.code())
     }
 
-    /// Waits until the process ends by itself; the signal that ended it.
+    /// Waits until the process dies by itself; returns the signal that killed it.
     pub fn signal(&mut self) -> Option<i32> {
         std::os::unix::process::ExitStatusExt::signal(&self.child.wait().unwrap())
     }
@@ -544,7 +545,7 @@ impl Drop for Rfw<'_> {
     }
 }
 
-/// An answer as it came.
+/// A response as received.
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub status: u16,
@@ -559,8 +560,8 @@ impl Answer {
         format!("{} {word}", self.status).trim_end().into()
     }
 
-    /// A list's answer: "inserted 3 whitelisted 1" with all that is not 0, or "400 bad_list 2 5"
-    /// with the numbers of the wrong lines.
+    /// The response to a list: "inserted 3 whitelisted 1" with all counts but 0, or "400 bad_list 2 5"
+    /// with the numbers of the invalid lines.
     pub fn sums(&self) -> String {
         let number = |text: &str| text.chars().take_while(char::is_ascii_digit).collect::<String>();
         if self.brief() != "200 applied" {
@@ -600,7 +601,7 @@ impl Answer {
     }
 }
 
-/// A kept connection to the local server.
+/// A persistent connection to the local server.
 pub struct Conn(BufReader<TcpStream>);
 
 impl Conn {
@@ -682,7 +683,7 @@ impl Conn {
         Ok(size > 0)
     }
 
-    /// All that still comes before the server closes; nothing may come after a refusal.
+    /// Everything received until the server closes; after a refusal, there must be nothing.
     pub fn rest(&mut self) -> String {
         let mut rest = Vec::new();
         match self.0.read_to_end(&mut rest) {
@@ -702,14 +703,14 @@ pub fn list(request: &str, body: impl AsRef<[u8]>) -> Answer {
     Conn::open().try_list(request, body).expect(request)
 }
 
-/// One request over HTTP by curl, with further options; the body and, below it, the status.
+/// One request over HTTP by curl, with further options; returns the body and, after it, the status.
 pub fn curl(options: &str, request: &str, server: &str) -> String {
     let (method, path) = request.split_once(' ').expect("METHOD /path");
     let words = format!("-sS -m 30 -g -w %{{http_code}} {options} -X {method} {server}{path}");
     text(&Command::new("curl").args(words.split_whitespace()).output().expect("curl is needed"))
 }
 
-/// Each row of a table, all that differ shown at once.
+/// Compares the rows of a table, and shows all that differ at once.
 pub fn table<W: AsRef<str>>(rows: &[(&str, W)], mut got: impl FnMut(&str) -> String) {
     let mut wrong = String::new();
     for (given, want) in rows {
@@ -721,7 +722,7 @@ pub fn table<W: AsRef<str>>(rows: &[(&str, W)], mut got: impl FnMut(&str) -> Str
     assert!(wrong.is_empty(), "\n{wrong}");
 }
 
-/// Requests to the local server, in this order, and their answers in brief.
+/// Sends requests to the local server, in this order, and compares the short form of the responses.
 pub fn transcript(rows: &[(&str, &str)]) {
     table(rows, |request| ask(request).brief());
 }
@@ -734,7 +735,7 @@ pub fn await_true(what: &str, seconds: u64, mut probe: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until the wall clock shows `time`: for what must not have happened by then.
+/// Waits until the wall clock shows `time`: for events that must not have happened by then.
 pub fn await_time(time: u64) {
     await_true("time passes", 60, || now() >= time);
 }

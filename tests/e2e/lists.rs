@@ -106,7 +106,7 @@ fn sorted(mut lines: Vec<String>) -> Vec<String> {
     lines
 }
 
-/// Neither address nor block nor range that may be blocked, with a | in between.
+/// Texts, separated by |, that are not an address, block or range that may be blocked.
 const WRONG: &str = "0.0.0.0|::|0.0.0.0/0|0.0.0.0/32|::/0|1.2.3.4/8|1.2.3.4/0|1.2.3.4/33|1.2.3.4/024|\
     1.2.3.4/+24|1.2.3.4/|/24|1.2.3.4/24/24|1.2.3.4/255.255.255.0|2001:db8::/16|2001:db8::/129|\
     1.2.3|1.2.3.256|1.2.3.04|1.2.3.4.5|16909060|0x1020304|1.2.3.\u{664}|2001:db8::12345|\
@@ -116,7 +116,7 @@ const WRONG: &str = "0.0.0.0|::|0.0.0.0/0|0.0.0.0/32|::/0|1.2.3.4/8|1.2.3.4/0|1.
     2001::-2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff|drop 1.2.3.4|1.2.3.4 -j ACCEPT|COMMIT|\
     add rfw4:drop:in:any 1.2.3.4|1.2.3.4\0|\u{a0}1.2.3.4|1.2.3.4\u{b}";
 
-/// Where a wrong line can stand, and its number.
+/// Positions of an invalid line, and its number.
 const FRAMES: [(&str, &str); 6] = [
     ("WRONG\n1.2.3.4\n5.6.7.8\n", "400 bad_list 1"),
     ("1.2.3.4\nWRONG # why\n2001:db8::1\n", "400 bad_list 2"),
@@ -127,7 +127,7 @@ const FRAMES: [(&str, &str); 6] = [
 ];
 
 #[test]
-fn a_wrong_line_anywhere() {
+fn an_invalid_line_anywhere() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         assert_eq!(list("PUT /drop/input/any", "9.9.9.9").sums(), "inserted 1");
@@ -146,7 +146,7 @@ fn a_wrong_line_anywhere() {
 }
 
 #[test]
-fn the_first_twenty_wrong_lines_are_told() {
+fn the_first_twenty_invalid_lines_are_reported() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let answer = list("PUT /drop/input/any", "1.2.3.4\nexample.com\n");
@@ -163,7 +163,7 @@ fn the_first_twenty_wrong_lines_are_told() {
     });
 }
 
-/// Request; body; answer. Nothing of it reaches the kernel.
+/// Request; body; response. None of them changes the kernel.
 const REFUSED: [(&str, &str, &str); 20] = [
     ("PUT /drop/input/any", "", "400 empty_list"),
     ("DELETE /drop/input/any", "", "400 empty_list"),
@@ -188,7 +188,7 @@ const REFUSED: [(&str, &str, &str); 20] = [
 ];
 
 #[test]
-fn bodies_where_none_belongs_and_none_where_one_does() {
+fn unexpected_and_missing_bodies() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         for (request, body, want) in REFUSED {
@@ -242,13 +242,13 @@ fn a_block_around_one_address_of_this_host_becomes_sixteen() {
                 table(&rows, |request| list(&format!("{request}/input/any"), net).sums());
                 assert!(lab.kept().is_empty(), "{:?}", lab.kept());
             }
-            // No packet is lost that an ACCEPT lets through.
+            // An ACCEPT blocks no packet.
             assert_eq!(list("PUT /accept/input/any", "198.18.0.0/16").sums(), "inserted 1");
         });
     });
 }
 
-/// What curl sends; whether it says of which file. Each names no address.
+/// What curl sends, and whether it names the file. None contains an address.
 const EMPTY: [&str; 8] = [
     "-T lab/empty",
     "-T - < lab/empty",
@@ -334,7 +334,7 @@ fn a_lenient_list_skips_invalid_lines() {
     });
 }
 
-/// An invalid line; what its message says.
+/// An invalid line, and its message.
 const HINTS: [(&str, &str); 9] = [
     ("1.0.0.0/8", "1.0.0.0/8 is wider than /9"),
     ("2000::/16", "2000::/16 is wider than /17"),
@@ -395,7 +395,7 @@ fn the_expiry_is_that_of_the_request() {
 }
 
 #[test]
-fn a_newer_list_stands_before_older_rules() {
+fn a_newer_list_precedes_older_rules() {
     both(|lab| {
         let _rfw = lab.start("local.server");
         let both = "1.1.1.1\n2.2.2.2\n";
@@ -414,13 +414,13 @@ fn a_newer_list_stands_before_older_rules() {
     });
 }
 
-/// So many addresses, a line each: 10.0.0.1, 10.0.0.2 and so on.
+/// This many addresses, one per line: 10.0.0.1, 10.0.0.2 and so on.
 fn addresses(numbers: std::ops::Range<usize>) -> String {
     let line = |n| format!("10.{}.{}.{}\n", n / 62_500, n / 250 % 250, n % 250 + 1);
     numbers.map(line).collect()
 }
 
-/// The ways of curl's manual to send a file.
+/// The ways to send a file in curl's manual.
 const WAYS: [&str; 3] = ["-T FEED", "-T - < FEED", "-X PUT --data-binary @FEED"];
 
 #[test]
@@ -457,7 +457,7 @@ fn curl_sends_a_file_in_every_way() {
 const PUT: &str = "PUT /drop/input/any";
 const HEAD: &str = "PUT /drop/input/any HTTP/1.1\r\nHost: localhost\r\n";
 
-/// A chunked body (`|` is CRLF); the answer, or what of it matters.
+/// A chunked body (`|` is CRLF), and the relevant part of the response.
 const CHUNKS: [(&str, &str); 38] = [
     ("7|1.2.3.4|0||", "inserted 1"),
     ("007|1.2.3.4|000||", "inserted 1"),
@@ -523,7 +523,7 @@ fn chunked_bodies() {
     });
 }
 
-/// Without sets, neither has room.
+/// Without sets, there is no room for either.
 #[test]
 fn a_refused_list_costs_no_memory() {
     once(|lab| {
@@ -543,7 +543,7 @@ fn a_refused_list_costs_no_memory() {
 }
 
 #[test]
-fn a_connection_is_kept_over_lists() {
+fn a_connection_is_kept_alive_after_a_list() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let list = format!("{HEAD}Content-Length: 8\r\n\r\n1.2.3.4\n");
@@ -569,7 +569,7 @@ fn a_connection_is_kept_over_lists() {
     });
 }
 
-/// Path and fields of a request with `Expect: 100-continue`; the answers until the last.
+/// Path and fields of a request with `Expect: 100-continue`, and all its responses.
 const EXPECT: [(&str, &str); 9] = [
     ("/drop/input/any|Content-Length: 8", "100 200"),
     ("/drop/input/any|Transfer-Encoding: chunked", "100 200"),
@@ -600,7 +600,7 @@ fn expect_100_continue() {
         };
         let rfw = lab.start("local.server");
         table(&EXPECT, |row| ask(row, ""));
-        let mut old = Conn::open(); // HTTP/1.0 knows no 100
+        let mut old = Conn::open(); // HTTP/1.0 has no 100
         let fields = "Host: localhost\r\nExpect: 100-continue\r\nContent-Length: 8\r\n\r\n";
         old.send(format!("PUT /drop/input/any HTTP/1.0\r\n{fields}1.2.3.4\n"));
         assert_eq!(old.answer().unwrap().status, 200);
@@ -622,7 +622,7 @@ fn limits() {
             |count| (0..count).map(|n| format!("10.{}.{}.{}\n", n >> 16, n >> 8 & 255, n & 255));
         let line = |length: usize| format!("{:>length$}\n", "1.2.3.4");
         let comment = |length: usize| format!("1.2.3.4 #{}\n", "x".repeat(length));
-        // What; a list; the answer; what its message names.
+        // The limit; a list; the response; a part of its message.
         let rows = [
             ("a million entries", entries(1_000_000).collect::<String>(), "absent 1000000", ""),
             ("and one more", entries(1_000_001).collect(), "413 content_too_large", "1000000"),
@@ -674,10 +674,10 @@ fn a_client_that_stops_halfway_changes_nothing() {
 }
 
 #[test]
-fn a_slow_body_is_cut_and_holds_up_nobody() {
+fn a_slow_body_is_refused_and_delays_no_one() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        // Bytes in each quarter of a second; the answer.
+        // Bytes per quarter of a second; the response.
         let rows = [(0, 408), (200, 408), (300, 200)];
         let body = &format!("1.2.3.4 #{:>91}\n", "").repeat(380); // 38,000 bytes
         thread::scope(|scope| {
@@ -705,20 +705,20 @@ fn a_slow_body_is_cut_and_holds_up_nobody() {
     });
 }
 
-/// Request; what iptables does instead of a change; whether the first family is restored at once.
+/// Request; what iptables does instead of a change; whether the first family is undone at once.
 const ILLS: [(&str, &str, bool); 6] = [
     ("PUT", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("DELETE", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("PUT", "case $me in ipt*) echo 'iptables: Bad luck.' >&2; exit 1;; esac", true),
     ("PUT", "case $me in ip6*) kill -9 $$;; esac", true),
-    // The kernel itself refuses one line of many.
+    // The kernel itself rejects one line of many.
     ("PUT", "case $me in ip6*) /bin/sed /::3/s/DROP/NOCHAIN/ | $real \"$@\"; exit $?;; esac", true),
-    // Nothing works after the first family, not even removing its half: that comes a second later.
+    // Everything fails after the first family, even the undo, which succeeds a second later.
     ("PUT", "[ -e $lab/once ] && exit 1; /bin/touch $lab/once", false),
 ];
 
 #[test]
-fn if_the_second_family_fails_the_first_is_taken_back() {
+fn if_the_second_family_fails_the_first_is_undone() {
     both(|lab| {
         lab.stand_in("");
         let _rfw = lab.start("local.server");
@@ -743,7 +743,7 @@ fn if_the_second_family_fails_the_first_is_taken_back() {
     });
 }
 
-/// The sum of a word's counts in all these answers, none of them an error.
+/// The sum of one count in all these responses, none of which is an error.
 fn total(answers: &[Answer], word: &str) -> usize {
     let count = |answer: &Answer| match (answer.status, answer.field("result")) {
         (200, "applied") => answer.field(word).parse().unwrap_or(0),
@@ -762,7 +762,7 @@ fn together(lists: [(&str, String); 2]) -> Vec<Answer> {
 }
 
 #[test]
-fn two_lists_at_once_come_one_after_the_other() {
+fn concurrent_lists_are_applied_one_after_the_other() {
     both(|lab| {
         modes(lab, "", |_, _| {
             let third = lab.at_once(600) / 5; // a refresh is two lines
@@ -822,7 +822,7 @@ fn a_list_against_single_puts_of_the_same_addresses() {
 /// Kills in each mode, for each of the two variants.
 const KILLS: usize = 12;
 
-/// With a state file, all of it or nothing. Without one, what a set has got by then stays.
+/// With a state file, all of it or nothing. Without one, entries that a set has by then remain.
 #[test]
 fn kill_9_in_the_middle_of_a_list() {
     both(|lab| {
@@ -852,7 +852,7 @@ fn kill_in_the_middle(lab: &Lab, rfw: &mut Rfw<'_>, may_be_partial: bool) {
             client.join().unwrap()
         });
         rfw.restart();
-        // How many are there, how many of them timed.
+        // How many exist, and how many of them have an expiry.
         let is = || {
             let kept = lab.kept();
             (kept.len(), kept.values().flatten().count())

@@ -1,4 +1,4 @@
-//! SPEC 7: a log that blocks, fails or is flooded stops nothing, and says what is missing.
+//! A log that blocks, fails or is flooded stops nothing, and reports how many lines are missing.
 
 use crate::lab::*;
 use std::fs::File;
@@ -15,7 +15,7 @@ fn is_whole(line: &str) -> bool {
     stamp.starts_with("9999-99-99T99:99:99.999Z") && level
 }
 
-/// Sends so many requests one behind the other, with further header lines; how many got `status`.
+/// Sends this many pipelined requests, with further header lines; returns how many got `status`.
 fn pipeline(request: &str, fields: &str, count: usize, status: &str) -> usize {
     let mut conn = Conn::open();
     let (head, mut writer) =
@@ -56,7 +56,7 @@ fn a_log_that_blocks() {
                 gets += usize::from(line.contains("GET /metrics"));
                 Some(line.split_once(report)?.1.parse::<usize>().unwrap())
             });
-            // The DELETE's line is lost as well.
+            // The DELETE's line is lost, too.
             assert_eq!((puts, gets + lost.unwrap()), (2_000, 5_001), "{logfile}: {lost:?}");
             ask("PUT /drop/input/any/1.2.3.5");
             assert!(lines.any(|line| line.contains("PUT /drop/input/any/1.2.3.5")));
@@ -64,7 +64,7 @@ fn a_log_that_blocks() {
     });
 }
 
-/// Half a line remained, and the next one followed it.
+/// In 0.3, half a line remained, and the next one followed it.
 #[test]
 fn a_line_is_written_whole_or_not_at_all() {
     once(|lab| {
@@ -73,7 +73,7 @@ fn a_line_is_written_whole_or_not_at_all() {
         let _rfw = lab.start("local.server");
         lab.log();
         sh("cat /dev/zero > lab/disk/full || true");
-        // What is left of the log's page has no room for these.
+        // The rest of the log's page has no room for these.
         assert_eq!(pipeline("GET /metrics", "", 200, "200"), 200);
         let full = lab.read("rfw.log");
         assert!(full.ends_with('\n') && full.lines().all(is_whole), "{full}");
@@ -94,7 +94,7 @@ fn a_log_that_floods() {
         let flood = || pipeline("PUT /drop/input/any/1.2.3.4", "", 5_000, "401 unauthorized");
         let floods: Vec<_> = (0..4).map(|_| thread::spawn(flood)).collect();
         assert_eq!(floods.into_iter().map(|flood| flood.join().unwrap()).sum::<usize>(), 20_000);
-        // Changes are logged all the same, and so are refusals to another address.
+        // Changes are still logged, and so are refusals to another address.
         let mine = "Authorization: Basic bXU6c2VjcmV0\r\n";
         let delete = "DELETE /drop/input/any/1.2.3.4";
         assert_eq!(pipeline(delete, mine, 200, "200 absent"), 200);
@@ -115,7 +115,7 @@ fn a_log_that_floods() {
     });
 }
 
-/// By PUT they were, by GET they were not.
+/// In 0.3, they were by PUT, but not by GET.
 #[test]
 fn password_guesses_are_logged_whatever_the_method() {
     once(|lab| {
@@ -133,7 +133,7 @@ fn password_guesses_are_logged_whatever_the_method() {
 }
 
 #[test]
-fn what_was_logged_before_a_failed_start_is_written() {
+fn lines_logged_before_a_failed_start_are_written() {
     once(|lab| {
         lab.stand_in("");
         sh("rm lab/bin/ip6*");
@@ -147,7 +147,7 @@ fn what_was_logged_before_a_failed_start_is_written() {
             assert!(status == 1 && order, "{status} {said}");
             assert!(lab.read("rfw.log").contains(warning));
         }
-        // It ends, though the log takes nothing.
+        // It exits although the log blocks.
         let script = "mkfifo pipe; exec 3<>pipe; dd if=/dev/zero bs=64k count=1 >&3 2>err
             exec timeout 10 \"$0\" -f rfw.conf --logfile pipe 2>err";
         let mut run = Command::new("/bin/sh");

@@ -3,7 +3,7 @@
 //! Every test runs in a network namespace of its own (see `lab`), never in the host's. Reading
 //! order: the harness, the program as a command, its log and its processes, its API, what it does
 //! to the kernel, lists, sets, tags, users, the state file and a start before the network (`boot`), then
-//! HTTP, TLS, clients that hold up others (`server`), the client, packets, kill -9, and the defects that
+//! HTTP, TLS, clients that delay others (`server`), the client, packets, kill -9, and the defects that
 //! must not return: of rfw 0.2.2 (`regressions`), and of 0.3 (`repair`, `commits`).
 
 #![allow(

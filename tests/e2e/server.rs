@@ -1,4 +1,4 @@
-//! SPEC 4, 6 and 10: clients that hold up others, and how all of them have their turn.
+//! Slow, greedy and malicious clients: they are evicted or refused, and every other one gets its turn.
 
 use crate::lab::*;
 use crate::tls;
@@ -15,7 +15,7 @@ const UPLOAD: &str =
     "PUT /drop/input/any HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n1";
 const LISTING: &str = "GET /list HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// A list of so many addresses.
+/// A list of this many addresses.
 fn addresses(count: usize) -> String {
     (0..count).map(|n| format!("10.{}.{}.{}\n", n >> 16, n >> 8 & 255, n & 255)).collect()
 }
@@ -32,13 +32,13 @@ fn drip(is_over: &AtomicBool) {
 }
 
 #[test]
-fn stalled_uploads_hold_up_no_list() {
+fn stalled_uploads_delay_no_list() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let mut stalled: Vec<_> = (0..17).map(|_| Conn::open()).collect();
         stalled.iter_mut().for_each(|conn| conn.send(UPLOAD));
         assert_eq!(list("PUT /drop/input/any", addresses(100)).sums(), "inserted 100");
-        // Nor do those that send byte by byte.
+        // Nor do uploads that arrive byte by byte.
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             (0..24).for_each(|_| drop(scope.spawn(|| drip(&is_over))));
@@ -50,7 +50,7 @@ fn stalled_uploads_hold_up_no_list() {
     });
 }
 
-/// At more than 1 KiB a second, which is fast enough for one that is short.
+/// Even at more than 1 KiB/s, which is fast enough for a short one.
 #[test]
 fn an_upload_that_takes_over_a_minute_is_refused() {
     once(|lab| {
@@ -79,7 +79,7 @@ fn an_upload_that_takes_over_a_minute_is_refused() {
 }
 
 #[test]
-fn unread_listings_hold_up_no_listing() {
+fn unread_listings_delay_no_listing() {
     legacy(|lab| {
         let rfw = lab.start("local.server");
         assert_eq!(list("PUT /drop/input/any", addresses(30_000)).sums(), "inserted 30000");
@@ -102,7 +102,7 @@ fn unread_listings_hold_up_no_listing() {
 }
 
 #[test]
-fn concurrent_listings_all_have_their_turn() {
+fn concurrent_listings_all_get_their_turn() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         list("PUT /drop/input/any", addresses(50));
@@ -118,7 +118,7 @@ fn concurrent_listings_all_have_their_turn() {
     });
 }
 
-/// What came of the requests of a crowd: how many changes were made, and refused.
+/// The outcome of a crowd's requests: how many changes were made, and how many refused.
 #[derive(Default)]
 struct Crowd {
     made: AtomicUsize,
@@ -127,7 +127,7 @@ struct Crowd {
 }
 
 impl Crowd {
-    /// Asks for changes without a pause, on a new connection where rfw closes the old one.
+    /// Requests changes without a pause, on a new connection whenever rfw closes the old one.
     /// Returns how many were made.
     fn ask(&self, client: usize) -> usize {
         let (mut conn, mut made) = (Conn::open(), 0);
@@ -149,7 +149,7 @@ impl Crowd {
 }
 
 #[test]
-fn among_200_clients_that_never_pause_each_has_its_share() {
+fn each_of_200_clients_that_never_pause_gets_its_share() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let (crowd, mut honest) = (Crowd::default(), Vec::new());
@@ -172,7 +172,7 @@ fn among_200_clients_that_never_pause_each_has_its_share() {
 }
 
 #[test]
-fn a_connection_too_many_is_refused_after_5_seconds() {
+fn a_connection_beyond_the_limit_is_refused_after_5_seconds() {
     both(|lab| {
         lab.stand_in("");
         let _rfw = lab.start("local.server");
@@ -191,15 +191,15 @@ fn a_connection_too_many_is_refused_after_5_seconds() {
         assert_eq!(ask("PUT /drop/input/any/10.0.1.1").brief(), "503 busy");
         let millis = begin.elapsed().as_millis();
         assert!((4_900..5_000 + u128::from(SLACK) * 1_000).contains(&millis), "{millis} ms");
-        // Nobody was evicted for it.
+        // No other connection was evicted for it.
         for conn in &mut waiting {
             assert_eq!(conn.answer().unwrap().status, 503);
         }
     });
 }
 
-/// The answer comes before the head has ended. What comes behind must not reset the connection: a
-/// client that fails to send does not look for an answer.
+/// The response is sent before the head is complete. Later bytes must not reset the connection: a
+/// client that fails to send does not read the response.
 #[test]
 fn an_endless_head_over_tls_is_answered() {
     once(|lab| {

@@ -2,7 +2,7 @@
 
 use crate::lab::*;
 
-/// The addresses of `GET /list` with a query, each with its tag, in the order of the kernel.
+/// The addresses of `GET /list` with a query, each with its tag, in kernel order.
 fn listed(query: &str) -> String {
     let answer = ask(&format!("GET /list{query}"));
     assert_eq!(answer.status, 200, "{query}: {answer:?}");
@@ -13,7 +13,7 @@ fn listed(query: &str) -> String {
     rows.collect::<Vec<_>>().join(" ")
 }
 
-/// The same, sorted: the order inside a set is the kernel's.
+/// The same, sorted: the kernel decides the order inside a set.
 fn all(query: &str) -> String {
     let text = listed(query);
     let mut rows: Vec<&str> = text.split_whitespace().collect();
@@ -86,11 +86,11 @@ fn a_list_that_replaces_is_exactly_the_list() {
                 (replace, "400 bad_list"),
             ];
             table(&rows, |request| list(request, "nonsense\n").brief());
-            // A failed download unblocks nobody.
+            // A failed download unblocks no address.
             for body in ["", "\n", "# nothing\n"] {
                 assert_eq!(list(replace, body).brief(), "400 empty_list", "{body:?}");
             }
-            // Nor does one of which nothing is left.
+            // Nor does a list without any address that may be blocked.
             assert_eq!(list(replace, "127.0.0.1\n").brief(), "400 empty_list");
             let lenient = format!("{replace}&lenient=true");
             assert_eq!(list(&lenient, "127.0.0.1\n<html>\n").brief(), "400 bad_list");
@@ -113,7 +113,7 @@ impl Sorted for String {
 }
 
 #[test]
-fn all_of_a_source_gone_bad() {
+fn everything_from_a_bad_source_is_deleted() {
     both(|lab| {
         modes(lab, "", |_, _| {
             list("PUT /drop/input/any?tag=bad", "1.1.1.1\n2001:db8::1\n");
@@ -172,7 +172,7 @@ fn tags_survive_kill_9_and_a_reboot() {
     });
 }
 
-/// A row of the list without what a restart may change: its number and parts of a second.
+/// An element of the listing without what a restart may change: its number and fractions of a second.
 fn without_number(row: &str) -> String {
     let (chain, rest) = row.trim_matches(['[', ']', ',']).split_once("\"num\"").unwrap();
     let (rest, expires) =
@@ -193,7 +193,7 @@ fn each_tag_has_its_own_rules_and_sets_in_the_kernel() {
                 true => &["rfw4:drop:in:any@feed src", "rfw4:drop:in:~", "\"rfw@feed\""],
             };
             marks.iter().for_each(|mark| assert!(rules.contains(mark), "{mark}: {rules}"));
-            // The newer rule decides, whatever its tag; with sets accept does, then reject.
+            // The newer rule wins, whatever its tag; with sets, accept wins, then reject.
             ask("PUT /accept/input/any/1.1.1.1?tag=z");
             assert_eq!(listed("?ip=1.1.1.1").split(' ').next(), Some("1.1.1.1@z"));
         });
@@ -248,7 +248,7 @@ fn rules_about_an_address() {
                 ("GET /list?ip=1.1.1.1&expire=1h", "400 bad_query"),
             ];
             transcript(&errors);
-            // What the kernel has lost is not shown, even before rfw restores it.
+            // A rule that the kernel has lost is not shown, even before rfw restores it.
             let many: String = (1..=20).map(|n| format!("7.7.7.{n}\n")).collect();
             list("PUT /drop/input/any?tag=feed", many);
             assert_eq!(all("?ip=7.7.7.0/24").matches("@feed").count(), 20);
@@ -277,7 +277,7 @@ fn what_each_source_stops() {
             shows("rules", "1");
             shows("packets_total", "3");
             shows("bytes_total", "108");
-            // A refreshed rule begins anew in the kernel; a counter never falls.
+            // A refreshed rule starts at zero in the kernel; a metric never decreases.
             ask("PUT /accept/input/any/10.9.9.9?tag=feed&expire=1h");
             std::thread::sleep(std::time::Duration::from_secs(2));
             send();

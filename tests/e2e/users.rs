@@ -1,4 +1,4 @@
-//! SPEC 9: users and what each may do; SPEC 2: files that hold secrets.
+//! Users and what each may do; the owner and mode of files that contain secrets.
 
 use crate::lab::*;
 use crate::tls;
@@ -31,7 +31,7 @@ fn send(server: &str, options: &str, request: &str) -> Answer {
     Answer { status: status.parse().expect(&said), head: String::new(), body: body.into() }
 }
 
-/// The comments of rfw's rules in INPUT, in the order of the kernel.
+/// The comments of rfw's rules in INPUT, in kernel order.
 fn comments(lab: &Lab) -> String {
     let listing = lab.iptables("-S INPUT");
     let comments =
@@ -91,7 +91,7 @@ fn each_user_may_do_what_auth_file_says() {
 }
 
 #[test]
-fn a_request_without_a_tag_has_the_first_tag_of_its_user() {
+fn a_request_without_a_tag_gets_the_first_tag_of_its_user() {
     both(|lab| {
         lab.write("users", USERS);
         let _rfw = lab.start(&format!("{CONF}\n{ADMIN}"));
@@ -105,7 +105,7 @@ fn a_request_without_a_tag_has_the_first_tag_of_its_user() {
         assert_eq!(ask_as("jails:p2", delete).field("tag"), "sshd");
         assert_eq!(ask_as("jails:p2", delete).brief(), "200 absent");
         assert_eq!(comments(lab), "rfw@nginx rfw");
-        // Lists, too; `replace` needs a tag, which this user has.
+        // Lists, too; `replace` requires a tag, which this user has.
         let list = |user, request, lines| list_as(lab, user, request, lines).sums();
         assert_eq!(list("peer1:p1", "PUT /drop/input/any", "2.2.2.2\n3.3.3.3\n"), "inserted 2");
         let replace = "PUT /drop/input/any?replace=true";
@@ -120,7 +120,7 @@ fn a_request_without_a_tag_has_the_first_tag_of_its_user() {
     });
 }
 
-/// Neither one by one, nor by a list, nor all at once.
+/// Not one by one, not by a list, and not all at once.
 #[test]
 fn a_peer_withdraws_its_own_rules_and_no_others() {
     once(|lab| {
@@ -153,7 +153,7 @@ fn a_peer_withdraws_its_own_rules_and_no_others() {
 }
 
 #[test]
-fn a_reader_changes_nothing_by_get_either() {
+fn a_reader_cannot_change_rules_by_get() {
     once(|lab| {
         lab.write("users", USERS);
         let _rfw = lab.start(&format!("{CONF}\nnon.restful"));
@@ -171,7 +171,7 @@ fn a_reader_changes_nothing_by_get_either() {
     });
 }
 
-/// curl sends it only after a 100.
+/// curl sends the body only after a 100.
 #[test]
 fn a_forbidden_list_is_refused_before_its_body() {
     once(|lab| {
@@ -186,7 +186,7 @@ fn a_forbidden_list_is_refused_before_its_body() {
 }
 
 #[test]
-fn without_authentication_everyone_may_do_everything() {
+fn without_authentication_every_client_has_all_rights() {
     once(|lab| {
         lab.write("users", USERS);
         let _rfw = lab.start("local.server\nauth.file = users");
@@ -218,9 +218,9 @@ fn users_of_the_outward_server() {
     });
 }
 
-/// Right credentials of another user have to wait as well.
+/// Correct credentials of another user must wait, too.
 #[test]
-fn guesses_are_counted_for_an_address_whoever_they_name() {
+fn guesses_are_counted_per_address_whatever_the_user() {
     once(|lab| {
         lab.write("users", USERS);
         let _rfw = lab.start(CONF);
@@ -259,7 +259,7 @@ fn the_log_names_the_user_and_the_tag() {
 }
 
 #[test]
-fn a_wrong_auth_file_never_starts() {
+fn rfw_does_not_start_with_an_invalid_auth_file() {
     once(|lab| {
         lab.configure(&format!("{CONF}\n{ADMIN}"));
         let rows = [
@@ -287,7 +287,7 @@ fn a_wrong_auth_file_never_starts() {
     });
 }
 
-/// SPEC 2: what the message says to do is done, and then it starts.
+/// Others must not be able to read or write a file with secrets. The fix in the message works.
 #[test]
 fn secrets_that_others_can_read_are_refused() {
     once(|lab| {
@@ -311,12 +311,12 @@ fn secrets_that_others_can_read_are_refused() {
                 sh(&format!("cd lab; {advice}"));
                 assert_eq!(check().0, 0);
             }
-            // To root's group it may be readable: so systemd shows credentials.
+            // Root's group may read it: systemd passes credentials that way.
             sh(&format!("cd lab; chgrp 0 {file}; chmod 440 {file}"));
             assert_eq!(check().0, 0, "{file}");
             sh(&format!("cd lab; chmod 600 {file}"));
         }
-        // What is no secret may be read by all.
+        // Files without secrets may be readable by all.
         sh("cd lab; chmod 644 white.list keys/server_127.0.0.1/server.crt");
         assert_eq!(check().0, 0);
         lab.configure("local.server");
