@@ -1,4 +1,4 @@
-//! Changes that hang, fail halfway, or are made and then fail: whatever is answered is true, and the
+//! Changes that hang, fail halfway, or fail after they are made: every response is true, and the
 //! kernel, GET /list and the state file agree. Each defect of rfw 0.3 that must not return has a test
 //! named after it; those of listings and of other programs are in `repair`.
 
@@ -11,14 +11,14 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long it may take until rfw has put everything right, once its tools work: it looks again
-/// after ten seconds at the latest.
+/// How long rfw may take to repair everything once its tools work: it checks the kernel at least
+/// every ten seconds.
 const RECOVERY: u64 = 12 + SLACK;
 
-/// No batch lasts longer, whatever is in it.
+/// No batch takes longer, whatever its content.
 const LONGEST: u64 = 30;
 
-/// The next restore of a program does what is in `next-PROGRAM`, once, where that file is there.
+/// The next restore of a program first runs the script `next-PROGRAM`, once, if it exists.
 const NEXT: &str = r#"case "$me $*" in *restore*)
     /bin/mv $lab/next-$me $lab/next.$$ 2> /dev/null && . $lab/next.$$
 esac"#;
@@ -29,7 +29,7 @@ fn addresses(count: usize) -> String {
     (0..count).map(line).collect()
 }
 
-/// Ills of the restores of two families; the second may come after a first one that is slow.
+/// Runs a batch whose restore of one family hangs, perhaps after a slow one of the other family.
 fn hung_batch(lab: &Lab, form: Form, ills: &[(&str, &str)]) {
     let count = lab.at_once(10_000);
     let lines = addresses(count);
@@ -79,7 +79,7 @@ fn hung_batch(lab: &Lab, form: Form, ills: &[(&str, &str)]) {
 
 /// Reads nothing.
 const HANG: &str = "exec /bin/sleep 100";
-/// Reads a little now and then, so that no single write takes long.
+/// Reads slowly, so that no single write takes long.
 const DRIP: &str = "while /usr/bin/head -c 8192 > /dev/null; do /bin/sleep 1.5; done";
 
 #[test]
@@ -99,8 +99,8 @@ fn one_hung_batch_blocked_everything_in_sets() {
     both(|lab| hung_batch(lab, FORMS[3], &[("ipset", HANG), ("ipset", DRIP)]));
 }
 
-/// What ip6tables does once while rfw starts. iptables-nft exits 4 after the first, and 0 with a part
-/// of its listing after the second.
+/// Failures of ip6tables, once while rfw starts. On the first, iptables-nft exits 4; on the second, it
+/// exits 0 with part of its listing.
 const IPV6_ILLS: [&str; 5] = [
     "exec /usr/bin/strace -qq -o /dev/null -e inject=sendto:error=ENOBUFS:when=1 $real \"$@\"",
     "exec /usr/bin/strace -qq -o /dev/null -e inject=sendto:error=ENOBUFS:when=3 $real \"$@\"",
@@ -161,7 +161,7 @@ fn ipv6_failed_open() {
     });
 }
 
-/// Requests one after the other, and what they come to: "drop 1.1.1.1".
+/// Successive requests, and what is enforced after them: "drop 1.1.1.1".
 const CHANGES: [(&str, &str, &[&str]); 7] = [
     ("PUT /drop/input/any/1.1.1.1", "", &["drop 1.1.1.1"]),
     ("PUT /drop/input/any/1.1.1.1?expire=1h", "", &["drop 1.1.1.1"]),
@@ -176,13 +176,13 @@ fn send(request: &str, lines: &str) -> Answer {
     if lines.is_empty() { ask(request) } else { list(request, lines) }
 }
 
-/// Once the tools work, what was answered is in the kernel, in GET /list, and in the state file.
+/// Once the tools work, the kernel, GET /list and the state file match the responses.
 fn assert_recovers(lab: &Lab, want: &[String], what: &str) {
     await_true(&format!("{want:?}: {what}"), RECOVERY, || enforced(lab) == want);
     assert_eq!(listed(), want, "{what}");
 }
 
-/// A restart finds the same; with a state file the kernel may have lost everything.
+/// So does a restart, with a state file even if the kernel has lost everything.
 fn assert_restarts(lab: &Lab, rfw: &mut Rfw<'_>, form: Form, want: &[String], what: &str) {
     rfw.kill();
     if form.file {
@@ -202,11 +202,11 @@ fn what_was_committed_before_exit_1_was_answered_with_500_and_stayed() {
         in_forms(lab, &FORMS, "", |rfw, form| {
             for ill in [
                 "$real \"$@\"; exit 1",
-                // What would take it back fails.
+                // The undo fails.
                 "case \"$* \" in *'-D '*|*'del '*) exit 1;; esac; $real \"$@\"; exit 1",
                 "$real \"$@\"; echo 'Bad luck.' >&2; exit 4",
                 "$real \"$@\"; kill -9 $$",
-                // Only once: what is done to put it right succeeds.
+                // Only once: the repair succeeds.
                 "[ -e $lab/ill ] || { /bin/touch $lab/ill; $real \"$@\"; exit 1; }",
             ] {
                 let mut before = words(&[]);
@@ -219,7 +219,7 @@ fn what_was_committed_before_exit_1_was_answered_with_500_and_stayed() {
                     let done = answer.status == 200;
                     assert!(done || [500, 503].contains(&answer.status), "{what} {answer:?}");
                     let truth = if done { &after } else { &before };
-                    // Where it was killed, rfw need not ask it again at once.
+                    // If it was killed, rfw need not retry at once.
                     if done || !ill.contains("kill") {
                         assert_eq!(enforced(lab), *truth, "{what} {answer:?}");
                     }
@@ -236,7 +236,7 @@ fn what_was_committed_before_exit_1_was_answered_with_500_and_stayed() {
     });
 }
 
-/// The second half fails, and nothing can be read behind it: what do the next requests find?
+/// The second half fails, and nothing can be read afterwards: what do the next requests find?
 #[test]
 fn half_of_a_list_was_there_and_delete_said_absent_or_put_doubled_it() {
     both(|lab| {
@@ -282,8 +282,8 @@ fn half_of_a_list_was_there_and_delete_said_absent_or_put_doubled_it() {
     });
 }
 
-/// ipset takes as many lines as `$lab/lines` says, a command being one, and then FAILS, for as long
-/// as that file is there.
+/// ipset accepts as many lines as `$lab/lines` says (a command is one) and then FAILS, as long as that
+/// file exists.
 const TAKES: &str = r#"if [ $me = ipset ] && left=$(/bin/cat $lab/lines 2> /dev/null); then
 case "$*" in
 *list*|*save*) ;;
@@ -303,7 +303,7 @@ fi"#;
 
 const REFUSES: &str = "echo 'ipset: Bad luck.' >&2; exit 1";
 
-/// Changes of an address that is dropped, and of one that is not; what they come to.
+/// Changes of an address that is dropped, and of one that is not, with their results.
 const MOVES: [(&str, &str, &[&str]); 5] = [
     ("PUT /accept/input/any/1.1.1.1", "", &["accept 1.1.1.1", "drop 1.1.1.2"]),
     (
@@ -320,7 +320,7 @@ const MOVES: [(&str, &str, &[&str]); 5] = [
 fn a_failed_change_in_sets_was_half_applied() {
     both(|lab| {
         in_forms(lab, &FORMS[2..], "", |rfw, form| {
-            // So that no set has to be made.
+            // So that no set must be created.
             ask("PUT /accept/input/any/9.9.9.9");
             let with_nine = |some: &[&str]| {
                 let mut all = [some, &["accept 9.9.9.9"]].concat();
@@ -329,7 +329,7 @@ fn a_failed_change_in_sets_was_half_applied() {
             };
             let before = with_nine(&["drop 1.1.1.1", "drop 1.1.1.2"]);
             for fails in [REFUSES, "kill -9 $$"] {
-                // How many lines are taken, and whether nothing more is until rfw has been asked twice.
+                // How many lines are accepted, and whether all others fail until the second request.
                 for (lines, persists) in [(1, true), (1, false), (2, false)] {
                     for (request, body, after) in MOVES {
                         let what = format!("{form:?} {request} after {lines} lines: {fails}");
@@ -356,7 +356,7 @@ fn a_failed_change_in_sets_was_half_applied() {
                         }
                         let want = if done { with_nine(after) } else { before.clone() };
                         assert_recovers(lab, &want, &what);
-                        // What has been tried meanwhile must not come back from the file.
+                        // Failed attempts must not come back from the file.
                         if form.file {
                             assert_restarts(lab, rfw, form, &want, &what);
                         }
@@ -379,7 +379,7 @@ fn a_list_that_was_applied_counted_as_not_applied() {
                         let what = format!("{form:?} {request}, {program}: {ill}");
                         let before = enforced(lab);
                         lab.stand_in(NEXT);
-                        // All of its lines are done before it ends so.
+                        // All of its lines are applied before it fails.
                         lab.write(&format!("next-{program}"), &format!("$real \"$@\"; {ill}"));
                         let answer = list(&format!("{request} /drop/input/any"), lines);
                         lab.stand_in("");
@@ -428,7 +428,7 @@ fn sets_were_not_batched() {
     both(|lab| {
         modes(lab, "state.file = state", |rfw, sets| {
             ask("PUT /drop/input/any/9.9.9.9");
-            // What rfw does each second counts as well: the best of some tries has none of it.
+            // What rfw does each second counts, too: the best of some tries has none of it.
             let fewest = (0..5).map(|turn| {
                 lab.write("trace", "");
                 let tracer = trace(rfw, "-o /run/lab/trace -e trace=execve,fdatasync");
@@ -472,7 +472,7 @@ esac"#;
 fn an_expiry_was_late_while_lists_arrived() {
     both(|lab| {
         in_forms(lab, &[FORMS[0], FORMS[2]], "", |_, form| {
-            // Rules with two addresses are rules with sets too.
+            // Rules with two addresses remain rules with sets, too.
             let due = "/drop/forward/any/1.1.1.1/any/2.2.2.2";
             let there = |path: &str| match path {
                 _ if path == due => lab.iptables("-S FORWARD").contains("-s 1.1.1.1/32 -d 2.2.2.2"),
@@ -510,7 +510,7 @@ fn an_expiry_was_late_while_lists_arrived() {
     });
 }
 
-/// A state file's lines behind its header; where it is damaged for sure, so that rfw must not start.
+/// The lines of a state file after its header; where it is certainly damaged, so that rfw must not start.
 const COUNTS: [(&str, bool); 5] = [
     ("* 5|+ 0 /drop/input/any/1.1.1.1|* 1|+ 0 /drop/input/any/2.2.2.2", true),
     (
@@ -557,7 +557,7 @@ fn a_count_that_was_too_large_dropped_all_that_followed_in_silence() {
                     assert_eq!((lab.read("state"), enforced(lab)), (text, vec![]), "{what}");
                     continue;
                 }
-                // As after a power cut; and what is dropped can be found in the log.
+                // As after a power cut; the log shows what is dropped.
                 assert_eq!(enforced(lab), ["drop 9.9.9.9"], "{what}");
                 let log = lab.log();
                 let warned = |line: &str| line.contains(" WARNING ") && line.contains("state:3");
@@ -605,9 +605,9 @@ fn messages_about_a_state_file_that_a_person_has_edited() {
                 ("PUT /drop/input/any/2.2.2.2?expire=1h", "200 inserted"),
                 ("PUT /drop/input/any/3.3.3.3", "200 inserted"),
             ]);
-            // One expires later, one is gone, one is new: the kernel still holds what was.
+            // One expires later, one is deleted, one is new: the kernel still has the old rules.
             let edit = |script: &str| sh(&format!("sed -i '{script}' lab/state"));
-            // A set keeps nothing for so long.
+            // Longer than a set can keep an entry.
             let time = if form.sets { 0 } else { 4_000_000_000_u64 };
             edit(&format!("/3.3.3.3/d; /2.2.2.2/s/+ [0-9]*/+ {time}/"));
             edit("$a + 0 /drop/input/any/4.4.4.4");

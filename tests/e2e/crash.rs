@@ -1,5 +1,5 @@
-//! kill -9 at random moments under load. After each restart every rule that was answered with 200
-//! is in the kernel exactly once with its expiry, and nothing of others changed.
+//! kill -9 at random moments under load. After each restart, every rule that was answered with 200
+//! is in the kernel exactly once with its expiry, and the rules of others are unchanged.
 
 use crate::lab::*;
 use std::collections::BTreeMap;
@@ -7,19 +7,19 @@ use std::hash::{BuildHasher, Hasher};
 use std::thread;
 use std::time::Duration;
 
-/// Kills under load, and kills while rfw starts: for each of the two variants.
+/// Kills under load, and kills while rfw starts, for each of the two variants.
 const KILLS: usize = 30;
 const KILLS_AT_START: usize = 10;
 
 const CLIENTS: u64 = 4;
 
-/// What is known of a rule, by the answers.
+/// What the responses tell about a rule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Known {
     Absent,
-    /// In the kernel with this tag's time.
+    /// In the kernel with this expiry.
     Present(Option<u64>),
-    /// A change was not answered; it may have been made or not.
+    /// A change got no response; it may have been made or not.
     Unanswered,
 }
 
@@ -36,7 +36,7 @@ fn kill_9_loses_nothing_that_was_answered() {
     });
 }
 
-/// With a state file the kernel may lose everything as well: a reboot.
+/// With a state file, the kernel may lose everything, too: a reboot.
 #[test]
 fn a_reboot_loses_nothing_that_was_answered() {
     both(|lab| {
@@ -49,8 +49,8 @@ fn a_reboot_loses_nothing_that_was_answered() {
     });
 }
 
-/// Kills rfw under load, time after time, and compares what was answered with what is there;
-/// with a state file all that the kernel holds is gone before rfw starts again.
+/// Kills rfw under load, again and again, and compares the responses with the kernel. With a state
+/// file, the kernel is emptied before each restart.
 fn storm(lab: &Lab, lines: &str, kills: usize, also: impl Fn(&str)) {
     let mut random = Random::new();
     let mut models = vec![Model::new(); CLIENTS as usize];
@@ -59,7 +59,7 @@ fn storm(lab: &Lab, lines: &str, kills: usize, also: impl Fn(&str)) {
         models.iter().flat_map(Model::values).filter(|k| **k != Known::Unanswered).count()
     };
     let mut kill = 0;
-    // A busy machine needs more of them for a load that means anything.
+    // A busy machine needs more of them for a significant load.
     while kill < kills || known(&models) <= 20 && kill < 9 * kills {
         let milliseconds = random.below(150);
         models = thread::scope(|scope| {
@@ -90,7 +90,7 @@ fn storm(lab: &Lab, lines: &str, kills: usize, also: impl Fn(&str)) {
 }
 
 #[test]
-fn a_child_that_outlives_rfw_undoes_nothing_that_is_answered_later() {
+fn a_child_that_outlives_rfw_undoes_no_later_change() {
     both(|lab| {
         lab.stand_in("");
         let mut rfw = lab.start("local.server");
@@ -108,7 +108,7 @@ fn a_child_that_outlives_rfw_undoes_nothing_that_is_answered_later() {
     });
 }
 
-/// Puts and deletes rules of its own at random until rfw is gone.
+/// Puts and deletes its own rules at random until rfw is gone.
 fn load(mut model: Model, client: u64, mut random: Random) -> Model {
     let Ok(mut conn) = Conn::to(LOCAL) else {
         return model;
@@ -137,11 +137,11 @@ fn load(mut model: Model, client: u64, mut random: Random) -> Model {
     }
 }
 
-/// Compares the answers with the kernel, where each rule of rfw's is there once at most.
+/// Compares the responses with the kernel, where each rule of rfw occurs at most once.
 fn check(lab: &Lab, models: &[Model], when: &str) {
     println!("{when}"); // for the reader of a failure
     let kernel = lab.kept();
-    // A set tells whole seconds of what is left.
+    // A set shows the time left in whole seconds.
     let exact = lab.entries().is_empty();
     for (address, known) in models.iter().flatten() {
         let found = kernel.get(address).map_or(Known::Absent, |expires| Known::Present(*expires));

@@ -1,10 +1,10 @@
-//! What fails around rfw: system calls, descriptors, the disk, the clock, iptables, its lock. Each
-//! time it stays alive, answers 5xx in time, leaves no rule without its expiry, and works again at
+//! Failures around rfw: system calls, descriptors, the disk, the clock, iptables, its lock. Each
+//! time, it stays alive, answers 5xx in time, leaves no rule without its expiry, and works again at
 //! once with as many descriptors and threads as before.
 //!
 //! Elsewhere: iptables that exits 4, floods its standard error, hangs or is killed
 //! (`kernel::an_iptables_that_fails`), that cannot be started
-//! (`kernel::an_iptables_that_cannot_be_started_or_read`), a lock held for longer than rfw waits
+//! (`kernel::an_iptables_that_cannot_be_started_or_read`), a lock held longer than rfw waits
 //! (`kernel::a_held_xtables_lock_gives_503`), a clock set by decades
 //! (`kernel::a_jump_of_the_clock_expires_nothing_early_or_late`), a log on /dev/full
 //! (`program::loglevel_and_standard_error`), kill -9 at any moment (`crash`).
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 const PUT: &str = "PUT /drop/input/any/1.2.3.4?expire=1h";
 const HEAD: &str = " HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Descriptors and threads: with nothing to do, always as many; a look at the kernel, each second,
-/// has some more for a moment.
+/// Descriptors and threads: a constant number when idle; a check of the kernel, each second, needs
+/// some more for a moment.
 fn held(rfw: &Rfw) -> (usize, usize) {
     let files = || {
         thread::sleep(Duration::from_millis(20));
@@ -28,7 +28,7 @@ fn held(rfw: &Rfw) -> (usize, usize) {
     ((0..10).map(|_| files()).min().unwrap(), rfw.threads())
 }
 
-/// rfw lives, works at once, has let everything go, and each rule has its expiry.
+/// rfw is alive, works at once, has released everything, and each rule has its expiry.
 fn unharmed(lab: &Lab, rfw: &Rfw, before: (usize, usize), what: &str) {
     let from = Instant::now();
     assert_eq!(ask(PUT).status, 200, "{what}");
@@ -40,12 +40,12 @@ fn unharmed(lab: &Lab, rfw: &Rfw, before: (usize, usize), what: &str) {
     await_true(what, 2 + SLACK, || held(rfw) == before);
 }
 
-/// System calls fail from here on, until this is dropped.
+/// Makes system calls fail until the result is dropped.
 pub fn inject(rfw: &Rfw, fault: &str) -> Process {
     trace(rfw, &format!("-o /dev/null -e inject={fault}"))
 }
 
-/// strace follows rfw and the programs that it starts, until this is dropped.
+/// Traces rfw and the programs that it starts until the result is dropped.
 pub fn trace(rfw: &Rfw, options: &str) -> Process {
     let pid = rfw.pid();
     let tracer = Process::start(&format!("strace -f -qq -p {pid} {options}"));
@@ -58,25 +58,25 @@ pub fn trace(rfw: &Rfw, options: &str) -> Process {
     tracer
 }
 
-/// What a kept connection and a new one get meanwhile; "" is none or a closed connection.
+/// The responses on an open and on a new connection meanwhile; "" is none or a closed connection.
 const FAULTS: [(&str, &str, &str); 12] = [
     ("execve:error=ENOENT", "503 busy", "503 busy"),
     ("execve:error=ENOMEM", "503 busy", "503 busy"),
     ("execve:error=EMFILE", "503 busy", "503 busy"),
-    ("clone,clone3,fork,vfork:error=EAGAIN", "503 busy", ""), // nor is there a thread
+    ("clone,clone3,fork,vfork:error=EAGAIN", "503 busy", ""), // no thread either
     ("clone,clone3,fork,vfork:error=ENOMEM", "503 busy", ""),
     ("socketpair:error=EMFILE", "503 busy", "503 busy"),
     ("accept4:error=EMFILE", "200 inserted", "waits"),
     ("accept4:error=ECONNABORTED", "200 inserted", "waits"),
     ("accept4:error=ENOBUFS", "200 inserted", "waits"),
     ("sendto:error=EPIPE", "", ""),
-    // Of a kept connection the call may have begun before: then the programs cannot be read.
+    // On an open connection, the call may have begun earlier: then the programs cannot be read.
     ("recvfrom:error=ECONNRESET", "|503 busy", ""),
-    // The log, and what the programs print: nothing shows rfw that the rule exists.
+    // The log, and the programs' output: rfw cannot see that the rule exists.
     ("write:error=ENOSPC", "200 inserted", "200 exists|500 iptables_failed|503 busy"),
 ];
 
-/// Seconds in which rfw looks at the kernel several times, while system calls fail in iptables too.
+/// Seconds in which rfw checks the kernel several times, while system calls fail in iptables, too.
 const CHECKS: u64 = 4;
 
 #[test]
@@ -179,7 +179,7 @@ fn a_clock_that_jumps_an_hour() {
     });
 }
 
-/// Where a program leaves a child behind that holds its end of the sockets.
+/// A program leaves a child behind that holds its end of the sockets.
 #[test]
 fn an_iptables_that_leaves_a_grandchild() {
     both(|lab| {
@@ -194,7 +194,7 @@ fn an_iptables_that_leaves_a_grandchild() {
     });
 }
 
-/// As by Ctrl-Z and fg, a debugger, or a container that is paused.
+/// As by Ctrl-Z and fg, a debugger, or a paused container.
 #[test]
 fn stopped_and_continued() {
     both(|lab| {
@@ -216,7 +216,7 @@ fn stopped_and_continued() {
     });
 }
 
-/// Endless listings, of rules of rfw's own and of none, and of a line without an end.
+/// Endless listings of rfw's own rules, of none of them, and of one endless line.
 #[test]
 fn an_iptables_that_floods_its_output() {
     once(|lab| {

@@ -1,4 +1,4 @@
-//! SPEC 5: what rfw does to the kernel, on the real one, and what it makes of a bad iptables.
+//! What rfw does to the real kernel, and how it copes with an iptables that fails.
 
 use crate::lab::*;
 use crate::tls;
@@ -51,7 +51,7 @@ fn others_rules_are_never_touched() {
 }
 
 #[test]
-fn a_newer_rule_stands_first() {
+fn a_newer_rule_comes_first() {
     both(|lab| {
         let _rfw = lab.start("local.server");
         let [drop, accept] = ["drop", "accept"].map(|t| format!("PUT /{t}/input/any/1.2.3.4"));
@@ -148,7 +148,7 @@ fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
 }
 
 #[test]
-fn a_tagged_rule_that_no_request_has_made_is_removed() {
+fn a_tagged_rule_that_no_request_made_is_removed() {
     both(|lab| {
         let _rfw = lab.start("local.server");
         assert_eq!(ask("PUT /drop/input/any/3.3.3.3").status, 200);
@@ -161,7 +161,7 @@ fn a_tagged_rule_that_no_request_has_made_is_removed() {
 }
 
 #[test]
-fn at_start_the_kernel_tells_what_stays() {
+fn at_start_the_kernel_is_the_list() {
     both(|lab| {
         let day = now() + DAY;
         let rows = [
@@ -238,7 +238,7 @@ fn a_jump_of_the_clock_expires_nothing_early_or_late() {
     });
 }
 
-/// What the guard rules of these whitelist entries are: INPUT and OUTPUT, ACCEPT each, then DROP.
+/// The guard rules for these whitelist entries: in INPUT and OUTPUT, ACCEPT for each, then DROP.
 fn guards_of(ranges: &[&str]) -> Vec<String> {
     let of = |chain, way, port| {
         let accept = ranges.iter().map(move |net| {
@@ -249,7 +249,7 @@ fn guards_of(ranges: &[&str]) -> Vec<String> {
     of("INPUT", "-s", "--dport").chain(of("OUTPUT", "-d", "--sport")).collect()
 }
 
-/// The guards chain by chain: the DROP stays last, the ACCEPTs before it in any order.
+/// The guards by chain: the DROP is last, the ACCEPTs before it are in any order.
 fn chains(guards: &[String]) -> Vec<Vec<String>> {
     let chains = guards.split_inclusive(|rule| rule.contains("-j DROP"));
     let mut chains: Vec<Vec<String>> = chains.map(<[String]>::to_vec).collect();
@@ -270,7 +270,7 @@ fn guard_rules() {
         assert_eq!(chains(&lab.guards()), whole);
         assert_eq!(ask("GET /list").body, "[]\n");
 
-        // Never a moment without them, and never twice, while rfw starts again and again.
+        // They are never missing or duplicated while rfw is restarted again and again.
         let done = std::sync::atomic::AtomicBool::new(false);
         let order = std::sync::atomic::Ordering::SeqCst;
         thread::scope(|scope| {
@@ -294,7 +294,7 @@ fn guard_rules() {
 }
 
 #[test]
-fn the_very_commands() {
+fn the_exact_commands() {
     both(|lab| {
         lab.stand_in("");
         let _rfw = lab.start("local.server");
@@ -322,7 +322,7 @@ fn the_very_commands() {
     });
 }
 
-/// While `$lab/gate` is there, changes wait; restores write down what they were given.
+/// While `$lab/gate` exists, changes wait; restores record their input.
 const GATE: &str = r#"
 n=0
 while [ -e $lab/gate ] && [ $((n += 1)) -lt 1500 ]; do /bin/sleep 0.02; done
@@ -330,7 +330,7 @@ case $me in
     *-restore) echo "$me $*" >> $lab/calls; /usr/bin/tee -a $lab/calls | INPUT "$@"; exit $?;;
 esac"#;
 
-/// PUTs these while another change holds the lock, so that they become one batch.
+/// Sends these PUTs while another change holds the lock, so that they become one batch.
 fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
     lab.write("gate", "");
     let before = rfw.await_idle();
@@ -348,7 +348,7 @@ fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
 }
 
 #[test]
-fn requests_that_wait_are_one_restore_a_family() {
+fn waiting_requests_become_one_restore_per_family() {
     both(|lab| {
         lab.stand_in("");
         let rfw = lab.start("local.server");
@@ -370,11 +370,11 @@ fn requests_that_wait_are_one_restore_a_family() {
 }
 
 #[test]
-fn a_rule_that_the_kernel_refuses_fails_alone() {
+fn a_rule_that_the_kernel_rejects_fails_alone() {
     both(|lab| {
         lab.stand_in("");
         let rfw = lab.start("local.server");
-        // The kernel's own refusal: 1.1.2.5 asks for a chain that is not there.
+        // The kernel itself rejects it: 1.1.2.5 names a chain that does not exist.
         let spoil = "/bin/sed '/1.1.2.5/s/DROP/NOCHAIN/' | $real";
         let single = "case $* in *1.1.2.5*) exec $real -I INPUT -s 1.1.2.5 -j NOCHAIN;; esac";
         lab.stand_in_for_changes(&format!("{}\n{single}", GATE.replace("INPUT", spoil)));
@@ -414,7 +414,7 @@ fn a_batch_keeps_the_order_of_its_requests() {
 
 const HELD: &str = "echo 'Another app is currently holding the xtables lock.' >&2; exit 4";
 
-/// What iptables does instead of a change; the answer; what its message says.
+/// What iptables does instead of a change; the response; a part of its message.
 const ILLS: [(&str, &str, &str); 8] = [
     ("echo 'iptables: Bad luck.' >&2; exit 1", "500 iptables_failed", "Bad luck."),
     ("echo 'iptables: Memory \"x\\' >&2; exit 2", "500 iptables_failed", "Memory"),
@@ -513,7 +513,7 @@ fn a_held_xtables_lock_gives_503() {
 fn without_ip6tables_or_ipv6_ipv4_works() {
     once(|lab| {
         sh("ip addr add 198.18.0.1/32 dev lo");
-        // As /proc is where the kernel has no IPv6.
+        // As /proc looks if the kernel has no IPv6.
         let proc = "mount -t tmpfs proc /proc; mkdir -p /proc/self/net; touch /proc/self/net/dev; exec \"$0\" \"$@\"";
         for prefix in [&[][..], &["unshare", "-m", "/bin/sh", "-c", proc]] {
             lab.stand_in("");
@@ -535,7 +535,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             assert_eq!((answer.sums(), answer.field("ipv6_skipped")), ("".into(), "1"));
             assert_eq!(ask("GET /list").body.matches("source").count(), 2);
             assert_eq!(list("DELETE /drop/input/any", "5.6.7.8").sums(), "deleted 1");
-            // With no file that lists the own addresses, a socket still tells whether it is one.
+            // Without a file of own addresses, a socket still shows whether an address is one.
             assert_eq!(ask("PUT /drop/input/any/198.18.0.1").brief(), "409 whitelisted");
             let log = lab.log();
             let count = |what: &str| log.matches(what).count();
@@ -544,7 +544,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             assert_eq!(count(" WARNING only white.list protects this host's own"), unlisted);
             assert_eq!(count(" WARNING "), 1 + unlisted, "{log}");
         }
-        // An ip6tables that fails is another matter: IPv6 would be open.
+        // An ip6tables that fails is different: IPv6 would be open.
         lab.stand_in(
             "case $me in ip6*) echo \"can't initialize ip6tables table\" >&2; exit 3;; esac",
         );
@@ -553,7 +553,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
     });
 }
 
-/// Each check has time for one program that hangs, and the next one begins with another.
+/// Each check has time for one hanging program, and the next check starts with another.
 #[test]
 fn an_iptables_that_hangs_does_not_keep_ipv6_from_being_repaired() {
     once(|lab| {
@@ -576,7 +576,7 @@ fn children_have_an_empty_environment() {
     });
 }
 
-/// Over 64 deletions in a batch take another way, with the rules that stay moved as well.
+/// A batch of over 64 deletions is written differently, and also moves the rules that stay.
 #[test]
 fn a_large_batch_of_refreshed_rules_moves_them_all_to_the_front() {
     both(|lab| {
@@ -598,7 +598,7 @@ fn a_large_batch_of_refreshed_rules_moves_them_all_to_the_front() {
 }
 
 #[test]
-fn an_order_that_others_have_changed_is_put_right() {
+fn an_order_that_others_have_changed_is_repaired() {
     both(|lab| {
         let _rfw = lab.start("local.server");
         ask("PUT /drop/input/any/7.7.7.7");
@@ -610,9 +610,9 @@ fn an_order_that_others_have_changed_is_put_right() {
     });
 }
 
-/// What rfw takes for its own it must be able to delete: these it could not.
+/// rfw must be able to delete every rule that it takes for its own: these it could not.
 #[test]
-fn rules_that_look_like_its_own_hinder_nothing() {
+fn rules_that_look_like_its_own_do_no_harm() {
     both(|lab| {
         let guard = "-m comment --comment rfw:guard -m tcp --dport 99 -j ACCEPT";
         lab.iptables(&format!("-A INPUT -p tcp {guard}"));

@@ -1,4 +1,4 @@
-//! Packets between namespaces: blocked when blocked, passing when not.
+//! Packets between namespaces: stopped if blocked, and only then.
 //!
 //! ```text
 //!   this test, the attacker        r, a router with rfw               b, a server behind it
@@ -45,7 +45,7 @@ fn start_echo(namespace: &str) -> Process {
     Process::start(&format!("nsenter --net=/run/netns/{namespace} env RFW_E2E_ECHO=1 {echo}"))
 }
 
-/// A TCP connection that says something and hears it again.
+/// A TCP connection that sends a byte and receives its echo.
 struct Talk(TcpStream);
 
 impl Talk {
@@ -66,7 +66,7 @@ impl Talk {
     }
 }
 
-/// Time for what should pass, and for what should not.
+/// How long to wait for packets that should pass, and for packets that should not.
 const LONG: Duration = Duration::from_secs(SLACK);
 const SHORT: Duration = Duration::from_millis(300);
 
@@ -79,7 +79,7 @@ fn new_connection(host: &str, expected: &str) -> String {
     }
 }
 
-/// rfw's answer in brief, asked in the router's namespace.
+/// rfw's response in short form, to a request from the router's namespace.
 fn router(request: &str) -> String {
     let words = format!(
         "--net=/run/netns/r curl -sS -g -m 20 -X {}",
@@ -90,7 +90,7 @@ fn router(request: &str) -> String {
     [answer.field("result"), answer.field("error")].concat()
 }
 
-/// Rule; then what a new connection to the router and to the server behind it comes to.
+/// A rule; the fate of a new connection to the router, and to the server behind it.
 const RULES: [(&str, &str, &str); 15] = [
     ("/drop/input/any/ATTACKER", "timed out", "passes"),
     ("/drop/input/any/ATTACKER/BLOCK", "timed out", "passes"),
@@ -121,7 +121,7 @@ fn input_output_forward() {
         let _running = start(lab);
         for [attacker, server, any, to_router, to_server] in FAMILIES {
             for (rule, router_is, server_is) in RULES {
-                // Two addresses, neither of them the router's own.
+                // Two addresses, neither of which is the router's own.
                 let block = if any == "::" { "127" } else { "31" };
                 let rule = rule
                     .replace("BLOCK", block)
@@ -129,7 +129,7 @@ fn input_output_forward() {
                     .replace("SERVER", server)
                     .replace("ANY", any);
                 for (host, expected) in [(to_router, router_is), (to_server, server_is)] {
-                    // A connection that was there before the rule, and a new one.
+                    // A connection that existed before the rule, and a new one.
                     let mut talk = Talk::open(host, LONG).unwrap();
                     assert!(talk.says(b'1', LONG), "{rule}");
                     assert_eq!(router(&format!("PUT {rule}")), "inserted", "{rule}");
@@ -185,7 +185,7 @@ fn the_newer_of_two_overlapping_rules_wins() {
     });
 }
 
-/// The topology, rfw in the router, and who answers; all end with the value.
+/// The topology, rfw in the router, and the echo servers; dropping it ends them all.
 fn start(lab: &Lab) -> (Rfw<'_>, [Process; 2]) {
     sh(TOPOLOGY);
     lab.configure("local.server");

@@ -1,5 +1,5 @@
-//! SPEC 5: one instance in a network namespace, and a program that cannot even be killed. Those that
-//! hang, flood their output or are killed are in `commits` and `faults`.
+//! One instance per network namespace, and a program that cannot even be killed. Programs that hang,
+//! flood their output or are killed are in `commits` and `faults`.
 
 use crate::lab::*;
 use std::fs;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
 
-/// A user that is neither root nor the one of a confined rfw.
+/// A user other than root and the user of a confined rfw.
 const STRANGER: &str = "4321";
 
 /// In a user namespace there are no other users.
@@ -59,7 +59,7 @@ fn a_second_rfw_waits_and_says_so() {
 fn network_namespaces_that_share_run_have_one_rfw_each() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        // It has the folder of a confined one, too.
+        // Including the folder of a confined one.
         let run = format!(
             "chown -R root /run/rfw /run/lab; exec {PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/other.log"
         );
@@ -71,7 +71,7 @@ fn network_namespaces_that_share_run_have_one_rfw_each() {
     });
 }
 
-/// What is wrong with /run/rfw, before whose command, and what rfw says of it.
+/// How /run/rfw is made unsafe, and rfw's message.
 const BAD_FOLDERS: [(&str, &str, &str); 5] = [
     ("mkdir -m 755 rfw", "", "others may enter it (owner 0, mode 755)"),
     ("install -d -m 700 -o 4321 rfw", "", "others may enter it (owner 4321, mode 700)"),
@@ -90,11 +90,11 @@ fn a_lock_folder_that_is_not_safe() {
             if !has_users() && (wrong.contains(STRANGER) || !before.is_empty()) {
                 continue;
             }
-            // rfw reads files of its own user or root's only, and only the owner can read these.
+            // rfw reads only files of its own user or root, and only their owner can read these.
             let owner = if before.is_empty() { 0 } else { 4321 };
             let before = before.replace("AS_USER", as_user);
             let run = format!("timeout 10 {before} lab/rfw -f lab/rfw.conf --logfile - 2>&1");
-            // The mount is of a mount namespace of its own; the rest is removed below.
+            // The mount is in its own mount namespace; the rest is removed below.
             let said = sh(&format!(
                 "chown {owner} lab/*; unshare -m /bin/sh -c '{wrong}; {run} || echo $?'"
             ));
@@ -103,7 +103,7 @@ fn a_lock_folder_that_is_not_safe() {
             }
             sh("rm -rf rfw");
         }
-        // As it proposes.
+        // The fix that the message proposes.
         if has_users() {
             sh("install -d -m 700 -o 4321 rfw; chown 4321 lab/*");
             let run = format!("{as_user} /run/lab/rfw -f /run/lab/rfw.conf --logfile -");
@@ -113,7 +113,7 @@ fn a_lock_folder_that_is_not_safe() {
     });
 }
 
-/// A child that its tracer holds: SIGKILL ends it as little as one in an uninterruptible sleep.
+/// A child held by its tracer: like one in uninterruptible sleep, it does not die of SIGKILL.
 const HELD: &str = r#"exec /usr/bin/strace -D -o /dev/null -e trace=none /bin/sh -c '
     while read -r key value; do
         [ "$key" != TracerPid: ] || tracer=$value

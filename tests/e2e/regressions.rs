@@ -1,4 +1,4 @@
-//! Each defect of rfw 0.2.2 that must not return, by name; then what has happened to others.
+//! Each defect of rfw 0.2.2 that must not return, by name; then defects of other programs.
 
 use crate::lab::*;
 use crate::tls;
@@ -198,7 +198,7 @@ fn thirty_two_clients_at_once_lose_nothing() {
     });
 }
 
-// What happened to others. Changes that iptables is called for are in `lab.read("calls")`.
+// Defects of other programs. The changes made by iptables are in `lab.read("calls")`.
 const RECORD: &str = "echo \"$me $*\" >> $lab/calls";
 
 /// rfw's memory in kB, its open descriptors, and hundredths of a second of processor time.
@@ -209,7 +209,7 @@ fn spent(rfw: &Rfw) -> (usize, usize, u64) {
     (rfw.memory("VmHWM") / 1024, files, times.map(|ticks| ticks.parse::<u64>().unwrap()).sum())
 }
 
-/// tiny_http took the memory that a Content-Length promised, and aborted.
+/// tiny_http allocated the memory that a Content-Length announced, and aborted.
 #[test]
 fn tiny_http_aborted_on_a_huge_content_length() {
     once(|lab| {
@@ -228,7 +228,7 @@ fn tiny_http_aborted_on_a_huge_content_length() {
     });
 }
 
-/// CVE-2024-32650: a hello and a close_notify behind it put rustls in an endless loop.
+/// CVE-2024-32650: a ClientHello followed by a close_notify put rustls in an endless loop.
 #[test]
 fn rustls_looped_on_a_hello_and_a_close_notify() {
     once(|lab| {
@@ -248,8 +248,8 @@ fn rustls_looped_on_a_hello_and_a_close_notify() {
     });
 }
 
-/// CVE-2007-4321, CVE-2013-2178: what a client sent looked like a line or an address of the log,
-/// and fail2ban, reading it, banned whom the client had named.
+/// CVE-2007-4321, CVE-2013-2178: a client's text looked like a line or an address in the log, and
+/// fail2ban banned the address that the client had chosen.
 #[test]
 fn fail2ban_read_forged_lines_of_logs() {
     once(|lab| {
@@ -284,7 +284,7 @@ fn fail2ban_read_forged_lines_of_logs() {
     });
 }
 
-/// CVE-2021-32749: fail2ban mailed the output of whois, in which `~!` lines are commands for mail.
+/// CVE-2021-32749: fail2ban mailed the output of whois, whose `~!` lines mail executed as commands.
 #[test]
 fn fail2ban_ran_the_output_of_a_helper() {
     once(|lab| {
@@ -308,7 +308,7 @@ fn fail2ban_ran_the_output_of_a_helper() {
 }
 
 /// CVE-2022-30525: Zyxel's firewalls put a field of a request into a command line. CVE-2021-1518:
-/// Cisco's Firepower Device Manager ran what was in a parameter of its REST API.
+/// Cisco's Firepower Device Manager executed a parameter of its REST API.
 #[test]
 fn zyxel_and_cisco_put_a_clients_bytes_into_commands() {
     once(|lab| {
@@ -355,7 +355,7 @@ fn zyxel_and_cisco_put_a_clients_bytes_into_commands() {
     });
 }
 
-/// CVE-2026-4948: who might only read firewalld could call methods of it that write.
+/// CVE-2026-4948: users with read access to firewalld could call methods that write.
 #[test]
 fn firewalld_let_readers_write() {
     once(|lab| {
@@ -388,7 +388,7 @@ fn firewalld_let_readers_write() {
     });
 }
 
-/// FreeBSD's blocklistd kept a socket of each client that it had done with, until it had no more.
+/// FreeBSD's blocklistd leaked a socket for each client, until it had none left.
 #[test]
 fn blocklistd_leaked_sockets() {
     once(|lab| {
@@ -426,7 +426,7 @@ fn blocklistd_leaked_sockets() {
     });
 }
 
-/// nginx compared passwords up to the first NUL: `password\0junk` was as good as `password`.
+/// nginx compared passwords up to the first NUL: it accepted `password\0junk` for `password`.
 #[test]
 fn nginx_took_a_password_and_nul_and_junk() {
     once(|lab| {

@@ -24,8 +24,8 @@ pub const FORMS: [Form; 4] = [
     Form { sets: true, file: true },
 ];
 
-/// Runs `body` in each of these forms, every program being a stand-in and `lines` in rfw.conf too;
-/// nothing is left in between.
+/// Runs `body` in each of these forms, with stand-ins for all programs and `lines` in rfw.conf. All
+/// state is removed in between.
 pub fn in_forms(lab: &Lab, forms: &[Form], lines: &str, body: impl Fn(&mut Rfw<'_>, Form)) {
     for (n, form) in FORMS
         .iter()
@@ -52,8 +52,8 @@ pub fn of_form(form: Form) -> String {
     format!("{sets}{file}")
 }
 
-/// What the kernel enforces of rfw's, sorted: "drop 1.1.1.1", as often as it is there. An entry
-/// counts where its set has a rule; of two addresses the first is shown.
+/// What the kernel enforces for rfw, sorted: "drop 1.1.1.1", with duplicates. An entry counts if its
+/// set has a rule; of two addresses, the first is shown.
 pub fn enforced(lab: &Lab) -> Vec<String> {
     let rules = lab.rules();
     let plain = rules.iter().filter(|rule| !rule.contains("--match-set")).map(|rule| {
@@ -72,7 +72,7 @@ pub fn enforced(lab: &Lab) -> Vec<String> {
     all
 }
 
-/// The same as GET /list has it.
+/// The same according to GET /list.
 pub fn listed() -> Vec<String> {
     let answer = ask("GET /list");
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -87,13 +87,13 @@ pub fn listed() -> Vec<String> {
     rows
 }
 
-/// What only reads is counted, and does what is in `lie-PROGRAM`, once, where that file is there.
+/// Calls that only read are counted, and run the script `lie-PROGRAM` first, once, if it exists.
 pub const READS: &str = r#"case "$me $*" in *" -S"*|*list*|*save*)
     echo >> $lab/reads-$me
     /bin/mv $lab/lie-$me $lab/lie.$$ 2> /dev/null && . $lab/lie.$$
 esac"#;
 
-/// Waits until rfw has looked at the kernel twice more, where the stand-ins are `READS`.
+/// Waits until rfw has checked the kernel twice more; the stand-ins must be `READS`.
 pub fn await_checks(lab: &Lab) {
     let reads = || lab.read("reads-iptables").len();
     let before = reads();
@@ -117,7 +117,7 @@ const FAULTS: [&str; 5] = [
     "write:error=ENOSPC:when=1",
 ];
 
-/// With a state file what is enforced does not hang on the listing: the simple ones will do.
+/// With a state file, what is enforced does not depend on the listing: the simple lies suffice.
 fn lies(form: Form) -> Vec<String> {
     let strace =
         |fault| format!("exec /usr/bin/strace -qq -o /dev/null -e inject={fault} $real \"$@\"");
@@ -129,7 +129,7 @@ fn programs(form: Form) -> &'static [&'static str] {
     if form.sets { &["iptables", "ip6tables", "ipset"] } else { &["iptables", "ip6tables"] }
 }
 
-/// Addresses of both families, and where they are put: all chains, more than one set.
+/// Addresses of both families, and where they are put: in all chains, and in several sets.
 const LINES: &str = "1.1.1.1\n1.1.2.0/24\n2001:db8::1\n2001:db8:1::/64\n";
 const PLACES: [&str; 3] = ["drop/input/any", "drop/output/eth0", "drop/forward/any"];
 
@@ -146,19 +146,19 @@ fn put_some() {
     }
 }
 
-/// rfw itself knows them all.
+/// Checks that rfw itself knows them all.
 fn assert_known(what: &str) {
     for place in PLACES {
         assert_eq!(list(&format!("PUT /{place}"), LINES).sums(), "exists 4", "{what}: {place}");
     }
 }
 
-/// The rules in kernel order, and what the sets hold.
+/// The rules in kernel order, and the entries of the sets.
 fn held(lab: &Lab) -> (Vec<String>, Vec<String>) {
     (lab.rules(), lab.entries().into_iter().map(|(entry, _)| entry).collect())
 }
 
-/// Nothing was ever said to be lost, or restored.
+/// Checks that the log never reports a loss or a repair.
 fn assert_quiet(lab: &Lab, what: &str) {
     let log = lab.read("rfw.log");
     let loud = ["removed ", "destroyed ", "restored ", "put back"];
@@ -190,7 +190,7 @@ fn one_false_listing_at_start_emptied_or_doubled_the_rules() {
                     rfw.kill();
                     lab.clear_log();
                     lab.write(&format!("lie-{program}"), &lie);
-                    // It may refuse to start, and then it has touched nothing.
+                    // It may refuse to start, but then it must not change anything.
                     if let Some(status) = rfw.try_restart(10 + SLACK) {
                         assert_eq!((status, held(lab)), (1, before.clone()), "{what}");
                         rfw.restart();
@@ -209,7 +209,7 @@ fn one_false_listing_at_start_emptied_or_doubled_the_rules() {
     });
 }
 
-/// A start that can read nothing at all touches nothing.
+/// A start that cannot read anything changes nothing.
 #[test]
 fn false_listings_at_start_that_go_on_emptied_the_rules() {
     both(|lab| {
@@ -222,7 +222,7 @@ fn false_listings_at_start_that_go_on_emptied_the_rules() {
                 lab.clear_log();
                 let ended = rfw.try_restart(30 + SLACK);
                 assert!([None, Some(1)].contains(&ended), "{program}: {ended:?}");
-                // Without a file, sets that are not seen are no reason not to start.
+                // Without a file, rfw may start if it does not see the sets.
                 assert!(ended.is_some() || *program == "ipset", "{program}: it started");
                 assert_eq!(held(lab), before, "{program}");
                 assert_quiet(lab, program);
@@ -253,8 +253,8 @@ fn one_false_listing(lab: &Lab, forms: &[Form]) {
         put_some();
         let before = held(lab);
         lab.stand_in(READS);
-        // The second listing, behind a real loss, is where a lie does the most harm. With a file it is
-        // the same list in memory.
+        // A lie does the most harm in the second listing, after a real loss. With a file, it is the
+        // same list in memory.
         let first = [(LIES[0].to_string(), false)];
         let second = lies(form).into_iter().map(|lie| (lie, true));
         let rows = first.into_iter().chain(second);
@@ -325,7 +325,7 @@ fn one_empty_listing_of_the_sets_removed_all_their_rules() {
         in_forms(lab, &FORMS[2..], "", |_, _| {
             put_some();
             let before = held(lab);
-            // Once, and for as long as three checks take.
+            // Once, and for the duration of three checks.
             for once in ["[ -e $lab/lied ] || { /bin/touch $lab/lied; exit 0; }", "exit 0"] {
                 lab.stand_in(&format!(
                     "{READS}\ncase \"$me $*\" in ipset*list*|ipset*save*) {once};; esac"
@@ -357,7 +357,7 @@ fn a_listing_that_repeated_rows_had_rules_listed_twice_or_deleted() {
             ] {
                 for program in programs(form) {
                     lab.write(&format!("lie-{program}"), lie);
-                    // The entries of a set are sent as ipset prints them.
+                    // The entries of a set are sent in the order of ipset.
                     for _ in 0..if *program == "ipset" { 0 } else { 2 } {
                         assert_eq!(listed(), list, "{program} {lie}");
                     }
@@ -440,7 +440,7 @@ fn a_put_after_a_flush_answered_exists_and_the_kernel_held_nothing() {
                 }
             }
         });
-        // A long look at the kernel is a long time until the next.
+        // After a long check, the next one comes much later.
         let count = lab.seed(5000, "rfw");
         let _rfw = lab.start("local.server");
         for n in [7, 77, 177] {
@@ -453,13 +453,13 @@ fn a_put_after_a_flush_answered_exists_and_the_kernel_held_nothing() {
     });
 }
 
-/// Flushes both families until no rule of rfw's is in the way of destroying the sets.
+/// Flushes both families until no rule of rfw prevents destroying the sets.
 fn destroy_all(lab: &Lab) {
     let [four, six] = ["iptables", "ip6tables"].map(|family| lab.real(family));
     sh(&format!("until {four} -w -F && {six} -w -F && ipset destroy 2> /dev/null; do :; done"));
 }
 
-/// What others put before all rules, or between rfw's: a person, Docker, Tailscale.
+/// Rules that others (a person, Docker, Tailscale) insert before all rules or between rfw's.
 const FOREIGN: [(&str, &str, &str); 7] = [
     ("iptables", "-I INPUT", "-j ACCEPT"),
     ("iptables", "-I INPUT 2", "-s 9.9.9.9/32 -j ACCEPT"),
@@ -485,7 +485,7 @@ fn forget_foreign_chains(lab: &Lab) {
     lab.ip6tables("-X");
 }
 
-/// A counter of GET /metrics; 0 where there is none.
+/// A counter of GET /metrics; 0 if it does not exist.
 pub fn metric(name: &str) -> usize {
     let text = ask("GET /metrics").body;
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -530,7 +530,7 @@ fn foreign_rules_in_front_let_blocked_addresses_through() {
     });
 }
 
-/// Not a moment without rfw's rules while they move.
+/// rfw's rules are in force at every moment while they move.
 #[test]
 fn rules_that_move_to_the_front_block_meanwhile() {
     both(|lab| {
@@ -555,7 +555,7 @@ fn a_repeated_put_or_a_restart_left_foreign_rules_in_front() {
         in_forms(lab, &FORMS, "", |rfw, form| {
             put_some();
             foreign_chains(lab);
-            // What was put again may have moved to the front.
+            // A rule that was put again may have moved to the front.
             let sorted = |mut held: (Vec<String>, Vec<String>)| {
                 held.0.sort();
                 held
@@ -574,7 +574,7 @@ fn a_repeated_put_or_a_restart_left_foreign_rules_in_front() {
                 assert!(answer.status == 200 && first, "{path}: {answer:?}\n{listing}");
                 await_true("the other family too", 3 + SLACK, || lab.is_first());
             }
-            // A new address is blocked as well, in an old set and in a new one.
+            // A new address is blocked, too, in an old set and in a new one.
             for path in ["drop/input/any/5.5.5.5", "drop/input/eth9/5.5.5.5"] {
                 lab.iptables("-I INPUT -j ACCEPT");
                 assert_eq!(ask(&format!("PUT /{path}")).brief(), "200 inserted");
@@ -634,7 +634,7 @@ fn a_foreign_rule_that_used_a_set_kept_rfw_from_starting() {
             lab.iptables(&format!("-A OUTPUT -m set --match-set {set} dst -j DROP"));
             let (others, all) = (lab.others(), enforced(lab));
             let fewer = vec!["accept 2.2.2.2".to_string()];
-            // What is done, whether rfw has sets then, and what is enforced after a restart.
+            // A command, whether rfw uses sets afterwards, and what is enforced after a restart.
             let steps: [(&str, bool, &[String]); 6] = [
                 ("GET /", true, &all),
                 ("DELETE /drop/input/any/1.1.1.1", true, &fewer),
@@ -667,8 +667,8 @@ fn a_foreign_rule_that_used_a_set_kept_rfw_from_starting() {
     });
 }
 
-/// What is in the sets, as `Lab::kept` has it; but while others change them an address may be
-/// there twice.
+/// The entries of the sets, like `Lab::kept`; but while others change them, an address may occur
+/// twice.
 fn in_sets(lab: &Lab) -> BTreeMap<String, Option<u64>> {
     let of_entry = |(entry, left): (String, u64)| {
         (entry.split_once(' ').unwrap().1.to_string(), (left > 0).then(|| now() + left))
@@ -676,7 +676,7 @@ fn in_sets(lab: &Lab) -> BTreeMap<String, Option<u64>> {
     lab.entries().into_iter().map(of_entry).collect()
 }
 
-/// The same addresses, and times of expiry that are the same as far as a set tells them.
+/// Whether addresses and expiries are the same, as precisely as a set stores them.
 fn near(a: &BTreeMap<String, Option<u64>>, b: &BTreeMap<String, Option<u64>>) -> bool {
     let same = |(a, b): (&Option<u64>, &Option<u64>)| {
         a.is_some() == b.is_some() && a.unwrap_or(0).abs_diff(b.unwrap_or(0)) <= 3
@@ -736,7 +736,7 @@ fn two_sets_of_one_family_destroyed_at_once_were_the_end() {
             for n in 0..3 {
                 destroy_all(lab);
                 if n == 1 {
-                    // Meanwhile as well it is one change like any other.
+                    // Meanwhile, too, it is a change like any other.
                     assert_eq!(ask("PUT /drop/input/eth7/7.7.7.7").brief(), "200 inserted");
                     assert_eq!(ask("DELETE /drop/input/eth7/7.7.7.7").brief(), "200 deleted");
                 }
@@ -756,7 +756,7 @@ fn two_sets_of_one_family_destroyed_at_once_were_the_end() {
     });
 }
 
-/// Both addresses are this host's own and not whitelisted: only the guards keep them out.
+/// Both addresses are this host's own and not whitelisted: only the guards block them.
 #[test]
 fn an_accept_rule_of_rfws_opened_its_own_port() {
     both(|lab| {

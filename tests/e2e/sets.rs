@@ -1,5 +1,5 @@
-//! Addresses in ipsets: a set and a rule for each target, chain, interfaces and family. What lists
-//! do is the same as with rules, and stands in `lists`.
+//! Addresses in ipsets: a set and a rule for each target, chain, interfaces and family. Lists are
+//! tested in `lists`, with rules and with sets.
 
 use crate::lab::*;
 use std::net::UdpSocket;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Path; the entry that it makes, where it makes one; its rule, SET being `--match-set`.
+/// A path; its entry, if it has one; its rule, with SET for `--match-set`.
 const ROWS: [(&str, &str, &str); 13] = [
     ("/drop/input/eth0/1.2.3.4", "1.2.3.4", "INPUT -i eth0 SET rfw4:drop:in:eth0 src -j DROP"),
     (
@@ -64,13 +64,13 @@ fn names(lab: &Lab) -> Vec<String> {
     lab.ipset("list -n").lines().map(String::from).collect()
 }
 
-/// Sets of a list on its way.
+/// Sets of a list that is being transferred.
 fn transient(lab: &Lab) -> Vec<String> {
     let names = names(lab).into_iter();
     names.filter(|name| name.get(..3) == Some("rfw") && name.get(4..5) != Some(":")).collect()
 }
 
-/// The entries without their times.
+/// The entries without their timeouts.
 fn entries(lab: &Lab) -> Vec<String> {
     lab.entries().into_iter().map(|(entry, _)| entry).collect()
 }
@@ -132,7 +132,7 @@ fn rows() {
 }
 
 #[test]
-fn a_long_name_is_shortened_and_stays_that_of_its_place() {
+fn long_names_are_shortened_unique_and_stable() {
     both(|lab| {
         let mut rfw = start(lab);
         let paths = ["abcdefghijklmn8", "abcdefghijklmn9"]
@@ -157,7 +157,7 @@ fn a_long_name_is_shortened_and_stays_that_of_its_place() {
 }
 
 #[test]
-fn accept_stands_before_reject_before_drop_before_all_others() {
+fn accept_precedes_reject_precedes_drop_precedes_all_others() {
     both(|lab| {
         lab.iptables("-A FORWARD -s 9.9.9.9 -j DROP");
         let mut rfw = start(lab);
@@ -215,7 +215,7 @@ fn a_put_moves_an_address_out_of_the_other_targets_sets() {
             let got: Vec<_> = entries(lab).into_iter().map(short).collect();
             assert_eq!(got, entries_are, "{request} {lines:?}");
         }
-        // Other sizes, interfaces and chains are other places.
+        // Another prefix, interface, chain or side is another set or entry.
         transcript(&[
             ("PUT /accept/input/any/1.1.1.0/24", "200 inserted"),
             ("PUT /accept/input/eth0/1.1.1.1", "200 inserted"),
@@ -285,7 +285,7 @@ fn get_list() {
             r#"[{{"chain":"INPUT","num":"1","pkts":"3","bytes":"108","target":"ACCEPT","prot":"all","opt":"--","inp":"*","out":"*","source":"10.9.9.9","destination":"0.0.0.0/0","extra":"","expires":null,"tag":null}},{{"chain":"INPUT","num":"2","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"*","source":"7.7.7.0/24","destination":"0.0.0.0/0","extra":"","expires":{expires},"tag":null}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"REJECT","prot":"all","opt":"--","inp":"eth0","out":"eth1","source":"1.1.1.1","destination":"2.2.2.2","extra":"","expires":null,"tag":null}},{{"chain":"FORWARD","num":"1","pkts":"0","bytes":"0","target":"DROP","prot":"all","opt":"--","inp":"eth0","out":"ppp+","source":"::/0","destination":"2001:db8::1","extra":"","expires":null,"tag":null}}]"#
         );
         for restarted in [false, true] {
-            // The kernel keeps whole seconds that are left.
+            // The kernel stores the time left in whole seconds.
             let body = ask("GET /list").body.replace([' ', '\n'], "");
             let near = [expires - 1, expires, expires + 1].map(|time| time.to_string());
             let body =
@@ -380,7 +380,7 @@ fn a_flush_brings_back_a_rule_for_each_set() {
         rfw.kill();
         flush();
         rfw.restart();
-        // As with rules: what the kernel does not enforce when rfw starts is none.
+        // As with rules: what the kernel does not enforce when rfw starts does not count.
         assert_eq!((lab.rules().len(), lab.entries().len()), (0, 0));
     });
 }
@@ -396,7 +396,7 @@ fn sets_that_others_change_destroy_or_use() {
             ("PUT /drop/input/any/1.1.1.1", "200 inserted"),
             ("PUT /accept/input/any/2.2.2.2", "200 inserted"),
         ]);
-        // What others add goes, what they remove comes back.
+        // Entries that others add are removed, entries that they remove are restored.
         lab.ipset("add rfw4:drop:in:any 3.3.3.3");
         let entries_are = ["rfw4:accept:in:any 2.2.2.2", "rfw4:drop:in:any 1.1.1.1"];
         let are_right = || entries(lab) == entries_are;
@@ -423,7 +423,7 @@ fn sets_that_others_change_destroy_or_use() {
     });
 }
 
-/// Programs start and end all the time here, which interrupts who waits for a client's bytes.
+/// Programs start and end all the time here, which interrupts threads that wait for a client.
 #[test]
 fn the_last_entry_leaves_while_another_comes() {
     both(|lab| {
@@ -452,7 +452,7 @@ fn the_last_entry_leaves_while_another_comes() {
     });
 }
 
-/// What is in GET /list, less counters and places, and its times of expiry.
+/// The elements of GET /list, without counters and positions, and their expiries.
 fn listed() -> Vec<(String, Option<u64>)> {
     let body = ask("GET /list").body;
     let rows = body.split("\"chain\":").skip(1).map(|row| {
@@ -485,7 +485,7 @@ fn switching_moves_all_and_unblocks_nothing() {
         ]);
         let mut rows = listed();
         let mut same = || {
-            // A set is told, and tells, whole seconds.
+            // A set accepts and shows whole seconds.
             let near = |a: Option<u64>, b: Option<u64>| match (a, b) {
                 (Some(a), Some(b)) => a.abs_diff(b) <= 2,
                 (a, b) => a == b,
@@ -540,7 +540,7 @@ fn a_change_unblocks_nothing_meanwhile() {
     });
 }
 
-/// Says so when the body of a test has ended, or failed.
+/// Signals the end of a test's body, even if it fails.
 struct Done<'a>(&'a AtomicBool);
 
 impl Drop for Done<'_> {
@@ -549,7 +549,7 @@ impl Drop for Done<'_> {
     }
 }
 
-/// Meanwhile both addresses send packets to themselves, and none may arrive.
+/// Meanwhile, both addresses send packets to themselves, none of which may arrive.
 pub fn never_unblocked(body: impl FnOnce()) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -605,7 +605,7 @@ fn a_rule_that_lives_longer_than_sets_keep_is_renewed() {
         rfw.restart();
         let entries = lab.entries();
         assert!(entries.len() == 1 && entries[0].1 > 2_147_000, "{entries:?}");
-        // As after two weeks.
+        // As if two weeks had passed.
         lab.ipset("-exist add rfw4:drop:out:any 3.3.3.3 timeout 9999");
         rfw.restart();
         assert!(lab.entries()[0].1 > 2_147_000);
@@ -613,7 +613,7 @@ fn a_rule_that_lives_longer_than_sets_keep_is_renewed() {
     });
 }
 
-/// Sets of version 0.3, which a list passed through, and sets without a rule.
+/// The staging sets of version 0.3, and sets without a rule.
 #[test]
 fn leftover_sets_are_destroyed_at_start() {
     once(|lab| {
@@ -638,7 +638,7 @@ fn leftover_sets_are_destroyed_at_start() {
     });
 }
 
-/// Puts `ill` in the place of a program's changes: what only reads goes to the real one.
+/// Runs `ill` instead of a program's changes; calls that only read run the real program.
 pub fn spoil(lab: &Lab, program: &str, ill: &str) {
     let changes = format!("*\" -S\"*|*save*|*list*) ;; *) case $me in {program}) {ill};; esac");
     lab.stand_in(&format!("case \"$me $*\" in {changes};; esac"));
@@ -649,7 +649,7 @@ fn start_with_stand_ins(lab: &Lab) -> Rfw<'_> {
     lab.start(&format!("local.server\n{}", SETS.replace("/usr/sbin", "/run/lab/bin")))
 }
 
-/// What happens to a program's changes; the status of the answer.
+/// What happens to a program's changes; the status of the response.
 const ILLS: [(&str, &str, u16); 6] = [
     ("ipset", "echo 'ipset: Bad luck.' >&2; exit 1", 500),
     ("ipset", "kill -9 $$", 503),
@@ -680,7 +680,7 @@ fn a_list_that_fails_changes_nothing() {
     });
 }
 
-/// Takes the first batch of more than `$lab/lines` lines, and is killed when it has read so many.
+/// Accepts a batch of more than `$lab/lines` lines, and is killed when it has read that many.
 const KILLED: &str = r#"case "$*" in *restore*)
     /bin/cat > $lab/input
     n=$(/bin/cat $lab/lines || echo 99)
@@ -696,7 +696,7 @@ fn an_ipset_that_is_killed_after_any_line() {
         let _rfw = start_with_stand_ins(lab);
         spoil(lab, "ipset", KILLED);
         let lines = "1.1.1.1\n1.1.1.2\n2001:db8::1\n";
-        // What is in the sets then, and whether it expires.
+        // The entries of the sets afterwards, and whether they expire.
         let all = |target, timed| {
             let entry = |ip: &str| {
                 (format!("rfw{}:{target}:in:any {ip}", if ip.contains(':') { 6 } else { 4 }), timed)
@@ -728,7 +728,7 @@ fn an_ipset_that_is_killed_after_any_line() {
 }
 
 #[test]
-fn a_wrong_configuration() {
+fn an_invalid_configuration() {
     once(|lab| {
         let rows = [
             ("ipset.path = /nowhere/ipset", "1 rfw.conf:5"),

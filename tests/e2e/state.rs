@@ -1,5 +1,5 @@
-//! The state file: what it keeps, how it is cut, damaged, filled up and refused. Kills and reboots
-//! under load are in `crash`.
+//! The state file: its content, and what rfw does if it is incomplete, damaged, or cannot be written.
+//! Kills and reboots under load are in `crash`.
 
 use crate::faults::inject;
 use crate::kernel::CLOCK;
@@ -22,7 +22,7 @@ fn state(lab: &Lab, lines: &str) {
 }
 
 #[test]
-fn one_line_a_change() {
+fn one_line_per_change() {
     both(|lab| {
         modes(lab, "state.file = state", |_, _| {
             let expires = ask("PUT /drop/input/eth0/1.2.3.4?expire=1h").expires();
@@ -38,7 +38,7 @@ fn one_line_a_change() {
                 "* 2\n+ 0 /reject/output/any/7.7.7.7\n+ 0 /reject/output/any/2001:db8::/64\n";
             assert_eq!(lines(lab), format!("{wanted}{listed}"));
             assert_eq!(fs::metadata(lab.dir.join("state")).unwrap().mode() & 0o777, 0o600);
-            // What changes nothing costs nothing.
+            // A request that changes nothing writes nothing.
             ask("PUT /accept/forward/any/5.5.5.0/24/ppp/6.6.6.6");
             ask("DELETE /drop/output/any/9.9.9.9");
             assert_eq!(lines(lab), format!("{wanted}{listed}"));
@@ -72,7 +72,7 @@ fn a_reboot_brings_back_rules_order_and_expiry() {
                 assert!(was == is && near, "{kept:?}\n{again:?}");
             }
             assert_eq!((again.len(), lab.rules()), (kept.len(), rules));
-            // Where nothing is lost nothing is done.
+            // If nothing is lost, nothing is done.
             rfw.restart();
             assert_eq!(lab.kept().len(), kept.len());
             sh("rm lab/state");
@@ -80,7 +80,7 @@ fn a_reboot_brings_back_rules_order_and_expiry() {
     });
 }
 
-/// What an older rfw took stays: the limit of `expire` is for requests.
+/// The limit of `expire` applies to requests: rules accepted by an older rfw remain.
 #[test]
 fn an_expiry_of_more_than_ten_years_stays() {
     both(|lab| {
@@ -109,9 +109,9 @@ fn an_expiry_of_more_than_ten_years_stays() {
     });
 }
 
-/// The kernel's list is taken over once, and then the file is the list.
+/// The kernel's list is adopted once; from then on, the file is the list.
 #[test]
-fn whose_list_counts() {
+fn the_file_or_the_kernel_is_the_list() {
     both(|lab| {
         modes(lab, "", |rfw, sets| {
             ask("PUT /drop/input/any/1.1.1.1");
@@ -149,7 +149,7 @@ fn sets_come_and_go_with_the_file() {
         rfw.restart();
         assert_eq!(lab.rules().iter().filter(|rule| rule.contains("--match-set")).count(), 2);
         assert_eq!(lab.entries().len(), 2);
-        // A PUT takes the address out of the other target's set, also in the file.
+        // A PUT removes the address from the other target's set, also in the file.
         assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 inserted");
         assert_eq!(ask("DELETE /drop/input/any/1.1.1.1").brief(), "200 deleted");
         lab.configure(CONF);
@@ -184,7 +184,7 @@ fn a_power_cut() {
 }
 
 #[test]
-fn damage_is_named_and_nothing_is_touched() {
+fn damage_is_reported_and_nothing_is_changed() {
     both(|lab| {
         let mut rfw = lab.start("local.server");
         ask("PUT /drop/input/any/1.1.1.1");
@@ -246,7 +246,7 @@ fn a_disk_that_takes_nothing() {
                 assert_eq!(ask("DELETE /drop/input/any/2.2.2.2").status, 200, "{what}");
             };
             sh("cat /dev/zero > disk/full || true");
-            // The rest of its last page takes some lines yet.
+            // The rest of its last page still has room for some lines.
             let fits = |n: u32| {
                 let address = format!("4.{}.{}.{}", n / 100, n / 10 % 10, n % 10);
                 ask(&format!("PUT /drop/input/any/{address}")).status == 200
@@ -275,7 +275,7 @@ fn a_disk_that_takes_nothing() {
 }
 
 #[test]
-fn what_the_kernel_refuses_is_not_kept() {
+fn a_change_that_the_kernel_rejects_is_not_kept() {
     both(|lab| {
         lab.stand_in("");
         modes(lab, "state.file = state", |rfw, _| {
@@ -301,9 +301,9 @@ fn what_the_kernel_refuses_is_not_kept() {
     });
 }
 
-/// Taken away or emptied under a running rfw: no 200 may be lost with it.
+/// Removed or emptied under a running rfw: no change answered with 200 may be lost with it.
 #[test]
-fn a_file_that_others_change_takes_nothing_more() {
+fn a_file_that_others_change_is_no_longer_used() {
     once(|lab| {
         for what in ["rm", "truncate -s 0", "mv -t /run", "sed -i d"] {
             let mut rfw = lab.start(CONF);
@@ -322,7 +322,7 @@ fn a_file_that_others_change_takes_nothing_more() {
 }
 
 #[test]
-fn one_rfw_a_file() {
+fn one_rfw_per_file() {
     once(|lab| {
         let _rfw = lab.start(CONF);
         let program = env!("CARGO_BIN_EXE_rfw");
@@ -344,12 +344,12 @@ fn a_file_over_twice_the_list_is_compacted() {
                 assert_eq!(list("PUT /drop/input/eth0", &addresses).status, 200);
                 assert_eq!(list("DELETE /drop/input/eth0", &addresses).status, 200);
             }
-            // 24 lists of 200 lines; it may have grown again since.
+            // 24 lists of 200 lines; it may have grown since.
             let length = || lab.read("state").len();
             await_true("it is short", 3 + SLACK, || length() < 70_000);
             assert_eq!(fs::metadata(lab.dir.join("state")).unwrap().mode() & 0o777, 0o600);
             assert!(!lab.dir.join("state.new").exists());
-            // It is locked anew, and written to.
+            // The new file is locked, and written to.
             let run = format!(
                 "cd lab; chown root ../rfw rfw.conf white.list; \
                  unshare -n {} -f rfw.conf --logfile - 2>&1 || true",
@@ -366,9 +366,9 @@ fn a_file_over_twice_the_list_is_compacted() {
     });
 }
 
-/// A router boots in 1970 with a list of yesterday, and then asks NTP.
+/// A router boots in 1970 with yesterday's list, and then queries NTP.
 #[test]
-fn a_clock_that_is_set_moves_the_file_too() {
+fn setting_the_clock_moves_the_expiries_in_the_file() {
     both(|lab| {
         lab.write("clock.c", CLOCK);
         sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
@@ -399,7 +399,7 @@ fn a_clock_that_is_set_moves_the_file_too() {
     });
 }
 
-/// The folder cannot be synced behind the rename: what follows goes to the file that has the name.
+/// The folder cannot be synced after the rename: later lines go to the file that has the name.
 #[test]
 fn a_folder_that_fails_behind_a_compaction() {
     if !has_strace("state::a_folder_that_fails_behind_a_compaction") {
@@ -426,9 +426,9 @@ fn a_folder_that_fails_behind_a_compaction() {
     });
 }
 
-/// The clock is set while nobody knows what became of a list.
+/// The clock is set while the outcome of a list is unknown.
 #[test]
-fn a_clock_that_is_set_behind_a_list_that_broke_off() {
+fn the_clock_is_set_after_a_list_that_failed() {
     once(|lab| {
         lab.write("clock.c", CLOCK);
         sh("cd lab; cc -shared -fPIC -w -o clock.so clock.c");
@@ -458,7 +458,7 @@ fn a_clock_that_is_set_behind_a_list_that_broke_off() {
     });
 }
 
-/// Outside sets two targets may have an address, and the newer rule is the one that counts.
+/// Without sets, an address may have two targets, and the newer rule wins.
 #[test]
 fn the_newer_of_two_targets_moves_into_the_sets() {
     both(|lab| {
@@ -471,7 +471,7 @@ fn the_newer_of_two_targets_moves_into_the_sets() {
             let listed = ask("GET /list").body;
             let target = newer.split('/').nth(1).unwrap().to_uppercase();
             assert!(listed.contains(&target) && listed.matches("1.1.1.1").count() == 1, "{listed}");
-            // It does not come back from the file either.
+            // The file does not restore it either.
             assert_eq!(ask(&format!("DELETE {newer}")).brief(), "200 deleted");
             rfw.kill();
             lab.reboot();
