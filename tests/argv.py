@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""argv.py: what reaches iptables is what SPEC says of the path, or nothing reaches it.
+"""argv.py: each path reaches iptables as exactly the arguments that it stands for, or not at all.
 
     tests/argv.py target/release/rfw [COUNT [SEED]]
 
-Sends COUNT (100,000) random paths and queries, most of them with something wrong, hostile bytes
-included, and compares every program that rfw starts, argument by argument and line by line of its
-input, with what `meaning` says below: a second, independent description of the REST API. Then a
-hundredth as many batches of eight, and a quarter as many requests with sets. In namespaces of its
-own, with the real iptables and ipset behind stand-ins that write down what they get. Exit status 1
-where one differs.
+Sends COUNT (100,000) random paths and queries, most of them invalid, some with hostile bytes, and
+compares every program that rfw starts, argument by argument and line by line of its input, with
+`meaning` below: a second, independent description of the REST API. Then COUNT / 100 batches of
+eight, and COUNT / 4 requests with sets. Runs in its own namespaces, with the real iptables and ipset
+behind stand-ins that record their input. Exit status 1 if any of them differs.
 """
 
 import collections, ipaddress, random, re, sys, time
@@ -31,7 +30,7 @@ def need(condition):
 
 
 def decode(segment):
-    """Percent-escapes, once."""
+    """Decodes percent-escapes once."""
     need(not re.search(rb"%(?![0-9A-Fa-f]{2})", segment))
     text = re.sub(rb"%(..)", lambda m: bytes([int(m[1], 16)]), segment)
     need(text.isascii())  # no word of the grammar has other letters
@@ -44,7 +43,7 @@ def words(texts, text):
 
 
 def interface(text):
-    """-> what iptables calls it, None for every interface."""
+    """-> its name in iptables; None for every interface."""
     if text == "any":
         return None
     need(text.lower() not in ("any", "all"))
@@ -74,7 +73,7 @@ def block(text, mask, may_be_any):
 
 
 def blocks(segments, may_be_any):
-    """Takes an address, and a mask if there is one, off the front."""
+    """Takes an address, and a mask if there is one, from the front."""
     need(segments)
     text = segments.pop(0)
     mask = segments.pop(0) if segments and segments[0].isdigit() else None
@@ -93,7 +92,7 @@ Meaning = collections.namedtuple("Meaning", "put chain target inp out source des
 
 
 def meaning(method, target, sets):
-    """-> what a request is to do; raises Nothing."""
+    """-> what a request must do; raises Nothing."""
     need(method in ("PUT", "DELETE") and not re.search(rb"[^!-~]", target))
     path, _, query = target.partition(b"?")
     need(not re.search(rb"[\"#<>\\^`{|}\[\]]", target) and path.startswith(b"/"))
@@ -136,7 +135,7 @@ def plain(net):
 
 
 def rule(m, verb):
-    """The line of iptables, TAG where the comment is."""
+    """The arguments of iptables, with TAG for the comment."""
     line = [verb, m.chain]
     for option, value in ("-i", m.inp), ("-o", m.out):
         line += [option, value] if value else []
@@ -160,13 +159,13 @@ def set_name(m):
 # --- What reached the programs ---------------------------------------------------------------------
 
 class Recorder:
-    """Stand-ins that write down each call that could change something, and run the real program."""
+    """Stand-ins that record each call that may change something, and run the real program."""
 
     def __init__(self):
         os.makedirs(RUN + "/bin")
         for name in "iptables", "iptables-restore", "ip6tables", "ip6tables-restore", "ipset":
             real = re.sub(r"(ip6?tables)", r"/usr/sbin/\1-legacy", name).replace("ipset", "/usr/sbin/ipset")
-            # rfw runs the tools of both families at once. So each call has files of its own, and only when
+            # rfw runs the tools of both families at once. So each call has its own files, and only when
             # they are complete does its line, a single short write in any shell, tell `take` of them.
             os.chmod(write("bin/" + name, f"""#!/bin/sh
 case " $* " in *" -S "*|*" list "*|*" save "*|*" -V "*|*" -L "*) exec {real} "$@";; esac
@@ -190,7 +189,7 @@ exec {real} "$@"
 
     @staticmethod
     def content(name):
-        """A file's, which is then gone; "" where there is none."""
+        """The content of a file, which is then removed; "" if there is none."""
         path = f"{RUN}/{name}"
         if not os.path.exists(path):
             return ""
@@ -220,7 +219,7 @@ def changes(calls):
 
 
 def untag(words_, expire, since):
-    """The comment of rfw's, if it is the right one for a request made since then, becomes TAG."""
+    """Replaces rfw's comment by TAG, if it is right for a request made since then."""
     out = list(words_)
     for i, word in enumerate(out):
         if i and out[i - 1] == "--comment":
@@ -300,13 +299,13 @@ class Requests:
 # --- The run ---------------------------------------------------------------------------------------
 
 class Wire:
-    """One connection, made anew where rfw has closed it."""
+    """One connection, opened again whenever rfw closes it."""
 
     def __init__(self):
         self.conn = connect()
 
     def ask(self, method, target):
-        """-> the status; None where rfw hung up."""
+        """-> the status; None if rfw closed the connection."""
         self.send(method, target)
         return self.status()
 
@@ -328,7 +327,7 @@ class Wire:
 
 
 def expected(m, sets, first):
-    """The changes that a request is to make, as sorted texts."""
+    """The changes that a request must make, as sorted texts."""
     program = "ip6tables" if m.version == 6 else "iptables"
     if not (sets and in_set(m)):
         return [" ".join([program, *rule(m, "-I" if first else "-D")])]
@@ -348,18 +347,18 @@ def reached(recorder, m, sets, since):
     if not sets or not m:
         return made
     made = [re.sub(r":~[0-9a-f]{14}", ":~HASH", line) for line in made]
-    # An expiry is rounded up, and the time to it, too.
+    # An expiry is rounded up, and so is the time until then.
     made = [re.sub(f" timeout {m.expire + 1}$", f" timeout {m.expire}", line) if m.expire else line for line in made]
     if not in_set(m):  # behind the rules of sets
         return [re.sub(r"^(\S+ -I [A-Z]+) \d+", r"\1", line) for line in made]
-    # An address moves out of the sets of the other targets at its place.
+    # An address is removed from the sets of the other targets with the same chain and interfaces.
     rivals = [f"ipset del {set_name(m._replace(target=target))} {plain(m.source or m.destination)}"
               for target in ("DROP", "ACCEPT", "REJECT") if m.put and target != m.target]
     return [line for line in made if not re.fullmatch(FRAME, line) and line not in rivals]
 
 
 def round_(wire, recorder, requests, sets, count):
-    """-> how many requests were to change something."""
+    """-> how many requests had to change something."""
     wrong = meant = 0
     for _ in range(count):
         method, target = requests.one()

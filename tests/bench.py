@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""bench.py: what rfw costs beside the bare tools, measured in one run, in namespaces of its own.
+"""bench.py: what rfw costs compared with the bare tools, measured in one run, in its own namespaces.
 
     tests/bench.py target/release/rfw [WORD...]     only the rows with one of the words in them
 
-Each iptables variant has network, mount and process namespaces of its own: no process outlives
-the script. What is compared is measured in turns, and the median counts. A slow figure is printed,
-never a failure; 1 MB is 1,000,000 bytes.
+Each iptables variant has its own network, mount and process namespaces: no process outlives the
+script. Compared figures are measured in turns, and the median counts. A slow figure is printed, and
+is not a failure; 1 MB is 1,000,000 bytes.
 """
 
 import asyncio, ctypes, json, os, re, select, shutil, socket, statistics, struct, subprocess, sys, tempfile, time
@@ -60,14 +60,14 @@ iptables.path = {self.iptables}
             await_true("all programs of rfw have ended", 60, lambda: not reap(group))
 
     def ended(self):
-        """How rfw ended, where nobody stopped it."""
+        """How rfw ended, if it was not stopped."""
         pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
         if pid:
             self.pid = None
         return f" (rfw had ended: {os.waitstatus_to_exitcode(status)})" if pid else ""
 
     def fresh(self, rules=0, comment="rfw", start=True):
-        """Nothing in the kernel but `rules` rules of rfw's, and rfw started and answering."""
+        """Starts rfw with nothing in the kernel but `rules` of its rules, and waits until it responds."""
         self.stop()
         for program in (self.iptables, self.iptables.replace("iptables", "ip6tables")):
             subprocess.run([program, "-F"], check=True)
@@ -85,7 +85,7 @@ iptables.path = {self.iptables}
         return self.fresh()
 
     def load(self, lines):
-        """All at once, or 200 at a time where an ordinary user's netlink takes no more."""
+        """All at once, or 200 at a time if an ordinary user's netlink accepts no more."""
         restore = [self.iptables + "-restore", "--noflush"]
         if subprocess.run(restore, input=table(lines), stderr=subprocess.DEVNULL).returncode:
             for i in range(0, len(lines), 200):
@@ -95,14 +95,14 @@ iptables.path = {self.iptables}
         subprocess.run([self.iptables, "-w", "-F"], check=True)
 
     def size(self, chain="INPUT"):
-        """Of a chain in the kernel, by one system call: a listing of 90,000 takes seconds."""
+        """The rules of a chain in the kernel, by one system call: a listing of 90,000 takes seconds."""
         return nft_rules(chain) if self.iptables.endswith("nft") else legacy_bytes(chain)
 
     def await_size(self, size, chain="INPUT"):
         await_true(f"{chain} holds what it did", DEADLINE, lambda: self.size(chain) == size)
 
     def entries(self):
-        """How many the set has; none where there is no set."""
+        """How many entries the set has; 0 if there is no set."""
         listing = subprocess.run([self.ipset, "list", "-terse", SET], capture_output=True).stdout
         return int((re.findall(rb"Number of entries: (\d+)", listing) or [0])[0])
 
@@ -135,7 +135,7 @@ iptables.path = {self.iptables}
         return faults, running
 
     def resident(self, what="VmRSS"):
-        """Bytes in memory: now, or VmHWM, at most so far."""
+        """Bytes in memory: now, or with VmHWM the most so far."""
         with open(f"/proc/{self.pid}/status") as f:
             return int(re.search(what + r":\s+(\d+) kB", f.read()).group(1)) * 1024
 
@@ -159,7 +159,7 @@ def table(lines):
 
 
 def nft_rules(chain):
-    """NFT_MSG_GETCHAIN with NFTA_CHAIN_TABLE and _NAME -> NFTA_CHAIN_USE; 0 where there is no such chain."""
+    """NFT_MSG_GETCHAIN with NFTA_CHAIN_TABLE and _NAME -> NFTA_CHAIN_USE; 0 if there is no such chain."""
     body = struct.pack("=BBH", socket.AF_INET, 0, 0)
     for kind, text in (1, "filter"), (3, chain):
         body += struct.pack("=HH", 5 + len(text), kind) + text.encode().ljust(len(text) + 4 & ~3, b"\0")
@@ -175,7 +175,7 @@ def nft_rules(chain):
 
 
 def legacy_bytes(chain):
-    """IPT_SO_GET_INFO: from where a chain begins to its policy."""
+    """IPT_SO_GET_INFO: from the start of a chain to its policy."""
     info, length = ctypes.create_string_buffer(b"filter", 84), ctypes.c_uint32(84)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
         if ctypes.CDLL(None).getsockopt(raw.fileno(), socket.IPPROTO_IP, 64, info, ctypes.byref(length)):
@@ -211,7 +211,7 @@ def seconds_of(argv, stdin=None):
 
 
 class Client:
-    """One kept connection to the local server; connects as soon as rfw listens."""
+    """A persistent connection to the local server; connects as soon as rfw listens."""
 
     def __init__(self):
         limit = time.monotonic() + DEADLINE
@@ -230,7 +230,7 @@ class Client:
                 time.sleep(0.0002)
 
     def answer(self):
-        """The body of one answer; anything but 200 ends the row."""
+        """The body of one response; any status but 200 ends the row."""
         data = self.receive()
         end = data.find(b"\r\n\r\n") + 4
         if not data.startswith(b"HTTP/1.1 200") or end < 4:
@@ -285,7 +285,7 @@ def times(rfw, bare):
 
 
 def one_put(rules, outward=""):
-    """Behind the guards of the outward server, iptables-nft reads the chain to find the place."""
+    """To insert after the guards of the outward server, iptables-nft reads the chain."""
     def measure(box):
         box.configure(outward=outward)
         rfw, bare, insert = [], [], os.path.join(box.dir, "insert")
@@ -367,7 +367,7 @@ def expiry(others):
 
 
 def expiry_beside_list(box):
-    """100 rules fall due while a list is written: how long after the list, where it was in progress."""
+    """100 rules fall due while a list is written: how long after the list they are deleted."""
     late, later = [], []
     for ahead in 1, 0.5, 0.2:
         box.fresh(60000)
@@ -457,7 +457,7 @@ def flushed_set(box):
 
 
 def recovery(box, flush, await_all):
-    """Each flush comes at another moment between two checks."""
+    """Each flush happens at a different moment between two checks."""
     took = []
     for n in range(6):
         box.await_check()
@@ -567,7 +567,7 @@ def huge_list(box):
 
 
 def huge_list_memory(what):
-    """After the list, single changes and a check of the kernel."""
+    """After the list: single changes and a check of the kernel."""
     def measure(box):
         client = box.with_sets()
         client.ask(put_list(feed(550000)))
@@ -579,7 +579,7 @@ def huge_list_memory(what):
 
 
 def one_among_many(method, verb, net, tags=0):
-    """The addresses are untagged, or of so many tags alike; the change is then with one more."""
+    """The addresses are untagged, or divided among this many tags; the change then has another tag."""
     def measure(box):
         rfw, bare, client = [], [], box.with_sets()
         lines = feed(550000) + [address("250", i) for i in range(100)]
@@ -610,7 +610,7 @@ def rules_about(box):
 
 
 def packets(blocks):
-    """UDP from a neighbour, as fast as it can, with the set and without it."""
+    """UDP from a neighbour at full speed, with the set and without it."""
     return lambda box: flood(box, feed(120000, blocks))
 
 
@@ -669,7 +669,7 @@ def memory(rules):
 
 
 def fleet(box):
-    """rfwc with 200 servers, stand-ins that take the whole list and half a second more: with one."""
+    """rfwc with 200 servers: stand-ins that accept the whole list and take half a second longer."""
     urls = [f"http://127.0.1.{n}" for n in range(1, 201)]
     one, all_, list_ = (box.write(name, lines) for name, lines in
                         [("one", urls[:1]), ("all", urls), ("feed", feed(10000))])
@@ -688,7 +688,7 @@ def fleet(box):
 
 
 def batch(sets):
-    """PUTs of rfwc batch, beside one curl for each."""
+    """PUTs of rfwc batch, compared with one curl for each."""
     def measure(box):
         rfw, bare = [], []
         lines = feed(3000)

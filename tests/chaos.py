@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""chaos.py: whatever happens to rfw, its tools and its rules, the kernel holds what was answered.
+"""chaos.py: whatever happens to rfw, its tools and its rules, the kernel matches the responses.
 
     tests/chaos.py target/release/rfw [COUNT [SEED]] [--without CLASS,CLASS] [--only CLASS,CLASS]
                    [--from ROUND] [--keep-going]
 
 COUNT (200) rounds of random requests, kills, restarts, flushes, foreign rules and faults, against a
 model of what must hold. Each round ends with a comparison: the kernel, GET /list, the state file
-and the model are equal, no rule is there twice, rfw's rules come first, and the rules of others are
-untouched. The rounds go through {nft, legacy} x {rules, sets} x {without, with a state file}, two
+and the model are equal, no rule occurs twice, rfw's rules come first, and the rules of others are
+unchanged. The rounds go through {nft, legacy} x {rules, sets} x {without, with a state file}, two
 for each: a new rfw, and the same one continued. SEED decides what a round does; --from repeats a
 round of a failed run. CLASSES below are what --without and --only name. In namespaces of its own,
 with the real iptables and ipset behind scripts that fail on demand. Exit status 1 if a round fails.
@@ -81,7 +81,7 @@ def some_change(r, classes, client=0, size=12):
     tag, replace = r.choice(TAGS) if "tag" in classes else "", False
     if tag and not put and r.random() < 0.3:
         tag = "*"
-    # Those that reach beyond what they name are for a client that is alone.
+    # Requests that affect rules beyond those that they name are for a single client.
     alone = tag not in ("", "*") and client == 0
     if alone and not put and r.random() < 0.1:
         return Change("DELETE", "/list", 0, None, tag, False)
@@ -108,7 +108,7 @@ FOREIGN = [
 
 
 class Round:
-    """rfw and the kernel, what is expected of them, and all that was done to them."""
+    """rfw and the kernel, what is expected of them, and everything done to them."""
 
     def __init__(self, options, tools, mode):
         self.program, self.classes, self.tools, self.mode = options.program, options.classes, tools, mode
@@ -144,7 +144,7 @@ class Round:
         return has.issuperset(needs)
 
     def clean(self):
-        """As after a boot, but for rules of others."""
+        """As after a boot, except for the rules of others."""
         self.stop()
         run("/bin/sh", "-c", f"rm -f {RUN}/disk/* {RUN}/rfw.log")
         for variant in "nft", "legacy":
@@ -177,7 +177,7 @@ class Round:
         return {**effects, **dict.fromkeys(keys, times)}
 
     def ask(self, method, path, body=None):
-        """-> status and what the answer says; None where there is no answer."""
+        """-> status and result; None if there is no response."""
         conn = http.client.HTTPConnection("127.0.0.1", LOCAL, timeout=ANSWER)
         try:
             conn.request(method, path, body)
@@ -213,7 +213,7 @@ class Round:
         return status, answer_.get("result")
 
     def check_answer(self, change, answer_, effects, before):
-        """Whether a 200 says what happened, as far as that is known."""
+        """Whether a 200 reports what happened, as far as that is known."""
         result = answer_["result"]
         keys = keys_of(change)
         if change.body is None and change.method == "PUT":
@@ -233,7 +233,7 @@ class Round:
         return not (self.faulty or self.damaged or self.full) and self.model.certain()
 
     def single(self):
-        """One change; where it is answered with 200, the kernel holds it now."""
+        """One change; if the response is 200, the kernel has it now."""
         change, calm = some_change(self.r, self.timed), self.calm()
         status, result = self.change(change)
         if change.method == "DELETE" and not calm:
@@ -270,7 +270,7 @@ class Round:
             raise Failure("\n".join(wrong))
 
     def load(self, kill=False):
-        """Concurrent clients, each with addresses of its own; perhaps a kill in the midst of them."""
+        """Concurrent clients, each with its own addresses; perhaps with a kill meanwhile."""
         stop, errors, seeds = threading.Event(), [], [self.r.random() for _ in range(self.r.randrange(2, 9))]
 
         def client(number, seed):
@@ -297,7 +297,7 @@ class Round:
     # rfw
 
     def stop(self):
-        """kill -9; what it has started comes to its end."""
+        """kill -9; waits for the programs that it has started."""
         if self.rfw:
             self.rfw.kill()
             self.rfw.wait()
@@ -314,7 +314,7 @@ class Round:
             self.rfw = subprocess.Popen(words, stderr=stderr, preexec_fn=die_with_parent)
 
     def start(self):
-        """Tools that fail may keep rfw from starting; then something starts it again."""
+        """Failing tools may prevent rfw from starting; then it is started again."""
         self.failed, self.front = self.faulty, 0
         for last in [False] * 3 + [True]:
             if last:
@@ -333,7 +333,7 @@ class Round:
             return exchange(connect(timeout=ANSWER), request("GET", "/"))
 
     def restart(self, why="restart", sets=None, load=False):
-        """kill -9, then another rfw, and the comparison: whatever was in doubt is known then."""
+        """kill -9, another rfw, and the comparison, after which nothing is in doubt."""
         if load:
             self.load(kill=True)
         self.stop()
@@ -367,7 +367,7 @@ class Round:
             self.model.to_sets()
 
     def damage_while_down(self):
-        """With a state file, nothing of it may last."""
+        """With a state file, none of it may last."""
         boot = self.r.random() < 0.5
         self.note("while it is down:", "a reboot" if boot else "iptables -F, ip6tables -F")
         for v in 4, 6:
@@ -468,7 +468,7 @@ class Round:
         self.damage([key for key in self.model.entries if in_set(key)])
 
     def add_foreign(self, where="end"):
-        """A rule of someone else: at the front, in the midst, or at the end."""
+        """A foreign rule: at the front, in the middle, or at the end."""
         if where != "end" and self.front >= FRONT_MOST:
             return
         self.front += where != "end"
@@ -490,7 +490,7 @@ class Round:
             self.adopt(v, chain, where)
 
     def adopt(self, v, chain, where):
-        """The new rule is where it was put, among those of others."""
+        """The new rule is where it was inserted among the foreign rules."""
         before = self.foreign[v]
         for _ in range(3):  # iptables-nft may list wrongly while rfw changes other rules
             after = self.kernel.foreign(v)
@@ -544,7 +544,7 @@ class Round:
             os.unlink(RUN + "/disk/full")
 
     def fill(self):
-        """No page is left on the state file's disk: a long list cannot be written, a line perhaps."""
+        """The state file's disk has no free page: a long list cannot be written, but perhaps a line."""
         self.note("the disk is full")
         self.full = True
         with contextlib.suppress(OSError), open(RUN + "/disk/full", "wb", 0) as f:
@@ -560,7 +560,7 @@ class Round:
     # The comparison
 
     def settle(self, what="settle", restarted=False):
-        """Nothing fails any more; rfw repairs everything; then all must be equal, until nothing is about to expire."""
+        """Ends all faults and waits for rfw to repair everything; then all must be equal, once nothing is about to expire."""
         self.lift()
         begin, recovered, took = time.monotonic(), None, 0
         while True:
@@ -637,7 +637,7 @@ class Round:
         return self.differences("the state file", kept, (now, now)) + ["in the state file, " + line for line in wrong]
 
     def await_look(self):
-        """Until rfw has read the kernel once more."""
+        """Waits until rfw has read the kernel once more."""
         seen = len(self.tools.calls())
         looks = lambda: sum("-S" in call for call in self.tools.calls()[seen:])
         await_true("rfw looks at the kernel", RECOVERY, lambda: looks() >= 2)  # one for each family

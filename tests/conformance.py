@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""conformance.py: contrib/openapi.yaml and the running rfw say the same.
+"""conformance.py: contrib/openapi.yaml and the running rfw agree.
 
     VENV/bin/python tests/conformance.py target/release/rfw promtool [EXAMPLES]
 
-schemathesis makes EXAMPLES (100) requests for each operation of the description out of what it allows
-and what it forbids, besides every example, limit and undeclared method, and sends them to a real rfw
-with the real iptables-nft, in namespaces of its own: with rules, with sets, and to the outward server
-without credentials. Every status, field, content type and body must be as declared, what is allowed
-taken and what is forbidden refused. A user who may only read gets 403 for each change. Then the other way round: of a hundred times as many random requests
-the description must allow the very ones that rfw takes. Prometheus' own promtool reads the metrics.
-Exit status 1 where they differ.
+schemathesis generates EXAMPLES (100) valid and invalid requests for each operation of the description,
+and every example, limit and undeclared method, and sends them to a real rfw with the real iptables-nft,
+in its own namespaces: with rules, with sets, and to the outward server without credentials. Every
+status, field, content type and body must be as declared, valid requests must be accepted and invalid
+ones refused. A read-only user gets 403 for each change. Conversely, of a hundred times as many random
+requests, the description must allow exactly those that rfw accepts. Prometheus' own promtool reads the
+metrics. Exit status 1 if they differ.
 """
 
 import collections, ipaddress, os, random, re, subprocess, sys, urllib.parse
@@ -21,11 +21,11 @@ from lab import *
 DESCRIPTION = ROOT + "/contrib/openapi.yaml"
 
 
-# --- What the description says in words only -------------------------------------------------------
+# --- What the description states only in prose -----------------------------------------------------
 
 def block(segments):
-    """Takes an address, and the mask behind it, off the front; -> the version, and whether it is any address.
-    ValueError: they do not fit."""
+    """Takes an address and its mask from the front; -> the IP version, and whether it is any address.
+    ValueError: they do not match."""
     ip = ipaddress.ip_address(segments.pop(0))
     ip = getattr(ip, "ipv4_mapped", None) or ip
     if not segments or not segments[0].isdigit():
@@ -37,7 +37,7 @@ def block(segments):
 
 
 def fit(method, segments):
-    """Whether the segments behind the first interface, each of them right, are right together."""
+    """Whether the segments after the first interface, each of which is valid, are valid together."""
     try:
         version, is_any = block(segments)
         if segments and ":" in segments.pop(0):  # no interface
@@ -68,8 +68,8 @@ schemathesis.openapi.format("address-or-block", st.one_of(
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """A refusal is right where the segments do not fit, a list is empty, `replace` comes without a tag, or sets
-    are not to keep an address for so long."""
+    """A refusal is right if the segments do not match, a list is empty, `replace` lacks a tag, or sets cannot
+    keep an address for that long."""
     if not isinstance(failure, RejectedPositiveData):
         return True
     values = [urllib.parse.unquote(str(case.path_parameters[name])) for name in re.findall("{(.*?)}", case.path)]
@@ -85,8 +85,8 @@ def after_call(context, case, response):
 
 
 def run(name, url, statuses, *options):
-    """One run of schemathesis; -> whether all is well. No answer may have another status than these, and
-    every operation must have met the first of them. Prints who met what."""
+    """One run of schemathesis; -> whether it passes. Every response must have one of these statuses, and every
+    operation must have had the first of them. Prints the statuses of each operation."""
     write("schemathesis.toml", f"[checks.not_a_server_error]\nexpected-statuses = {statuses}\n")
     write("answers", "")
     command = [os.path.dirname(sys.executable) + "/schemathesis", "--no-color", "run", DESCRIPTION,
@@ -106,7 +106,7 @@ def run(name, url, statuses, *options):
     return met
 
 
-# --- The other way round ---------------------------------------------------------------------------
+# --- The converse ----------------------------------------------------------------------------------
 
 class Description:
     """Which changes of a single rule it allows."""
@@ -166,7 +166,7 @@ def some(seed):
 
 
 def round_trip(count):
-    """-> whether of so many random requests the description allows those that rfw takes, and no others."""
+    """-> whether the description allows exactly those of this many random requests that rfw accepts."""
     operations, conn, differing, taken = list(Description().operations()), connect(), 0, 0
     for seed in range(count):
         method, path, query = some(seed)
@@ -182,7 +182,7 @@ def round_trip(count):
 
 
 def metrics(promtool):
-    """-> whether promtool finds nothing to say of the metrics, once they count the rules, as each second."""
+    """-> whether promtool accepts the metrics, once they count the rules, as they do each second."""
     text = lambda: exchange(connect(), request("GET", "/metrics")).partition(b"\r\n\r\n")[2]
     await_true("the rules are counted", 30, lambda: b'rfw_rules{chain="OUTPUT",target="REJECT",tag=""} 1\n' in text())
     said = subprocess.run([promtool, "check", "metrics"], input=text(), capture_output=True)

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""crowdsec.py: what the real CrowdSec decides, its real custom bouncer does through rfw.
+"""crowdsec.py: the real CrowdSec's real custom bouncer carries out its decisions through rfw.
 
     tests/crowdsec.py target/release/rfw CROWDSEC
 
-CROWDSEC is Debian's crowdsec and crowdsec-custom-bouncer, unpacked (`make crowdsec` does that; nothing of
-them is installed). CrowdSec's local API without agent and Central API, contrib/crowdsec/ as it is but for
-paths and the interval, real iptables in a namespace of its own. Exit status 1 at the first thing that is
-not as it should be.
+CROWDSEC is Debian's crowdsec and crowdsec-custom-bouncer, unpacked by `make crowdsec`, not installed.
+CrowdSec's local API without agent and Central API, contrib/crowdsec/ unchanged except for paths and the
+interval, real iptables in its own namespace. Exit status 1 at the first failure.
 """
 
 import json, re, signal
@@ -70,7 +69,7 @@ class Crowdsec:
 
 
 def blocked():
-    """-> {address: (tag, seconds left; 0 for ever)}"""
+    """-> {address: (tag, seconds left; 0: permanent)}"""
     found = {}
     for program in "iptables", "ip6tables":
         out = subprocess.run([f"/usr/sbin/{program}-nft", "-S"], capture_output=True, text=True, check=True).stdout
@@ -94,7 +93,7 @@ def gone(what, *addresses):
 
 
 def odd_decisions():
-    """What no CrowdSec without its Central API makes, straight to the script."""
+    """Decisions that need the Central API, passed directly to the script."""
     rows = [
         # type, scope, value, origin, duration, action; tag and seconds
         ("ban", "Ip", "198.51.100.10", "CAPI", "23h59m59.9s", "add", ("capi", 86400)),

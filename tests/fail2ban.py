@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""fail2ban.py: the real fail2ban bans through rfw, and the lines of contrib/feeds.cron do what they say.
+"""fail2ban.py: the real fail2ban bans through rfw, and the lines of contrib/feeds.cron work.
 
     tests/fail2ban.py target/release/rfw FAIL2BAN
 
-FAIL2BAN is Debian's package, unpacked (`make fail2ban` does that; nothing of it is installed). fail2ban's
-own jail.conf with contrib/fail2ban/rfw.conf for action, a log that this test writes, real iptables in a
-namespace of its own. Exit status 1 at the first thing that is not as it should be.
+FAIL2BAN is Debian's package, unpacked by `make fail2ban`, not installed. fail2ban's own jail.conf with
+contrib/fail2ban/rfw.conf as its action, a log that this test writes, real iptables in its own namespace.
+Exit status 1 at the first failure.
 """
 
 import http.server, re, shutil, signal, threading, zlib
@@ -25,7 +25,7 @@ pidfile = {RUN}/f2b.pid
 dbfile = {RUN}/f2b.sqlite3
 """
 
-# All read the same log; each line of it names the jail that is to take it.
+# All read the same log, each line of which names its jail.
 JAILS = f"""[DEFAULT]
 banaction = rfw
 banaction_allports = rfw
@@ -58,7 +58,7 @@ filter = junk
 FILTER = r"""[Definition]
 failregex = ^\s*<tag>: failed from <ADDR>$
 """
-# As wrong as a filter can be: whatever a client sends is the "address".
+# The worst possible filter: whatever a client sends is the "address".
 JUNK = r"""[Definition]
 failregex = ^\s*junk: <F-ID>.+</F-ID>$
 """
@@ -87,7 +87,7 @@ def rules(program="iptables"):
 
 
 def rule(address, words="-A INPUT", end="-j DROP", tag=""):
-    """-> in how many seconds that rule, with any tag or this one, expires; 0: never; None: there is none."""
+    """-> the seconds until that rule, with any tag or this one, expires; 0: never; None: no such rule."""
     for line in rules("ip6tables" if ":" in address else "iptables").splitlines():
         comment = re.search(r'--comment "?rfw:?(\d*)@([^" ]*)', line)
         if line.startswith(words) and f"-s {address}/" in line and end in line and comment.group(2).startswith(tag):
@@ -96,7 +96,7 @@ def rule(address, words="-A INPUT", end="-j DROP", tag=""):
 
 
 def lasts(seconds, address, *words, tag=""):
-    """Whether the rule is there, with that expiry."""
+    """Whether the rule exists with that expiry."""
     left = rule(address, *words, tag=tag)
     return left is not None and (seconds - 30 < left < seconds + 5 if seconds else left == 0)
 
@@ -242,7 +242,7 @@ def outages(fail2ban, start):
     return rfw
 
 
-# What the feeds hold, as they publish it; here with addresses of nobody.
+# The content of the feeds in their own formats, with unassigned addresses.
 FEEDS = {
     "levels/3.txt": "198.18.0.1\n198.18.0.2\n",
     "firehol_level1.netset": "#\n# firehol_level1\n#\n# ipv4 hash:net ipset\n#\n"
@@ -262,7 +262,7 @@ WANTED = {
     "drop_v4.json": ["198.18.4.0/22", "198.18.8.0/24"],
     "drop_v6.json": ["2001:db8:6::/48"],
 }
-# The real one; what is not this host is the server below.
+# The real curl; the server below replaces every other host.
 CURL = """#!/bin/sh
 for word; do
     shift
@@ -303,7 +303,7 @@ def sources(tag):
 
 
 def feeds():
-    """Each line of feeds.cron, as cron runs it, but that its download comes from this host."""
+    """Each line of feeds.cron, as cron runs it, except that it downloads from this host."""
     subprocess.run(["mount", "-t", "tmpfs", "cache", "/var/cache"], check=True)
     write("bin/curl", CURL)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Feeds)

@@ -1,7 +1,7 @@
-"""faults.py: scripts in the place of iptables and ipset that run the real program, or fail on demand.
+"""faults.py: stand-ins for iptables and ipset that run the real program, or fail on demand.
 
-For tests/chaos.py. A fault is a file whose name says which program it waits for, whether for a
-listing (read) or a change (write), and whether once or always; its content is what the shell does.
+For tests/chaos.py. A fault is a file whose name says which program it affects, whether a listing
+(read) or a change (write), and whether once or always; its content is run by the shell.
 """
 
 import collections, contextlib, os, re, signal
@@ -77,7 +77,7 @@ FAULT = {  # class: what a tool does; K is a small random number
 
 
 class Tools:
-    """The scripts in the place of iptables and ipset, and the faults that wait for them."""
+    """The stand-ins for iptables and ipset, and their pending faults."""
 
     def __init__(self):
         for folder in RUN + "/bin", FAULTS, FAULTS + "/taken", FAULTS + "/honest":
@@ -92,7 +92,7 @@ class Tools:
         self.count()
 
     def count(self):
-        """Adds up the faults that were met, by class, and begins anew."""
+        """Adds up the faults that occurred, by class, and starts again from zero."""
         self.met.update(line.split()[2] for line in self.calls() if line.startswith("***"))
         write("faults/calls", "")
 
@@ -104,7 +104,7 @@ class Tools:
         return f"{FAULTS}/{name}"
 
     def lift(self, kind=""):
-        """No tool fails from here on, or not so; those that hang end."""
+        """Ends these faults, or all; hanging tools are ended."""
         for folder in FAULTS, FAULTS + "/honest":
             for entry in os.scandir(folder):
                 if entry.is_file() and entry.name not in ("calls", "hung"):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""hostile.py: an honest client among 4,000 hostile connections, in a namespace of its own.
+"""hostile.py: an honest client among 4,000 hostile connections, in its own namespace.
 
     tests/hostile.py target/release/rfw [WORD...]     only the rows with one of the words in them
 
-Two waves of 4,000 connections, 10 s apart, each from an address of its own, all of them
-whitelisted, on the local and on the outward server. They begin within a second and keep their
-ends open. Meanwhile an honest client makes a PUT on a new connection every 50 ms. Exit
-status 1 if a goal is missed; 1 MB is 1,000,000 bytes.
+Two waves of 4,000 connections, 10 s apart, each from its own whitelisted address, to the local
+and to the outward server. They start within a second and are never closed by the client.
+Meanwhile, an honest client sends a PUT on a new connection every 50 ms. Exit status 1 if a goal
+is missed; 1 MB is 1,000,000 bytes.
 """
 
 import base64, itertools, json, mmap, os, random, select, signal, socket, ssl, struct, sys, time
@@ -24,7 +24,7 @@ BODY = request("PUT", "/drop/input/any", BASIC + "Content-Length: 60000000\r\n")
 
 # --- What hostile connections do -------------------------------------------------------------------
 #
-# Each kind: whether it finishes a TLS handshake first, what it sends at once, what every second.
+# Each kind: whether it finishes a TLS handshake first, what it sends at once, and every second.
 
 def hello():
     """The first bytes of a TLS client."""
@@ -36,7 +36,7 @@ def hello():
 
 
 def garbage():
-    """Records of TLS, or what looks like some, with nothing in order."""
+    """Invalid TLS records, or bytes that look like some."""
     kind, length = random.choice(b"\x14\x15\x16\x17\x18\xff"), random.randrange(1, 0x4001)
     return bytes([kind, 3, random.randrange(5)]) + length.to_bytes(2, "big") + random.randbytes(length)
 
@@ -59,7 +59,7 @@ KINDS = {  # name: (servers, finishes the handshake, bytes at once, what then, a
 
 
 class Flood:
-    """A share of the hostile connections, in a process of its own."""
+    """A share of the hostile connections, in its own process."""
 
     def __init__(self, kind, port, first, count, last):
         _, handshake, self.first_bytes, self.then, _ = KINDS[kind]
@@ -134,7 +134,7 @@ class Flood:
             self.drop(conn)
 
     def go_on(self, conn):
-        """Takes what has come and asks for more, as much as goes."""
+        """Reads all received bytes and sends as many requests as possible."""
         try:
             while conn.recv(1 << 18):
                 pass
@@ -160,7 +160,7 @@ class Flood:
 # --- The honest client -----------------------------------------------------------------------------
 
 def honest(port, out):
-    """A PUT on a new connection every 50 ms; what each took, and what went wrong."""
+    """Sends a PUT on a new connection every 50 ms; records the time of each, and the failures."""
     context = tls() if port == OUTWARD else None
     took, wrong, begin = [], [], time.monotonic()
     for n in itertools.count():

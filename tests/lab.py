@@ -1,6 +1,6 @@
 """lab.py: what the tests in Python share: a private network, a running rfw, requests, a table.
 
-A test that calls `inside` runs in network, mount and process namespaces of its own, with a private
+A test that calls `inside` runs in its own network, mount and process namespaces with a private
 /run, or not at all. None of its processes outlives it.
 """
 
@@ -14,7 +14,7 @@ RUN = "/run/lab"
 
 
 def inside():
-    """Runs this very program again in namespaces of its own and exits with its status; returns there."""
+    """Runs this program again in its own namespaces and exits with its status; returns in that run."""
     outer = os.environ.pop("RFW_LAB_OUTSIDE", None)
     here = os.readlink("/proc/self/ns/net")
     if outer is None:
@@ -100,7 +100,7 @@ class Rfw:
         return min(looks)
 
     def memory(self, what="VmRSS"):
-        """Bytes: now, or VmHWM, at most so far."""
+        """Bytes in memory: now, or with VmHWM the most so far."""
         with open(f"/proc/{self.pid}/status") as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
 
@@ -133,7 +133,7 @@ def request(method, path, fields=""):
 
 
 def answer(conn):
-    """One answer with a Content-Length, whole; shorter where the peer went."""
+    """One whole response with a Content-Length; shorter if the peer closed the connection."""
     data, more = b"", b"x"
     while more and b"\r\n\r\n" not in data:
         more = conn.recv(65536)
@@ -154,14 +154,14 @@ def exchange(conn, bytes_):
 
 
 def die_with_parent(parent=None):
-    """In a new process: it ends with its parent, however that ends; where `parent` tells its id, even if it already has."""
+    """In a new process: it ends with its parent, however that ends; with the ID `parent`, even if it already has."""
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if parent not in (None, os.getppid()):
         os._exit(1)
 
 
 def fork(work, *arguments):
-    """Runs `work` in a process of its own, which ends with this one."""
+    """Runs `work` in a new process, which ends with this one."""
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
         die_with_parent(parent)

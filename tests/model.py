@@ -1,6 +1,6 @@
 """model.py: what rfw has promised, and what the kernel, GET /list and the state file say of it.
 
-For tests/chaos.py. A description of its own: it knows rfw by its manual only.
+For tests/chaos.py. An independent description, written from rfw's manual only.
 """
 
 import collections, difflib, ipaddress, os, re, shlex, subprocess, time
@@ -74,7 +74,7 @@ OPTIONS = {*"-s -d -i -o -j -m -p --dport --sport --comment --reject-with --matc
 
 
 def options_of(line):
-    """-> the options of a rule that has rfw's comment and form; None of any other."""
+    """-> the options of a rule that has rfw's comment and form; None for any other."""
     words, found = shlex.split(line)[2:], {}
     while words:
         word = words.pop(0)
@@ -126,8 +126,8 @@ def read_state(text, now):
 
 
 class Change(collections.namedtuple("Change", "method path expire body tag replace")):
-    """`tag` may be * in a DELETE: whatever the tag; `replace`: a list and nothing else. A DELETE of
-    /list is that of a tag."""
+    """`tag` may be * in a DELETE: any tag; `replace`: exactly the list. A DELETE of /list deletes all
+    rules of a tag."""
 
     def url(self):
         query = {"expire": self.expire, "tag": self.tag, "replace": "true" if self.replace else ""}
@@ -167,7 +167,7 @@ View = collections.namedtuple("View", "rows guards foreign sets unused first wro
 
 
 def run(*words, input=None, check=True):
-    """-> standard output; again where another program changed the same table meanwhile."""
+    """-> standard output; retries if another program changed the same table meanwhile."""
     for _ in range(5):
         done = subprocess.run(words, capture_output=True, text=True, input=input)
         if done.returncode != 4:
@@ -207,8 +207,8 @@ class Kernel:
         return sets
 
     def view(self, with_sets):
-        """What rfw keeps and what others keep, where the first rule of others is in its chain, and what
-        is not in the form or place that it must have."""
+        """The rules of rfw and of others, the position of the first foreign rule in its chain, and every
+        rule without the required form or position."""
         view, now, used, borrowed = View([], {}, {4: [], 6: []}, self.sets(), [], {}, []), time.time(), set(), set()
         for v in 4, 6:
             position, last = collections.Counter(), {}
@@ -230,7 +230,7 @@ class Kernel:
         return view
 
     def take(self, view, v, chain, num, found, line, now, with_sets, used):
-        """Adds what a rule of rfw's means; -> its rank in its chain."""
+        """Adds the meaning of a rule of rfw; -> its rank in its chain."""
         if found["--comment"] == "rfw:guard":
             port = found.get("--dport" if chain == "INPUT" else "--sport")
             address = found.get("-s" if chain == "INPUT" else "-d")
@@ -272,7 +272,7 @@ class Entry:
 
 
 def overlaps(a, b):
-    """Whether a packet can meet both, with different ends."""
+    """Whether a packet can match both, with different targets."""
     def nets(x, y):
         return x is None or y is None or ipaddress.ip_network(x).overlaps(ipaddress.ip_network(y))
 
@@ -355,7 +355,7 @@ class Model:
             self.entries[key] = Entry(entry.options, 0, self.stamp, 0, self.stamp)
 
     def lost(self, keys, surely):
-        """What the kernel alone knew is gone, or may be."""
+        """What only the kernel knew is lost, or may be."""
         for key in keys:
             entry = self.entries[key]
             entry.options = [ABSENT] if surely else entry.options + [ABSENT]
@@ -415,7 +415,7 @@ class Model:
         return wrong
 
     def resolve(self, found, drift, widen):
-        """All is as it may be: what it is, it is. `widen`: a time was rounded once more, for good."""
+        """What was found is now what is expected. `widen`: a time was rounded once more, permanently."""
         times = dict(found)
         for key, entry in list(self.entries.items()):
             state = times.get(key, ABSENT)

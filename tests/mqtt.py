@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""mqtt.py: what a peer publishes through a real mosquitto, the rfw of a fleet's host does.
+"""mqtt.py: the rfw of each host of a fleet carries out what a peer publishes through a real mosquitto.
 
     tests/mqtt.py target/release/rfw MOSQUITTO
 
-MOSQUITTO is Debian's mosquitto and mosquitto-clients with their libraries, unpacked (`make mqtt` does that;
-nothing of them is installed). The command of contrib/mqtt/rfw-mqtt@.service as it is, real iptables in a
-namespace of its own. Exit status 1 at the first thing that is not as it should be.
+MOSQUITTO is Debian's mosquitto and mosquitto-clients with their libraries, unpacked by `make mqtt`, not
+installed. The unchanged command of contrib/mqtt/rfw-mqtt@.service, real iptables in its own namespace.
+Exit status 1 at the first failure.
 """
 
 import glob, re, shlex, signal
@@ -57,7 +57,7 @@ class Mosquitto:
         return subprocess.run([self.bin + "/bin/mosquitto_pub", *words], env=self.env, check=check, stderr=subprocess.DEVNULL).returncode
 
     def subscribe(self, peer, host="host1"):
-        """The unit's ExecStart; killed as systemd does it, with all its processes."""
+        """The unit's ExecStart; killed with all its processes, as by systemd."""
         with open(ROOT + "/contrib/mqtt/rfw-mqtt@.service") as f:
             command = re.search(r"(?m)^ExecStart=(.*)", f.read()).group(1)
         for old, new in ("%H", host), ("%i", peer), ("%%", "%"):
@@ -88,7 +88,7 @@ def block(mqtt, address, peer="alice", query="?expire=1h", *more):
 
 
 def unblock(mqtt, address, peer="alice"):
-    """No longer for new hosts, and on all that listen."""
+    """Withdraws it for new hosts, and on all that listen."""
     mqtt.publish(peer, f"rfw/{peer}/{address}", "", "-r")
     mqtt.publish(peer, f"rfw/{peer}/{address}", f"delete /drop/input/any/{address}")
 

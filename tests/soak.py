@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""soak.py: a million commands, after which rfw holds no more than before.
+"""soak.py: after a million commands, rfw holds no more memory and descriptors than before.
 
     tests/soak.py target/release/rfw [COUNT]
 
-COUNT (1,000,000) PUT, DELETE and GET /list, pipelined, on eight connections that are made anew now
-and then, half with an expiry, some of them wrong; real iptables-legacy in a namespace of its own.
-Descriptors must be as many as at the beginning, and memory within 1 MB (1,000,000 bytes) of what it
-was after the first tenth. Exit status 1 if not.
+COUNT (1,000,000) PUT, DELETE and GET /list, pipelined, on eight connections that are reopened now
+and then, half with an expiry, some invalid; real iptables-legacy in its own namespace. There must be
+as many descriptors as at the beginning, and memory within 1 MB (1,000,000 bytes) of that after the
+first tenth. Exit status 1 if not.
 """
 
 import random, select, sys, time
@@ -16,7 +16,7 @@ CONNECTIONS, PIPELINED, ADDRESSES, RENEWED = 8, 25, 300, 40
 
 
 def command(at):
-    """-> a request, and how its answer begins."""
+    """-> a request, and how its response begins."""
     address = f"10.{at}.{random.randrange(2)}.{random.randrange(ADDRESSES // 2)}"
     kind = random.random()
     if kind < 0.45:
@@ -31,14 +31,14 @@ def command(at):
 
 
 class Worker:
-    """A connection with so many requests in flight."""
+    """A connection with this many requests in flight."""
 
     def __init__(self, at):
         self.at, self.conn = at, None
         self.turn()
 
     def turn(self):
-        """Asks again; now and then on a new connection."""
+        """Sends another request, now and then on a new connection."""
         if self.conn is None or random.randrange(RENEWED) == 0:
             if self.conn:
                 self.conn.close()
@@ -48,7 +48,7 @@ class Worker:
         self.conn.sendall(b"".join(bytes_ for bytes_, _ in asked))
 
     def take(self):
-        """-> how many answers have come."""
+        """-> how many responses have arrived."""
         more = self.conn.recv(1 << 18)
         if not more:
             raise RuntimeError("rfw closed a connection")

@@ -3,8 +3,8 @@
 
     tests/static.py [TARGET...]
 
-Builds each TARGET (all five) with contrib/static.sh, here and once more in a folder of its own; then
-starts it, foreign ones under qemu-user, in network namespaces with real iptables-nft.
+Builds each TARGET (all five) with contrib/static.sh, here and again in another folder; then starts it,
+foreign ones under qemu-user, in network namespaces with real iptables-nft.
 Exit status 1 if a goal is missed.
 """
 
@@ -19,7 +19,7 @@ TAGGED = "-A INPUT -s 203.0.113.7/32 -m comment --comment rfw -j DROP"
 
 
 def build(targets):
-    """Leaves rfw-TARGET and again-TARGET, the one from another folder, in BUILT."""
+    """Leaves rfw-TARGET and again-TARGET, which is from another folder, in BUILT."""
     environment = {name: value for name, value in os.environ.items() if name != "CARGO_TARGET_DIR"}
     with tempfile.TemporaryDirectory() as folder:
         files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
