@@ -768,7 +768,7 @@ def main(rfw, words):
         subprocess.run([ROOT + "/contrib/rfwgen", "127.0.0.1", keys], stdout=subprocess.DEVNULL, check=True)
         with open(keys + "/white.list", "w") as f:
             f.write("127.0.0.1\n")
-        print(f"{'':7}{'what: beside what':58}{'rfw':>10}{'bare':>11}{'ratio':>10}   goal", flush=True)
+        print(f"{'':7}{'what: compared with':58}{'rfw':>10}{'bare':>11}{'ratio':>10}   goal", flush=True)
         again = [sys.executable, os.path.abspath(__file__), "--inside", os.readlink("/proc/self/ns/net")]
         return max(private([*again, os.path.abspath(rfw), keys, variant, *words]) for variant in VARIANTS)
 

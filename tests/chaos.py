@@ -27,14 +27,14 @@ CLASSES = {
     "outward": "the outward server, with its guard rules",
     "kill": "kill -9, and a restart",
     "switch": "a restart with ipset.path switched on or off",
-    "flush": "others flush chains or delete rules of rfw's",
+    "flush": "others flush chains or delete rules of rfw",
     "now": "what is answered with 200 is enforced at once, whatever happened to the kernel before",
-    "copy": "others add a rule of rfw's a second time",
+    "copy": "others add a rule of rfw a second time",
     "reload": "others load an old save of the tables",
     "sets": "others flush or destroy sets, or delete an entry",
     "foreign": "others add rules behind rfw's, and delete them",
     "front": "others insert rules in front of or between rfw's",
-    "user": "a rule of others uses a set of rfw's",
+    "user": "a foreign rule uses a set of rfw",
     "fail": "tools that fail before they do anything",
     "commit": "tools that do their work, then fail or die",
     "half": "tools that die after a part of their input",
@@ -137,7 +137,7 @@ class Round:
             step(self)
         self.settle("the end of the round")
         self.await_look()
-        self.settle("a look of rfw's later")
+        self.settle("after a check by rfw")
 
     def may(self, needs):
         has = self.classes - ({"sets"} if not self.mode.sets else set()) - ({"disk"} if not self.mode.file else set())
@@ -402,7 +402,7 @@ class Round:
         return [line for line in self.kernel.rules(v) if line.startswith("-A") and options_of(line)]
 
     def remove(self):
-        """A rule of rfw's, deleted by someone else."""
+        """Deletes a rule of rfw, as another program would."""
         v = self.r.choice([4, 6])
         lines = self.ours(v)
         if lines:
@@ -410,7 +410,7 @@ class Round:
             self.note(f"IPv{v}: deleted by someone else: {line}")
             self.kernel.tool(v, "-D", *shlex.split(line)[1:], check=False)
             self.damage([key for key in self.model.entries if version(key) == v])
-            self.model.disordered = True  # rfw inserts behind so many rules, and one of them may be this
+            self.model.disordered = True  # rfw inserts after a number of rules, and one of them may be this
 
     def copy(self):
         v = self.r.choice([4, 6])
@@ -690,7 +690,7 @@ def report(options, number, round_, error):
             return "".join(f.readlines()[-count:])
         return ""
     print(f"--- round {number}: what was done\n" + "\n".join(round_.log))
-    for what, name, count in ("the last calls of rfw's", "faults/calls", 30), ("its log", "rfw.log", 40), \
+    for what, name, count in ("the last calls by rfw", "faults/calls", 30), ("its log", "rfw.log", 40), \
             ("the state file", "disk/state", 30), ("standard error", "stderr", 20):
         print(f"--- {what}\n{tail(name, count)}", end="")
     print(f"--- round {number} FAILED ({', '.join(map(str, round_.mode))}): {error}")

@@ -161,7 +161,7 @@ def main():
         gone("deleted decisions", "203.0.113.1/32", "198.18.7.0/24")
         subprocess.run(["curl", "-sfo", "/dev/null", "-X", "PUT", "http://127.0.0.1:7390/drop/input/any/203.0.113.2?tag=person"], check=True)
         crowdsec.cscli("decisions", "delete", "--ip", "203.0.113.2")
-        seen("what somebody else has blocked too stays", "person", 0, "203.0.113.2/32")
+        seen("an address also blocked by another source stays blocked", "person", 0, "203.0.113.2/32")
         rfw.stop()
         handed_on = lambda: open(RUN + "/crowdsec-custom-bouncer.log").read().count("adding '1' decisions")
         before = handed_on()

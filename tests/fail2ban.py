@@ -326,7 +326,7 @@ def feeds():
     for Feeds.mode in "error", "empty", "comment", "html", "cut":
         FEEDS["levels/3.txt"] = "198.18.0.9\n198.18.0.1\n198.18.0.2\n"
         done = cron(ipsum)
-        check(f"a download that is wrong unblocks nobody: {Feeds.mode}", sources("ipsum") == WANTED["levels/3.txt"]
+        check(f"a failed download unblocks no address: {Feeds.mode}", sources("ipsum") == WANTED["levels/3.txt"]
               and done.returncode != 0 and done.stderr + done.stdout != "")
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"

@@ -13,7 +13,7 @@ import base64, itertools, json, mmap, os, random, select, signal, socket, ssl, s
 from lab import *
 
 HOSTILE, FLOODERS, SECONDS = 4000, 4, 15
-WAVES = [0.5, 10.5]  # in each, so many s pass from one connection of a flooder's to the next
+WAVES = [0.5, 10.5]  # for each, the seconds between two connections of a flooder
 PACE = FLOODERS / HOSTILE
 THREADS = 256  # 128 places of a server, and threads that are about to end
 LINGER = 1.5  # a second in which rfw waits for a peer to take its last words, and some slack
@@ -241,9 +241,9 @@ def ranks_z(a, b):
 
 
 def timing(program, table):
-    """Refusals in which more or less is right, in turns; from ever new addresses, because each may
-    guess ten times. All of a kind are refused alike: a right user and password is another answer.
-    Among as many users as there may be, the first is compared before all others, the last after them."""
+    """Refusals of guesses that are right to different degrees, in turns; from new addresses, because each may
+    guess ten times. All get the same response, unlike correct credentials. With the most users possible, the
+    first is compared before all others, the last after them."""
     what = "timing of unknown user, wrong password, right password"
     if not table.wants(what):
         return

@@ -16,7 +16,7 @@ class Failure(Exception):
 
 Key = collections.namedtuple("Key", "chain target inp out src dst tag", defaults=[""])  # None: any
 TAGS = ["", "a", "feed.1"]
-ABSENT = "absent"  # what a rule can be, beside its expiry: None, or (earliest, latest)
+ABSENT = "absent"  # the state of a rule, if not its expiry: None, or (earliest, latest)
 
 
 def version(key):

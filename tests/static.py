@@ -71,7 +71,7 @@ def judge(table, target):
     table.row(f"{target}: the rule in iptables -S before, between, after", "no, yes, no",
               ", ".join("yes" if here else "no" for here in seen), seen == (False, True, False))
     if target == "x86_64":
-        time.sleep(11)  # nobody's connection lives for longer than ten seconds without a request
+        time.sleep(11)  # an idle connection is closed within 10 s
         idle = rfw.memory()
         table.row(f"{target}: idle memory with both servers", "at most 2,000,000", f"{idle:,}", idle <= 2000000)
     rfw.stop()

@@ -30,19 +30,19 @@ fn addresses(count: usize) -> String {
 }
 
 /// Runs a batch whose restore of one family hangs, perhaps after a slow one of the other family.
-fn hung_batch(lab: &Lab, form: Form, ills: &[(&str, &str)]) {
+fn hung_batch(lab: &Lab, form: Form, faults: &[(&str, &str)]) {
     let count = lab.at_once(10_000);
     let lines = addresses(count);
     lab.stand_in(NEXT);
     let due = "/drop/forward/any/1.1.1.1/any/2.2.2.2";
     let due_is_there = || lab.iptables("-S FORWARD").contains("-s 1.1.1.1/32 -d 2.2.2.2/32");
-    for (program, ill) in ills {
-        let what = format!("{form:?} {program}: {ill}");
+    for (program, fault) in faults {
+        let what = format!("{form:?} {program}: {fault}");
         let mut rfw = lab.start(&format!("local.server\n{}", of_form(form)));
         assert_eq!(list("PUT /drop/input/any", "3.3.3.3\n3::3\n").sums(), "inserted 2");
         assert_eq!(ask(&format!("PUT {due}?expire=4")).brief(), "200 inserted");
         let file = format!("next-{program}");
-        lab.write(&file, ill);
+        lab.write(&file, fault);
         let from = Instant::now();
         let in_time = |what: &str, seconds: u64| {
             let took = from.elapsed();
@@ -89,8 +89,8 @@ fn one_hung_batch_blocked_everything() {
             "iptables-restore",
             "/bin/sleep 8; echo \"exec /bin/sleep 100\" > $lab/next-ip6tables-restore",
         );
-        let ills = [("iptables-restore", HANG), ("ip6tables-restore", DRIP), slow];
-        hung_batch(lab, FORMS[0], &ills);
+        let faults = [("iptables-restore", HANG), ("ip6tables-restore", DRIP), slow];
+        hung_batch(lab, FORMS[0], &faults);
     });
 }
 
@@ -101,7 +101,7 @@ fn one_hung_batch_blocked_everything_in_sets() {
 
 /// Failures of ip6tables, once while rfw starts. On the first, iptables-nft exits 4; on the second, it
 /// exits 0 with part of its listing.
-const IPV6_ILLS: [&str; 5] = [
+const IPV6_FAULTS: [&str; 5] = [
     "exec /usr/bin/strace -qq -o /dev/null -e inject=sendto:error=ENOBUFS:when=1 $real \"$@\"",
     "exec /usr/bin/strace -qq -o /dev/null -e inject=sendto:error=ENOBUFS:when=3 $real \"$@\"",
     "echo 'ip6tables: No buffer space available.' >&2; exit 1",
@@ -124,22 +124,22 @@ fn ipv6_failed_open() {
                 "case $me in ip6*)
                     n=$(/bin/cat $lab/n)
                     echo $((n - 1)) > $lab/n
-                    [ $n != 0 ] || { /bin/mv $lab/ill $lab/ill.$$ && . $lab/ill.$$; }
+                    [ $n != 0 ] || { /bin/mv $lab/fault $lab/fault.$$ && . $lab/fault.$$; }
                 esac",
             );
-            for ill in IPV6_ILLS {
+            for fault in IPV6_FAULTS {
                 // The first run of ip6tables or its restore, or a later one.
                 for n in 0..4 {
-                    let what = format!("{form:?} run {n}: {ill}");
+                    let what = format!("{form:?} run {n}: {fault}");
                     rfw.kill();
                     if form.file {
                         lab.reboot();
                     }
-                    lab.write("ill", ill);
+                    lab.write("fault", fault);
                     lab.write("n", &n.to_string());
                     lab.write("rfw.log", "");
                     let ended = rfw.try_restart(10 + SLACK);
-                    sh("rm -f lab/ill");
+                    sh("rm -f lab/fault");
                     match ended {
                         None => {
                             let is = (enforced(lab), lab.guards());
@@ -200,27 +200,27 @@ fn words(words: &[&str]) -> Vec<String> {
 fn what_was_committed_before_exit_1_was_answered_with_500_and_stayed() {
     both(|lab| {
         in_forms(lab, &FORMS, "", |rfw, form| {
-            for ill in [
+            for fault in [
                 "$real \"$@\"; exit 1",
                 // The undo fails.
                 "case \"$* \" in *'-D '*|*'del '*) exit 1;; esac; $real \"$@\"; exit 1",
                 "$real \"$@\"; echo 'Bad luck.' >&2; exit 4",
                 "$real \"$@\"; kill -9 $$",
                 // Only once: the repair succeeds.
-                "[ -e $lab/ill ] || { /bin/touch $lab/ill; $real \"$@\"; exit 1; }",
+                "[ -e $lab/fault ] || { /bin/touch $lab/fault; $real \"$@\"; exit 1; }",
             ] {
                 let mut before = words(&[]);
                 for (request, lines, after) in CHANGES {
-                    let what = format!("{form:?} {request} {lines:?} {ill}");
+                    let what = format!("{form:?} {request} {lines:?} {fault}");
                     let after = words(after);
-                    sh("rm -f lab/ill");
-                    spoil(lab, "*", ill);
+                    sh("rm -f lab/fault");
+                    spoil(lab, "*", fault);
                     let answer = send(request, lines);
                     let done = answer.status == 200;
                     assert!(done || [500, 503].contains(&answer.status), "{what} {answer:?}");
                     let truth = if done { &after } else { &before };
                     // If it was killed, rfw need not retry at once.
-                    if done || !ill.contains("kill") {
+                    if done || !fault.contains("kill") {
                         assert_eq!(enforced(lab), *truth, "{what} {answer:?}");
                     }
                     lab.stand_in("");
@@ -230,7 +230,7 @@ fn what_was_committed_before_exit_1_was_answered_with_500_and_stayed() {
                     assert_eq!((enforced(lab), listed()), (after.clone(), after.clone()), "{what}");
                     before = after;
                 }
-                assert_restarts(lab, rfw, form, &before, ill);
+                assert_restarts(lab, rfw, form, &before, fault);
             }
         });
     });
@@ -242,17 +242,17 @@ fn half_of_a_list_was_there_and_delete_said_absent_or_put_doubled_it() {
     both(|lab| {
         in_forms(lab, &FORMS[..2], "", |rfw, form| {
             let lines = "1.1.1.1\n1.1.1.2\n2001:db8::1\n";
-            for ill in ["exit 1", "$real \"$@\"; exit 1", "kill -9 $$"] {
+            for fault in ["exit 1", "$real \"$@\"; exit 1", "kill -9 $$"] {
                 for deaf in ["exit 1", "exit 0", "kill -9 $$"] {
                     for (request, after) in [
                         ("DELETE /drop/input/any/1.1.1.1", words(&[])),
                         ("PUT /drop/input/any/1.1.1.1", words(&["drop 1.1.1.1"])),
                         ("PUT /drop/input/any/1.1.1.1?expire=1h", words(&["drop 1.1.1.1"])),
                     ] {
-                        let what = format!("{form:?} {ill}, {deaf}, {request}");
+                        let what = format!("{form:?} {fault}, {deaf}, {request}");
                         lab.stand_in(&format!(
                             "case \"$me $*\" in
-                                ip6tables-restore*|ip6tables*' -I '*) /bin/touch $lab/deaf; {ill};;
+                                ip6tables-restore*|ip6tables*' -I '*) /bin/touch $lab/deaf; {fault};;
                                 *' -S'*) [ ! -e $lab/deaf ] || {{ {deaf}; }};;
                             esac"
                         ));
@@ -373,14 +373,14 @@ fn a_list_that_was_applied_counted_as_not_applied() {
         in_forms(lab, &[FORMS[1], FORMS[3]], "", |rfw, form| {
             let lines = "1.1.1.1\n1.1.1.2\n2001:db8::1\n";
             let all = words(&["drop 1.1.1.1", "drop 1.1.1.2", "drop 2001:db8::1"]);
-            for ill in ["kill -9 $$", "exit 1"] {
+            for fault in ["kill -9 $$", "exit 1"] {
                 for program in ["iptables-restore", "ip6tables-restore", "ipset"] {
                     for (request, after) in [("PUT", all.clone()), ("DELETE", vec![])] {
-                        let what = format!("{form:?} {request}, {program}: {ill}");
+                        let what = format!("{form:?} {request}, {program}: {fault}");
                         let before = enforced(lab);
                         lab.stand_in(NEXT);
                         // All of its lines are applied before it fails.
-                        lab.write(&format!("next-{program}"), &format!("$real \"$@\"; {ill}"));
+                        lab.write(&format!("next-{program}"), &format!("$real \"$@\"; {fault}"));
                         let answer = list(&format!("{request} /drop/input/any"), lines);
                         lab.stand_in("");
                         sh("rm -f lab/next-*");
@@ -589,8 +589,8 @@ fn messages_of_a_guard_that_was_restored() {
             lab.clear_log();
             lab.iptables(&format!("-D {chain} {rule}"));
             await_true("it is restored", 3 + SLACK, || lab.guards() == guards);
-            let told = || log_has(lab, &["restored", "guard rule for port 7393"]);
-            await_true("the log says what it is", SLACK, told);
+            let is_logged = || log_has(lab, &["restored", "guard rule for port 7393"]);
+            await_true("the log names the guard", SLACK, is_logged);
             assert!(!log_has(lab, &["restored /"]), "{}", lab.read("rfw.log"));
         }
     });

@@ -220,7 +220,7 @@ fn a_jump_of_the_clock_expires_nothing_early_or_late() {
             stamp.abs_diff(time) <= 2 + SLACK
         });
         lab.write("jump", "0"); // and asks NTP
-        await_true("the comment is stamped anew", 3 + SLACK, || {
+        await_true("the comment has the new expiry", 3 + SLACK, || {
             let rules = lab.rules();
             assert!(
                 rules.len() == 2 || from.elapsed() >= Duration::from_secs(5),
@@ -415,7 +415,7 @@ fn a_batch_keeps_the_order_of_its_requests() {
 const HELD: &str = "echo 'Another app is currently holding the xtables lock.' >&2; exit 4";
 
 /// What iptables does instead of a change; the response; a part of its message.
-const ILLS: [(&str, &str, &str); 8] = [
+const FAULTS: [(&str, &str, &str); 8] = [
     ("echo 'iptables: Bad luck.' >&2; exit 1", "500 iptables_failed", "Bad luck."),
     ("echo 'iptables: Memory \"x\\' >&2; exit 2", "500 iptables_failed", "Memory"),
     ("exit 3", "500 iptables_failed", ""),
@@ -433,24 +433,24 @@ fn an_iptables_that_fails() {
         let _rfw = lab.start("local.server");
         assert_eq!(ask("PUT /drop/input/any/9.9.9.9").brief(), "200 inserted");
         let rules = lab.rules();
-        for (ill, brief, words) in ILLS {
-            lab.stand_in_for_changes(ill);
+        for (fault, brief, words) in FAULTS {
+            lab.stand_in_for_changes(fault);
             let from = Instant::now();
             for request in ["PUT /drop/input/any/1.2.3.4", "DELETE /drop/input/any/9.9.9.9"] {
-                if ill.contains("sleep") && request.starts_with("DELETE") {
+                if fault.contains("sleep") && request.starts_with("DELETE") {
                     continue; // once is long enough
                 }
                 let answer = ask(request);
-                assert_eq!(answer.brief(), brief, "{ill} {request} {answer:?}");
-                assert!(answer.field("message").contains(words), "{ill}: {answer:?}");
+                assert_eq!(answer.brief(), brief, "{fault} {request} {answer:?}");
+                assert!(answer.field("message").contains(words), "{fault}: {answer:?}");
                 assert_eq!(
                     answer.header("Retry-After").is_some(),
                     answer.status == 503,
                     "{answer:?}"
                 );
-                assert_eq!(lab.rules(), rules, "{ill} {request}");
+                assert_eq!(lab.rules(), rules, "{fault} {request}");
             }
-            assert!(from.elapsed().as_secs() <= 11 + SLACK, "{ill}: {:?}", from.elapsed());
+            assert!(from.elapsed().as_secs() <= 11 + SLACK, "{fault}: {:?}", from.elapsed());
             lab.stand_in("");
             transcript(&[
                 ("PUT /drop/input/any/1.2.3.4", "200 inserted"),
@@ -465,9 +465,9 @@ fn an_iptables_that_cannot_be_started_or_read() {
     once(|lab| {
         lab.stand_in("");
         let _rfw = lab.start("local.server");
-        for (ill, brief) in [("exit 1", "500 iptables_failed"), ("kill -9 $$", "503 busy")] {
-            lab.stand_in(ill);
-            assert_eq!(ask("GET /list").brief(), brief, "{ill}");
+        for (fault, brief) in [("exit 1", "500 iptables_failed"), ("kill -9 $$", "503 busy")] {
+            lab.stand_in(fault);
+            assert_eq!(ask("GET /list").brief(), brief, "{fault}");
         }
         sh("chmod -x lab/bin/*");
         let put = "PUT /drop/input/any/1.2.3.4";
@@ -606,7 +606,7 @@ fn an_order_that_others_have_changed_is_repaired() {
         let right = lab.rules();
         lab.iptables("-D INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
         lab.iptables("-I INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
-        await_true("the accept stands first again", 3 + SLACK, || lab.rules() == right);
+        await_true("the accept is first again", 3 + SLACK, || lab.rules() == right);
     });
 }
 

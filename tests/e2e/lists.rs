@@ -208,10 +208,10 @@ fn whitelisted_addresses_are_cut_out_of_a_list() {
                          192.0.1.250-192.0.2.1\n2001:DB8:FF::1\n127.0.0.1\n2001:db8::1\n";
             let left =
                 ["192.0.1.250/31", "192.0.1.252/30", "192.0.3.0/24", "2001:db8::1", "9.9.9.9"];
-            let told = "\"whitelisted_count\":6,\"whitelisted\":[\"192.0.2.77\",\"192.0.2.0/25\",\
+            let report = "\"whitelisted_count\":6,\"whitelisted\":[\"192.0.2.77\",\"192.0.2.0/25\",\
                         \"192.0.2.0/23\",\"192.0.1.250-192.0.2.1\",\"2001:db8:ff::1\",\"127.0.0.1\"]";
-            let put = format!("\"inserted\":5,\"refreshed\":0,\"exists\":0,\"deleted\":0,{told}");
-            let delete = format!("\"deleted\":5,\"absent\":0,{told}");
+            let put = format!("\"inserted\":5,\"refreshed\":0,\"exists\":0,\"deleted\":0,{report}");
+            let delete = format!("\"deleted\":5,\"absent\":0,{report}");
             for (request, sums) in [("PUT", put), ("DELETE", delete)] {
                 let answer = list(&format!("{request} /drop/output/any"), lines);
                 assert_eq!(answer.body, format!("{{\"result\":\"applied\",{sums}}}\n"));
@@ -706,7 +706,7 @@ fn a_slow_body_is_refused_and_delays_no_one() {
 }
 
 /// Request; what iptables does instead of a change; whether the first family is undone at once.
-const ILLS: [(&str, &str, bool); 6] = [
+const FAULTS: [(&str, &str, bool); 6] = [
     ("PUT", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("DELETE", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("PUT", "case $me in ipt*) echo 'iptables: Bad luck.' >&2; exit 1;; esac", true),
@@ -726,15 +726,15 @@ fn if_the_second_family_fails_the_first_is_undone() {
         let after = "1.1.1.2\n1.1.1.3\n2001:db8::2\n2001:db8::3\n";
         assert_eq!(list("PUT /drop/input/any", before).sums(), "inserted 4");
         let rules = lab.rules();
-        for (method, ill, is_restored) in ILLS {
-            lab.stand_in_for_changes(ill);
+        for (method, fault, is_restored) in FAULTS {
+            lab.stand_in_for_changes(fault);
             let expire = if method == "PUT" { "?expire=1h" } else { "" };
             let answer = list(&format!("{method} /drop/input/any{expire}"), after);
-            assert!([500, 503].contains(&answer.status), "{ill} {answer:?}");
+            assert!([500, 503].contains(&answer.status), "{fault} {answer:?}");
             let message = answer.field("message");
-            assert!(message.contains("The list was not applied."), "{ill} {answer:?}");
-            assert_eq!(!message.contains("as soon as"), is_restored, "{ill} {answer:?}");
-            assert!(lab.rules() == rules || !is_restored, "{ill} {:?}", lab.rules());
+            assert!(message.contains("The list was not applied."), "{fault} {answer:?}");
+            assert_eq!(!message.contains("as soon as"), is_restored, "{fault} {answer:?}");
+            assert!(lab.rules() == rules || !is_restored, "{fault} {:?}", lab.rules());
             lab.stand_in("");
             await_true("all is as before", 3 + SLACK, || lab.rules() == rules);
         }

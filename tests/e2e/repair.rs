@@ -273,8 +273,8 @@ fn one_false_listing(lab: &Lab, forms: &[Form]) {
                 lab.ip6tables("-D INPUT 1");
                 sh("ipset -quiet flush rfw4:drop:in:any || true");
             }
-            let told = || !files.iter().any(|file| lab.dir.join(file).exists());
-            await_true(&format!("all have lied: {what}"), 15 + SLACK, told);
+            let have_lied = || !files.iter().any(|file| lab.dir.join(file).exists());
+            await_true(&format!("all have lied: {what}"), 15 + SLACK, have_lied);
             await_checks(lab);
             await_true(&format!("as before: {what}"), 3 + SLACK, || {
                 let is = held(lab);
@@ -657,8 +657,8 @@ fn a_foreign_rule_that_used_a_set_kept_rfw_from_starting() {
                 let log = lab.log();
                 let destroyed = |line: &str| line.contains(&format!("destroyed the set {set}:"));
                 assert!(exists() && !log.lines().any(destroyed), "{what}\n{log}");
-                let told = |line: &str| line.contains(" WARNING ") && line.contains(set);
-                assert!(has_sets || log.lines().any(told), "{what}\n{log}");
+                let is_warning = |line: &str| line.contains(" WARNING ") && line.contains(set);
+                assert!(has_sets || log.lines().any(is_warning), "{what}\n{log}");
             }
             drop(rfw);
             lab.reboot();
@@ -772,7 +772,7 @@ fn an_accept_rule_of_rfws_opened_its_own_port() {
                     [lab.iptables(&format!("-S {chain}")), lab.ip6tables(&format!("-S {chain}"))]
                 {
                     let others = listing.lines().skip(1).map(|line| !line.contains("rfw:guard"));
-                    assert!(others.is_sorted(), "{when}: a rule stands before a guard\n{listing}");
+                    assert!(others.is_sorted(), "{when}: a rule precedes a guard\n{listing}");
                 }
             }
             assert!(!is_open("10.9.9.9:7393") && !is_open("[fd09::9]:7393"), "{when}");

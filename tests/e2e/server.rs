@@ -237,8 +237,8 @@ fn guesses_by_get_are_logged() {
         }
         let lines = |result: &str| {
             let log = lab.read("rfw.log");
-            let told = format!("INFO 127.0.0.1 - \"GET /list\" {result} ");
-            log.lines().filter(|line| line[25..].starts_with(&told)).count()
+            let logged = format!("INFO 127.0.0.1 - \"GET /list\" {result} ");
+            log.lines().filter(|line| line[25..].starts_with(&logged)).count()
         };
         await_true("ten and one wrong ones, then another", SLACK, || {
             lines("401 unauthorized") == 11 && lines("429 too_many_guesses") == 1

@@ -400,7 +400,7 @@ fn sets_that_others_change_destroy_or_use() {
         lab.ipset("add rfw4:drop:in:any 3.3.3.3");
         let entries_are = ["rfw4:accept:in:any 2.2.2.2", "rfw4:drop:in:any 1.1.1.1"];
         let are_right = || entries(lab) == entries_are;
-        await_true("an address that nobody has put goes", 3 + SLACK, are_right);
+        await_true("an address that no request has put is removed", 3 + SLACK, are_right);
         lab.ipset("flush rfw4:drop:in:any");
         await_true("a flushed set is filled", 3 + SLACK, are_right);
         assert!(lab.log().contains("WARNING rules restored"));
@@ -446,7 +446,7 @@ fn the_last_entry_leaves_while_another_comes() {
                     break;
                 }
                 assert_eq!(conn.ask("DELETE /drop/input/any/1.1.1.1").brief(), "200 deleted");
-                thread::sleep(Duration::from_millis(n % 8 * 60)); // another moment of rfw's second
+                thread::sleep(Duration::from_millis(n % 8 * 60)); // a different moment of rfw's second
             }
         });
     });
@@ -638,9 +638,9 @@ fn leftover_sets_are_destroyed_at_start() {
     });
 }
 
-/// Runs `ill` instead of a program's changes; calls that only read run the real program.
-pub fn spoil(lab: &Lab, program: &str, ill: &str) {
-    let changes = format!("*\" -S\"*|*save*|*list*) ;; *) case $me in {program}) {ill};; esac");
+/// Runs `fault` instead of a program's changes; calls that only read run the real program.
+pub fn spoil(lab: &Lab, program: &str, fault: &str) {
+    let changes = format!("*\" -S\"*|*save*|*list*) ;; *) case $me in {program}) {fault};; esac");
     lab.stand_in(&format!("case \"$me $*\" in {changes};; esac"));
 }
 
@@ -650,7 +650,7 @@ fn start_with_stand_ins(lab: &Lab) -> Rfw<'_> {
 }
 
 /// What happens to a program's changes; the status of the response.
-const ILLS: [(&str, &str, u16); 6] = [
+const FAULTS: [(&str, &str, u16); 6] = [
     ("ipset", "echo 'ipset: Bad luck.' >&2; exit 1", 500),
     ("ipset", "kill -9 $$", 503),
     ("ipset", "/usr/bin/head -n 30 | $real \"$@\"; kill -9 $$", 503),
@@ -667,13 +667,13 @@ fn a_list_that_fails_changes_nothing() {
         let all = four + "2001:db8::1\n2001:db8::2\n";
         assert_eq!(list("PUT /accept/input/any", "1.1.0.1\n1.1.1.1\n").sums(), "inserted 2");
         let before = (lab.rules(), entries(lab));
-        for (program, ill, status) in ILLS {
-            spoil(lab, program, ill);
+        for (program, fault, status) in FAULTS {
+            spoil(lab, program, fault);
             let answer = list("PUT /drop/input/any?expire=1h", &all);
-            assert_eq!(answer.status, status, "{program} {ill} {answer:?}");
+            assert_eq!(answer.status, status, "{program} {fault} {answer:?}");
             lab.stand_in("");
             let same = || (lab.rules(), entries(lab)) == before && transient(lab).is_empty();
-            await_true(&format!("all is as before: {program} {ill}"), 3 + SLACK, same);
+            await_true(&format!("all is as before: {program} {fault}"), 3 + SLACK, same);
         }
         assert_eq!(list("PUT /drop/input/any", "2.2.2.2\n").sums(), "inserted 1");
         assert_eq!(entries(lab).len(), 3);

@@ -415,8 +415,8 @@ fn a_folder_that_fails_behind_a_compaction() {
             let verb = if n % 2 == 0 { "PUT" } else { "DELETE" };
             assert_eq!(conn.ask(&format!("{verb} /drop/input/eth0/10.0.0.0/24")).status, 200);
         }
-        let told = || lab.read("rfw.log").contains("cannot be compacted");
-        await_true("a compaction fails", 5 + SLACK, told);
+        let has_failed = || lab.read("rfw.log").contains("cannot be compacted");
+        await_true("a compaction fails", 5 + SLACK, has_failed);
         drop(tracer);
         ask("PUT /drop/input/any/3.3.3.3");
         rfw.kill();
