@@ -79,8 +79,8 @@ impl Utc {
         (400 * era + year + carry, month, day)
     }
 
-    /// Reads `20261122110315Z`, GeneralizedTime as certificates have it (RFC 5280, 4.1.2.5.2); `None`
-    /// if there is no such moment, or it is before 1970.
+    /// Parses `20261122110315Z`, the GeneralizedTime of certificates (RFC 5280, 4.1.2.5.2); `None` if
+    /// there is no such moment, or it is before 1970.
     #[allow(clippy::arithmetic_side_effects, reason = "all numbers have a few digits")]
     pub fn parse(text: &[u8]) -> Option<Utc> {
         let digits = str::from_utf8(text.strip_suffix(b"Z")?).ok()?;
@@ -92,7 +92,7 @@ impl Utc {
         let date @ (year, month, day) =
             (digits / 10_000_000_000, pair(100_000_000), pair(1_000_000));
         let time @ (hour, minute, second) = (pair(10_000), pair(100), pair(1));
-        // Counted as in `date`, which also shows whether there is such a day.
+        // Counted as in `date`, which then also shows whether the day exists.
         let (year, month) =
             if month > 2 { (year, month - 3) } else { (year.max(1) - 1, month + 9) };
         let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day;

@@ -24,9 +24,9 @@ const MAX_LINE: usize = 4096;
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long unwritten lines may delay the program's exit.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
-/// Refusals to one address that are logged within a [`WINDOW`]: more than a person reads.
+/// Refusals of one address that are logged per [`WINDOW`]: more than a person reads.
 const MAX_REFUSALS: usize = 100;
-/// The same for failed TLS handshakes, which have one reason mostly.
+/// The same for failed TLS handshakes, most of which have the same reason.
 const MAX_HANDSHAKES: usize = 10;
 const WINDOW: Duration = Duration::from_secs(60);
 /// Addresses that are counted individually; all others share one count.
@@ -101,21 +101,21 @@ impl Log {
         }
     }
 
-    /// A TLS handshake with this client failed; at most [`MAX_HANDSHAKES`] lines for an address.
+    /// Logs a failed TLS handshake, at most [`MAX_HANDSHAKES`] per address and [`WINDOW`].
     pub fn handshake(&self, peer: IpAddr, reason: &str) {
         if lock(&self.handshakes).admits(peer, Instant::now()) {
             self.warning(format_args!("{peer}: TLS handshake failed: {reason}"));
         }
     }
 
-    /// To be called every second: logs how many refusals of the last minute were not logged.
+    /// Logs how many refusals and failed handshakes were suppressed; to be called every second.
     pub fn tick(&self, now: Instant) {
         let refusals = lock(&self.refusals).end(now);
         let handshakes = lock(&self.handshakes).end(now);
-        for (ended, what) in [(refusals, "requests refused"), (handshakes, "handshakes failed")] {
+        for (ended, event) in [(refusals, "requests refused"), (handshakes, "handshakes failed")] {
             for (peer, count) in ended {
                 let peer = peer.map_or("other addresses".into(), |peer| peer.to_string());
-                self.info(format_args!("{peer}: {count} more {what} within a minute"));
+                self.info(format_args!("{peer}: {count} more {event} within a minute"));
             }
         }
     }
@@ -214,13 +214,13 @@ fn remove_end(mut file: &File, count: usize) -> io::Result<()> {
     file.seek(SeekFrom::End(0)).map(drop)
 }
 
-/// By address, since when and how often it was refused; `None` stands for those that came when
-/// there was no room for more.
+/// Since when and how often each address was refused; `None` counts the addresses for which there
+/// was no room.
 #[derive(Default)]
 struct Limiter<const MAX: usize>(HashMap<Option<IpAddr>, (Instant, usize)>);
 
 impl<const MAX: usize> Limiter<MAX> {
-    /// Counts a refusal; whether it may be logged.
+    /// Counts a refusal; returns whether it may be logged.
     fn admits(&mut self, peer: IpAddr, now: Instant) -> bool {
         let has_room = self.0.len() < MAX_PEERS || self.0.contains_key(&Some(peer));
         let (_, count) = self.0.entry(has_room.then_some(peer)).or_insert((now, 0));

@@ -5,8 +5,8 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A socket whose reads and writes all end at a deadline. Each wait is armed
-/// with what is left of it, so a peer gains nothing by sending byte by byte.
+/// A socket whose reads and writes all end at one deadline. Each wait gets only
+/// the time left, so a peer gains nothing by sending byte by byte.
 #[derive(Clone, Debug)]
 pub struct DeadlineSocket {
     /// Shared with the limiter, which shuts it down to evict the connection.
@@ -22,7 +22,7 @@ impl DeadlineSocket {
         }
     }
 
-    /// The next byte, which stays to be read; 0 at the end.
+    /// The next byte, without consuming it; 0 at the end of the stream.
     pub fn peek(&mut self) -> io::Result<u8> {
         let mut next = [0];
         self.retry(|socket| {
@@ -33,8 +33,8 @@ impl DeadlineSocket {
         Ok(next)
     }
 
-    /// A child that ends while another thread has signals blocked, because it starts a program,
-    /// interrupts a wait that has a time limit (signal(7)): that is no failure.
+    /// Repeats interrupted calls: while another thread has signals blocked to start a program, the
+    /// exit of a child interrupts every wait with a time limit (signal(7)).
     fn retry(
         &mut self,
         mut work: impl FnMut(&mut DeadlineSocket) -> io::Result<usize>,

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 /// the response (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(1);
 
-/// How many bytes are received at a time.
+/// How many bytes are read at a time.
 const PIECE: usize = 8192;
 
 const PLAIN_HTTP: ApiError =
     ApiError::Http(400, "This port speaks HTTPS; use https:// instead of http://.");
-const TIMEOUT: ApiError = ApiError::Http(408, "The request did not come in time.");
+const TIMEOUT: ApiError = ApiError::Http(408, "The request did not arrive in time.");
 
 enum Io {
     Plain(DeadlineSocket),
@@ -79,8 +79,8 @@ impl HttpStream {
         }
     }
 
-    /// Whether the peer starts with a letter, as HTTP does, and not with a TLS record (22): then it
-    /// gets its answer without TLS.
+    /// Whether the peer's first byte is a letter, as in HTTP, and not a TLS record (22): then the
+    /// connection continues without TLS.
     fn is_plain_http(&mut self) -> io::Result<bool> {
         let Io::Tls(session) = &mut self.io else { return Ok(false) };
         let is_plain = session.conn.is_handshaking() && session.sock.peek()?.is_ascii_alphabetic();
@@ -90,7 +90,7 @@ impl HttpStream {
         Ok(is_plain)
     }
 
-    /// Whether bytes behind the last request have come.
+    /// Whether bytes after the last request have been received.
     pub fn has_received(&self) -> bool {
         self.used < self.received.len()
     }
