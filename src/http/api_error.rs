@@ -283,7 +283,7 @@ fn quoted(text: &str) -> String {
 }
 
 /// The reason phrase (RFC 9110, 15) and error code of a status.
-pub fn reason_and_code(status: u16) -> (&'static str, &'static str) {
+pub fn names(status: u16) -> (&'static str, &'static str) {
     match status {
         200 => ("OK", ""),
         400 => ("Bad Request", "bad_request"),
@@ -307,7 +307,7 @@ pub fn reason_and_code(status: u16) -> (&'static str, &'static str) {
 }
 
 fn code(status: u16) -> &'static str {
-    reason_and_code(status).1
+    names(status).1
 }
 
 #[cfg(test)]
@@ -477,7 +477,7 @@ mod tests {
             (507, "Insufficient Storage", "set_full"),
         ];
         for (status, reason, code) in table {
-            assert_eq!(reason_and_code(status), (reason, code), "{status}");
+            assert_eq!(names(status), (reason, code), "{status}");
         }
     }
 }

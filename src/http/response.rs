@@ -1,6 +1,6 @@
 //! Responses to bytes.
 
-use super::api_error::{ApiError, reason_and_code};
+use super::api_error::{ApiError, names};
 use super::body;
 use super::json;
 use super::request::{Body, Request};
@@ -102,7 +102,7 @@ impl<'a> ResponseWriter<'a> {
         format!(
             "HTTP/1.1 {status} {}\r\nDate: {}\r\nContent-Type: {content_type}\r\n\
              Connection: {}\r\n{fields}\r\n",
-            reason_and_code(status).0,
+            names(status).0,
             Utc(clock::wall()).http(),
             if self.keep_alive { "keep-alive" } else { "close" }
         )
