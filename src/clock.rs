@@ -79,8 +79,8 @@ impl Utc {
         (400 * era + year + carry, month, day)
     }
 
-    /// Parses `20261122110315Z`, the GeneralizedTime of certificates (RFC 5280, 4.1.2.5.2); `None` if
-    /// there is no such moment, or it is before 1970.
+    /// Parses the GeneralizedTime of certificates, such as `20261122110315Z` (RFC 5280, 4.1.2.5.2).
+    /// `None` if there is no such moment, or it is before 1970.
     #[allow(clippy::arithmetic_side_effects, reason = "all numbers have a few digits")]
     pub fn parse(text: &[u8]) -> Option<Utc> {
         let digits = str::from_utf8(text.strip_suffix(b"Z")?).ok()?;
