@@ -94,7 +94,7 @@ impl Users {
         self.0.len()
     }
 
-    /// Adds those of a file. No error shows a password.
+    /// Adds the users of a file. No error shows a password.
     pub fn add(&mut self, text: &str) -> Result<(), LineError> {
         let before = self.0.len();
         for (number, line) in (1..).zip(text.lines().map(str::trim)) {

@@ -1,17 +1,17 @@
 //! Intervals such as `90`, `10m`, `25h`.
 
-/// The longest time-out of an address in a set, in seconds: the kernel counts
+/// The longest timeout of an address in a set, in seconds: the kernel counts
 /// milliseconds in 31 bits (ip_set_timeout.h).
 pub const LONGEST_IN_SET: u32 = 2_147_483;
 
-/// The longest interval in seconds, ten years: more is a mistake, or 0 is meant.
+/// The longest interval in seconds, ten years: anything longer is a mistake, or means 0.
 const LONGEST: u64 = 3_650 * 86_400;
 
 /// How to write an interval.
 pub const FORM: &str = "up to 9 digits and s, m, h or d, as in 10m, at most 3650d";
 
-/// Reads `1*9DIGIT [ "s" / "m" / "h" / "d" ]` as seconds; without a unit the
-/// digits are seconds. `None` for anything else, and for more than [`LONGEST`].
+/// Parses `1*9DIGIT [ "s" / "m" / "h" / "d" ]`, in seconds without a unit, into
+/// seconds. `None` for anything else, and for more than [`LONGEST`].
 pub fn parse(text: &str) -> Option<u64> {
     let (digits, unit) = match text.as_bytes().last()? {
         b's' => (text.strip_suffix('s')?, 1),
