@@ -34,7 +34,12 @@ fn compare(what: &str, program: impl IntoIterator<Item = String>, page: Vec<Stri
     let program: BTreeSet<String> = program.into_iter().collect();
     let documented: BTreeSet<String> = page.iter().cloned().collect();
     assert!(!program.is_empty(), "{what}");
-    assert_eq!(program, documented, "{what}: the program, and the page");
+    let missing: Vec<_> = program.difference(&documented).collect();
+    let unknown: Vec<_> = documented.difference(&program).collect();
+    assert!(
+        missing.is_empty() && unknown.is_empty(),
+        "{what}: missing {missing:?}, not in the program {unknown:?}"
+    );
     assert_eq!(page.len(), documented.len(), "{what}: described twice: {page:?}");
 }
 

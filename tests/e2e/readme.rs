@@ -86,6 +86,8 @@ fn every_command_of_the_readme() {
         let mut script = PRELUDE.replace("$SOURCE", SOURCE);
         for (number, block) in blocks(&readme, "sh").iter().enumerate() {
             let block = NOT_RUN.iter().fold(block.to_string(), |block, not| block.replace(not, ""));
+            // A failure before a && would not end the script.
+            let block = block.replace(" && ", "\n");
             if let Some(block) = block.strip_prefix(ON_ADMIN) {
                 let name = format!("admin{number}.sh");
                 lab.write(&name, block);
