@@ -182,3 +182,22 @@ fn make_help_names_every_target() {
     let untimed: Vec<_> = lines.iter().filter(|line| !is_timed(line)).collect();
     assert!(untimed.is_empty(), "{untimed:#?}");
 }
+
+/// Those that need no other machine.
+#[test]
+fn the_examples_of_the_manual_work() {
+    once(|lab: &Lab| {
+        lab.write("feed.txt", "198.51.100.0/28 # a feed\n");
+        let _rfw = lab.start("local.server");
+        let manual = page("contrib/man/rfw.8");
+        let examples = section(&manual, ".Sh EXAMPLES", ".Sh SEE ALSO").replace("\\e\n", "");
+        let commands = examples.lines().filter(|line| line.starts_with("curl "));
+        let commands: Vec<_> = commands.filter(|line| line.contains("127.0.0.1")).collect();
+        let said = sh(&format!("cd lab; {}", commands.join(" --fail-with-body; ")));
+        let results = said.split("\"result\":\"").skip(1);
+        let results: Vec<_> = results.map(|rest| rest.split('"').next().unwrap()).collect();
+        let expected = ["inserted", "deleted", "inserted", "inserted", "inserted", "applied"];
+        assert_eq!(results, expected, "{said}");
+        assert_eq!(lab.rules().len(), 3, "and one with a tag");
+    });
+}
