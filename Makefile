@@ -12,6 +12,7 @@ schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 fail2ban := $(CARGO_TARGET_DIR)/fail2ban
 crowdsec := $(CARGO_TARGET_DIR)/crowdsec
 mqtt := $(CARGO_TARGET_DIR)/mqtt
+firewalls := $(CARGO_TARGET_DIR)/firewalls
 promtool := $(CARGO_TARGET_DIR)/prometheus/usr/bin/promtool
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
@@ -30,8 +31,8 @@ SECONDS ?= 450
 # Prefer rustup's Rust; ordinary users have no sbin in their PATH.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt static static-test \
-    run install uninstall deb deb-test clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls static \
+    static-test run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
 
@@ -105,10 +106,19 @@ mqtt: $(rfw) $(mqtt) ## publish blocks through a real mosquitto; 15 seconds
 	contrib/deps.sh bench
 	python3 tests/mqtt.py $(rfw) $(mqtt)
 
+firewalls: $(rfw) $(firewalls) ## run the real Docker, ufw, firewalld and netfilter-persistent next to rfw (as root); WORDS=; 15 minutes
+	contrib/deps.sh bench
+	python3 tests/firewalls.py $(rfw) $(firewalls) $(WORDS)
+
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer
 packages_mqtt := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
-$(fail2ban) $(crowdsec) $(mqtt) $(CARGO_TARGET_DIR)/prometheus:
+packages_firewalls := docker.io containerd runc libdevmapper1.02.1 libseccomp2 busybox-static \
+    ufw firewalld python3-firewall python3-dbus python3-gi gir1.2-glib-2.0 libgirepository-1.0-1 libglib2.0-0 \
+    python3-nftables nftables libnftables1 libnftnl11 libjansson4 libedit2 libbsd0 \
+    dbus-daemon dbus-bin libdbus-1-3 libapparmor1 libexpat1 \
+    netfilter-persistent iptables-persistent ipset-persistent
+$(fail2ban) $(crowdsec) $(mqtt) $(firewalls) $(CARGO_TARGET_DIR)/prometheus:
 	rm -rf $@.new
 	mkdir -p $@.new
 	cd $@.new && apt-get -qq download $(or $(packages_$(@F)),$(@F)) && \
