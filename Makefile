@@ -177,7 +177,7 @@ deb: $(BIN) ## user: build a Debian package, target/rfw_VERSION_ARCHITECTURE.deb
 	$(MAKE) install PREFIX=/usr DESTDIR=$(CARGO_TARGET_DIR)/deb
 	contrib/deb/pack $(CARGO_TARGET_DIR)/deb
 
-deb-test: deb ## install, upgrade and remove the package under a real systemd (as root); 10 seconds
+deb-test: deb ## install, upgrade and remove the package under a real systemd (as root); 30 seconds
 	tests/deb.sh $(CARGO_TARGET_DIR)/rfw_$(version)_$$(dpkg --print-architecture).deb
 
 clean: ## user: remove what was built, and run/; a second
