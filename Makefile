@@ -13,6 +13,7 @@ fail2ban := $(CARGO_TARGET_DIR)/fail2ban
 crowdsec := $(CARGO_TARGET_DIR)/crowdsec
 mqtt := $(CARGO_TARGET_DIR)/mqtt
 firewalls := $(CARGO_TARGET_DIR)/firewalls
+peers := $(CARGO_TARGET_DIR)/peers
 promtool := $(CARGO_TARGET_DIR)/prometheus/usr/bin/promtool
 sbin := $(DESTDIR)$(PREFIX)/sbin
 bin := $(DESTDIR)$(PREFIX)/bin
@@ -31,7 +32,7 @@ SECONDS ?= 450
 # Prefer rustup's Rust; ordinary users have no sbin in their PATH.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls static \
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers static \
     static-test run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
@@ -110,6 +111,10 @@ firewalls: $(rfw) $(firewalls) ## run the real Docker, ufw, firewalld and netfil
 	contrib/deps.sh bench
 	python3 tests/firewalls.py $(rfw) $(firewalls) $(WORDS)
 
+peers: $(rfw) $(peers) ## compare rfw, fail2ban, firewalld and CrowdSec in a table (as root); ROWS=; 10 minutes
+	contrib/deps.sh peers
+	/usr/bin/python3 tests/peers.py $(rfw) $(peers) $(ROWS)
+
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer
 packages_mqtt := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
@@ -118,7 +123,10 @@ packages_firewalls := docker.io containerd runc libdevmapper1.02.1 libseccomp2 b
     python3-nftables nftables libnftables1 libnftnl11 libjansson4 libedit2 libbsd0 \
     dbus-daemon dbus-bin libdbus-1-3 libapparmor1 libexpat1 \
     netfilter-persistent iptables-persistent ipset-persistent
-$(fail2ban) $(crowdsec) $(mqtt) $(firewalls) $(CARGO_TARGET_DIR)/prometheus:
+packages_peers := fail2ban crowdsec crowdsec-firewall-bouncer firewalld python3-firewall python3-nftables nftables \
+    libnftables1 libnftnl11 libjansson4 libedit2 libbsd0 dbus-daemon dbus-bin libdbus-1-3 libapparmor1 libexpat1 \
+    python3-dbus python3-gi gir1.2-glib-2.0 libgirepository-1.0-1 libglib2.0-0 gir1.2-nm-1.0 libnm0
+$(fail2ban) $(crowdsec) $(mqtt) $(firewalls) $(peers) $(CARGO_TARGET_DIR)/prometheus:
 	rm -rf $@.new
 	mkdir -p $@.new
 	cd $@.new && apt-get -qq download $(or $(packages_$(@F)),$(@F)) && \
