@@ -1,4 +1,4 @@
-# rfw: what a person types. `make help` lists it.
+# `make help` lists the targets: "## user: TEXT" is in its first part, "## TEXT" in its second.
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -6,7 +6,7 @@ CARGO_TARGET_DIR ?= target
 
 version := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 rfw := $(CARGO_TARGET_DIR)/release/rfw
-# What install and deb take: a static one for example.
+# What install and deb install, for example a static binary.
 BIN ?= $(rfw)
 schemathesis := $(CARGO_TARGET_DIR)/schemathesis-4.32.5/bin/schemathesis
 fail2ban := $(CARGO_TARGET_DIR)/fail2ban
@@ -25,68 +25,68 @@ pages := $(wildcard contrib/man/*)
 scripts := contrib/rfwgen contrib/rfw-feed contrib/crowdsec/rfw-crowdsec $(wildcard contrib/*.sh contrib/deb/* tests/*.sh tests/*/*.sh) \
     contrib/openwrt/rfw.init .ci/run
 
-# What libFuzzer is let loose on, and for how many seconds each: an hour in all.
+# The fuzz targets, and the seconds for each.
 fuzzers := $(basename $(notdir $(wildcard tests/fuzz/*.rs)))
 SECONDS ?= 450
 
-# rustup's Rust where there is one; ordinary users have no sbin.
+# Prefer rustup's Rust; ordinary users have no sbin in their PATH.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers static \
     static-test run install uninstall deb deb-test clean deps help
 
-build: $(rfw) ## the release binary, target/release/rfw (the default)
+build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
 
 $(rfw): Cargo.toml Cargo.lock $(shell find src -type f)
 	contrib/deps.sh build
 	cargo build --release --locked
 	@touch $@
 
-demo: $(rfw) ## block an attacker in a network of its own: real packets, no risk
+demo: $(rfw) ## user: block an attacker with real packets, in private network namespaces; 10 seconds
 	contrib/deps.sh demo
 	contrib/demo.sh $(rfw)
 
-test: $(rfw) ## every test: formatting, lints, scripts, unit and end-to-end tests
+test: $(rfw) ## user: all tests: formatting, lints, scripts, unit and end-to-end tests; 15 minutes
 	contrib/deps.sh test
 	@tests/all.sh $(rfw) $(scripts)
 
-fuzz: $(addprefix fuzz-,$(fuzzers)) ## every parser by libFuzzer, SECONDS=450 each; needs a nightly Rust and cargo-fuzz
+fuzz: $(addprefix fuzz-,$(fuzzers)) ## run each parser under libFuzzer, SECONDS=450 each; needs a nightly Rust and cargo-fuzz; 70 minutes
 
-# No sanitizer: rfw forbids unsafe code. What was found is written to tests/fuzz/artifacts/.
+# No sanitizer: rfw forbids unsafe code. Findings are written to tests/fuzz/artifacts/.
 fuzz-%:
 	mkdir -p tests/fuzz/corpus/$*
 	cargo +nightly fuzz run -s none --fuzz-dir tests/fuzz $* \
 	    tests/fuzz/corpus/$* tests/fuzz/seeds/$* -- -dict=tests/fuzz/rfw.dict \
 	    -max_total_time=$(SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1
 
-mutants: ## small defects, one by one: do the unit tests notice? Needs cargo-mutants; an hour
+mutants: ## put in small defects that the unit tests must detect; needs cargo-mutants; an hour
 	CARGO_PROFILE_DEV_DEBUG=0 cargo mutants --output $(CARGO_TARGET_DIR)
 
-confined: ## the end-to-end tests with rfw as contrib/rfw.service has it (iptables-nft; as root)
+confined: ## run the end-to-end tests with the privileges of contrib/rfw.service (iptables-nft, as root); 10 minutes
 	contrib/deps.sh test
 	RFW_CONFINED=1 cargo test --locked --test e2e
 
-bench: $(rfw) ## speed and size beside the bare tools, in a network of its own
+bench: $(rfw) ## measure speed and size, next to the bare tools; ROWS=; half an hour
 	contrib/deps.sh bench
 	python3 tests/bench.py $(rfw) $(ROWS)
 
-hostile: $(rfw) ## an honest client among 4,000 hostile ones, in a network of its own; 12 minutes
+hostile: $(rfw) ## serve a well-behaved client among 4,000 hostile ones; ROWS=; 12 minutes
 	contrib/deps.sh bench
 	python3 tests/hostile.py $(rfw) $(ROWS)
 
-argv: $(rfw) ## 100,000 random requests: what reaches iptables; COUNT=, SEED=; a quarter of an hour
+argv: $(rfw) ## send 100,000 random requests and check what reaches iptables; COUNT=, SEED=; 15 minutes
 	contrib/deps.sh bench
 	python3 tests/argv.py $(rfw) $(or $(COUNT),100000) $(SEED)
 
-chaos: $(rfw) ## random requests, kills and faults against a model; COUNT=, SEED=, FLAGS=; a quarter of an hour
+chaos: $(rfw) ## compare random requests, kills and faults with a model; COUNT=, SEED=, FLAGS=; 15 minutes
 	contrib/deps.sh bench
 	python3 tests/chaos.py $(rfw) $(or $(COUNT),200) $(SEED) $(FLAGS)
 
-soak: $(rfw) ## 1,000,000 commands: memory and descriptors stay flat; COUNT=
+soak: $(rfw) ## send 1,000,000 commands: memory and descriptors must not grow; COUNT=; half an hour
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
 
-conformance: $(rfw) $(schemathesis) $(promtool) ## contrib/openapi.yaml against the running server; EXAMPLES=; needs PyPI
+conformance: $(rfw) $(schemathesis) $(promtool) ## compare contrib/openapi.yaml with the running server; EXAMPLES=; needs PyPI; 5 minutes
 	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(promtool) $(EXAMPLES)
 
 $(schemathesis):
@@ -95,27 +95,27 @@ $(schemathesis):
 	$(@D)/pip install -q schemathesis==4.32.5
 	@touch $@
 
-fail2ban: $(rfw) $(fail2ban) ## the real fail2ban bans through rfw, and feeds by cron; a minute
+fail2ban: $(rfw) $(fail2ban) ## ban with the real fail2ban, and run the jobs of contrib/feeds.cron; a minute
 	contrib/deps.sh bench
 	python3 tests/fail2ban.py $(rfw) $(fail2ban)
 
-crowdsec: $(rfw) $(crowdsec) ## the real CrowdSec and its custom bouncer ban through rfw; a quarter of a minute
+crowdsec: $(rfw) $(crowdsec) ## ban with the real CrowdSec and its custom bouncer; 15 seconds
 	contrib/deps.sh bench
 	python3 tests/crowdsec.py $(rfw) $(crowdsec)
 
-mqtt: $(rfw) $(mqtt) ## peers publish through a real mosquitto, a fleet's host obeys; a quarter of a minute
+mqtt: $(rfw) $(mqtt) ## publish blocks through a real mosquitto; 15 seconds
 	contrib/deps.sh bench
 	python3 tests/mqtt.py $(rfw) $(mqtt)
 
-firewalls: $(rfw) $(firewalls) ## the real Docker, ufw, firewalld and netfilter-persistent next to rfw (as root); WORDS=; a quarter of an hour
+firewalls: $(rfw) $(firewalls) ## run the real Docker, ufw, firewalld and netfilter-persistent next to rfw (as root); WORDS=; 15 minutes
 	contrib/deps.sh bench
 	python3 tests/firewalls.py $(rfw) $(firewalls) $(WORDS)
 
-peers: $(rfw) $(peers) ## rfw, fail2ban, firewalld and CrowdSec compared, as a table; as root; ten minutes; ROWS=
+peers: $(rfw) $(peers) ## compare rfw, fail2ban, firewalld and CrowdSec in a table (as root); ROWS=; 10 minutes
 	contrib/deps.sh peers
 	/usr/bin/python3 tests/peers.py $(rfw) $(peers) $(ROWS)
 
-# Debian's packages unpacked, not installed: nothing of them starts on this host.
+# Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer
 packages_mqtt := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
 packages_firewalls := docker.io containerd runc libdevmapper1.02.1 libseccomp2 busybox-static \
@@ -135,21 +135,21 @@ $(fail2ban) $(crowdsec) $(mqtt) $(firewalls) $(peers) $(CARGO_TARGET_DIR)/promet
 
 $(promtool): | $(CARGO_TARGET_DIR)/prometheus
 
-static: ## rfw for a router, in one static file: TARGET=x86_64, aarch64, armv7, mips or mipsel
+static: ## user: build one static file with musl, TARGET=x86_64, aarch64, armv7, mips or mipsel; 5 minutes
 	contrib/static.sh $(or $(TARGET),x86_64)
 
-static-test: ## builds and tries what `make static` makes, for all five or TARGET=; half an hour
+static-test: ## build and try all static files, or TARGET=; 30 minutes
 	contrib/deps.sh static-test
 	python3 tests/static.py $(TARGET)
 
-run: $(rfw) run/rfw.conf ## rfw in the foreground, as root, FOR REAL on this host; files in run/
-	@echo 'rfw runs with run/rfw.conf (user and password are in it). In another window:'
+run: $(rfw) run/rfw.conf ## user: run rfw in the foreground, as root, ON THIS HOST; its files are in run/; until Ctrl-C
+	@echo 'rfw runs with run/rfw.conf, which contains user and password. In another terminal:'
 	@echo '  curl -X PUT "http://127.0.0.1:7390/drop/input/any/192.0.2.1?expire=1m"'
 	@echo '  curl http://127.0.0.1:7390/list'
-	@echo 'Ctrl-C stops it; its rules stay in iptables.'
+	@echo 'Ctrl-C stops rfw; its rules remain in iptables.'
 	$(rfw) -f run/rfw.conf --logfile -
 
-# The shipped files, with credentials and keys. Made once; yours to change.
+# The shipped files with credentials and keys, made once.
 run/rfw.conf:
 	contrib/deps.sh demo
 	rm -rf run
@@ -160,7 +160,7 @@ run/rfw.conf:
 	    -e 's|file = server\.|file = server_127.0.0.1/server.|' rfw.conf >run/new && \
 	mv run/new run/rfw.conf
 
-install: $(BIN) ## programs, manual, systemd unit to PREFIX, new files only to /etc (DESTDIR=, BIN=)
+install: $(BIN) ## user: install programs, manual and unit to PREFIX=/usr/local, and new files to /etc (DESTDIR=, BIN=); a second
 	install -d "$(sbin)" "$(bin)"
 	install -m 755 $(BIN) "$(sbin)/rfw"
 	ln -sf rfw "$(sbin)/rfwc"
@@ -175,26 +175,29 @@ install: $(BIN) ## programs, manual, systemd unit to PREFIX, new files only to /
 	[ -e "$(etc)/white.list" ] || install -m 600 white.list "$(etc)/white.list"
 	[ -e "$(rotate)" ] || install -D -m 644 contrib/logrotate "$(rotate)"
 
-uninstall: ## removes all that but the files in /etc; the rules in iptables stay, too
+uninstall: ## user: remove them, except the files in /etc and the rules in iptables; a second
 	rm -f "$(sbin)/rfw" "$(sbin)/rfwc" "$(bin)/rfwgen" "$(bin)/rfw-feed" "$(unit)"
 	for page in $(pages); do rm -f "$(man)/man$${page##*.}/$${page##*/}"; done
-	@echo 'Left: $(etc), $(rotate), /var/log/rfw.log, and in iptables the rules with the comment "rfw..."'
+	@echo 'Not removed: $(etc), $(rotate), /var/log/rfw.log, and the rules with the comment "rfw..." (contrib/man/rfw.8: Rules in the kernel)'
 
-deb: $(BIN) ## a Debian package, target/rfw_VERSION_ARCHITECTURE.deb (BIN=)
+deb: $(BIN) ## user: build a Debian package, target/rfw_VERSION_ARCHITECTURE.deb (BIN=); 3 seconds
 	rm -rf $(CARGO_TARGET_DIR)/deb
 	$(MAKE) install PREFIX=/usr DESTDIR=$(CARGO_TARGET_DIR)/deb
 	contrib/deb/pack $(CARGO_TARGET_DIR)/deb
 
-deb-test: deb ## the package under a systemd of its own: installed, upgraded, removed (as root)
+deb-test: deb ## install, upgrade and remove the package under a real systemd (as root); 30 seconds
 	tests/deb.sh $(CARGO_TARGET_DIR)/rfw_$(version)_$$(dpkg --print-architecture).deb
 
-clean: ## removes what was built, and run/
+clean: ## user: remove what was built, and run/; a second
 	cargo clean
 	rm -rf run
 
-deps: ## installs (Debian or Ubuntu, as root) or names the tools that all of this needs
+deps: ## user: install (Debian or Ubuntu, as root) or print the tools that these targets need; a minute
 	contrib/deps.sh test
 	contrib/deps.sh bench
 
-help: ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+help: ## user: print this list
+	@echo 'To use rfw:'
+	@sed -n 's/^\([a-z0-9-]*\):.*## user: /  make \1\t/p' Makefile | expand -t 20
+	@echo 'To develop it (nothing here changes the network of this host):'
+	@sed -n '/## user: /d; s/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20

@@ -1,12 +1,12 @@
 #!/bin/sh
-# deps.sh: sees to it that the tools which one of make's targets needs are there.
+# deps.sh: installs, or names, the tools that a target of the Makefile needs.
 #
 #   contrib/deps.sh build|demo|test|bench|peers|conformance|static|std|static-test
 #
-# As root on Debian or Ubuntu it installs what is missing with apt; elsewhere it says what is
-# missing, and fails. What `make test` can do without (cargo fmt, cargo clippy, shellcheck, mandoc,
-# strace, python3), and `make bench` (strace, iperf3), is installed where apt has it, and never a
-# reason to fail. `std` is a Rust with the source of its std.
+# As root on Debian or Ubuntu it installs missing tools with apt; elsewhere it prints them and fails.
+# Optional tools of `make test` (cargo fmt, cargo clippy, shellcheck, mandoc, strace, python3) and
+# `make bench` (strace, iperf3) are installed if apt has them, and are never a reason to fail. `std` is
+# a Rust with the source of its std.
 set -eu
 cd "$(dirname "$0")/.."
 least=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
@@ -25,8 +25,8 @@ rust_ok() {
 
 candidate() { apt-cache policy "$1" | sed -n 's/^ *Candidate: \([0-9].*\)/\1/p'; }
 
-# The first of apt's Rusts that is new enough; its std's source, too. Debian 12 has a second one, for
-# browsers; apt takes the older off for it.
+# The first Rust in apt that is new enough, with the source of its std if needed. Debian 12 has a second
+# one, for browsers, for which apt removes the older one.
 rust_packages() {
 	for suffix in '' -web; do
 		version=$(candidate "rustc$suffix")
@@ -80,8 +80,8 @@ fi
 rust_ok || missing="$missing rust>=$least"
 if [ -n "$missing" ]; then
 	echo "missing:$missing" >&2
-	echo "(Debian's names; as root on Debian or Ubuntu they are installed here. The Rust that is" \
-		"here: $(rustc --version 2>/dev/null || echo none); newer ones: https://rustup.rs)" >&2
+	echo "(names of Debian packages; as root on Debian or Ubuntu, this script installs them. Installed" \
+		"Rust: $(rustc --version 2>/dev/null || echo none); newer ones: https://rustup.rs)" >&2
 	exit 1
 fi
 

@@ -1,12 +1,12 @@
 #!/bin/sh
-# static.sh: rfw in one file that needs no other, with musl, for a server or a router.
+# static.sh: builds rfw as one static file with musl, for a server or a router.
 #
 #   contrib/static.sh [x86_64|aarch64|armv7|mips|mipsel]      makes target/static/rfw-TARGET
 #
-# Two builds of the same source with the same Rust are the same bytes, in whatever folder.
-# zig is C compiler, linker and musl; with cargo-zigbuild it comes from PyPI into target/static.
-# Rust's std comes from rustup where it has the target, else from its source, which Debian
-# packages and rustup's rust-src have. Some flags are unstable: RUSTC_BOOTSTRAP admits them.
+# Two builds of the same source with the same Rust are identical, in any directory.
+# zig provides C compiler, linker and musl; with cargo-zigbuild it is installed from PyPI into target/static.
+# Rust's std comes from rustup if it has the target, otherwise from its source, which Debian
+# packages and rustup's rust-src have. RUSTC_BOOTSTRAP permits some unstable flags.
 set -eu
 cd "$(dirname "$0")/.."
 ZIG=0.17.1
@@ -27,7 +27,7 @@ mips | mipsel)
 	exit 2 ;;
 esac
 
-# choose_rust: sets rustc and source (1: build std); fails where there is none that can.
+# choose_rust: sets rustc and source (1: build std); fails if no installed Rust can build for the target.
 choose_rust() {
 	for rustc in "$(command -v rustc)" /usr/bin/rustc; do
 		lib=$("$rustc" --print sysroot 2>/dev/null)/lib/rustlib || continue
@@ -41,7 +41,7 @@ choose_rust() {
 
 contrib/deps.sh static
 choose_rust || { contrib/deps.sh std && choose_rust; } || {
-	echo "static.sh: no Rust here has std for $triple, or its source:" \
+	echo "static.sh: no installed Rust has std for $triple, or its source; run" \
 		"rustup target add $triple, or rustup component add rust-src" >&2
 	exit 1
 }
@@ -56,8 +56,7 @@ if [ ! -x "$tools/bin/cargo-zigbuild" ]; then
 		"ziglang==$ZIG" "cargo-zigbuild==$ZIGBUILD"
 fi
 
-# The release profile, but smaller. Of unwind tables a program that aborts has no use, and of what
-# std does at length for speed a router has none.
+# The release profile, optimized for size, std too. A program that aborts needs no unwind tables.
 export CARGO_PROFILE_RELEASE_OPT_LEVEL=z CARGO_PROFILE_RELEASE_TRIM_PATHS=all
 export PATH="$tools/bin:$PATH" CARGO="${rustc%rustc}cargo" RUSTC="$rustc" RUSTC_BOOTSTRAP=1
 export CARGO_TARGET_DIR="$out/build" XDG_CACHE_HOME="$out/cache" ZIG_GLOBAL_CACHE_DIR="$out/cache/zig"

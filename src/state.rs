@@ -65,7 +65,7 @@ impl StateFile {
     /// Opens and locks a file, and creates it if necessary.
     pub fn open(path: &Path) -> Result<StateFile, LineError> {
         let failed = |error: io::Error| whole_file(format!("cannot open it: {error}"));
-        check_kind(path)?;
+        check_kind(path, false)?;
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).mode(0o600).open(path);
         // The list can still be read from a read-only disk.
@@ -87,7 +87,7 @@ impl StateFile {
 
     /// Checks whether a file, if there is one, can be read.
     pub fn check(path: &Path) -> Result<(), LineError> {
-        check_kind(path)?;
+        check_kind(path, file::own_user() == 0)?;
         match File::open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Ok(file) if file.metadata().is_ok_and(|data| data.len() == 0) => Ok(()),
@@ -255,10 +255,13 @@ fn whole_file(message: String) -> LineError {
     LineError { line: 0, message }
 }
 
-/// Reading it must not block.
-fn check_kind(path: &Path) -> Result<(), LineError> {
+/// Reading it must not block. With `of_service` it may belong to the owner of its folder: root checks
+/// the file of a service that runs as another user.
+fn check_kind(path: &Path, of_service: bool) -> Result<(), LineError> {
+    let of_owner = |uid| fs::metadata(folder(path)).is_ok_and(|data| data.uid() == uid);
     match fs::metadata(path) {
         Ok(data) if !data.is_file() => Err(whole_file("it is not a regular file".into())),
+        Ok(data) if of_service && data.mode() & 0o022 == 0 && of_owner(data.uid()) => Ok(()),
         Ok(data) => file::check(path, &data, Access::Readable).map_err(whole_file),
         Err(error) if !folder(path).is_dir() => {
             Err(whole_file(format!("its folder does not exist ({error}); run mkdir -m 700 on it")))

@@ -162,6 +162,7 @@ first() {
 	is 'as an ordinary user' rfw ps -o user= -p "$(pid)"
 	is 'with CAP_NET_ADMIN alone' "CapEff:	0000000000001000" status CapEff
 	is 'its state has a place' 700 stat -c %a /var/lib/private/rfw
+	rfw -t >/dev/null || failed 'rfw -t, as root, refuses what rfw itself uses'
 	is 'nobody else can hold its lock' 700 stat -Lc %a /run/rfw
 	there /run/rfw/net-*
 

@@ -21,6 +21,7 @@ mod boot;
 mod client;
 mod commits;
 mod crash;
+mod docs;
 mod faults;
 mod http;
 mod kernel;
