@@ -14,7 +14,7 @@
 
 use super::ipset::{SetEdit, SetHeader, replacement_name};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
-use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
+use super::list::{Batch, Difference, Entry, Group, List, Members, NoRoom, Outcome};
 use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
 use super::report::Traffic;
@@ -85,8 +85,7 @@ pub trait Kernel: Sync {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ApplyError {
     Tool(ToolError),
-    /// A limit would be exceeded; the sentence says what to do.
-    Full(&'static str),
+    NoRoom(NoRoom),
     /// The state file cannot be written; the sentence says what to do.
     State(String),
 }
@@ -199,7 +198,7 @@ impl<K: Kernel> Engine<K> {
             self.compact().map_err(ApplyError::State)?;
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem);
-        let batch = batch.map_err(ApplyError::Full)?;
+        let batch = batch.map_err(ApplyError::NoRoom)?;
         let offset = self.state.as_ref().map(StateFile::offset);
         let is_list = changes.iter().any(|change| change.family().is_none());
         let written = match &mut self.state {

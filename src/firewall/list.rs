@@ -17,22 +17,31 @@ use std::num::NonZeroU64;
 const REAL_TIME: u64 = 1_767_225_600;
 /// The maximum number of rules in one family without sets: iptables-nft takes seconds to list more.
 const MAX_RULES: usize = 100_000;
-const TOO_MANY_RULES: &str =
-    "rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.";
+const TOO_MANY_RULES: NoRoom =
+    NoRoom::InList("rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.");
 /// The maximum number of tags.
 const MAX_TAGS: usize = 64;
 /// The maximum number of sets, empty ones included: each makes every check slower.
 const MAX_SETS: usize = 1_024;
-const TOO_MANY_SETS: &str =
-    "rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.";
-const SAME_NAME: &str = "Another set has the same name by chance; choose another tag.";
-const TOO_MANY_TAGS: &str = "rfw keeps at most 64 tags; delete those that are not used.";
-const SET_FULL: &str = "The set is full; raise ipset.maxelem in rfw.conf.";
+const TOO_MANY_SETS: NoRoom =
+    NoRoom::InList("rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.");
+const SAME_NAME: NoRoom =
+    NoRoom::InList("Another set has the same name by chance; choose another tag.");
+const TOO_MANY_TAGS: NoRoom =
+    NoRoom::InList("rfw keeps at most 64 tags; delete those that are not used.");
+const SET_FULL: NoRoom = NoRoom::InSet("The set is full; raise ipset.maxelem in rfw.conf.");
 /// A list with more addresses than this fills an empty group in one step.
 const MANY: usize = 4_096;
 /// How many rules expire at once: iptables-nft takes 3 s to delete 20,000 in one transaction, but
 /// 38 s for 60,000.
 const MAX_EXPIRED: usize = 20_000;
+
+/// Why there is no room for a change; the sentence says what to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NoRoom {
+    InSet(&'static str),
+    InList(&'static str),
+}
 
 /// The effect of a change on one rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -281,21 +290,21 @@ impl List {
         !older.is_empty()
     }
 
-    /// Carries out changes, one after the other, or none of them if one has no room: the error
-    /// is a sentence. `now` is in Unix seconds; `maxelem` is the most addresses of a set.
+    /// Carries out changes, one after the other, or none of them if one has no room.
+    /// `now` is in Unix seconds; `maxelem` is the maximum number of addresses in a set.
     pub fn apply(
         &mut self,
         changes: &[&Change],
         now: u64,
         maxelem: usize,
-    ) -> Result<Batch, &'static str> {
+    ) -> Result<Batch, NoRoom> {
         let mut batch = Batch::default();
         for change in changes {
             match self.carry_out(change, now, maxelem, &mut batch) {
                 Ok(outcome) => batch.outcomes.push(outcome),
-                Err(sentence) => {
+                Err(no_room) => {
                     self.undo(&batch);
-                    return Err(sentence);
+                    return Err(no_room);
                 }
             }
         }
@@ -318,7 +327,7 @@ impl List {
         now: u64,
         maxelem: usize,
         batch: &mut Batch,
-    ) -> Result<Outcome, &'static str> {
+    ) -> Result<Outcome, NoRoom> {
         let seconds = change.action.expire().filter(|seconds| *seconds > 0);
         let expires = seconds.and_then(|seconds| NonZeroU64::new(now.saturating_add(seconds)));
         let mut tally = Tally::default();
@@ -383,7 +392,7 @@ impl List {
     }
 
     /// Checks the limits before any work, because a refused list must not cost memory.
-    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), &'static str> {
+    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), NoRoom> {
         let (held, limit, full) = match self.is_in_set(&group) {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
             false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
@@ -397,7 +406,7 @@ impl List {
     }
 
     /// Whether another group is within the limits.
-    fn check_group(&self, group: Group) -> Result<(), &'static str> {
+    fn check_group(&self, group: Group) -> Result<(), NoRoom> {
         let tag = group.template.tag;
         if tag != Tag::NONE {
             let held = self.groups.iter().filter(|(_, members)| !members.is_empty());

@@ -32,7 +32,7 @@ use crate::state::StateFile;
 use engine::{ApplyError, Engine, Kernel, Settings};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
 use iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule};
-use list::Outcome;
+use list::{NoRoom, Outcome};
 use process::ToolError;
 use queue::{Done, Queue};
 use reconcile::Listing;
@@ -247,7 +247,8 @@ fn api_error(error: ApplyError, note: &str) -> ApiError {
     match error {
         ApplyError::Tool(ToolError::Rejected(text)) => ApiError::Iptables(text + note),
         ApplyError::Tool(ToolError::Transient(sentence)) => ApiError::Busy(sentence + note),
-        ApplyError::Full(sentence) => ApiError::Full(sentence),
+        ApplyError::NoRoom(NoRoom::InSet(sentence)) => ApiError::SetFull(sentence),
+        ApplyError::NoRoom(NoRoom::InList(sentence)) => ApiError::Full(sentence),
         ApplyError::State(sentence) => ApiError::State(sentence),
     }
 }

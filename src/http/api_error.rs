@@ -36,7 +36,9 @@ pub enum ApiError {
     /// An interval longer than a set can keep an address.
     LongExpire,
     List(ListError),
-    /// A limit is reached: which one, and what to do.
+    /// A set is full: what to do.
+    SetFull(&'static str),
+    /// Another limit is reached: which one, and what to do.
     Full(&'static str),
     /// The state file cannot be written: why.
     State(String),
@@ -91,12 +93,9 @@ impl ApiError {
                 (400, "bad_expire", format!("{limit}; 0 means never."))
             }
             ApiError::List(error) => describe_list_error(error),
-            ApiError::Full(sentence) => {
-                (507, code(507), format!("{sentence} Nothing was applied."))
-            }
-            ApiError::State(sentence) => {
-                (507, "state_failed", format!("{sentence} Nothing was applied."))
-            }
+            ApiError::SetFull(sentence) => (507, "set_full", not_applied(sentence)),
+            ApiError::Full(sentence) => (507, code(507), not_applied(sentence)),
+            ApiError::State(sentence) => (507, "state_failed", not_applied(sentence)),
             ApiError::Whitelisted(conflict) => {
                 let message = match conflict {
                     Conflict::Whitelisted(net) => format!("This overlaps {net} of the whitelist."),
@@ -296,14 +295,18 @@ pub fn names(status: u16) -> (&'static str, &'static str) {
         413 => ("Content Too Large", "content_too_large"),
         414 => ("URI Too Long", "uri_too_long"),
         417 => ("Expectation Failed", "expectation_failed"),
-        429 => ("Too Many Requests", "too_many_guesses"),
+        429 => ("Too Many Requests", "too_many_requests"),
         431 => ("Request Header Fields Too Large", "header_too_large"),
         501 => ("Not Implemented", "not_implemented"),
         503 => ("Service Unavailable", "busy"),
-        507 => ("Insufficient Storage", "set_full"),
+        507 => ("Insufficient Storage", "insufficient_storage"),
         505 => ("HTTP Version Not Supported", "version_not_supported"),
         _ => ("Internal Server Error", "internal"),
     }
+}
+
+fn not_applied(sentence: &str) -> String {
+    format!("{sentence} Nothing was applied.")
 }
 
 fn code(status: u16) -> &'static str {
@@ -332,7 +335,7 @@ mod tests {
             (ApiError::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
             (ApiError::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
             (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
-            (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_guesses", "Too many wrong"),
+            (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_requests", "Too many wrong"),
             (ApiError::NotFound, 404, "not_found", "No such action"),
             (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (ApiError::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
@@ -362,7 +365,8 @@ mod tests {
             (invalid(3, 5), 400, "bad_list", "more invalid lines than valid ones"),
             (ApiError::List(ListError::TooMany), 413, "content_too_large", "at most 1000000"),
             (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
-            (ApiError::Full("No room."), 507, "set_full", "Nothing was applied"),
+            (ApiError::SetFull("No room."), 507, "set_full", "Nothing was applied"),
+            (ApiError::Full("No room."), 507, "insufficient_storage", "Nothing was applied"),
             (ApiError::State("x.".into()), 507, "state_failed", "x. Nothing was applied"),
             (ApiError::Whitelisted(white), 409, "whitelisted", "overlaps 1.2.3.0/24 of"),
             (ApiError::Whitelisted(own), 409, "whitelisted", "1.2.3.4, this host's own address"),
@@ -468,13 +472,13 @@ mod tests {
             (413, "Content Too Large", "content_too_large"),
             (414, "URI Too Long", "uri_too_long"),
             (417, "Expectation Failed", "expectation_failed"),
-            (429, "Too Many Requests", "too_many_guesses"),
+            (429, "Too Many Requests", "too_many_requests"),
             (431, "Request Header Fields Too Large", "header_too_large"),
             (500, "Internal Server Error", "internal"),
             (501, "Not Implemented", "not_implemented"),
             (503, "Service Unavailable", "busy"),
             (505, "HTTP Version Not Supported", "version_not_supported"),
-            (507, "Insufficient Storage", "set_full"),
+            (507, "Insufficient Storage", "insufficient_storage"),
         ];
         for (status, reason, code) in table {
             assert_eq!(names(status), (reason, code), "{status}");

@@ -533,7 +533,7 @@ fn a_refused_list_costs_no_memory() {
         for body in [hosts.collect::<String>(), ranges.collect()] {
             let rfw = lab.start("local.server");
             let answer = list("PUT /drop/input/any", &body);
-            assert_eq!(answer.brief(), "507 set_full", "{answer:?}");
+            assert_eq!(answer.brief(), "507 insufficient_storage", "{answer:?}");
             let (peak, now) = (rfw.memory("VmHWM"), rfw.memory("VmRSS"));
             assert!(peak < 64 << 20, "{peak} bytes at most");
             assert!(now < 16 << 20, "{now} bytes afterwards");

@@ -241,7 +241,7 @@ fn guesses_by_get_are_logged() {
             log.lines().filter(|line| line[25..].starts_with(&logged)).count()
         };
         await_true("ten and one wrong ones, then another", SLACK, || {
-            lines("401 unauthorized") == 11 && lines("429 too_many_guesses") == 1
+            lines("401 unauthorized") == 11 && lines("429 too_many_requests") == 1
         });
     });
 }

@@ -209,7 +209,7 @@ fn at_most_64_tags() {
                 assert_eq!(ask(&put).brief(), "200 inserted", "{n}");
             }
             transcript(&[
-                ("PUT /drop/input/any/1.1.1.1?tag=t64", "507 set_full"),
+                ("PUT /drop/input/any/1.1.1.1?tag=t64", "507 insufficient_storage"),
                 ("PUT /drop/input/any/1.1.1.1", "200 inserted"),
                 ("PUT /drop/input/any/1.1.1.1?tag=t63", "200 exists"),
             ]);
