@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 
 /// The time limit of one batch, repairs included.
 pub const BATCH_LIMIT: Duration = Duration::from_secs(30);
+/// The time limit of a start.
+const START_LIMIT: Duration = Duration::from_secs(600);
 /// The time limit of one program, and its extension for each edit: ten times what a healthy kernel
 /// needs.
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
@@ -151,6 +153,37 @@ pub struct Engine<K> {
 }
 
 impl<K: Kernel> Engine<K> {
+    /// One that starts, with an empty list.
+    pub fn new(
+        kernel: K,
+        state: Option<StateFile>,
+        settings: Settings,
+        log: Arc<Log>,
+        metrics: Arc<Metrics>,
+    ) -> Engine<K> {
+        let now = Instant::now();
+        Engine {
+            kernel,
+            list: List::new(settings.sets),
+            state,
+            state_has_more: false,
+            settings,
+            clock: Clock::start(),
+            log,
+            metrics,
+            distrusted: BTreeSet::new(),
+            deadline: clock::after(START_LIMIT),
+            next_check: now,
+            next_sets_check: now,
+            overtaken: VecDeque::new(),
+            traffic: BTreeMap::new(),
+            outage: None,
+            hung_checks: 0,
+            has_repaired: false,
+            is_starting: true,
+        }
+    }
+
     /// Carries out changes in order and returns a result for each. Single changes to one family
     /// form a batch; a list is a batch of its own, because it is applied entirely or not at all.
     pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {

@@ -173,82 +173,112 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule
     Some((chain, ours.flatten()))
 }
 
-/// `None` if an option is left over: rfw did not write this rule.
-fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> {
-    let mut words = spec.split(' ');
-    let (mut options, mut matches) = (Vec::new(), Vec::new());
-    let (mut counters, mut set) = (None, None);
-    while let Some(option) = words.next() {
-        let value = words.next()?;
-        match (option, value) {
-            ("-c", packets) => {
-                counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?))
+/// The options of a rule in a listing, each with its value.
+struct RuleOptions<'a> {
+    /// Those that were not taken yet.
+    rest: Vec<(&'a str, &'a str)>,
+    /// The values of `-m`.
+    extensions: Vec<&'a str>,
+    /// The name and the side of `--match-set`.
+    set: Option<(&'a str, &'a str)>,
+    counters: Option<(u64, u64)>,
+}
+
+impl<'a> RuleOptions<'a> {
+    fn parse(spec: &'a str) -> Option<RuleOptions<'a>> {
+        let (rest, extensions) = (Vec::new(), Vec::new());
+        let mut options = RuleOptions { rest, extensions, set: None, counters: None };
+        let mut words = spec.split(' ');
+        while let Some(option) = words.next() {
+            let value = words.next()?;
+            match (option, value) {
+                ("-c", packets) => {
+                    options.counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?));
+                }
+                ("-m", name) => options.extensions.push(name),
+                ("--match-set", name) => options.set = Some((name, words.next()?)),
+                ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
+                _ => options.rest.push((option, value)),
             }
-            ("-m", name) => matches.push(name),
-            ("--match-set", name) => set = Some((name, words.next()?)),
-            ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
-            _ => options.push((option, value)),
+        }
+        Some(options)
+    }
+
+    fn take(&mut self, name: &str) -> Option<&'a str> {
+        let at = self.rest.iter().position(|(option, _)| *option == name)?;
+        Some(self.rest.swap_remove(at).1)
+    }
+
+    /// The kind and the expiry of a rule, from the rest of its comment.
+    fn kind(&mut self, comment: &str, chain: Chain) -> Option<(RuleKind, Option<u64>)> {
+        let port = self.take(if chain == Chain::Output { "--sport" } else { "--dport" });
+        let (kind, expires) = match (comment, self.take("-p"), port, self.set) {
+            ("", None, None, None) => (RuleKind::Plain, None),
+            ("", None, None, Some((_, "src"))) => (RuleKind::Set(Side::Source), None),
+            ("", None, None, Some((_, "dst"))) => (RuleKind::Set(Side::Destination), None),
+            (":guard", Some("tcp"), Some(port), None) => {
+                (RuleKind::Guard(port.parse().ok()?), None)
+            }
+            (second, None, None, None) => {
+                let second = second.strip_prefix(':').filter(|second| is_number(second))?;
+                let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
+                (RuleKind::Plain, Some(expires))
+            }
+            _ => return None,
+        };
+        // If the order were different, a `-D` that rfw writes would not match the rule.
+        let expected: &[&str] = match kind {
+            RuleKind::Plain => &["comment"],
+            RuleKind::Guard(_) => &["tcp", "comment"],
+            RuleKind::Set(_) => &["set", "comment"],
+        };
+        (self.extensions == expected).then_some((kind, expires))
+    }
+
+    fn matches(&mut self, chain: Chain, family: Family) -> Option<Match> {
+        let same = |name: &str| {
+            Iface::parse(name).filter(|iface| *iface != Iface::ANY && iface.to_string() == name)
+        };
+        let mut iface = |option| self.take(option).map_or(Some(Iface::ANY), same);
+        let (in_iface, out_iface) = (iface("-i")?, iface("-o")?);
+        let of_family = |text| Net::parse(text).filter(|net| net.family() == family);
+        let mut net = |option| self.take(option).map_or(Some(Net::any(family)), of_family);
+        let (source, destination) = (net("-s")?, net("-d")?);
+        match (chain, (in_iface, source.is_any()), (out_iface, destination.is_any())) {
+            (Chain::Forward, ..) => {
+                Some(Match::Forward { in_iface, out_iface, source, destination })
+            }
+            (Chain::Input, _, (Iface::ANY, true)) => Some(Match::Input { iface: in_iface, source }),
+            (Chain::Output, (Iface::ANY, true), _) => {
+                Some(Match::Output { iface: out_iface, destination })
+            }
+            _ => None,
         }
     }
-    let mut take = |name: &str| {
-        let at = options.iter().position(|(option, _)| *option == name)?;
-        Some(options.swap_remove(at).1)
-    };
-    let port = match chain {
-        Chain::Output => take("--sport"),
-        _ => take("--dport"),
-    };
-    let comment = take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
+}
+
+/// `None` if rfw did not write this rule: an option is left over, or it has another form.
+fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> {
+    let mut options = RuleOptions::parse(spec)?;
+    let comment = options.take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
     let (comment, tag) = Tag::split(comment)?;
-    let (kind, expires) = match (comment, take("-p"), port, set) {
-        ("", None, None, None) => (RuleKind::Plain, None),
-        ("", None, None, Some((_, "src"))) => (RuleKind::Set(Side::Source), None),
-        ("", None, None, Some((_, "dst"))) => (RuleKind::Set(Side::Destination), None),
-        (":guard", Some("tcp"), Some(port), None) => (RuleKind::Guard(port.parse().ok()?), None),
-        (second, None, None, None) => {
-            let second = second.strip_prefix(':').filter(|second| is_number(second))?;
-            let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
-            (RuleKind::Plain, Some(expires))
-        }
-        _ => return None,
-    };
-    // If the order were different, a `-D` that rfw writes would not match the rule.
-    let expected: &[&str] = match kind {
-        RuleKind::Plain => &["comment"],
-        RuleKind::Guard(_) => &["tcp", "comment"],
-        RuleKind::Set(_) => &["set", "comment"],
-    };
-    if matches != expected {
-        return None;
-    }
-    let target = take("-j")?;
+    let (kind, expires) = options.kind(comment, chain)?;
+    let target = options.take("-j")?;
     let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
-    let same = |name: &str| {
-        Iface::parse(name).filter(|iface| *iface != Iface::ANY && iface.to_string() == name)
-    };
-    let mut iface = |option| take(option).map_or(Some(Iface::ANY), same);
-    let (in_iface, out_iface) = (iface("-i")?, iface("-o")?);
-    let of_family = |text| Net::parse(text).filter(|net| net.family() == family);
-    let mut net = |option| take(option).map_or(Some(Net::any(family)), of_family);
-    let (source, destination) = (net("-s")?, net("-d")?);
-    let matches = match (chain, (in_iface, source.is_any()), (out_iface, destination.is_any())) {
-        (Chain::Forward, ..) => Match::Forward { in_iface, out_iface, source, destination },
-        (Chain::Input, _, (Iface::ANY, true)) => Match::Input { iface: in_iface, source },
-        (Chain::Output, (Iface::ANY, true), _) => Match::Output { iface: out_iface, destination },
-        _ => return None,
-    };
+    let matches = options.matches(chain, family)?;
     let rule = KernelRule { rule: Rule { target, matches, tag }, kind };
-    let ours = match (kind, set) {
-        (RuleKind::Plain, _) => rule.rule.is_wellformed(),
-        (RuleKind::Guard(_), _) => tag == Tag::NONE,
+    let is_own = match kind {
+        RuleKind::Plain => rule.rule.is_wellformed(),
+        RuleKind::Guard(_) => tag == Tag::NONE,
         // The name says everything that the rule says.
-        (RuleKind::Set(side), set) => {
+        RuleKind::Set(side) => {
             let never = [(Chain::Input, Side::Destination), (Chain::Output, Side::Source)];
-            let named = set.is_some_and(|(name, _)| name == rule.to_string());
-            named && !never.contains(&(chain, side)) && rule.rule.addresses().next().is_none()
+            let is_named = options.set.is_some_and(|(name, _)| name == rule.to_string());
+            is_named && !never.contains(&(chain, side)) && rule.rule.addresses().next().is_none()
         }
     };
-    (ours && options.is_empty()).then_some(TaggedRule { rule, expires, counters })
+    let counters = options.counters;
+    (is_own && options.rest.is_empty()).then_some(TaggedRule { rule, expires, counters })
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` next to it.

@@ -8,7 +8,6 @@ use super::leftovers;
 use super::list::List;
 use super::process::ToolError;
 use super::reconcile::Listing;
-use crate::clock::{self, Clock};
 use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
@@ -16,14 +15,10 @@ use crate::rule::tag::Tag;
 use crate::rule::whitelist::{LineError, Whitelist};
 use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::iter;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
-use std::time::{Duration, Instant};
-
-/// The time limit of a start.
-const START_LIMIT: Duration = Duration::from_secs(600);
 
 /// Why rfw cannot start.
 pub enum StartError {
@@ -47,27 +42,8 @@ pub fn start<K: Kernel>(
     log: Arc<Log>,
     metrics: Arc<Metrics>,
 ) -> Result<Engine<K>, StartError> {
-    let (sets, now) = (settings.sets, Instant::now());
-    let mut engine = Engine {
-        kernel,
-        list: List::new(sets),
-        state,
-        state_has_more: false,
-        settings,
-        clock: Clock::start(),
-        log: log.clone(),
-        metrics,
-        distrusted: BTreeSet::new(),
-        deadline: clock::after(START_LIMIT),
-        next_check: now,
-        next_sets_check: now,
-        overtaken: VecDeque::new(),
-        traffic: BTreeMap::new(),
-        outage: None,
-        hung_checks: 0,
-        has_repaired: false,
-        is_starting: true,
-    };
+    let sets = settings.sets;
+    let mut engine = Engine::new(kernel, state, settings, log.clone(), metrics);
     let listings = read_rules(&engine)?;
     let is_new = engine.state.as_ref().is_none_or(StateFile::is_new);
     engine.list = match &mut engine.state {
