@@ -204,8 +204,8 @@ impl StateFile {
         self.size > self.limit
     }
 
-    /// Replaces the file by one with these rules, the oldest first. On an error, which is a sentence,
-    /// the file is unchanged.
+    /// Replaces the file by one with these rules, the oldest first. The error is a sentence; the file
+    /// is then unchanged, or replaced but not certain to survive a power cut.
     pub fn replace(&mut self, rules: impl Iterator<Item = StoredRule>) -> Result<(), String> {
         // After a failure, it is not attempted again immediately.
         self.limit = limit_of(self.size);

@@ -355,7 +355,8 @@ impl<K: Kernel> Engine<K> {
                 Some(edits) if !created.iter().any(|group| group.family == family) => {
                     self.kernel.write_rules(family, &edits, self.limit(edits.len()))?;
                     if relied.contains(&family) {
-                        let listing = listings.remove(&family).transpose()?;
+                        let listing = listings.remove(&family).filter(|_| edits.is_empty());
+                        let listing = listing.transpose()?;
                         self.check_rules(family, listing, Some(batch))?;
                     }
                 }
@@ -659,7 +660,8 @@ impl<K: Kernel> Engine<K> {
         for family in self.kernel.families().to_vec() {
             // Those of a distrusted family are repaired with its rules.
             let is_trusted = !self.distrusted.contains(&family);
-            if is_trusted && (is_due || !self.sets(family).all(is_right)) && self.has_time() {
+            let may_go_on = result.is_ok() || self.has_time();
+            if is_trusted && (is_due || !self.sets(family).all(is_right)) && may_go_on {
                 let repaired = self.repair_sets(family, None);
                 self.distrusted.extend(repaired.is_err().then_some(family));
                 result = result.and(repaired);

@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Whitelist};
-use crate::rule::{Change, Filter, Iface, Match, Rule, Target};
+use crate::rule::{Change, Filter, Iface, Match, Rule, Rules, Target};
 use crate::state::StateFile;
 use engine::{ApplyError, Engine, Kernel, Settings};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
@@ -42,7 +42,7 @@ use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
 const SEND_LIMIT: Duration = Duration::from_secs(70);
-const NOTHING: &str = " The list was not applied.";
+const NOT_APPLIED: &str = " The list was not applied.";
 
 /// The programs that read and write the kernel's rules and sets.
 #[derive(Clone)]
@@ -145,8 +145,9 @@ impl Firewall {
         if missing.any(|family| change.rules.has(*family)) {
             return Err(ApiError::NoIpv6);
         }
-        let is_list = change.family().is_none();
-        let result = self.queue.submit(change, is_list, |engine, changes| {
+        let is_long = change.family().is_none();
+        let note = if matches!(change.rules, Rules::List(..)) { NOT_APPLIED } else { "" };
+        let result = self.queue.submit(change, is_long, |engine, changes| {
             let results = engine.commit(&changes);
             let is_transient = |result: &&Result<_, ApplyError>| {
                 result.as_ref().is_err_and(ApplyError::is_transient)
@@ -156,7 +157,6 @@ impl Firewall {
             Done { results, outage }
         });
         let lost = || Err(ApiError::Busy("The change was not carried out.".into()));
-        let note = if is_list { NOTHING } else { "" };
         result.map_or_else(lost, |result| result.map_err(|error| api_error(error, note)))
     }
 

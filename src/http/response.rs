@@ -9,6 +9,7 @@ use crate::clock::{self, Utc};
 use crate::log::printable;
 use std::time::Duration;
 
+const JSON: &str = "application/json";
 /// How many bytes of a long response are sent at a time.
 const CHUNK: usize = 16 * 1024;
 /// How long a client may take to receive a response, and a long one.
@@ -25,6 +26,8 @@ pub struct ResponseWriter<'a> {
     http11: bool,
     /// The response to HEAD has no body (RFC 9110, 9.3.2).
     head_only: bool,
+    /// JSON, unless it is changed before the first [`ResponseWriter::push`].
+    pub content_type: &'static str,
     /// Whether the head of a long response has been sent.
     has_begun: bool,
     pending: String,
@@ -38,6 +41,7 @@ impl<'a> ResponseWriter<'a> {
             keep_alive: request.is_some_and(|r| r.keep_alive && r.body == Body::Length(0)),
             http11: request.is_some_and(|request| request.http11),
             head_only: request.is_some_and(|request| request.method == "HEAD"),
+            content_type: JSON,
             has_begun: false,
             pending: String::new(),
         }
@@ -54,7 +58,7 @@ impl<'a> ResponseWriter<'a> {
         Ok(())
     }
 
-    /// Adds to the body of a JSON response; `false` if the client is gone.
+    /// Adds to the body of a response; `false` if the client is gone.
     pub fn push(&mut self, text: &str) -> bool {
         self.pending.push_str(text);
         if self.pending.len() < CHUNK {
@@ -64,7 +68,7 @@ impl<'a> ResponseWriter<'a> {
             self.stream.set_deadline(LONG_RESPONSE_TIME);
             self.keep_alive = self.keep_alive && self.http11;
             let coding = if self.http11 { "Transfer-Encoding: chunked\r\n" } else { "" };
-            let head = self.head(200, "application/json", coding);
+            let head = self.head(200, self.content_type, coding);
             self.send(&head);
             self.has_begun = true;
         }
@@ -72,10 +76,10 @@ impl<'a> ResponseWriter<'a> {
     }
 
     /// Completes a response with status 200.
-    pub fn end(&mut self, content_type: &str) {
+    pub fn end(&mut self) {
         match self.has_begun {
             true => self.send_pending("0\r\n\r\n"),
-            false => self.send_whole(200, content_type, ""),
+            false => self.send_whole(200, self.content_type, ""),
         };
     }
 
@@ -86,12 +90,13 @@ impl<'a> ResponseWriter<'a> {
         let (status, code, message) = error.describe();
         if self.has_begun {
             self.keep_alive = false;
-            return format!("cut {status} {code}");
+            let message = printable(message.as_bytes());
+            return format!("{status} {code} after a part of the response: '{message}'");
         }
         let text = json::string(&message);
         let extra = error.extra();
         self.pending = format!("{{\"error\":\"{code}\",\"message\":{text}{extra}}}\n");
-        self.send_whole(status, "application/json", &error.header());
+        self.send_whole(status, JSON, &error.header());
         match status {
             ..500 => format!("{status} {code}"),
             _ => format!("{status} {code} '{}'", printable(message.as_bytes())),
@@ -164,7 +169,8 @@ mod tests {
     fn short_responses() {
         let make = |response: &mut ResponseWriter<'_>| {
             assert!(response.push("a") && response.push("b"));
-            response.end("text/plain");
+            response.content_type = "text/plain";
+            response.end();
         };
         let head = "HTTP/1.1 200 OK|Content-Type: text/plain|Connection: ";
         let table = [
@@ -183,6 +189,17 @@ mod tests {
         }
     }
 
+    /// `/metrics` with many tags was JSON.
+    #[test]
+    fn long_responses_have_their_own_type_too() {
+        let (got, _) = respond(GET, |response| {
+            response.content_type = "text/plain";
+            response.push(&"x".repeat(CHUNK));
+            response.end();
+        });
+        assert!(got.starts_with("HTTP/1.1 200 OK|Content-Type: text/plain|"), "{got:.100}");
+    }
+
     #[test]
     fn long_responses_are_sent_while_they_are_generated() {
         let text = "x".repeat(CHUNK);
@@ -191,7 +208,7 @@ mod tests {
             let pieces: Vec<String> = pieces.iter().map(|piece| piece.to_string()).collect();
             move |response: &mut ResponseWriter<'_>| {
                 assert!(pieces.iter().all(|piece| response.push(piece)));
-                response.end("application/json");
+                response.end();
             }
         };
         let (most, last) = (&text[1..], "y");
@@ -229,7 +246,10 @@ mod tests {
             logged = response.refuse(&failure);
         });
         assert!(got.ends_with("xxx|") && !keep, "{keep}");
-        assert_eq!(logged, "cut 500 iptables_failed");
+        assert!(
+            logged.starts_with("500 iptables_failed after a part of the response: '"),
+            "{logged}"
+        );
     }
 
     #[test]

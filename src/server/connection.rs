@@ -109,13 +109,15 @@ impl Connection<'_> {
         let (principal, command) = self.admit(request, subject)?;
         match command {
             Command::Help => {
+                response.content_type = "text/plain; charset=utf-8";
                 response.push(&api::help(&self.server.addresses, self.server.grammar));
-                response.end("text/plain; charset=utf-8");
+                response.end();
                 Ok("help".into())
             }
             Command::Metrics => {
+                response.content_type = "text/plain; version=0.0.4; charset=utf-8";
                 response.push(&self.server.metrics.text());
-                response.end("text/plain; version=0.0.4; charset=utf-8");
+                response.end();
                 Ok("metrics".into())
             }
             Command::List(filter) => self.send_listing(&principal, &filter, response),
@@ -124,7 +126,7 @@ impl Connection<'_> {
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
                 response.push(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
-                response.end("application/json");
+                response.end();
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
             Command::Change(rule, allowed) => {
@@ -221,7 +223,7 @@ impl Connection<'_> {
             }
         };
         response.push(&json);
-        response.end("application/json");
+        response.end();
     }
 
     /// A short listing needs no slot: it delays no other, and 128 of them take little memory.
@@ -265,7 +267,7 @@ impl Connection<'_> {
             }
         }
         response.push(if before == "[" { "[]\n" } else { "]\n" });
-        response.end("application/json");
+        response.end();
         Ok("listed".into())
     }
 
