@@ -22,19 +22,11 @@ impl Number {
     pub fn less_one(&self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
-
-    pub fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub fn set(&self, count: usize) {
-        self.0.store(count, Ordering::Relaxed);
-    }
 }
 
 impl fmt::Display for Number {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.get().fmt(f)
+        self.0.load(Ordering::Relaxed).fmt(f)
     }
 }
 

@@ -126,8 +126,8 @@ pub struct Engine<K> {
     pub(super) list: List,
     pub(super) state: Option<StateFile>,
     /// Whether the state file may hold rules that the list dropped at start. It is compacted before
-    /// the next change; otherwise a DELETE would bring them back.
-    pub(super) state_has_more: bool,
+    /// the next change: if that deleted what replaces them, the next start would read them back.
+    pub(super) state_is_stale: bool,
     pub(super) settings: Settings,
     pub(super) clock: Clock,
     pub(super) log: Arc<Log>,
@@ -166,7 +166,7 @@ impl<K: Kernel> Engine<K> {
             kernel,
             list: List::new(settings.sets),
             state,
-            state_has_more: false,
+            state_is_stale: false,
             settings,
             clock: Clock::start(),
             log,
@@ -227,7 +227,7 @@ impl<K: Kernel> Engine<K> {
         let families: Vec<Family> =
             self.kernel.families().iter().copied().filter(of_family).collect();
         self.settle(&families, None)?;
-        if self.state_has_more {
+        if self.state_is_stale {
             self.compact().map_err(ApplyError::State)?;
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem);
@@ -266,7 +266,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         if written.is_err() {
-            // The repair may have written a part of the batch, which is undone now.
+            // The caller undoes the batch in the list, and the next repair what reached the kernel.
             self.distrusted.extend(families);
         }
         written
@@ -301,7 +301,7 @@ impl<K: Kernel> Engine<K> {
         if self.settings.sets && self.distrusted.contains(&family) {
             self.repair_sets(family, batch)?;
         }
-        let listing = self.read_rules(family)?;
+        let listing = self.confirmed_rules(family)?;
         self.rewrite_rules(family, &listing, batch)
     }
 
@@ -411,8 +411,8 @@ impl<K: Kernel> Engine<K> {
             }
             let rule = KernelRule::plain(difference.rule());
             let tagged = |expires| TaggedRule::new(rule, expires);
-            deleted.extend(difference.before.map(|e| (Reverse(e.age), tagged(e.expires()))));
-            inserted.extend(difference.after.map(|e| (e.age, tagged(e.expires()))));
+            deleted.extend(difference.before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
+            inserted.extend(difference.after.map(|e| (e.serial, tagged(e.expires()))));
         }
         if deleted.len() > MAX_DELETIONS {
             return None;
@@ -474,10 +474,11 @@ impl<K: Kernel> Engine<K> {
         if wrong.is_empty() {
             self.count_traffic(family, &listing);
         }
-        // Only a request always restores the first position.
+        // A check may leave foreign rules in front for a while; a request may not.
         let may_wait = batch.is_none() && self.is_overtaken_often();
         let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
-        // A listing that lacks the leftovers of an error would look right.
+        // After an error, one incomplete listing could hide what a failed batch left, so a distrusted
+        // family is always repaired, which reads it twice.
         match is_right && !self.distrusted.contains(&family) {
             true => Ok(()),
             false => self.repair(family, batch),
@@ -485,7 +486,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Reads until two consecutive listings agree.
-    pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
+    pub fn confirmed_rules(&self, family: Family) -> Result<Listing, ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
         read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
     }
@@ -497,10 +498,10 @@ impl<K: Kernel> Engine<K> {
         let mut restored = 0_usize;
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
-            // A listing that lacks the leftovers of an error would look right.
+            // A distrusted set is read twice, for the same reason as in `check_rules`.
             let expected = (!self.distrusted.contains(&family)).then_some((members, now));
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
-            let actual = self.read_set(&name, expected)?;
+            let actual = self.confirmed_set(&name, expected)?;
             let header = headers.iter().find(|header| header.name == name);
             let count = match (actual, header) {
                 (Some(_), None) => {
@@ -575,7 +576,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The contents of a set, from two consecutive listings that agree or from one that shows what
     /// is expected. `None` if the set does not exist.
-    pub fn read_set(
+    pub fn confirmed_set(
         &self,
         name: &str,
         expected: Option<(&Members, u64)>,
@@ -722,7 +723,7 @@ impl<K: Kernel> Engine<K> {
         if let Some(state) = &mut self.state {
             state.replace(self.list.stored())?;
         }
-        self.state_has_more = false;
+        self.state_is_stale = false;
         Ok(())
     }
 
@@ -742,7 +743,7 @@ impl<K: Kernel> Engine<K> {
         for family in self.kernel.families().iter().filter(is_asked) {
             let mut listing = self.kernel.read_rules(*family, self.limit(0))?;
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
-                listing = self.read_rules(*family)?;
+                listing = self.confirmed_rules(*family)?;
             }
             for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
                 let KernelRule { rule, .. } = &tagged.rule;
@@ -783,7 +784,8 @@ impl<K: Kernel> Engine<K> {
         self.deadline = clock::after(BATCH_LIMIT);
     }
 
-    /// Whether no program of this batch has hung. After a hang, the batch attempts nothing more.
+    /// Whether the batch may attempt more. One that has used up the time limit of a program counts as
+    /// one in which a program hung.
     pub fn has_time(&self) -> bool {
         let left = self.deadline.saturating_duration_since(Instant::now());
         left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)

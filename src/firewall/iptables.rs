@@ -64,7 +64,7 @@ impl KernelRule {
     }
 }
 
-/// For messages: a path, the name of a set, or what a guard rule does.
+/// A path or what a guard rule does, for messages; the name of a set, for messages and commands.
 impl fmt::Display for KernelRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.kind, self.template()) {

@@ -1,4 +1,4 @@
-//! The list: every rule that rfw keeps, with its age and its expiry. Pure: no process, no clock.
+//! The list: every rule that rfw keeps, with its serial and its expiry. Pure: no process, no clock.
 //!
 //! While rfw runs, this is the truth; the kernel and the state file are made to match it. A rule
 //! is kept as its [`Group`] and one address, because most rules differ only in that, and because
@@ -99,7 +99,8 @@ pub struct Outcome {
     pub expires: Option<u64>,
 }
 
-/// All parts of a rule except its first address.
+/// All parts of a rule except its first address. The order of groups is that of the rules of sets:
+/// the target comes first, accept before reject before drop.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Group {
     pub template: RuleTemplate,
@@ -152,8 +153,8 @@ impl Group {
 /// A rule of a group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry {
-    /// Greater is newer. A newer rule precedes older ones.
-    pub age: NonZeroU64,
+    /// A greater number is newer. A newer rule precedes older ones.
+    pub serial: NonZeroU64,
     /// Unix seconds.
     expires: Option<NonZeroU64>,
 }
@@ -191,7 +192,7 @@ pub struct Batch {
     numbers: HashMap<Group, u32>,
     /// The sets that did not exist before.
     pub created: Vec<Group>,
-    /// Each rule once, in the order of their ages.
+    /// Each rule once, in the order of their serials.
     steps: Vec<Step>,
     /// One for each change, in order.
     pub outcomes: Vec<Outcome>,
@@ -240,7 +241,7 @@ impl Batch {
 #[derive(Default)]
 pub struct List {
     groups: BTreeMap<Group, Members>,
-    youngest: u64,
+    last_serial: u64,
     /// The seconds at which rules may be due, each once. A rule that was refreshed or deleted
     /// meanwhile is just not found then.
     due: BTreeSet<(Family, NonZeroU64)>,
@@ -256,7 +257,7 @@ impl List {
     /// Puts or replaces a rule, without a record of it.
     pub fn insert(&mut self, rule: &Rule, expires: Option<u64>) {
         let (group, net) = Group::of(rule);
-        let entry = self.newest(expires.and_then(NonZeroU64::new));
+        let entry = self.new_entry(expires.and_then(NonZeroU64::new));
         self.set(group, net, Some(entry));
     }
 
@@ -278,7 +279,7 @@ impl List {
         for (group, members) in &self.groups {
             for rivals in self.rivals(*group).filter_map(|rival| self.members(&rival)) {
                 let is_older = |(net, entry): &(&Net, &Entry)| {
-                    rivals.get(net).is_some_and(|rival| rival.age > entry.age)
+                    rivals.get(net).is_some_and(|rival| rival.serial > entry.serial)
                 };
                 let nets = members.iter().filter(is_older);
                 older.extend(nets.map(|(net, _)| (*group, *net)));
@@ -315,7 +316,7 @@ impl List {
             let groups = &batch.groups;
             batch.steps.sort_by_key(|step| {
                 let group = groups.get(step.group as usize)?;
-                Some(self.entry(*group, &step.net)?.age)
+                Some(self.entry(*group, &step.net)?.serial)
             });
         }
         Ok(batch)
@@ -451,7 +452,7 @@ impl List {
         if self.is_in_set(&group) && !self.groups.contains_key(&group) {
             batch.created.push(group);
         }
-        let entry = self.newest(expires);
+        let entry = self.new_entry(expires);
         self.set(group, net, Some(entry));
         batch.push(group, net, before);
         if before.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
@@ -471,7 +472,7 @@ impl List {
         self.due.extend(expires.map(|second| (group.family, second)));
         // In one allocation, and first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
-        let members = nets.iter().map(|net| (*net, self.newest(expires))).collect();
+        let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
         self.groups.insert(group, members);
         nets.iter().for_each(|net| batch.push(group, *net, None));
     }
@@ -554,10 +555,10 @@ impl List {
     /// Every rule, the oldest first.
     pub fn stored(&self) -> impl Iterator<Item = StoredRule> {
         let rules = self.groups.iter().flat_map(|(group, members)| {
-            members.iter().map(move |(net, entry)| (entry.age, group, net, entry))
+            members.iter().map(move |(net, entry)| (entry.serial, group, net, entry))
         });
         let mut rules: Vec<_> = rules.collect();
-        rules.sort_unstable_by_key(|(age, ..)| *age);
+        rules.sort_unstable_by_key(|(serial, ..)| *serial);
         rules.into_iter().map(|(_, group, net, entry)| (group.rule(*net), entry.expires()))
     }
 
@@ -570,7 +571,7 @@ impl List {
             members.iter().map(|(net, entry)| (entry, group.rule(*net)))
         });
         let mut rules: Vec<_> = rules.collect();
-        rules.sort_unstable_by_key(|(entry, _)| Reverse(entry.age));
+        rules.sort_unstable_by_key(|(entry, _)| Reverse(entry.serial));
         let tagged =
             |(entry, rule): (&Entry, _)| TaggedRule::new(KernelRule::plain(rule), entry.expires());
         rules.into_iter().map(tagged).collect()
@@ -580,10 +581,6 @@ impl List {
     pub fn sets(&self) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
         let groups = self.groups.iter().filter(|_| self.sets);
         groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
-    }
-
-    pub fn has_sets(&self) -> bool {
-        self.sets
     }
 
     pub fn is_in_set(&self, group: &Group) -> bool {
@@ -605,12 +602,9 @@ impl List {
         members.flat_map(move |members| overlapping(members, net)).map(|(net, e)| (*net, *e))
     }
 
-    pub fn len(&self) -> usize {
+    /// The number of all rules.
+    pub fn count(&self) -> usize {
         self.groups.values().map(Members::len).sum()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.groups.values().all(Members::is_empty)
     }
 
     /// The number of rules of a family that are not kept in sets.
@@ -629,9 +623,9 @@ impl List {
         self.groups.get(&group)?.get(net).copied()
     }
 
-    fn newest(&mut self, expires: Option<NonZeroU64>) -> Entry {
-        self.youngest = self.youngest.saturating_add(1);
-        Entry { age: NonZeroU64::new(self.youngest).unwrap_or(NonZeroU64::MIN), expires }
+    fn new_entry(&mut self, expires: Option<NonZeroU64>) -> Entry {
+        self.last_serial = self.last_serial.saturating_add(1);
+        Entry { serial: NonZeroU64::new(self.last_serial).unwrap_or(NonZeroU64::MIN), expires }
     }
 
     /// The groups that must not hold an address that this one receives.
@@ -667,7 +661,7 @@ impl List {
             same && other.template.target != group.template.target
         });
         others.into_iter().any(|(other, members)| {
-            let is_newer = |rival: &Entry| rival.age > entry.age;
+            let is_newer = |rival: &Entry| rival.serial > entry.serial;
             match other.template.side == group.template.side && other.second.is_none() {
                 true => overlapping(members, net).any(|(_, rival)| is_newer(rival)),
                 false => members.values().any(is_newer),
@@ -791,7 +785,7 @@ pub(super) mod tests {
 
     /// What must always hold.
     fn check(list: &List) {
-        let mut ages = HashSet::new();
+        let mut serials = HashSet::new();
         for (group, members) in &list.groups {
             assert!(!members.is_empty() || list.is_in_set(group), "{group:?}");
             assert_eq!(list.members(group), Some(members));
@@ -799,7 +793,7 @@ pub(super) mod tests {
                 assert!(
                     entry.expires.is_none_or(|second| list.due.contains(&(group.family, second)))
                 );
-                assert!(ages.insert(entry.age) && entry.age.get() <= list.youngest);
+                assert!(serials.insert(entry.serial) && entry.serial.get() <= list.last_serial);
                 assert_eq!(Group::of(&group.rule(*net)), (*group, *net));
                 for rival in list.rivals(*group) {
                     assert_eq!(list.entry(rival, net), None, "one target at a time");
@@ -954,7 +948,7 @@ pub(super) mod tests {
             ),
             (&[ACCEPT_A], &[NO_A], "absent", &[]),
             (&[ACCEPT_A], &[A, NO_A], "inserted, deleted", &[NO_ACCEPT_A]),
-            // Another interface, block or chain is another address; age does not matter
+            // Another interface, block or chain is another address; serial does not matter
             (&[A], &["+/accept/input/eth0/1.1.1.1"], "inserted", &["+/accept/input/eth0/1.1.1.1"]),
             (
                 &[A],
@@ -1051,7 +1045,7 @@ pub(super) mod tests {
         );
         // Without sets there are none.
         let list = self::list(false, &[A]);
-        assert_eq!((list.sets().count(), list.has_sets()), (0, false));
+        assert_eq!((list.sets().count(), list.sets), (0, false));
     }
 
     #[test]
@@ -1265,7 +1259,7 @@ pub(super) mod tests {
         let put = |nets| Change { rules: Rules::List(template, nets), action: Action::Put(0) };
         let mut list = List::new(false);
         let room = list.apply(&[&put(nets(100_001))], NOW, 0).map(|_| ());
-        assert_eq!((room, list.len()), (Err(TOO_MANY_RULES), 0));
+        assert_eq!((room, list.count()), (Err(TOO_MANY_RULES), 0));
         assert!(list.apply(&[&put(nets(100_000))], NOW, 0).is_ok());
         assert!(list.apply(&[&put(nets(1))], NOW, 0).is_ok());
         assert!(list.apply(&[&change("+/drop/output/any/255.1.1.1")], NOW, 0).is_err());
@@ -1276,7 +1270,7 @@ pub(super) mod tests {
     fn overlapping_blocks() {
         let nets = ["0.0.0.0/0", "1.0.0.0/9", "1.1.1.0/24", "1.1.1.1", "1.1.1.2", "1.1.2.0/24"];
         let mut members = Members::default();
-        let entry = Entry { age: NonZeroU64::MIN, expires: None };
+        let entry = Entry { serial: NonZeroU64::MIN, expires: None };
         for net in nets.iter().chain(&["2001:db8::/32", "2001:db8::1"]) {
             members.insert(Net::parse(net).unwrap(), entry);
         }
@@ -1326,7 +1320,7 @@ pub(super) mod tests {
         assert_eq!(rules(true, Family::V4, Chain::Forward), [texts[5], texts[3]]);
         assert_eq!(rules(true, Family::V4, Chain::Input), [""; 0]);
         let list = list(true, &texts);
-        assert_eq!((list.len(), list.is_empty()), (8, false));
+        assert_eq!(list.count(), 8);
         assert_eq!((list.count_rules(Family::V4), list.count_rules(Family::V6)), (2, 0));
         assert_eq!(list.counts().map(|(_, count)| count).sum::<usize>(), 8);
         assert_eq!(self::list(false, &texts).count_rules(Family::V4), 7);
@@ -1343,7 +1337,7 @@ pub(super) mod tests {
             let large = format!("+{} 9", nets(0..MANY + 1));
             let batch = apply_and_check(&mut list, &[&large]);
             assert_eq!(verdicts(&batch), format!("inserted {}", MANY + 1));
-            assert_eq!((list.len(), stored(&list)[0].as_str()), (MANY + 2, A60));
+            assert_eq!((list.count(), stored(&list)[0].as_str()), (MANY + 2, A60));
             let batch = apply_and_check(&mut list, &[&format!("-{}", nets(1..MANY + 1))]);
             assert_eq!(verdicts(&batch), format!("deleted {MANY}"));
             assert_eq!(stored(&list), [A60, "+/drop/input/any/10.0.0.0 9"]);

@@ -67,7 +67,7 @@ impl fmt::Display for ToolError {
 /// What all programs share.
 #[derive(Default)]
 pub struct Programs {
-    /// Without it, programs only read.
+    /// `None` for `rfw -t`, whose programs only read.
     lock: Option<InstanceLock>,
     /// Killed children that have not ended.
     unended: Mutex<Vec<Child>>,

@@ -61,14 +61,14 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         let (waiter, turns) = mpsc::channel();
         let mut waiting = lock(&self.waiting);
         waiting.jobs.push_back(Job { job, is_long, waiter });
-        let mut leads = !mem::replace(&mut waiting.is_led, true);
+        let leads = !mem::replace(&mut waiting.is_led, true);
         drop(waiting);
+        if leads {
+            self.lead(&commit);
+        }
         loop {
-            if leads {
-                self.lead(&commit);
-            }
             match turns.recv().ok()? {
-                Turn::Lead => leads = true,
+                Turn::Lead => self.lead(&commit),
                 Turn::Result(result) => return Some(result),
             }
         }

@@ -187,8 +187,8 @@ fn edits(
     let mut staying = stays.iter().flatten().peekable();
     let mut insertions = Vec::new();
     let mut number = 1_usize;
-    for (wanted, tagged) in wanted.iter().enumerate() {
-        if staying.next_if_eq(&&wanted).is_some() {
+    for (index, tagged) in wanted.iter().enumerate() {
+        if staying.next_if_eq(&&index).is_some() {
             number = number.saturating_add(1);
         } else {
             let counters = counters.get(&tagged.rule).copied().unwrap_or_default();

@@ -44,7 +44,7 @@ pub fn start<K: Kernel>(
 ) -> Result<Engine<K>, StartError> {
     let sets = settings.sets;
     let mut engine = Engine::new(kernel, state, settings, log.clone(), metrics);
-    let listings = read_rules(&engine)?;
+    let listings = confirmed_listings(&engine)?;
     let is_new = engine.state.as_ref().is_none_or(StateFile::is_new);
     engine.list = match &mut engine.state {
         Some(state) if !is_new => replay(state, sets, &log).map_err(StartError::State)?,
@@ -54,8 +54,8 @@ pub fn start<K: Kernel>(
     for family in Family::ALL {
         while !engine.list.expire(family, now).is_empty() {}
     }
-    engine.state_has_more = drop_whitelisted(&mut engine.list, whitelist, &log);
-    engine.state_has_more |= engine.list.drop_rivals();
+    engine.state_is_stale = drop_whitelisted(&mut engine.list, whitelist, &log);
+    engine.state_is_stale |= engine.list.drop_rivals();
     engine.list.drop_empty();
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
@@ -71,7 +71,7 @@ pub fn start<K: Kernel>(
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
-    } else if engine.state_has_more {
+    } else if engine.state_is_stale {
         engine.compact_or_log();
     }
     engine.is_starting = false;
@@ -79,17 +79,17 @@ pub fn start<K: Kernel>(
 }
 
 /// Reads both families at once: with many rules, this takes most of the time.
-fn read_rules<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
+fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let listings = thread::scope(|scope| {
         let read = |family: &Family| {
             let (family, thread) = (*family, thread::Builder::new());
-            (family, thread.spawn_scoped(scope, move || engine.read_rules(family)))
+            (family, thread.spawn_scoped(scope, move || engine.confirmed_rules(family)))
         };
         let threads: Vec<_> = engine.kernel.families().iter().map(read).collect();
         let listings = threads.into_iter().map(|(family, thread)| {
             let listing = match thread.map(ScopedJoinHandle::join) {
                 Ok(Ok(listing)) => listing,
-                _ => engine.read_rules(family),
+                _ => engine.confirmed_rules(family),
             };
             listing.map(|listing| (family, listing))
         });
@@ -112,7 +112,7 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
             Record::Put(rule, expires) => list.insert(&rule, expires),
             Record::Delete(rule) => list.remove(&rule),
         })?;
-        state.set_needed(list.len(), &contents);
+        state.set_needed(list.count(), &contents);
         let Some(LineError { line, message }) = contents.tail else { return Ok(list) };
         log.warning(format_args!("{}:{line}: {message}", state.path().display()));
         for line in contents.dropped {
@@ -140,7 +140,7 @@ fn adopt<K: Kernel>(
             };
             // The set of a listed rule exists.
             let missing = || ToolError::Transient(format!("ipset does not list {rule}."));
-            for (net, left) in engine.read_set(&rule.to_string(), None)?.ok_or_else(missing)? {
+            for (net, left) in engine.confirmed_set(&rule.to_string(), None)?.ok_or_else(missing)? {
                 let expires = (left > 0).then(|| now.saturating_add(left.into()).saturating_add(1));
                 list.insert(&template.rule(net), expires);
             }
@@ -201,7 +201,7 @@ fn try_kernel<K: Kernel>(
 fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
     let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
         // Without sets, ipset may be missing.
-        Err(_) if !engine.list.has_sets() => return Ok(()),
+        Err(_) if !engine.settings.sets => return Ok(()),
         headers => headers?,
     };
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();

@@ -67,7 +67,7 @@ impl Connection<'_> {
 
     /// Serves one request; returns whether another may follow.
     fn exchange(&self, stream: &mut HttpStream) -> bool {
-        self.slot.await_client();
+        self.slot.start_patience();
         stream.set_deadline(HEAD_TIME);
         if stream.has_received() {
             // Others first: otherwise, pipelined requests would delay single ones.
@@ -83,7 +83,7 @@ impl Connection<'_> {
             }
         };
         let started = Instant::now();
-        self.slot.await_client(); // now for the response
+        self.slot.start_patience(); // now for the response
         if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
             request.keep_alive = false;
         }

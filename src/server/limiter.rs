@@ -1,13 +1,15 @@
 //! How many connections are active at a time, and which one is evicted if more need a slot.
 //!
-//! A connection needs a slot to be served, another to send a list, and another to receive a long
-//! listing. If all slots are taken, the connection that has kept rfw waiting longest is evicted:
+//! A connection needs a slot to be served, and a second one while rfw receives a list from it or sends
+//! it a long listing. If all slots are taken, the connection that has kept rfw waiting longest is evicted:
 //! waiting for a request, for the next 16 KiB of a body, or for the client to accept the next
 //! 16 KiB of a response. It is not evicted before [`Limits::patience`] has passed, nor while rfw
 //! works for it. Connections of an address that holds more than its share, a quarter of the slots,
-//! are evicted before all others and get slots after all others. While others wait for a slot, a
-//! connection is closed after its response ([`Slot::is_wanted`]), so that every client gets a turn.
-//! A connection that has waited for [`MAX_WAIT`] is refused.
+//! are evicted before all others. Of the lists and listings that wait, those of the address with the
+//! fewest slots go first; connections wait in order of arrival, because a listener admits one at a
+//! time. While others wait for a slot, a connection is closed after its response
+//! ([`Slot::is_wanted`]), so that every client gets a turn. A connection that has waited for
+//! [`MAX_WAIT`] is refused.
 
 use crate::clock;
 use crate::mutex::lock;
@@ -180,12 +182,12 @@ impl Slot {
     pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
         let deadline = clock::after(MAX_WAIT);
         let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
-        slot.await_client();
+        slot.start_patience();
         Some(slot)
     }
 
     /// From now on rfw waits for the client.
-    pub fn await_client(&self) {
+    pub fn start_patience(&self) {
         self.update(|state| *state = State::Waiting(Instant::now(), 0));
     }
 
@@ -203,7 +205,7 @@ impl Slot {
     pub fn work<T>(&self, work: impl FnOnce() -> T) -> T {
         self.update(|state| *state = State::Working);
         let result = work();
-        self.await_client();
+        self.start_patience();
         result
     }
 
