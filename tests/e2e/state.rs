@@ -327,7 +327,7 @@ fn one_rfw_per_file() {
         let _rfw = lab.start(CONF);
         let program = env!("CARGO_BIN_EXE_rfw");
         let run = format!(
-            "cd lab; chown root ../rfw rfw.conf white.list; \
+            "cd lab; chown root ../rfw rfw.conf white.list state; \
              unshare -n {program} -f rfw.conf --logfile - 2>&1 || true"
         );
         assert!(sh(&run).contains("state: another rfw uses it"), "{}", sh(&run));
@@ -351,7 +351,7 @@ fn a_file_over_twice_the_list_is_compacted() {
             assert!(!lab.dir.join("state.new").exists());
             // The new file is locked, and written to.
             let run = format!(
-                "cd lab; chown root ../rfw rfw.conf white.list; \
+                "cd lab; chown root ../rfw rfw.conf white.list state; \
                  unshare -n {} -f rfw.conf --logfile - 2>&1 || true",
                 env!("CARGO_BIN_EXE_rfw")
             );
