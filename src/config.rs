@@ -23,7 +23,7 @@ const SETTINGS: &str = "outward.server.port outward.server.ip outward.server.cer
                         auth.username auth.password auth.file default.expire whitelist.file \
                         iptables.path ip6tables.path ipset.path ipset.maxelem state.file";
 
-/// The keys whose values may hold anything.
+/// The keys whose values may contain anything.
 const LITERAL: [&str; 2] = ["auth.username", "auth.password"];
 
 /// The HTTPS server for remote clients.
@@ -32,7 +32,7 @@ pub struct Outward {
     pub port: u16,
     pub certfile: Named,
     pub keyfile: Named,
-    /// Who must have signed the certificates of clients.
+    /// The CA that must have signed the certificates of clients.
     pub clientca: Option<Named>,
     pub tls12: bool,
 }
@@ -43,7 +43,7 @@ pub struct Local {
     pub authentication: bool,
 }
 
-/// What rfw.conf says, relative paths taken from its folder.
+/// The content of rfw.conf. Relative paths start at its folder.
 pub struct Config {
     pub outward: Option<Outward>,
     pub local: Option<Local>,
@@ -51,22 +51,23 @@ pub struct Config {
     /// The file that names more users.
     pub users: Option<Named>,
     pub non_restful: bool,
-    /// Seconds; 0 is for ever.
+    /// Seconds; 0 means permanent.
     pub default_expire: u64,
     pub whitelist: Named,
-    /// An absolute path or a bare name, as is the next one.
+    /// An absolute path or a bare name, like `ip6tables`.
     pub iptables: Named,
     pub ip6tables: Named,
-    /// Whether sets are used, and how many entries one may have.
+    /// Names the program if addresses are kept in sets.
     pub ipset: Option<Named>,
+    /// The maximum number of addresses in a set.
     pub maxelem: usize,
-    /// The file that keeps the list over a reboot.
+    /// The file that preserves the list across reboots.
     pub state: Option<Named>,
-    /// What is probably a mistake.
+    /// Probable mistakes.
     pub warnings: Vec<LineError>,
 }
 
-/// A path, and the line that names it; 0 is none.
+/// A path, and the line of rfw.conf that names it; 0 for a default.
 pub struct Named {
     pub path: PathBuf,
     pub line: usize,
@@ -77,85 +78,45 @@ fn error<T>(line: usize, message: impl Into<String>) -> Result<T, LineError> {
 }
 
 impl Config {
-    /// Reads the text of a file in `folder`.
+    /// Parses the text of a file in `folder`.
     pub fn parse(text: &str, folder: &Path) -> Result<Config, LineError> {
-        let entries = Entries::parse(text)?;
-        let named = |key: &str, because: usize| {
-            let value = entries.needed(key, because)?;
-            Ok(Named { path: folder.join(value), line: entries.flag(key).unwrap_or(0) })
-        };
-        let optional = |key| entries.flag(key).map(|line| named(key, line)).transpose();
-        let port = |key: &str, default: u16| {
-            let port =
-                |value: &str| value.parse().ok().filter(|port| is_number(value) && *port > 0);
-            entries.get(key, default, "a TCP port, 1 to 65535", port)
-        };
-        let what = "an address to listen on, such as 0.0.0.0 or ::";
-        let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-        let ip = entries.get("outward.server.ip", any, what, |value| value.parse().ok())?;
-        let outward_port = port("outward.server.port", 7393)?;
-        let local_port = port("local.server.port", 7390)?;
-        let outward = |line| {
-            Ok(Outward {
-                ip,
-                port: outward_port,
-                certfile: named("outward.server.certfile", line)?,
-                keyfile: named("outward.server.keyfile", line)?,
-                clientca: optional("outward.server.clientca")?,
-                tls12: entries.flag("outward.server.tls12").is_some(),
-            })
-        };
-        let authentication = entries.flag("local.server.authentication").is_some();
-        let local = |_| Local { port: local_port, authentication };
-        let outward = entries.flag("outward.server").map(outward).transpose()?;
-        let local = entries.flag("local.server").map(local);
-        if outward.is_none() && local.is_none() {
-            return error(0, "no server is on; add a line outward.server or local.server");
-        }
-        let loopback = outward.is_some() && (ip.is_unspecified() || ip.is_loopback());
-        if local.is_some() && loopback && outward_port == local_port {
-            let line = entries.flag("local.server").unwrap_or(0);
-            return error(line, format!("both servers are on port {local_port}"));
-        }
+        let entries = Entries::parse(text, folder)?;
+        let (outward, local) = (entries.outward()?, entries.local()?);
+        entries.check_servers(outward.as_ref(), local.as_ref())?;
         let count =
             |value: &str| value.parse().ok().filter(|count: &u32| is_number(value) && *count > 0);
         let maxelem =
             entries.get("ipset.maxelem", 1_048_576, "a number, 1 to 4294967295", count)?;
-        let ipset = entries.flag("ipset.path").map(|line| {
+        let ipset = entries.line("ipset.path").map(|line| {
             let path = entries.get("ipset.path", PathBuf::new(), ABSOLUTE, absolute)?;
             Ok(Named { path, line })
         });
-        let iptables = entries.get("iptables.path", "/sbin/iptables".into(), PROGRAM, program)?;
-        let ip6tables = beside(&iptables);
+        let iptables = entries.program("iptables.path", "/sbin/iptables".into())?;
         let default_expire = entries.get("default.expire", 0, interval::FORM, interval::parse)?;
         if ipset.is_some() && default_expire > u64::from(LONGEST_IN_SET) {
-            let line = entries.flag("default.expire").unwrap_or(0);
             return error(
-                line,
-                format!("with ipset.path, default.expire is {LONGEST_IN_SET} s at most"),
+                entries.line("default.expire").unwrap_or(0),
+                format!("with ipset.path, default.expire may be at most {LONGEST_IN_SET} s"),
             );
         }
         Ok(Config {
-            credentials: entries.credentials(&local)?,
-            users: optional("auth.file")?,
+            credentials: entries.credentials(local.as_ref())?,
+            users: entries.optional("auth.file")?,
             outward,
             local,
-            non_restful: entries.flag("non.restful").is_some(),
+            non_restful: entries.line("non.restful").is_some(),
             default_expire,
             ipset: ipset.transpose()?,
             maxelem: usize::try_from(maxelem).unwrap_or(usize::MAX),
-            state: optional("state.file")?,
-            whitelist: named("whitelist.file", 0)?,
-            ip6tables: Named {
-                path: entries.get("ip6tables.path", ip6tables, PROGRAM, program)?,
-                line: entries.flag("ip6tables.path").unwrap_or(0),
-            },
-            iptables: Named { path: iptables, line: entries.flag("iptables.path").unwrap_or(0) },
+            state: entries.optional("state.file")?,
+            whitelist: entries.named("whitelist.file", 0)?,
+            ip6tables: entries.program("ip6tables.path", ip6tables_for(&iptables.path))?,
+            iptables,
             warnings: entries.warnings(),
         })
     }
 
-    /// What is on and what is off, a line each.
+    /// One line for each feature: ON with its details, or OFF.
     pub fn summary(&self, users: usize) -> String {
         let show = |named: &Named| named.path.display().to_string();
         let outward = self.outward.as_ref().map(|outward| {
@@ -194,17 +155,17 @@ fn absolute(value: &str) -> Option<PathBuf> {
     Some(PathBuf::from(value)).filter(|path| path.is_absolute())
 }
 
-const PROGRAM: &str = "an absolute path, or a name that is in /sbin or /usr/sbin";
+const PROGRAM: &str = "an absolute path, or the name of a program in /sbin or /usr/sbin";
 
-/// An absolute path or, as 0.2.2 shipped it, a bare name.
+/// An absolute path or, as in the rfw.conf of 0.2.2, a bare name.
 fn program(value: &str) -> Option<PathBuf> {
     let path = PathBuf::from(value);
     let is_bare = path.file_name() == Some(path.as_os_str());
     Some(path).filter(|path| is_bare || path.is_absolute())
 }
 
-/// `/sbin/iptables-nft` has `/sbin/ip6tables-nft` beside it.
-fn beside(iptables: &Path) -> PathBuf {
+/// The ip6tables of the same variant: `/sbin/ip6tables-nft` for `/sbin/iptables-nft`.
+fn ip6tables_for(iptables: &Path) -> PathBuf {
     let name = iptables.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     match name.strip_prefix("iptables") {
         Some(variant) => iptables.with_file_name(format!("ip6tables{variant}")),
@@ -212,12 +173,15 @@ fn beside(iptables: &Path) -> PathBuf {
     }
 }
 
-/// The keys of a file, each with its line and, unless it is a flag, its value.
-struct Entries<'a>(HashMap<&'a str, (usize, &'a str)>);
+struct Entries<'a> {
+    /// Each key with its line and, unless it is a flag, its value.
+    keys: HashMap<&'a str, (usize, &'a str)>,
+    folder: &'a Path,
+}
 
 impl<'a> Entries<'a> {
-    fn parse(text: &'a str) -> Result<Entries<'a>, LineError> {
-        let mut entries = HashMap::new();
+    fn parse(text: &'a str, folder: &'a Path) -> Result<Entries<'a>, LineError> {
+        let mut keys = HashMap::new();
         let mut section = false;
         for (number, line) in (1..).zip(text.lines().map(str::trim)) {
             if line.is_empty() || line.starts_with(['#', ';']) {
@@ -225,91 +189,155 @@ impl<'a> Entries<'a> {
             }
             if line.starts_with('[') {
                 if section || line != "[config]" {
-                    return error(number, "[config], once, is the only section");
+                    return error(number, "the only section is [config], which must occur once");
                 }
                 section = true;
                 continue;
             }
             if !section {
-                return error(number, "[config] is missing; write it in a line before this one");
+                return error(number, "[config] is missing; write it on a line before this one");
             }
             let (key, value) =
                 entry(line).map_err(|message| LineError { line: number, message })?;
-            if let Some((first, _)) = entries.insert(key, (number, value)) {
+            if let Some((first, _)) = keys.insert(key, (number, value)) {
                 return error(number, format!("{key} is already set in line {first}"));
             }
         }
-        Ok(Entries(entries))
+        Ok(Entries { keys, folder })
     }
 
-    /// The line of a key that is there.
-    fn flag(&self, key: &str) -> Option<usize> {
-        self.0.get(key).map(|(line, _)| *line)
+    fn outward(&self) -> Result<Option<Outward>, LineError> {
+        let form = "an address to listen on, such as 0.0.0.0 or ::";
+        let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+        let ip = self.get("outward.server.ip", any, form, |value| value.parse().ok())?;
+        let port = self.port("outward.server.port", 7393)?;
+        let Some(line) = self.line("outward.server") else { return Ok(None) };
+        Ok(Some(Outward {
+            ip,
+            port,
+            certfile: self.named("outward.server.certfile", line)?,
+            keyfile: self.named("outward.server.keyfile", line)?,
+            clientca: self.optional("outward.server.clientca")?,
+            tls12: self.line("outward.server.tls12").is_some(),
+        }))
+    }
+
+    fn local(&self) -> Result<Option<Local>, LineError> {
+        let port = self.port("local.server.port", 7390)?;
+        let authentication = self.line("local.server.authentication").is_some();
+        Ok(self.line("local.server").map(|_| Local { port, authentication }))
+    }
+
+    fn check_servers(
+        &self,
+        outward: Option<&Outward>,
+        local: Option<&Local>,
+    ) -> Result<(), LineError> {
+        let (outward, local) = match (outward, local) {
+            (None, None) => {
+                return error(0, "no server is enabled; add a line outward.server or local.server");
+            }
+            (Some(outward), Some(local)) => (outward, local),
+            _ => return Ok(()),
+        };
+        let includes_loopback = outward.ip.is_unspecified() || outward.ip.is_loopback();
+        if includes_loopback && outward.port == local.port {
+            let line = self.line("local.server").unwrap_or(0);
+            return error(line, format!("both servers use port {}", local.port));
+        }
+        Ok(())
+    }
+
+    /// The line that sets a key.
+    fn line(&self, key: &str) -> Option<usize> {
+        self.keys.get(key).map(|(line, _)| *line)
     }
 
     fn get<T>(
         &self,
         key: &str,
         default: T,
-        what: &str,
-        read: impl Fn(&str) -> Option<T>,
+        form: &str,
+        parse: impl Fn(&str) -> Option<T>,
     ) -> Result<T, LineError> {
-        match self.0.get(key) {
+        match self.keys.get(key) {
             None => Ok(default),
-            Some((line, value)) => match read(value) {
-                Some(read) => Ok(read),
-                None => error(*line, format!("{key} = {value} is not valid; write {what}")),
+            Some((line, value)) => match parse(value) {
+                Some(parsed) => Ok(parsed),
+                None => error(*line, format!("{key} = {value} is not valid; write {form}")),
             },
         }
     }
 
-    fn needed(&self, key: &str, line: usize) -> Result<&'a str, LineError> {
-        match self.0.get(key) {
+    fn port(&self, key: &str, default: u16) -> Result<u16, LineError> {
+        let parse = |value: &str| value.parse().ok().filter(|port| is_number(value) && *port > 0);
+        self.get(key, default, "a TCP port, 1 to 65535", parse)
+    }
+
+    fn program(&self, key: &str, default: PathBuf) -> Result<Named, LineError> {
+        let path = self.get(key, default, PROGRAM, program)?;
+        Ok(Named { path, line: self.line(key).unwrap_or(0) })
+    }
+
+    fn optional(&self, key: &str) -> Result<Option<Named>, LineError> {
+        self.line(key).map(|line| self.named(key, line)).transpose()
+    }
+
+    /// A path that `line` requires.
+    fn named(&self, key: &str, line: usize) -> Result<Named, LineError> {
+        let path = self.folder.join(self.required(key, line)?);
+        Ok(Named { path, line: self.line(key).unwrap_or(0) })
+    }
+
+    /// A value that `line` requires.
+    fn required(&self, key: &str, line: usize) -> Result<&'a str, LineError> {
+        match self.keys.get(key) {
             Some((_, value)) => Ok(value),
             None => error(line, format!("{key} is missing; add a line {key} = ...")),
         }
     }
 
-    /// The user, whom the outward server needs, and the local one if it asks, where there is no
-    /// auth.file.
-    fn credentials(&self, local: &Option<Local>) -> Result<Option<Credentials>, LineError> {
-        let local = local.as_ref().is_some_and(|local| local.authentication);
-        let asking = self.flag("outward.server").or(self.flag("local.server").filter(|_| local));
-        let set = ["auth.username", "auth.password"].iter().any(|key| self.0.contains_key(key));
-        if !set && (asking.is_none() || self.flag("auth.file").is_some()) {
+    /// The user in rfw.conf. A server with authentication requires one, unless there is an auth.file.
+    fn credentials(&self, local: Option<&Local>) -> Result<Option<Credentials>, LineError> {
+        let local = self.line("local.server").filter(|_| local.is_some_and(|l| l.authentication));
+        let required_by = self.line("outward.server").or(local);
+        let set = ["auth.username", "auth.password"].iter().any(|key| self.line(key).is_some());
+        if !set && (required_by.is_none() || self.line("auth.file").is_some()) {
             return Ok(None);
         }
-        let line = asking.unwrap_or(0);
-        let user = self.needed("auth.username", line)?;
-        let password = self.needed("auth.password", line)?;
+        let line = required_by.unwrap_or(0);
+        let user = self.required("auth.username", line)?;
+        let password = self.required("auth.password", line)?;
         match Credentials::new(user, password) {
             Some(credentials) => Ok(Some(credentials)),
             None => error(
-                self.flag("auth.username").unwrap_or(0),
-                "auth.username contains a colon, or it or auth.password a control character",
+                self.line("auth.username").unwrap_or(0),
+                "auth.username contains a colon, or it or auth.password contains a control character",
             ),
         }
     }
 
-    /// Where a user or password has quotes or a comment: it may be meant, and 0.2.2 took it so.
+    /// Warns of quotes and comments in a user name or password. They may be intended; 0.2.2 took them
+    /// literally, too.
     fn warnings(&self) -> Vec<LineError> {
         let warning = |key: &&str| {
-            let (line, value) = *self.0.get(*key)?;
+            let (line, value) = *self.keys.get(*key)?;
             let is_quoted = |quote| value.strip_prefix(quote).is_some_and(|v| v.ends_with(quote));
             let part = match ['"', '\''].into_iter().any(is_quoted) {
                 true => "its quotes",
                 false if has_comment(value) => "what looks like a comment",
                 false => return None,
             };
-            let message =
-                format!("{key} is taken literally, with {part}; remove them if not meant");
+            let message = format!(
+                "{key} is taken literally, including {part}; correct it if that is not intended"
+            );
             Some(LineError { line, message })
         };
         LITERAL.iter().filter_map(warning).collect()
     }
 }
 
-/// Reads a line that sets a key. No error shows a password.
+/// Parses a line that sets a key. No error shows a password.
 fn entry(line: &str) -> Result<(&str, &str), String> {
     let (key, value) = match line.split_once('=') {
         None => (line, None),
@@ -394,7 +422,7 @@ mod tests {
         let ipset = config.ipset.unwrap();
         assert_eq!((ipset.path.as_path(), ipset.line), (Path::new("/s"), 4));
         assert_eq!((config.maxelem, config.default_expire), (1, 2_147_483));
-        // Without sets no expiry is too long.
+        // Without sets, no expiry is too long.
         assert!(parse(&format!("{LEAST}default.expire = 25d")).is_ok());
         // One port on two addresses.
         let text = format!(
@@ -403,9 +431,9 @@ mod tests {
         );
         let outward = parse(&text).unwrap().outward.unwrap();
         assert_eq!(outward.clientca.unwrap().path, Path::new("/etc/rfw/ca"));
-        // The local server may have a user whom it does not ask for.
+        // A user without authentication is allowed.
         assert!(parse(&format!("{LEAST}auth.username = a\nauth.password = b")).is_ok());
-        // A file of users is enough, and may go with that user.
+        // A users file suffices, and may be combined with a user in rfw.conf.
         let keys = "local.server.authentication\nauth.file = users";
         let config = parse(&format!("{LEAST}{keys}")).unwrap();
         let users = config.users.unwrap();
@@ -417,7 +445,7 @@ mod tests {
 
     /// The line that names a file, for messages about the file.
     #[test]
-    fn lines_of_names() {
+    fn lines_that_name_files() {
         let config = parse(LEAST).unwrap();
         let lines = [&config.whitelist, &config.iptables, &config.ip6tables].map(|n| n.line);
         assert_eq!(lines, [3, 0, 0]);
@@ -476,8 +504,8 @@ mod tests {
     }
 
     #[test]
-    fn wrong_files() {
-        // Each behind the three lines of LEAST.
+    fn invalid_files() {
+        // Each after the three lines of LEAST.
         let table = [
             ("colour = red", 4, "unknown key 'colour'"),
             ("local.servr", 4, "'local.servr' (did you mean local.server?)"),
@@ -512,7 +540,7 @@ mod tests {
             ("ipset.maxelem = 0", 4, "4294967295"),
             ("ipset.maxelem = +1", 4, "4294967295"),
             ("ipset.path = ipset", 4, "absolute"),
-            ("default.expire = 2147484\nipset.path = /s", 4, "2147483 s at most"),
+            ("default.expire = 2147484\nipset.path = /s", 4, "at most 2147483 s"),
             ("iptables.path = sbin/iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),
             ("outward.server", 4, "outward.server.certfile is missing"),
@@ -522,12 +550,12 @@ mod tests {
             ("auth.file =", 4, "no value"),
             ("auth.file = u\nauth.username = a", 0, "auth.password is missing"),
         ];
-        for (lines, line, words) in table {
+        for (lines, line, part) in table {
             let error = parse(&format!("{LEAST}{lines}\n")).err().unwrap();
             assert_eq!(error.line, line, "{lines}: {}", error.message);
-            assert!(error.message.contains(words), "{lines}: {}", error.message);
+            assert!(error.message.contains(part), "{lines}: {}", error.message);
         }
-        let whole = [
+        let whole_files = [
             ("", 0, "no server"),
             ("local.server\n", 1, "[config] is missing"),
             ("[other]\nlocal.server\n", 1, "only section"),
@@ -535,10 +563,10 @@ mod tests {
             ("[config]\nwhitelist.file = w\n", 0, "no server"),
             ("[config]\noutward.server.ip = localhost\noutward.server\n", 2, "listen"),
         ];
-        for (text, line, words) in whole {
+        for (text, line, part) in whole_files {
             let error = parse(text).err().unwrap();
             assert_eq!(error.line, line, "{text}: {}", error.message);
-            assert!(error.message.contains(words), "{text}: {}", error.message);
+            assert!(error.message.contains(part), "{text}: {}", error.message);
         }
     }
 }

@@ -1,20 +1,20 @@
-//! Files that decide who may do what, and those with secrets: who may own, write and read them.
+//! Checks who may own, write and read the files that configure rfw, and those that contain secrets.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// What users other than its owner may do with a file. Nobody else may write to it.
+/// What users other than the owner may do with a file; none may write to it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     Readable,
-    /// Nothing: it holds a private key or a password.
+    /// Nothing: it contains a private key or a password.
     Secret,
 }
 
-/// Checks that root or this program's own user owns a file, and what others may do with it. The
-/// error says what is wrong, and the command that corrects it.
+/// Checks that root or the user who runs this program owns a file, and what others may do with it. The
+/// error says what is wrong, and which command corrects it.
 pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String> {
     let (name, owner, own) = (file.display(), data.uid(), own_user());
     if ![0, own].contains(&owner) {
@@ -25,7 +25,7 @@ pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String>
     if data.mode() & 0o022 != 0 {
         return Err(format!("other users can write to it; run {chmod} {name}"));
     }
-    // The group root may read it: systemd passes credentials that way (the mask of their ACL).
+    // Group root may read it: systemd passes credentials with that mode (the mask of their ACL).
     let may_read = if data.gid() == 0 { 0o004 } else { 0o044 };
     if access == Access::Secret && data.mode() & may_read != 0 {
         return Err(format!("other users can read the secret in it; run {chmod} {name}"));
@@ -33,7 +33,7 @@ pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String>
     Ok(())
 }
 
-/// Reads a file, once it is checked.
+/// Checks a file, then reads it.
 pub fn read(file: &Path, access: Access) -> Result<Vec<u8>, String> {
     let name = file.display();
     let failed = |error: io::Error| format!("{name}: cannot read it: {error}");
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// Owners are for the end-to-end tests: only root can give a file away.
+    /// Owners are tested end to end, because only root can give a file away.
     #[test]
     fn modes() {
         let path = std::env::temp_dir().join(format!("rfw-file-{}", std::process::id()));

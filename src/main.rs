@@ -1,4 +1,4 @@
-//! Start-up, in order, top to bottom; then the threads.
+//! The program: the command line, then the start from top to bottom, then the threads.
 
 use rfw::api::Grammar;
 use rfw::client;
@@ -38,21 +38,21 @@ use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const SECONDS_PER_DAY: u32 = 86_400;
-/// How long rfw waits for another one to end; the message says so, too.
+/// How long rfw waits for another instance to end; the message of [`take_lock`] names it, too.
 const LOCK_LIMIT: Duration = Duration::from_secs(15);
 const USAGE: &str = "\
 usage: rfw [-f FILE] [--loglevel LEVEL] [--logfile FILE] [-v] [-t] [-V] [-h]
-       rfw client ...    the client, also called rfwc; rfw client -h shows how
+       rfw client ...    the client, also called rfwc; see rfw client -h
 
 A REST server that blocks and allows IP addresses in iptables.
 
-  -f FILE           configuration, default /etc/rfw/rfw.conf
+  -f FILE           configuration file, default /etc/rfw/rfw.conf
   --loglevel LEVEL  DEBUG, INFO (default), WARNING, ERROR or CRITICAL
-  --logfile FILE    default /var/log/rfw.log; - is standard error only
-  -v                everything on standard error too
-  -t                check the configuration and what it names, and exit
+  --logfile FILE    log file, default /var/log/rfw.log; - for standard error only
+  -v                also log everything to standard error
+  -t                check the configuration and everything it names, and exit
   -V, --version     print the version
-  -h, --help        print this
+  -h, --help        print this help
 ";
 
 fn main() -> ExitCode {
@@ -70,11 +70,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let output = match options.ask {
-        Ask::Help => Ok(USAGE.into()),
-        Ask::Version => Ok(format!("rfw {VERSION}\n")),
-        Ask::Check => check(&options.file),
-        Ask::Run => run(&options).map(|never| match never {}),
+    let output = match options.mode {
+        Mode::Help => Ok(USAGE.into()),
+        Mode::Version => Ok(format!("rfw {VERSION}\n")),
+        Mode::Check => check(&options.file),
+        Mode::Run => run(&options).map(|never| match never {}),
     };
     match output.and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,7 +91,7 @@ fn print(text: &str) -> Result<(), String> {
     written.map_err(|error| format!("cannot write to standard output: {error}"))
 }
 
-enum Ask {
+enum Mode {
     Run,
     Check,
     Help,
@@ -99,7 +99,7 @@ enum Ask {
 }
 
 struct Options {
-    ask: Ask,
+    mode: Mode,
     file: PathBuf,
     level: Level,
     logfile: PathBuf,
@@ -110,7 +110,7 @@ impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         let (file, logfile) = ("/etc/rfw/rfw.conf".into(), "/var/log/rfw.log".into());
         let mut options =
-            Options { ask: Ask::Run, file, level: Level::Info, logfile, verbose: false };
+            Options { mode: Mode::Run, file, level: Level::Info, logfile, verbose: false };
         while let Some(arg) = args.next() {
             let (name, joined) = Options::split(&arg);
             let mut value = || {
@@ -122,14 +122,14 @@ impl Options {
                 "--logfile" => options.logfile = value()?.into(),
                 "--loglevel" => {
                     let level = value()?;
-                    let wrong =
+                    let message =
                         format!("{name} {level}: write DEBUG, INFO, WARNING, ERROR or CRITICAL");
-                    options.level = Level::parse(&level).ok_or(wrong)?;
+                    options.level = Level::parse(&level).ok_or(message)?;
                 }
                 "-v" => options.verbose = true,
-                "-t" => options.ask = Ask::Check,
-                "-V" | "--version" => return Ok(Options { ask: Ask::Version, ..options }),
-                "-h" | "--help" => return Ok(Options { ask: Ask::Help, ..options }),
+                "-t" => options.mode = Mode::Check,
+                "-V" | "--version" => return Ok(Options { mode: Mode::Version, ..options }),
+                "-h" | "--help" => return Ok(Options { mode: Mode::Help, ..options }),
                 _ if !arg.starts_with('-') => return Err(format!("unexpected argument {arg}")),
                 _ => {
                     let hint = nearest::option_hint(name, USAGE);
@@ -140,7 +140,7 @@ impl Options {
         Ok(options)
     }
 
-    /// An option that takes a value, and the value if it is joined to it: `--logfile=FILE`, `-fFILE`.
+    /// Splits an option from a value that is joined to it: `--logfile=FILE`, `-fFILE`.
     fn split(arg: &str) -> (&str, Option<&str>) {
         if let Some(file) = arg.strip_prefix("-f").filter(|file| !file.is_empty()) {
             return ("-f", Some(file));
@@ -152,7 +152,7 @@ impl Options {
     }
 }
 
-/// What `-t` prints.
+/// Checks the configuration and returns the output of `-t`.
 fn check(file: &Path) -> Result<String, String> {
     let Setup { config, users, acceptor, .. } = Setup::load(file)?;
     let warnings = config.warnings.iter();
@@ -164,16 +164,16 @@ fn check(file: &Path) -> Result<String, String> {
     Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count())))
 }
 
-/// Starts, and runs until it is killed; the error is a sentence.
+/// Starts rfw and runs until it is killed. The error is a sentence.
 fn run(options: &Options) -> Result<Infallible, String> {
     let Setup { config, whitelist, users, acceptor } = Setup::load(&options.file)?;
     let opened = open_log(options);
-    let (log, in_file) = opened.map_err(|error| format!("cannot start the log: {error}"))?;
+    let (log, file_only) = opened.map_err(|error| format!("cannot start the log: {error}"))?;
     for warning in &config.warnings {
         log.warning(format_args!("{}", at(&options.file, warning)));
     }
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
-    let lock = take_lock(&log, in_file)?;
+    let lock = take_lock(&log, file_only)?;
     let (tools, ipv6) = open_tools(&config, lock, &log);
     let mut metrics = Metrics::default();
     metrics.certificate_expires = acceptor.as_ref().map(|acceptor| acceptor.expires);
@@ -182,13 +182,13 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let firewall = start_firewall(&config, tools, &whitelist, &log, &metrics)?;
     if let Err(error) = host::list_addresses() {
         log.warning(format_args!(
-            "only white.list protects this host's own addresses from blocks and lists: {error}"
+            "cannot list this host's own addresses, so only white.list protects them: {error}"
         ));
     }
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
-    if in_file && io::stderr().is_terminal() {
-        tell(format!("listening at {addresses}, logging to {}", options.logfile.display()));
+    if file_only && io::stderr().is_terminal() {
+        print_notice(format!("listening at {addresses}, logging to {}", options.logfile.display()));
     }
     let Config { default_expire, non_restful, .. } = config;
     let grammar = Grammar { default_expire, non_restful, sets: config.ipset.is_some(), ipv6 };
@@ -214,13 +214,13 @@ fn run(options: &Options) -> Result<Infallible, String> {
     tick(&server, &config)
 }
 
-fn take_lock(log: &Log, in_file: bool) -> Result<InstanceLock, String> {
+fn take_lock(log: &Log, file_only: bool) -> Result<InstanceLock, String> {
     InstanceLock::take(LOCK_LIMIT, || {
-        let waiting =
-            "another rfw, or a program that a killed one started, still runs; waiting up to 15 s";
+        let waiting = "another rfw, or a program that a killed one started, is still running; \
+                       waiting up to 15 s";
         log.warning(format_args!("{waiting}"));
-        if in_file {
-            tell(waiting.into());
+        if file_only {
+            print_notice(waiting.into());
         }
     })
 }
@@ -247,19 +247,19 @@ fn start_firewall(
     log: &Arc<Log>,
     metrics: &Arc<Metrics>,
 ) -> Result<Firewall, String> {
-    let in_state = |error| match &config.state {
+    let with_path = |error| match &config.state {
         Some(state) => at(&state.path, &error),
         None => error.message,
     };
     let state = config.state.as_ref().map(|state| StateFile::open(&state.path));
-    let state = state.transpose().map_err(in_state)?;
+    let state = state.transpose().map_err(with_path)?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let (log, metrics) = (log.clone(), metrics.clone());
     let firewall = Firewall::start(tools, state, sets, guarded, whitelist, log, metrics);
     firewall.map_err(|error| match error {
         StartError::Message(message) => message,
-        StartError::State(error) => in_state(error),
+        StartError::State(error) => with_path(error),
     })
 }
 
@@ -277,25 +277,26 @@ fn tick(server: &Server, config: &Config) -> ! {
     }
 }
 
-/// What `-t`, the start and each day's check say of the certificate's expiry.
+/// A notice if the certificate expires soon: for `-t`, the start and the daily check.
 fn certificate_notice(config: &Config, expires: Option<Duration>) -> Option<(Level, String)> {
     expiry_notice(&config.outward.as_ref()?.certfile.path, expires?, clock::wall())
 }
 
-/// Writes to standard error from a thread of its own: a terminal can be stopped (Ctrl-S).
-fn tell(text: String) {
+/// Writes to standard error from its own thread, because a stopped terminal (Ctrl-S) blocks.
+fn print_notice(text: String) {
     thread::spawn(move || writeln!(io::stderr(), "rfw: {text}"));
 }
 
-/// The log, and whether only its file has it. One that cannot be opened does not stop the firewall.
+/// Opens the log and returns whether it goes only to a file. If the file cannot be opened, rfw
+/// starts all the same.
 fn open_log(options: &Options) -> io::Result<(Log, bool)> {
     let mut log = Log::default();
     let name = options.logfile.as_path();
-    // To open a FIFO that nobody reads waits for a reader, unless it is opened for reading, too.
+    // Opening a FIFO for writing waits for a reader, unless it is opened for reading, too.
     let open = || File::options().read(true).append(true).create(true).mode(0o640).open(name);
     let file = (name != Path::new("-")).then(open);
-    let in_file = !options.verbose && matches!(file, Some(Ok(_)));
-    if !in_file {
+    let file_only = !options.verbose && matches!(file, Some(Ok(_)));
+    if !file_only {
         log.add(stderr()?, if options.verbose { Level::Debug } else { options.level })?;
     }
     match file {
@@ -303,10 +304,10 @@ fn open_log(options: &Options) -> io::Result<(Log, bool)> {
         Some(Err(error)) => log.warning(format_args!("cannot write {}: {error}", name.display())),
         None => {}
     }
-    Ok((log, in_file))
+    Ok((log, file_only))
 }
 
-/// Standard error without the lock of [`io::stderr`], which a blocked writer would hold.
+/// Standard error without the lock of [`io::stderr`], which a blocked writer would keep.
 fn stderr() -> io::Result<File> {
     io::stderr().as_fd().try_clone_to_owned().map(File::from)
 }

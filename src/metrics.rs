@@ -1,4 +1,4 @@
-//! What rfw has done since it started and what it keeps, for Prometheus (text format 0.0.4).
+//! Counters since the start, and the rules that rfw keeps, for Prometheus (text format 0.0.4).
 
 use crate::mutex::lock;
 use crate::rule::tag::Tag;
@@ -9,8 +9,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Goes up, or says how many there are now; as wide as the processor's words, because
-/// mips knows no wider atomics. Each stands for itself, so nothing need be ordered.
+/// A counter or gauge. It has the width of a machine word, because mips has no wider atomics. The
+/// numbers are independent of each other, so no memory ordering is needed.
 #[derive(Default)]
 pub struct Number(AtomicUsize);
 
@@ -19,7 +19,7 @@ impl Number {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
-    pub fn less_one(&self) {
+    pub fn decrement(&self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -30,7 +30,7 @@ impl fmt::Display for Number {
     }
 }
 
-/// What rules are counted by.
+/// How rules are grouped for counting.
 pub type Label = (Chain, Target, Tag);
 
 /// The rules of a label, and the packets and bytes that they have matched.
@@ -45,7 +45,7 @@ pub struct Usage {
 pub struct Metrics {
     /// As of the last check of the kernel.
     usage: Mutex<BTreeMap<Label, Usage>>,
-    /// With an outward server: when the first certificate of its chain expires, as Unix time.
+    /// When the first certificate of the outward server's chain expires, as Unix time.
     pub certificate_expires: Option<Duration>,
     pub batches: Number,
     pub kernel_failures: Number,
@@ -62,18 +62,18 @@ impl Metrics {
         *lock(&self.usage) = usage;
     }
 
-    /// How many rules rfw keeps of those that a filter covers.
+    /// The number of rules that a filter covers.
     pub fn rules_in(&self, filter: &Filter) -> usize {
         let usage = lock(&self.usage);
         let counted = usage.iter().filter(|((chain, _, tag), _)| filter.covers(*chain, *tag));
         counted.fold(0, |sum, (_, usage)| sum.saturating_add(usage.rules))
     }
 
-    /// All of them, each with its help and type.
+    /// All metrics, each with its help and type.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &str| {
-            // A String takes everything.
+            // Writing to a String never fails.
             let _ = writeln!(text, "# HELP rfw_{name} {help}\n# TYPE rfw_{name} {kind}");
             for sample in samples.lines() {
                 let _ = writeln!(text, "rfw_{name}{sample}");
@@ -91,25 +91,25 @@ impl Metrics {
             usage.iter().map(sample).collect::<String>()
         };
         let rules = samples(|usage| usage.rules as u64);
-        family("rules", "gauge", "Rules that rfw keeps, addresses in sets included.", &rules);
+        family("rules", "gauge", "Rules that rfw keeps, including addresses in sets.", &rules);
         let (packets, bytes) = (samples(|usage| usage.packets), samples(|usage| usage.bytes));
         family("packets_total", "counter", "Packets that rules have matched.", &packets);
         family("bytes_total", "counter", "Bytes that rules have matched.", &bytes);
         let open = format!(" {}", self.open_connections);
-        family("connections", "gauge", "Connections that are served now.", &open);
+        family("connections", "gauge", "Open connections.", &open);
         if let Some(time) = self.certificate_expires {
             let help = "When the server's certificate expires.";
             let time = format!(" {}", time.as_secs());
             family("certificate_expires_timestamp_seconds", "gauge", help, &time);
         }
         let counters = [
-            ("batches", "Batches of changes that were carried out.", &self.batches),
-            ("kernel_failures", "Changes and looks that failed.", &self.kernel_failures),
-            ("restored_rules", "Rules put back that others had removed.", &self.restored),
-            ("overtaken", "Times that others' rules were found before rfw's.", &self.overtaken),
+            ("batches", "Batches of changes.", &self.batches),
+            ("kernel_failures", "Changes and checks that failed.", &self.kernel_failures),
+            ("restored_rules", "Rules restored after others removed them.", &self.restored),
+            ("overtaken", "Times that foreign rules preceded rfw's.", &self.overtaken),
             ("expired_rules", "Rules deleted at their expiry.", &self.expired),
-            ("refused_logins", "Requests with credentials wrong or missing.", &self.refused_logins),
-            ("accepted_connections", "Connections that found a place.", &self.connections),
+            ("refused_logins", "Requests with wrong or missing credentials.", &self.refused_logins),
+            ("accepted_connections", "Connections that were served.", &self.connections),
         ];
         for (name, help, number) in counters {
             family(&format!("{name}_total"), "counter", help, &format!(" {number}"));
@@ -147,10 +147,10 @@ mod tests {
         }
         metrics.expired.add(3);
         metrics.open_connections.add(2);
-        metrics.open_connections.less_one();
+        metrics.open_connections.decrement();
         let text = metrics.text();
         for line in [
-            "# HELP rfw_rules Rules that rfw keeps, addresses in sets included.",
+            "# HELP rfw_rules Rules that rfw keeps, including addresses in sets.",
             "# TYPE rfw_rules gauge",
             "rfw_rules{chain=\"FORWARD\",target=\"ACCEPT\",tag=\"\"} 7",
             "rfw_rules{chain=\"INPUT\",target=\"DROP\",tag=\"feed\"} 2",

@@ -1,7 +1,7 @@
-//! What somebody meant who mistyped a key or an option.
+//! The likely meaning of a mistyped key or option.
 
-/// ` (did you mean WORD?)` with the known word nearest to an unknown one, or nothing if none is
-/// near: two of three characters must be right.
+/// ` (did you mean WORD?)` with the known word nearest to an unknown one, or nothing if more than a
+/// third of its characters are wrong.
 pub fn hint<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
     let near = known.map(|word| (distance(&unknown.to_lowercase(), word), word)).min();
     match near.filter(|(distance, _)| *distance <= unknown.chars().count() / 3) {
@@ -10,7 +10,7 @@ pub fn hint<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
     }
 }
 
-/// The same for an option, among those of a usage text.
+/// The same for an option in a usage text.
 pub fn option_hint(unknown: &str, usage: &str) -> String {
     let words = usage.split(['[', ']', ' ', ',', '\n']);
     hint(unknown, words.filter(|word| word.starts_with('-')))

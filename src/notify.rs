@@ -8,7 +8,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 use std::{env, io};
 
-/// How long a supervisor that reads nothing may hold up rfw.
+/// How long a supervisor that reads nothing may delay rfw.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Sends `READY=1` to the socket that NOTIFY_SOCKET names, a path or `@` and an abstract name.

@@ -1,5 +1,4 @@
-//! rfw.conf and everything that it names, read and checked. Each error is a sentence that names file and
-//! line.
+//! Reads and checks rfw.conf and everything that it names. Each error is a sentence with file and line.
 
 use crate::config::{Config, Named, Outward};
 use crate::file::{self, Access};
@@ -34,12 +33,12 @@ impl Setup {
         let source = Source(file);
         let list = &config.whitelist;
         let text = file::read_text(&list.path, Access::Readable);
-        let text = text.map_err(|error| source.blame(list, error))?;
+        let text = text.map_err(|error| source.locate(list, error))?;
         let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
         let mut users = Users::new(config.credentials.take());
         if let Some(named) = &config.users {
             let text = file::read_text(&named.path, Access::Secret);
-            let text = text.map_err(|error| source.blame(named, error))?;
+            let text = text.map_err(|error| source.locate(named, error))?;
             users.add(&text).map_err(|error| at(&named.path, &error))?;
         }
         let acceptor = config.outward.as_ref().map(|outward| source.acceptor(outward));
@@ -50,35 +49,36 @@ impl Setup {
         source.check_programs(&config)?;
         if let Some(state) = &config.state {
             let checked = StateFile::check(&state.path);
-            checked.map_err(|error| source.blame(state, at(&state.path, &error)))?;
+            checked.map_err(|error| source.locate(state, at(&state.path, &error)))?;
         }
         Ok(Setup { config, whitelist, users, acceptor })
     }
 }
 
-/// rfw.conf, in errors about what it names.
+/// The path of rfw.conf, for errors in the files that it names.
 struct Source<'a>(&'a Path);
 
 impl Source<'_> {
-    fn blame(&self, named: &Named, message: String) -> String {
+    /// Adds the line of rfw.conf to an error.
+    fn locate(&self, named: &Named, message: String) -> String {
         at(self.0, &LineError { line: named.line, message })
     }
 
     fn acceptor(&self, outward: &Outward) -> Result<Acceptor, String> {
         let Outward { certfile, keyfile, clientca, tls12, .. } = outward;
         let read = |named: &Named, access| {
-            file::read(&named.path, access).map_err(|error| self.blame(named, error))
+            file::read(&named.path, access).map_err(|error| self.locate(named, error))
         };
         let chain = read(certfile, Access::Readable)?;
         let key = read(keyfile, Access::Secret)?;
         let ca = clientca.as_ref().map(|ca| read(ca, Access::Readable)).transpose()?;
-        Acceptor::new(&chain, &key, ca.as_deref(), *tls12).map_err(|(part, why)| {
+        Acceptor::new(&chain, &key, ca.as_deref(), *tls12).map_err(|(part, problem)| {
             let named = match part {
                 Part::Chain => certfile,
                 Part::Key => keyfile,
                 Part::ClientCa => clientca.as_ref().unwrap_or(certfile),
             };
-            self.blame(named, format!("{} {why}", named.path.display()))
+            self.locate(named, format!("{} {problem}", named.path.display()))
         })
     }
 
@@ -88,21 +88,21 @@ impl Source<'_> {
             let checked = check_tables(&iptables.path);
             let checked = checked
                 .and_then(|()| prerequisites::check(&iptables.path, family, ipset.is_some()));
-            checked.map_err(|error| self.blame(iptables, error))
+            checked.map_err(|error| self.locate(iptables, error))
         };
         check(Family::V4, iptables)?;
-        // Without an ip6tables that rfw.conf names, rfw works for IPv4.
+        // If rfw.conf does not name ip6tables, rfw can do without it.
         if ip6tables.line > 0 || check_ipv6(&ip6tables.path).is_ok() {
             check(Family::V6, ip6tables)?;
         }
         let ipset = ipset.as_ref();
         ipset.map_or(Ok(()), |ipset| {
-            check_program(&ipset.path).map_err(|error| self.blame(ipset, error))
+            check_program(&ipset.path).map_err(|error| self.locate(ipset, error))
         })
     }
 }
 
-/// An error with its file and line; line 0 is the file as a whole.
+/// Formats an error with its file and line; line 0 means the whole file.
 pub fn at(file: &Path, LineError { line, message }: &LineError) -> String {
     match line {
         0 => format!("{}: {message}", file.display()),
@@ -110,17 +110,17 @@ pub fn at(file: &Path, LineError { line, message }: &LineError) -> String {
     }
 }
 
-/// Where a program is that rfw.conf names. PATH belongs to whoever starts rfw, so it does not count.
+/// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set it.
 fn find(program: &Path) -> PathBuf {
-    let places = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
-    places.iter().find(|path| path.exists()).unwrap_or(&places[0]).clone()
+    let paths = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
+    paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]).clone()
 }
 
 fn check_tables(iptables: &Path) -> Result<(), String> {
     check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
 }
 
-/// Whether this host has IPv6 to filter. A kernel without it has no such file in /proc.
+/// Checks that this host can filter IPv6. A kernel without IPv6 has no such file in /proc.
 pub fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
     if Path::new("/proc/self/net/dev").exists() && !Path::new("/proc/self/net/if_inet6").exists() {
         return Err("this host has no IPv6".into());
@@ -128,7 +128,7 @@ pub fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
     check_tables(ip6tables)
 }
 
-/// Looks whether a file is a program; the start shows whether it works.
+/// Checks that a file is a program; the start shows whether it works.
 fn check_program(program: &Path) -> Result<(), String> {
     let name = program.display();
     let data = fs::metadata(program)

@@ -175,7 +175,7 @@ impl Listener {
                 let connection = Connection { server: &shared, listener: &listener, peer, slot };
                 connection.serve(stream);
             }
-            shared.metrics.open_connections.less_one();
+            shared.metrics.open_connections.decrement();
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             server.log.warning(format_args!("cannot serve {peer}: {error}"));

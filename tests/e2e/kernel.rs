@@ -541,7 +541,7 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             let count = |what: &str| log.matches(what).count();
             assert_eq!(count(" WARNING IPv6 rules are not accepted"), 1, "{log}");
             let unlisted = usize::from(!prefix.is_empty());
-            assert_eq!(count(" WARNING only white.list protects this host's own"), unlisted);
+            assert_eq!(count(" WARNING cannot list this host's own addresses"), unlisted);
             assert_eq!(count(" WARNING "), 1 + unlisted, "{log}");
         }
         // An ip6tables that fails is different: IPv6 would be open.

@@ -233,7 +233,7 @@ fn quotes_around_a_password_are_reported() {
             [("\"x y\"", "its quotes"), ("x # mine", "what looks like a comment"), ("x", "")];
         for (password, part) in rows {
             lab.write("rfw.log", "");
-            let warning = format!("rfw.conf:6: auth.password is taken literally, with {part}");
+            let warning = format!("rfw.conf:6: auth.password is taken literally, including {part}");
             let mut rfw =
                 lab.start(&format!("local.server\nauth.username = mu\nauth.password = {password}"));
             let (status, said) = lab.rfw("-t -f rfw.conf");
@@ -265,7 +265,7 @@ fn on_a_terminal_it_says_where_it_listens_and_logs() {
         lab.write("run", &script);
         let _second = Process::start("/bin/sh /run/lab/run");
         await_true("it says that it waits", 3, || {
-            lab.read("second").contains("rfw: another rfw, or a program that a killed one started, still runs; waiting up to 15 s\n")
+            lab.read("second").contains("rfw: another rfw, or a program that a killed one started, is still running; waiting up to 15 s\n")
         });
         drop(first);
     });
