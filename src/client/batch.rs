@@ -1,17 +1,17 @@
-//! `rfwc batch`: many requests to each server, as their lines come.
+//! `rfwc batch`: a stream of requests, each of which is sent as soon as its line is read.
 //!
 //! ```text
-//! line = ( "put" / "delete" ) path      ; in any letter case; blank, or after "#", there is none
+//! line = ( "put" / "delete" ) path      ; in any letter case; blank lines and "#" comments are skipped
 //! ```
 //!
-//! 1. Every server answers every line, or the line is reported.
-//! 2. A line is sent at once. Only one whose rule overlaps that of a line under way waits for it:
-//!    their order matters. All others go together, each on a connection of its own, because rfw
-//!    commits together what comes at the same time.
-//! 3. The lines of a server that is down wait in a queue. It holds up the other servers only once
-//!    that is full, and then for `--timeout` at most.
+//! 1. Every server carries out every line, or the failure is reported.
+//! 2. A line is sent at once, unless its rule overlaps that of a line in flight: then their order
+//!    matters. All others are sent in parallel, each on its own connection, because rfw commits
+//!    simultaneous requests together.
+//! 3. The lines of a server that is down wait in a queue. Only a full queue delays the other servers,
+//!    and for at most `--timeout`.
 
-use super::exchange::{Failure, Request, ask};
+use super::exchange::{Failure, Request, send};
 use super::options::{Fleet, Job, Server};
 use super::{Report, STACK};
 use crate::mutex::lock;
@@ -23,21 +23,22 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 use std::{iter, mem, thread};
 
-/// Connections to one server, a thread each: half of those that rfw serves at a time. More make
-/// it hardly faster (`make bench`).
+/// The number of connections to one server, each with its own thread: half of those that rfw serves at
+/// a time. More of them are hardly faster (`make bench`).
 const CONNECTIONS: usize = 64;
-/// Connections in all, while each server has one: a process may usually have 1,024 descriptors.
+/// The number of all connections, though at least one for each server: a process may usually have
+/// 1,024 descriptors.
 const MAX_CONNECTIONS: usize = 768;
-/// Lines that may wait for a server.
+/// How many lines may wait for a server.
 const MAX_WAITING: usize = 100_000;
-/// The longest line in bytes: rfw takes no longer request line.
+/// The longest line in bytes: rfw accepts no longer request line.
 const MAX_LINE: u64 = 8192;
 
-/// A request, and which line it is.
+/// One request and its line number.
 struct Line {
     number: usize,
     job: Job,
-    /// `None` if the path names something else than a rule.
+    /// `None` if the path does not name a rule.
     rule: Option<Rule>,
 }
 
@@ -49,14 +50,13 @@ impl Line {
         Some(Line { number, job, rule })
     }
 
-    /// Whether their order may matter.
+    /// Whether the order of the two lines may matter.
     fn interferes(&self, other: &Line) -> bool {
         self.rule.zip(other.rule).is_none_or(|(rule, other)| rule.overlaps(&other))
     }
 }
 
-/// Sends each line of a source to all servers. Exit status: 0 all servers did all of them, 1 some
-/// did not.
+/// Sends each line of a source to all servers. Exit status: 0 all requests succeeded, 1 some failed.
 pub fn run(fleet: &Fleet, source: Box<dyn Read>, query: &[String]) -> ExitCode {
     let total = fleet.servers.len();
     let each = MAX_CONNECTIONS.checked_div(total).unwrap_or_default().clamp(1, CONNECTIONS);
@@ -73,38 +73,38 @@ pub fn run(fleet: &Fleet, source: Box<dyn Read>, query: &[String]) -> ExitCode {
         read
     });
     if let Err(error) = &result {
-        let _ = writeln!(io::stderr(), "# {error}; the lines from there on were not sent");
+        let _ = writeln!(io::stderr(), "# {error}; the remaining lines were not sent");
     }
     let status = lock(&report).finish();
-    if result.is_ok_and(|all_right| all_right) { status } else { ExitCode::FAILURE }
+    if result.is_ok_and(|all_valid| all_valid) { status } else { ExitCode::FAILURE }
 }
 
-/// Puts each line into all queues. Returns whether all of them were right.
+/// Puts each line into all queues. Returns whether all lines were valid.
 fn read(
     mut source: impl BufRead,
     query: &[String],
     queues: &[(&Server, Queue)],
 ) -> io::Result<bool> {
-    let (mut bytes, mut number, mut all_right) = (Vec::new(), 0_usize, true);
+    let (mut bytes, mut number, mut all_valid) = (Vec::new(), 0_usize, true);
     while source.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes)? > 0 {
-        let is_whole = bytes.ends_with(b"\n") || (bytes.len() as u64) < MAX_LINE;
-        if !is_whole {
+        let is_complete = bytes.ends_with(b"\n") || (bytes.len() as u64) < MAX_LINE;
+        if !is_complete {
             source.skip_until(b'\n')?;
         }
         number = number.saturating_add(1);
         let text = String::from_utf8_lossy(&bytes);
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
-        let line = Line::parse(number, &words, query).filter(|_| is_whole).map(Arc::new);
+        let line = Line::parse(number, &words, query).filter(|_| is_complete).map(Arc::new);
         if let Some(line) = line {
             queues.iter().for_each(|(_, queue)| queue.push(line.clone()));
         } else if words.first().is_some_and(|word| !word.starts_with('#')) {
-            all_right = false;
-            let wrong = "write put PATH or delete PATH, with 8192 bytes at most";
-            let _ = writeln!(io::stderr(), "# line {number}: {wrong}");
+            all_valid = false;
+            let advice = "write put PATH or delete PATH, at most 8192 bytes";
+            let _ = writeln!(io::stderr(), "# line {number}: {advice}");
         }
         bytes.clear();
     }
-    Ok(all_right)
+    Ok(all_valid)
 }
 
 /// Sends line after line, on one connection as long as it lasts.
@@ -113,16 +113,16 @@ fn work(fleet: &Fleet, server: &Server, queue: &Queue, report: &Mutex<Report>) {
     while let Some(line) = queue.next(done) {
         let since = Instant::now();
         let request = Request { fleet, server, job: &line.job };
-        let result = ask(request, &mut connection, &mut |_| Ok(()));
+        let result = send(request, &mut connection, &mut |_| Ok(()));
         let mut waiting = VecDeque::new();
         match &result {
-            Err(failure) if failure.again.is_some() => waiting = queue.give_up(since),
-            _ => queue.answered(since),
+            Err(failure) if failure.retry_after.is_some() => waiting = queue.give_up(since),
+            _ => queue.note_response(since),
         }
-        if let Err(Failure { words, .. }) = result {
+        if let Err(Failure { message, .. }) = result {
             for Line { number, job, .. } in iter::once(&line).chain(&waiting).map(AsRef::as_ref) {
-                let words = format!("line {number}: {} {}: {words}", job.method, job.path);
-                lock(report).end(server, &Err(words), false);
+                let message = format!("line {number}: {} {}: {message}", job.method, job.path);
+                lock(report).record(server, &Err(message), false);
             }
         }
         done = Some(line);
@@ -133,24 +133,25 @@ fn work(fleet: &Fleet, server: &Server, queue: &Queue, report: &Mutex<Report>) {
 #[derive(Default)]
 struct Queue {
     lines: Mutex<Lines>,
-    /// There is a line to take, or the end.
+    /// There may be a line to take, or the lines have ended.
     ready: Condvar,
+    /// The queue is no longer full.
     room: Condvar,
 }
 
 #[derive(Default)]
 struct Lines {
     waiting: VecDeque<Arc<Line>>,
-    under_way: Vec<Arc<Line>>,
-    /// When the latest of the requests that were answered had been begun.
-    answered: Option<Instant>,
+    in_flight: Vec<Arc<Line>>,
+    /// The latest start of a request that got a response.
+    last_response: Option<Instant>,
     has_ended: bool,
 }
 
 impl Lines {
     fn must_wait(&mut self) -> bool {
         match self.waiting.front() {
-            Some(line) => self.under_way.iter().any(|other| line.interferes(other)),
+            Some(line) => self.in_flight.iter().any(|other| line.interferes(other)),
             None => !self.has_ended,
         }
     }
@@ -169,32 +170,32 @@ impl Queue {
         self.ready.notify_all();
     }
 
-    /// Takes the next line, `done` being no longer under way; `None` at the end.
+    /// Takes the next line, after `done` is no longer in flight; `None` at the end.
     fn next(&self, done: Option<Arc<Line>>) -> Option<Arc<Line>> {
         let mut lines = lock(&self.lines);
-        lines.under_way.retain(|line| done.as_ref().is_none_or(|done| !Arc::ptr_eq(line, done)));
+        lines.in_flight.retain(|line| done.as_ref().is_none_or(|done| !Arc::ptr_eq(line, done)));
         let lines = self.ready.wait_while(lines, Lines::must_wait);
         let mut lines = lines.unwrap_or_else(PoisonError::into_inner);
-        // The next one may have waited for `done`, too, and nobody else would wake it.
+        // Another thread may have waited for `done`, too, and nothing else would wake it.
         if lines.waiting.len() > 1 || lines.has_ended {
             self.ready.notify_one();
         }
         let line = lines.waiting.pop_front()?;
-        lines.under_way.push(line.clone());
+        lines.in_flight.push(line.clone());
         self.room.notify_one();
         Some(line)
     }
 
-    /// A request begun then was answered, so the server lives.
-    fn answered(&self, since: Instant) {
+    /// Notes that a request started then got a response: the server is alive.
+    fn note_response(&self, started: Instant) {
         let mut lines = lock(&self.lines);
-        lines.answered = lines.answered.max(Some(since));
+        lines.last_response = lines.last_response.max(Some(started));
     }
 
-    /// Takes all that wait, unless the server has answered a request begun since then.
+    /// Removes all waiting lines, unless a request started since then got a response.
     fn give_up(&self, since: Instant) -> VecDeque<Arc<Line>> {
         let mut lines = lock(&self.lines);
-        if lines.answered.is_some_and(|answered| answered >= since) {
+        if lines.last_response.is_some_and(|started| started >= since) {
             return VecDeque::new();
         }
         self.room.notify_one();
@@ -227,8 +228,8 @@ mod tests {
             let (a, b) = (line(a).unwrap(), line(b).unwrap());
             assert_eq!((a.interferes(&b), b.interferes(&a)), (expected, expected));
         }
-        for wrong in ["get /list", "put", "put x", "put /x y", "/x", ""] {
-            assert!(line(wrong).is_none(), "{wrong}");
+        for invalid in ["get /list", "put", "put x", "put /x y", "/x", ""] {
+            assert!(line(invalid).is_none(), "{invalid}");
         }
     }
 
@@ -240,12 +241,12 @@ mod tests {
             queue.push(line(text).unwrap());
         }
         let (first, second) = (queue.next(None).unwrap(), queue.next(None).unwrap());
-        assert!(lock(&queue.lines).must_wait(), "the third is about the rule of the first");
+        assert!(lock(&queue.lines).must_wait(), "the third has the rule of the first");
         let third = queue.next(Some(first)).unwrap();
-        assert!(lock(&queue.lines).must_wait(), "the second is under way, too");
+        assert!(lock(&queue.lines).must_wait(), "the second is in flight, too");
         let since = Instant::now();
-        queue.answered(since);
-        queue.answered(since.checked_sub(std::time::Duration::from_millis(1)).unwrap());
+        queue.note_response(since);
+        queue.note_response(since.checked_sub(std::time::Duration::from_millis(1)).unwrap());
         assert!(queue.give_up(since).is_empty(), "the server is alive");
         assert_eq!(queue.give_up(Instant::now()).len(), 1);
         queue.end();

@@ -1,5 +1,5 @@
-//! One request to one server, again and again until it is answered or the time
-//! is over; and the connection, which the next one can use.
+//! One request to one server, retried until it gets a response or the time is up, and the connection,
+//! which the next request can use.
 
 use super::options::{Fleet, Job, Server};
 use crate::http::api_error::ApiError;
@@ -14,20 +14,20 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The pause before the second try; each one after it is twice as long, up to the longest.
+/// The pause before the first retry; each further one is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
-/// How long each address of a host may take to be reached.
+/// The time limit for connecting to one address of a host.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// How long the answer to a change of one rule may take: rfw needs 30 s at most. After that the
-/// connection is taken for dead, whatever time is left.
+/// The time limit for the response to a change of one rule: rfw takes at most 30 s. After that, the
+/// connection is considered dead, even if more time is left.
 const CHANGE_TIME: Duration = Duration::from_secs(35);
-/// How long a connection is used: rfw closes it once it has been idle for nine seconds.
+/// How long a connection is reused: rfw closes it when it has been idle for nine seconds.
 const MAX_AGE: Duration = Duration::from_secs(5);
-/// The longest answer in bytes, but for what `get` brings.
-const MAX_ANSWER: usize = 64 * 1024;
+/// The longest body of a response in bytes, except that of a `get`.
+const MAX_RESPONSE: usize = 64 * 1024;
 
-/// Where the body goes that a `get` brings.
+/// Receives the body of a `get`.
 pub type Sink<'a> = dyn FnMut(&[u8]) -> io::Result<()> + 'a;
 
 /// A connection to a server, plain or TLS.
@@ -35,7 +35,7 @@ trait Wire: Read + Write {}
 impl Wire for DeadlineSocket {}
 impl Wire for tls::Link {}
 
-/// A connection for one request after the other.
+/// A connection for successive requests.
 pub struct Connection {
     wire: BufReader<Box<dyn Wire>>,
     /// When it is too old for another request.
@@ -43,7 +43,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// All its waits end at the deadline, so more than half of the time must be left for a request.
+    /// The connection's deadline is that of its first request. It is reused in the first half of that
+    /// time only, so that each request has the other half left.
     fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
         let now = Instant::now();
         let half = deadline.saturating_duration_since(now).checked_div(2).unwrap_or_default();
@@ -55,19 +56,19 @@ impl Connection {
     }
 }
 
-/// Why one try failed.
+/// Why one attempt failed.
 pub struct Failure {
-    pub words: String,
-    /// It may do better after so long, or a pause, whichever is longer.
-    pub again: Option<Duration>,
+    pub message: String,
+    /// The shortest time after which a retry may succeed; `None` if none can.
+    pub retry_after: Option<Duration>,
 }
 
-fn for_good(words: impl Into<String>) -> Failure {
-    Failure { words: words.into(), again: None }
+fn permanent(message: impl Into<String>) -> Failure {
+    Failure { message: message.into(), retry_after: None }
 }
 
-fn for_now(words: impl Into<String>) -> Failure {
-    Failure { words: words.into(), again: Some(Duration::ZERO) }
+fn transient(message: impl Into<String>) -> Failure {
+    Failure { message: message.into(), retry_after: Some(Duration::ZERO) }
 }
 
 /// A job for one server.
@@ -78,9 +79,9 @@ pub struct Request<'a> {
     pub job: &'a Job,
 }
 
-/// Sends a request, on the connection that is kept if possible. Returns the words of the
-/// result, which are empty where the sink has got it; as an error if the server did not do it.
-pub fn ask(
+/// Sends a request, over the kept connection if possible, and retries it. Returns a summary of the
+/// response, which is empty if the sink received it, or the failure of the last attempt.
+pub fn send(
     request: Request<'_>,
     kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
@@ -89,11 +90,11 @@ pub fn ask(
     let deadline = started.checked_add(request.fleet.timeout).unwrap_or(started);
     let mut pause = FIRST_PAUSE;
     loop {
-        let failure = match exchange(request, deadline, kept, sink) {
-            Ok(words) => return Ok(words),
+        let failure = match attempt(request, deadline, kept, sink) {
+            Ok(summary) => return Ok(summary),
             Err(failure) => failure,
         };
-        let wait = failure.again.map(|least| least.max(pause));
+        let wait = failure.retry_after.map(|shortest| shortest.max(pause));
         let left = deadline.saturating_duration_since(Instant::now());
         match wait.filter(|wait| *wait < left) {
             Some(wait) => thread::sleep(wait),
@@ -103,7 +104,7 @@ pub fn ask(
     }
 }
 
-fn exchange(
+fn attempt(
     request: Request<'_>,
     deadline: Instant,
     kept: &mut Option<Connection>,
@@ -116,56 +117,57 @@ fn exchange(
         None => connect(request, deadline.min(soon.unwrap_or(deadline)))?,
     };
     let wire = &mut connection.wire;
-    let sent = send(wire.get_mut(), request);
-    // Who refuses a list may say why before it is there, and close.
-    let head = read_head(wire).map_err(|error| match (tls::complaint(&error), sent) {
-        (None, Err(unsent)) => fault(&unsent),
-        _ => fault(&error),
+    let sent = write_request(wire.get_mut(), request);
+    // A server that refuses a list may respond and close before it has received all of it.
+    let head = read_head(wire).map_err(|error| match (tls::describe_error(&error), sent) {
+        (None, Err(unsent)) => connection_failure(&unsent),
+        _ => connection_failure(&error),
     })?;
-    let wrong = "the answer is not HTTP/1.1, or does not say how long it is";
-    let head = Head::parse(&head).ok_or_else(|| for_good(wrong))?;
+    let invalid = "the response is not HTTP/1.1, or does not state its length";
+    let head = Head::parse(&head).ok_or_else(|| permanent(invalid))?;
     if head.status == 200 && request.job.method == "GET" {
-        let each = |bytes: &[u8]| sink(bytes).map_err(|error| for_good(error.to_string()));
+        let each = |bytes: &[u8]| sink(bytes).map_err(|error| permanent(error.to_string()));
         let read = body::read(wire, head.body, u64::MAX, each);
-        // What is written cannot be taken back.
-        return read.map(|()| String::new()).map_err(|failure| for_good(failure.words));
+        // Output cannot be taken back, so there is no retry.
+        return read.map(|()| String::new()).map_err(|failure| permanent(failure.message));
     }
-    let answer = judge(&head, wire);
-    *kept = Some(connection).filter(|_| head.keep_alive && answer.is_ok());
-    answer
+    let result = read_result(&head, wire);
+    *kept = Some(connection).filter(|_| head.keep_alive && result.is_ok());
+    result
 }
 
-/// Reads an answer that has a result or an error.
-fn judge(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> {
+/// Reads the body of a response that contains a result or an error.
+fn read_result(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> {
     let mut text = Vec::new();
     body::read(link, head.body, u64::MAX, |bytes| {
         text.extend(bytes);
-        match text.len() > MAX_ANSWER {
-            true => Err(for_good("the answer is too long")),
+        match text.len() > MAX_RESPONSE {
+            true => Err(permanent("the response is too long")),
             false => Ok(()),
         }
     })?;
     let text = String::from_utf8_lossy(&text);
-    let words = format!("{} {}", head.status, words(&text));
-    let words = words.trim_end();
+    let summary = format!("{} {}", head.status, summarize(&text));
+    let summary = summary.trim_end();
     match head.status {
-        200 if text.starts_with(RESULT) => Ok(words.into()),
-        200 => Err(for_good("200, but this is no answer of rfw's")),
-        401 => Err(for_good(format!("{words} Give them with --credentials."))),
-        503 => Err(Failure { words: words.into(), again: Some(head.retry_after) }),
-        _ => Err(for_good(words)),
+        200 if text.starts_with(RESULT) => Ok(summary.into()),
+        200 => Err(permanent("200, but the response is not from rfw")),
+        401 => Err(permanent(format!("{summary} Pass them with --credentials."))),
+        503 => Err(Failure { message: summary.into(), retry_after: Some(head.retry_after) }),
+        _ => Err(permanent(summary)),
     }
 }
 
 fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failure> {
     let Request { fleet, server, .. } = request;
     let addresses = (&*server.host, server.port).to_socket_addrs();
-    let addresses = addresses.map_err(|error| for_now(format!("cannot find the host: {error}")))?;
-    let mut failure = for_now("the host has no address");
+    let unresolved = |error| transient(format!("cannot resolve the host name: {error}"));
+    let addresses = addresses.map_err(unresolved)?;
+    let mut failure = transient("the host has no address");
     for address in addresses {
         if fleet.credentials.is_some() && !server.tls && !address.ip().to_canonical().is_loopback()
         {
-            return Err(for_good("user and password go over https only; write https://"));
+            return Err(permanent("user and password are sent only over https; write https://"));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let time = left.clamp(Duration::from_millis(1), CONNECT_TIME);
@@ -173,11 +175,11 @@ fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failur
             stream.set_nodelay(true).map(|()| DeadlineSocket { stream: stream.into(), deadline })
         });
         match opened {
-            Err(error) => failure = for_now(format!("cannot connect to {address}: {error}")),
+            Err(error) => failure = transient(format!("cannot connect to {address}: {error}")),
             Ok(socket) if !server.tls => return Ok(Connection::new(socket, deadline)),
             Ok(socket) => {
                 let link = fleet.connector.link(&server.host, socket);
-                let link = link.map_err(|error| for_good(error.to_string()))?;
+                let link = link.map_err(|error| permanent(error.to_string()))?;
                 return Ok(Connection::new(link, deadline));
             }
         }
@@ -185,7 +187,10 @@ fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failur
     Err(failure)
 }
 
-fn send(link: &mut impl Write, Request { fleet, server, job }: Request<'_>) -> io::Result<()> {
+fn write_request(
+    link: &mut impl Write,
+    Request { fleet, server, job }: Request<'_>,
+) -> io::Result<()> {
     let (Job { method, path, list }, Server { host, port, .. }) = (job, server);
     let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
     let authorization = fleet.credentials.as_ref().map(|credentials| credentials.field());
@@ -199,7 +204,7 @@ fn send(link: &mut impl Write, Request { fleet, server, job }: Request<'_>) -> i
     link.flush()
 }
 
-/// Reads as far as it is a head.
+/// Reads a head, or the first line if it does not start with `HTTP/`.
 fn read_head(link: &mut impl BufRead) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     while head.is_empty() || head.starts_with(b"HTTP/") && !head.ends_with(b"\r\n\r\n") {
@@ -214,18 +219,18 @@ fn read_head(link: &mut impl BufRead) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// rfw begins its answers with one of these.
+/// rfw's responses begin with one of these.
 const RESULT: &str = "{\"result\":\"";
 const ERROR: &str = "{\"error\":\"";
 
-/// An answer of rfw's for a line: `inserted`, `applied: inserted 3, refreshed 0`,
-/// `whitelisted: SENTENCE`, and behind the sentence what lines of a list are wrong. A note follows.
-fn words(body: &str) -> String {
+/// A response of rfw in one line: `inserted`, `applied: inserted 3, refreshed 0` or
+/// `whitelisted: SENTENCE`, the last followed by the invalid lines of a list. A note comes at the end.
+fn summarize(body: &str) -> String {
     let begin = |start| body.strip_prefix(start).and_then(|rest: &str| rest.split_once('"'));
     let Some((word, rest)) = begin(RESULT).or_else(|| begin(ERROR)) else {
         return String::new();
     };
-    let (more, lines) = match rest.strip_prefix(",\"message\":\"") {
+    let (details, lines) = match rest.strip_prefix(",\"message\":\"") {
         Some(message) => unescape(message),
         None if word == "applied" => {
             let counts = rest.split(",\"whitelisted\":").next().unwrap_or_default();
@@ -236,13 +241,12 @@ fn words(body: &str) -> String {
     };
     let lines = lines.trim_end().trim_end_matches('}').replacen(",\"lines\":", " ", 1);
     let note = rest.split_once(",\"note\":\"").map_or(String::new(), |(_, note)| unescape(note).0);
-    let parts = [more + &lines, note];
+    let parts = [details + &lines, note];
     let parts = parts.iter().filter(|part| !part.is_empty()).map(|part| format!(": {part}"));
     word.to_string() + &parts.collect::<String>()
 }
 
-/// A string of JSON's up to its closing quote, and what is behind it. Control
-/// characters stay escaped.
+/// A JSON string up to its closing quote, and the text after it. Control characters stay escaped.
 fn unescape(text: &str) -> (String, &str) {
     let mut out = String::new();
     let mut chars = text.chars();
@@ -258,23 +262,23 @@ fn unescape(text: &str) -> (String, &str) {
     }
 }
 
-/// What went wrong with the connection: that may pass, but wrong TLS does not.
-fn fault(error: &io::Error) -> Failure {
-    match (tls::complaint(error), error.kind()) {
-        (Some(complaint), _) => for_good(complaint),
-        (_, ErrorKind::UnexpectedEof) => for_now("the server closed without an answer"),
-        _ if is_timeout(error) => for_now("no answer in time"),
-        _ => for_now(error.to_string()),
+/// Why a connection failed. Only TLS errors are permanent.
+fn connection_failure(error: &io::Error) -> Failure {
+    match (tls::describe_error(error), error.kind()) {
+        (Some(description), _) => permanent(description),
+        (_, ErrorKind::UnexpectedEof) => transient("the server closed without a response"),
+        _ if is_timeout(error) => transient("no response in time"),
+        _ => transient(error.to_string()),
     }
 }
 
-/// What is wrong with the body of an answer.
+/// Why the body of a response cannot be read.
 impl From<ApiError> for Failure {
     fn from(error: ApiError) -> Failure {
         match error {
-            body::SHORT => for_now("the answer broke off"),
-            body::SLOW => for_now("no whole answer in time"),
-            _ => for_good("the chunks of the answer are malformed"),
+            body::SHORT => transient("the response is incomplete"),
+            body::SLOW => transient("no complete response in time"),
+            _ => permanent("the response has malformed chunks"),
         }
     }
 }
@@ -284,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_in_words() {
+    fn summaries() {
         let table = [
             (r#"{"result":"inserted","rule":{"chain":"INPUT"},"expires":null}"#, "inserted"),
             (
@@ -311,13 +315,13 @@ mod tests {
             ("", ""),
         ];
         for (body, expected) in table {
-            assert_eq!(words(body), expected, "{body}");
-            assert_eq!(words(&format!("{body}\n")).trim_end(), expected, "{body}");
+            assert_eq!(summarize(body), expected, "{body}");
+            assert_eq!(summarize(&format!("{body}\n")).trim_end(), expected, "{body}");
         }
     }
 
     #[test]
-    fn heads_end_where_they_end() {
+    fn only_the_head_is_read() {
         let long = format!("HTTP/1.1 200 {}", "x".repeat(MAX_HEAD));
         let table = [
             ("HTTP/1.1 200\r\nX: y\r\n\r\nbody", "HTTP/1.1 200\r\nX: y\r\n\r\n"),

@@ -1,7 +1,7 @@
 //! The client, `rfwc`: one request to one server, or to many at once.
 //!
 //! In this order: [`options`], from arguments and files to a job; here, the
-//! threads and what they report; [`batch`], the same for a stream of jobs;
+//! threads and the report; [`batch`], the same for a stream of jobs;
 //! [`exchange`], the request to one server.
 
 pub mod batch;
@@ -10,32 +10,32 @@ pub mod options;
 
 use crate::mutex::lock;
 use exchange::Request;
-use options::{Ask, Fleet, Job, Server, USAGE};
+use options::{Command, Fleet, Job, Server, USAGE};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::{self, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::{env, mem, thread};
 
-/// Servers that are asked at a time, a thread each: more than most fleets have,
-/// so that those that do not answer hold up nobody.
+/// How many servers are contacted at a time, each by its own thread: more than most fleets have, so
+/// that a server that does not respond delays no other.
 const MAX_AT_ONCE: usize = 256;
-/// What a thread may use as stack; looking up a name takes most.
+/// The stack size of a thread; resolving a host name uses most of it.
 const STACK: usize = 512 * 1024;
-/// The longest line of a body in bytes where several servers send theirs.
+/// The longest line in bytes of a body, if several servers send one.
 const MAX_LINE: usize = 64 * 1024;
-/// The marks of the bar, and all its columns.
+/// The width of the progress bar, and that of its whole line.
 const BAR: usize = 30;
 const COLUMNS: usize = 70;
 
-/// Carries out a command line without the program's name. Exit status: 0 all
-/// servers did it, 1 some did not or the output cannot be written, 2 wrong usage.
+/// Carries out a command line without the program's name. Exit status: 0 all servers succeeded, 1 some
+/// failed or the output cannot be written, 2 wrong usage.
 pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
     let text = match options::parse(args, env::var("RFW_CREDENTIALS").ok()) {
-        Ok(Ask::Send(fleet, job)) => return send(&fleet, &job),
-        Ok(Ask::Batch(fleet, source, query)) => return batch::run(&fleet, source, &query),
-        Ok(Ask::Help) => USAGE,
-        Ok(Ask::Version) => concat!("rfwc ", env!("CARGO_PKG_VERSION"), "\n"),
+        Ok(Command::Send(fleet, job)) => return send(&fleet, &job),
+        Ok(Command::Batch(fleet, source, query)) => return batch::run(&fleet, source, &query),
+        Ok(Command::Help) => USAGE,
+        Ok(Command::Version) => concat!("rfwc ", env!("CARGO_PKG_VERSION"), "\n"),
         Err(message) => {
             let _ = writeln!(io::stderr(), "rfwc: {message}");
             return ExitCode::from(2);
@@ -50,7 +50,7 @@ fn print(bytes: &[u8]) -> io::Result<()> {
     out.write_all(bytes).and_then(|()| out.flush())
 }
 
-/// Says on standard error why the output is not.
+/// Reports on standard error if the output could not be written.
 fn is_written(result: &io::Result<()>) -> bool {
     if let Err(error) = result {
         let _ = writeln!(io::stderr(), "rfwc: cannot write to standard output: {error}");
@@ -65,13 +65,13 @@ fn send(fleet: &Fleet, job: &Job) -> ExitCode {
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some(server) = fleet.servers.get(next.fetch_add(1, Relaxed)) {
-            ask(Request { fleet, server, job }, &report);
+            send_to_one(Request { fleet, server, job }, &report);
         }
     };
     lock(&report).draw();
     thread::scope(|scope| {
         for _ in 1..total.min(MAX_AT_ONCE) {
-            // Where there is no room for more threads, those that are there do it all.
+            // If no more threads can be started, the others do all the work.
             let _ = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
         }
         work();
@@ -79,72 +79,74 @@ fn send(fleet: &Fleet, job: &Job) -> ExitCode {
     lock(&report).finish()
 }
 
-/// Asks one server, and reports.
-fn ask(request: Request<'_>, report: &Mutex<Report>) {
+/// Sends the request to one server and reports the result.
+fn send_to_one(request: Request<'_>, report: &Mutex<Report>) {
     let Request { fleet, server, job } = request;
     let name = format!("{}: ", server.name);
-    let alone = fleet.servers.len() == 1;
-    let mut begun = Vec::new();
+    let is_only_server = fleet.servers.len() == 1;
+    let mut partial = Vec::new();
     let mut print_lines = |bytes: &[u8]| {
         let mut text = Vec::new();
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            begun.extend(piece);
+            partial.extend(piece);
             if piece.ends_with(b"\n") {
-                text.extend([name.as_bytes(), &mem::take(&mut begun)].concat());
-            } else if begun.len() > MAX_LINE {
+                text.extend([name.as_bytes(), &mem::take(&mut partial)].concat());
+            } else if partial.len() > MAX_LINE {
                 return Err(io::Error::other("a line of the body is too long"));
             }
         }
         lock(report).print(&text)
     };
-    let result = exchange::ask(request, &mut None, &mut |bytes| {
-        let written = if alone { lock(report).print(bytes) } else { print_lines(bytes) };
-        // The reader has seen enough; a `get` changes nothing, so nobody misses the rest.
+    let result = exchange::send(request, &mut None, &mut |bytes| {
+        let written = if is_only_server { lock(report).print(bytes) } else { print_lines(bytes) };
+        // The reader has closed the pipe. A `get` changes nothing, so rfwc can exit at once.
         if written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) {
             process::exit(1);
         }
         written
     });
     let mut report = lock(report);
-    if !begun.is_empty() {
-        begun.push(b'\n');
-        report.print_result(&[name.as_bytes(), &begun].concat());
+    if !partial.is_empty() {
+        partial.push(b'\n');
+        report.print_result(&[name.as_bytes(), &partial].concat());
     }
-    report.end(server, &result.map_err(|failure| failure.words), alone && job.method == "GET");
+    let result = result.map_err(|failure| failure.message);
+    report.record(server, &result, is_only_server && job.method == "GET");
 }
 
-/// How far it is, and the only writer of what is written meanwhile.
+/// The progress, and the only writer of standard output and standard error meanwhile.
 struct Report {
     total: usize,
     done: usize,
     /// The servers that failed.
     failed: Vec<String>,
-    /// Whether standard error has got the sentence about one of them.
-    is_told: bool,
-    /// Whether standard error is a terminal, and there is something to wait for.
+    /// Whether one of their errors was printed on standard error.
+    has_printed_error: bool,
+    /// Whether to draw a progress bar.
     bar: bool,
-    /// Whether the results could be written; the first error.
+    /// The first error in writing the results.
     written: io::Result<()>,
 }
 
 impl Report {
     fn new(total: usize, bar: bool) -> Report {
-        Report { total, done: 0, failed: Vec::new(), is_told: false, bar, written: Ok(()) }
+        let (failed, written) = (Vec::new(), Ok(()));
+        Report { total, done: 0, failed, has_printed_error: false, bar, written }
     }
 
-    /// Takes the result of a server. Where standard output is for a body, it goes
-    /// to standard error, as a comment in a list of servers.
-    fn end(&mut self, server: &Server, result: &Result<String, String>, beside: bool) {
-        let (Ok(words) | Err(words)) = result;
-        // What came from a server colours no terminal.
-        let line = format!("{}: {}\n", server.name, words.replace(char::is_control, "?"));
+    /// Records and prints the result of a server. If standard output is for the body only, an error
+    /// goes to standard error, as a comment in the list of servers.
+    fn record(&mut self, server: &Server, result: &Result<String, String>, body_only: bool) {
+        let (Ok(message) | Err(message)) = result;
+        // A server must not control the terminal.
+        let line = format!("{}: {}\n", server.name, message.replace(char::is_control, "?"));
         if result.is_err() && !self.failed.contains(&server.name) {
             self.failed.push(server.name.clone());
         }
-        if beside && result.is_err() {
+        if body_only && result.is_err() {
             let _ = write!(io::stderr(), "# {line}");
-            self.is_told = true;
-        } else if !words.is_empty() {
+            self.has_printed_error = true;
+        } else if !message.is_empty() {
             self.print_result(line.as_bytes());
         }
         self.done = self.done.saturating_add(1);
@@ -155,7 +157,8 @@ impl Report {
     /// status.
     fn finish(&self) -> ExitCode {
         self.clear();
-        let is_shown = io::stderr().is_terminal() && (self.is_told || io::stdout().is_terminal());
+        let is_shown =
+            io::stderr().is_terminal() && (self.has_printed_error || io::stdout().is_terminal());
         for name in self.failed.iter().filter(|_| !is_shown) {
             let _ = writeln!(io::stderr(), "{name}");
         }

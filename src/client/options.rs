@@ -1,5 +1,5 @@
-//! From arguments and the files that they name to a job. All is read and
-//! checked before the first byte is sent; errors are sentences.
+//! From the arguments and the files that they name to a job. Everything is read and checked before the
+//! first byte is sent; errors are sentences.
 
 use crate::file::{self, Access};
 use crate::http::auth::Credentials;
@@ -19,46 +19,47 @@ usage: rfwc [OPTION]... put PATH [--list FILE [--replace]]
        rfwc [OPTION]... get PATH
        rfwc [OPTION]... batch FILE
 
-Sends a request to rfw servers, PATH as in /drop/input/any/192.0.2.1?expire=1h,
-or with batch each line of FILE, put PATH or delete PATH, as soon as it is read;
-FILE - is standard input.
+Sends a request to rfw servers; PATH as in /drop/input/any/192.0.2.1?expire=1h.
+batch sends each line of FILE, put PATH or delete PATH, as soon as it is read.
+If FILE is -, standard input is read.
 
-  --server URL        http[s]://HOST[:PORT], for each server; ports 7390 and,
-                      of https, 7393; default http://127.0.0.1:7390
-  --servers FILE      servers, a URL a line; # starts a comment
-  --list FILE         the list to send; - is standard input
-  --tag NAME          whose rules: adds tag=NAME to PATH
-  --replace           adds replace=true: this list is all that the tag has there
-  --credentials FILE  one line USER:PASSWORD, for its owner only (mode 0600);
-                      or RFW_CREDENTIALS=USER:PASSWORD in the environment
-  --cacert FILE       the CA of the servers, in place of the public ones
-  --cert FILE         certificate of this client, and
-  --key FILE          its key, where servers ask for one
-  --timeout SECONDS   for each server, default 30: how long one that is busy or
-                      cannot be reached is tried again
+  --server URL        http[s]://HOST[:PORT], once for each server; the default
+                      port is 7390, for https 7393; without this option,
+                      http://127.0.0.1:7390
+  --servers FILE      a list of servers, one URL per line; # starts a comment
+  --list FILE         the list to send
+  --tag NAME          the source of the rules: adds tag=NAME to PATH
+  --replace           adds replace=true: the list replaces the tag's earlier one
+  --credentials FILE  one line USER:PASSWORD, readable only by its owner (mode
+                      0600); or set RFW_CREDENTIALS=USER:PASSWORD
+  --cacert FILE       the CA of the servers, instead of the public ones
+  --cert FILE         the certificate of this client, and
+  --key FILE          its key, for servers that require one
+  --timeout SECONDS   how long to retry a server that is busy or unreachable,
+                      default 30
   -V, --version       print the version
-  -h, --help          print this
+  -h, --help          print this help
 
-Standard output has a line for each server, URL: STATUS RESULT or URL: SENTENCE,
-or what get brings: of one server as it is, of several with URL: before each
-line. Of batch it has the lines that failed, and at the end URL: DONE of LINES.
-Standard error has the URLs of the servers that failed, one a line, as
---servers takes them, except on a terminal that shows them already.
-Exit status: 0 all did it, 1 some failed, 2 wrong usage.
+Standard output has one line per server, URL: STATUS RESULT or URL: ERROR; for
+get, the body: unchanged from one server, each line after its URL: from several;
+for batch, only the lines that failed.
+Standard error has the URLs of the servers that failed, one per line, as
+--servers reads them, unless a terminal shows them already.
+Exit status: 0 all servers succeeded, 1 some failed, 2 wrong usage.
 ";
 
 const DEFAULT_SERVER: &str = "http://127.0.0.1:7390";
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-pub enum Ask {
+pub enum Command {
     Help,
     Version,
     Send(Fleet, Job),
-    /// Jobs by the line, and what is added to the query of each.
+    /// A source of jobs, one per line, and what is added to the query of each.
     Batch(Fleet, Box<dyn Read>, Vec<String>),
 }
 
-/// The servers, and what is the same for each request to them.
+/// The servers, and what all requests to them share.
 pub struct Fleet {
     pub servers: Vec<Server>,
     pub credentials: Option<Credentials>,
@@ -72,13 +73,13 @@ pub struct Job {
     pub method: &'static str,
     /// The path with its query, as it is sent.
     pub path: String,
-    /// The body: every thread sends this very copy.
+    /// The body, of which all threads send the same copy.
     pub list: Vec<u8>,
 }
 
 #[derive(Debug)]
 pub struct Server {
-    /// The URL as it was given.
+    /// The URL as given.
     pub name: String,
     pub tls: bool,
     /// A name or an address, without brackets.
@@ -86,28 +87,28 @@ pub struct Server {
     pub port: u16,
 }
 
-/// Reads the arguments, and `credentials` from the environment.
+/// Parses the arguments. `credentials` are those of the environment.
 pub fn parse(
     mut args: impl Iterator<Item = String>,
     credentials: Option<String>,
-) -> Result<Ask, String> {
-    let mut given = Given { credentials, ..Given::default() };
+) -> Result<Command, String> {
+    let mut arguments = Arguments { credentials, ..Arguments::default() };
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "-h" | "--help" => return Ok(Ask::Help),
-            "-V" | "--version" => return Ok(Ask::Version),
+            "-h" | "--help" => return Ok(Command::Help),
+            "-V" | "--version" => return Ok(Command::Version),
             option if option.starts_with('-') && option != "-" => {
-                given.set(option, || args.next().ok_or(format!("{option} needs a value")))?;
+                arguments.set(option, || args.next().ok_or(format!("{option} needs a value")))?;
             }
-            _ => given.words.push(arg),
+            _ => arguments.operands.push(arg),
         }
     }
-    given.ask()
+    arguments.command()
 }
 
-/// What was given so far.
+/// The arguments so far.
 #[derive(Default)]
-struct Given {
+struct Arguments {
     servers: Vec<Server>,
     list: Option<String>,
     /// What is added to the query of every path.
@@ -117,10 +118,10 @@ struct Given {
     chain: Option<Vec<u8>>,
     key: Option<Vec<u8>>,
     timeout: Option<Duration>,
-    words: Vec<String>,
+    operands: Vec<String>,
 }
 
-impl Given {
+impl Arguments {
     fn set(
         &mut self,
         option: &str,
@@ -142,20 +143,20 @@ impl Given {
             "--timeout" => self.timeout = Some(seconds(&value()?)?),
             _ => {
                 let hint = nearest::option_hint(option, USAGE);
-                return Err(format!("unknown option {option}{hint}; rfwc -h shows all"));
+                return Err(format!("unknown option {option}{hint}; rfwc -h shows all options"));
             }
         }
         Ok(())
     }
 
-    fn ask(mut self) -> Result<Ask, String> {
+    fn command(mut self) -> Result<Command, String> {
         if self.servers.is_empty() {
             self.servers.push(Server::parse(DEFAULT_SERVER)?);
         }
         let pair = match (&self.chain, &self.key) {
             (Some(chain), Some(key)) => Some((&**chain, &**key)),
             (None, None) => None,
-            _ => return Err("--cert and --key go together".into()),
+            _ => return Err("--cert and --key must be given together".into()),
         };
         let fleet = Fleet {
             servers: self.servers,
@@ -163,29 +164,29 @@ impl Given {
             credentials: self.credentials.as_deref().map(user_and_password).transpose()?,
             timeout: self.timeout.unwrap_or(DEFAULT_TIMEOUT),
         };
-        if let [command, file] = &*self.words
+        if let [command, file] = &*self.operands
             && command.eq_ignore_ascii_case("batch")
         {
             return match self.list {
                 Some(_) => Err("batch takes no --list".into()),
-                None => Ok(Ask::Batch(fleet, open(file)?, self.query)),
+                None => Ok(Command::Batch(fleet, open(file)?, self.query)),
             };
         }
-        let mut job = Job::parse(&self.words, &self.query)?;
+        let mut job = Job::parse(&self.operands, &self.query)?;
         match self.list {
             Some(_) if job.method == "GET" => return Err("get takes no --list".into()),
             Some(file) => job.list = read_list(&file)?,
             None => {}
         }
-        Ok(Ask::Send(fleet, job))
+        Ok(Command::Send(fleet, job))
     }
 }
 
 impl Job {
-    /// Reads a method and a path, and adds to the query of the path.
+    /// Parses a method and a path, and appends `query` to the path's query.
     pub fn parse(words: &[impl AsRef<str>], query: &[String]) -> Result<Job, String> {
         let [method, path] = words else {
-            return Err("write put, delete or get, and a path; rfwc -h shows all".into());
+            return Err("write put, delete or get and a path; rfwc -h shows the usage".into());
         };
         let mut methods = ["PUT", "DELETE", "GET"].into_iter();
         let method = methods.find(|known| known.eq_ignore_ascii_case(method.as_ref()));
@@ -196,40 +197,42 @@ impl Job {
         }
         match path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
             true => Ok(Job { method, path, list: Vec::new() }),
-            false => Err("the path must start with / and hold no spaces; escape them: %20".into()),
+            false => Err("the path must start with / and be printable ASCII without spaces; \
+                          escape the rest, such as %20 for a space"
+                .into()),
         }
     }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|n| is_number(text) && (1..=1_000_000).contains(n));
-    let wrong = format!("--timeout {text}: write 1 to 1000000 seconds");
-    seconds.map(Duration::from_secs).ok_or(wrong)
+    let invalid = format!("--timeout {text}: write 1 to 1000000 seconds");
+    seconds.map(Duration::from_secs).ok_or(invalid)
 }
 
 impl Server {
     /// `http[s]://HOST[:PORT][/]`
     fn parse(url: &str) -> Result<Server, String> {
         if url.contains('@') {
-            return Err("a server's URL holds no user and password: see --credentials".into());
+            return Err("a URL must not contain user and password; use --credentials".into());
         }
-        let wrong =
+        let invalid =
             || format!("'{}' is not a server; write http[s]://HOST[:PORT]", url.escape_debug());
-        let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
+        let (scheme, rest) = url.split_once("://").ok_or_else(invalid)?;
         let (tls, port) = match scheme {
             "http" => (false, 7390),
             "https" => (true, 7393),
-            _ => return Err(wrong()),
+            _ => return Err(invalid()),
         };
         let authority = rest.strip_suffix('/').unwrap_or(rest);
         if !is_authority(authority) {
-            return Err(wrong());
+            return Err(invalid());
         }
         let (host, port) = match authority.rsplit_once(':') {
             Some((host, digits)) if !digits.ends_with(']') => (host, digits.parse().ok()),
             _ => (authority, Some(port)),
         };
-        let port = port.filter(|port| *port > 0).ok_or_else(wrong)?;
+        let port = port.filter(|port| *port > 0).ok_or_else(invalid)?;
         let host = host.trim_matches(['[', ']']).into();
         Ok(Server { name: url.into(), tls, host, port })
     }
@@ -238,15 +241,15 @@ impl Server {
 fn read_servers(file: &str) -> Result<Vec<Server>, String> {
     let bytes = read(file)?;
     let mut servers = Vec::new();
-    for (at, line) in String::from_utf8_lossy(&bytes).lines().enumerate() {
+    for (number, line) in (1..).zip(String::from_utf8_lossy(&bytes).lines()) {
         let url = line.split('#').next().unwrap_or_default().trim();
         if !url.is_empty() {
-            let wrong = |error| format!("{file}:{}: {error}", at.saturating_add(1));
-            servers.push(Server::parse(url).map_err(wrong)?);
+            let server = Server::parse(url).map_err(|error| format!("{file}:{number}: {error}"));
+            servers.push(server?);
         }
     }
     match servers.is_empty() {
-        true => Err(format!("{file} names no server; write a URL in each line")),
+        true => Err(format!("{file} contains no server; write one URL per line")),
         false => Ok(servers),
     }
 }
@@ -254,7 +257,7 @@ fn read_servers(file: &str) -> Result<Vec<Server>, String> {
 fn read_list(file: &str) -> Result<Vec<u8>, String> {
     let list = read(file)?;
     match list.len() as u64 > MAX_BODY {
-        true => Err(format!("{file}: a list may have {MAX_BODY} bytes (64 MiB) at most")),
+        true => Err(format!("{file}: a list may have at most {MAX_BODY} bytes (64 MiB)")),
         false => Ok(list),
     }
 }
@@ -267,13 +270,13 @@ fn open(file: &str) -> Result<Box<dyn Read>, String> {
     }
 }
 
-/// No error shows what stands there.
+/// No error shows the text.
 fn user_and_password(text: &str) -> Result<Credentials, String> {
     let (user, password) = text.trim_end_matches(['\r', '\n']).split_once(':').unwrap_or_default();
     Credentials::new(user, password).ok_or("the credentials must be one line, USER:PASSWORD".into())
 }
 
-/// Reads a whole file, or enough of it to show that it is too long for a list.
+/// Reads a whole file, or enough of it to detect that it is too long for a list.
 fn read(file: &str) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let read = open(file)?.take(MAX_BODY.saturating_add(1)).read_to_end(&mut bytes);
@@ -338,19 +341,19 @@ mod tests {
         }
         for url in ["http://u:pw@a", "https://u@a", "u:pw@a"] {
             let error = Server::parse(url).unwrap_err();
-            assert!(error.ends_with("see --credentials") && !error.contains("pw"), "{error}");
+            assert!(error.ends_with("use --credentials") && !error.contains("pw"), "{error}");
         }
     }
 
-    /// What a command line comes to, or the error.
+    /// The meaning of a command line, or the error.
     fn read(line: &str, variable: Option<&str>) -> String {
         let args = line.split_whitespace().map(String::from);
         match parse(args, variable.map(String::from)) {
             Err(error) => error,
-            Ok(Ask::Help) => "help".into(),
-            Ok(Ask::Version) => "version".into(),
-            Ok(Ask::Batch(_, _, query)) => format!("batch {}", query.join(" ")),
-            Ok(Ask::Send(fleet, job)) => {
+            Ok(Command::Help) => "help".into(),
+            Ok(Command::Version) => "version".into(),
+            Ok(Command::Batch(_, _, query)) => format!("batch {}", query.join(" ")),
+            Ok(Command::Send(fleet, job)) => {
                 let names: Vec<_> = fleet.servers.iter().map(|server| &*server.name).collect();
                 let field = fleet.credentials.map(|c| c.field()).unwrap_or_default();
                 let seconds = fleet.timeout.as_secs();
@@ -374,16 +377,16 @@ mod tests {
             ("get /x --timeout 1000001", "--timeout 1000001: write 1 to 1000000 seconds"),
             ("get /x --timeout +1", "--timeout +1: write 1 to 1000000 seconds"),
             ("get /x --timeout 0", "--timeout 0: write 1 to 1000000 seconds"),
-            ("--nope -h", "unknown option --nope; rfwc -h shows all"),
+            ("--nope -h", "unknown option --nope; rfwc -h shows all options"),
             ("--server a", "'a' is not a server; write http[s]://HOST[:PORT]"),
             (
                 "--credential x",
-                "unknown option --credential (did you mean --credentials?); rfwc -h shows all",
+                "unknown option --credential (did you mean --credentials?); rfwc -h shows all options",
             ),
             ("nope -h", "help"),
             ("get --version", "version"),
-            ("get /x --cert Cargo.toml", "--cert and --key go together"),
-            ("get /x --key /proc/self/environ", "--cert and --key go together"),
+            ("get /x --cert Cargo.toml", "--cert and --key must be given together"),
+            ("get /x --key /proc/self/environ", "--cert and --key must be given together"),
             ("get /x --list Cargo.toml", "get takes no --list"),
             ("put /x --tag feed", "PUT /x?tag=feed http://127.0.0.1:7390 30"),
             ("delete /x?y=1 --tag *", "DELETE /x?y=1&tag=* http://127.0.0.1:7390 30"),
@@ -394,7 +397,7 @@ mod tests {
             ("batch -", "batch "),
             ("Batch Cargo.toml --tag peer", "batch tag=peer"),
             ("batch - --list Cargo.toml", "batch takes no --list"),
-            ("batch", "write put, delete or get, and a path; rfwc -h shows all"),
+            ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
         ];
         for (line, expected) in table {
             assert_eq!(read(line, None), expected, "{line}");
@@ -411,8 +414,8 @@ mod tests {
             assert_eq!(read("get /x", Some(text)), right);
         }
         for text in ["", "a", "a:", ":b", "a:b\n\nc", "a:b\u{0}", "\na:b"] {
-            let wrong = "the credentials must be one line, USER:PASSWORD";
-            assert_eq!(read("get /x", Some(text)), wrong, "{text:?}");
+            let error = "the credentials must be one line, USER:PASSWORD";
+            assert_eq!(read("get /x", Some(text)), error, "{text:?}");
         }
     }
 }

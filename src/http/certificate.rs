@@ -1,4 +1,4 @@
-//! What rustls does not tell of a certificate: its version, and when it expires (RFC 5280, 4.1).
+//! Reads from a certificate what rustls does not show: version and expiry (RFC 5280, 4.1).
 //!
 //! ```text
 //! Certificate    = SEQUENCE { tbsCertificate, ... }
@@ -11,7 +11,7 @@ use crate::log::Level;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long before its expiry a certificate is warned of.
+/// How long before its expiry rfw warns of a certificate.
 const SOON: Duration = Duration::from_secs(30 * 86_400);
 
 const INTEGER: u8 = 0x02;
@@ -29,7 +29,7 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Reads one in DER, as far as its dates; `None` if that is not valid.
+    /// Parses DER up to the dates; `None` if that part is not valid.
     pub fn parse(mut der: &[u8]) -> Option<Certificate> {
         let mut certificate = value(&mut der, SEQUENCE)?;
         let mut tbs = value(&mut certificate, SEQUENCE)?;
@@ -58,7 +58,7 @@ fn time(der: &mut &[u8]) -> Option<Duration> {
     Utc::parse(&text).map(|Utc(time)| time)
 }
 
-/// Takes the next value off, if it has this tag; up to 64 KiB, as in webpki (X.690, 8.1.3, 10.1).
+/// Splits off the next value if it has this tag; up to 64 KiB, as in webpki (X.690, 8.1.3, 10.1).
 fn value<'a>(der: &mut &'a [u8], tag: u8) -> Option<&'a [u8]> {
     let (length, rest) = match der.strip_prefix(&[tag])? {
         [length @ 0..=0x7f, rest @ ..] => (usize::from(*length), rest),
@@ -71,7 +71,7 @@ fn value<'a>(der: &mut &'a [u8], tag: u8) -> Option<&'a [u8]> {
     Some(value)
 }
 
-/// What the administrator should know of a certificate's expiry at the time `now`, if anything.
+/// A notice for the administrator if a certificate has expired at `now` or expires soon.
 pub fn expiry_notice(file: &Path, expires: Duration, now: Duration) -> Option<(Level, String)> {
     let (level, verb) = match expires.checked_sub(now) {
         None => (Level::Error, "expired"),
@@ -87,7 +87,7 @@ pub fn expiry_notice(file: &Path, expires: Duration, now: Duration) -> Option<(L
 mod tests {
     use super::*;
 
-    /// DER: a tag, a length and the parts.
+    /// A value in DER: tag, length and the concatenated parts.
     fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
         let content = parts.concat();
         let length = match content.len() {
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_der() {
+    fn invalid_der() {
         let good = certificate(&[], &der(UTC_TIME, &[b"261126003000Z"]));
         assert!(Certificate::parse(&good).is_some());
         for length in 0..good.len() {

@@ -15,7 +15,7 @@ use std::time::Duration;
 /// The server's side of one TLS connection.
 pub type Session = StreamOwned<ServerConnection, DeadlineSocket>;
 
-/// What every connection of the outward server starts from.
+/// The TLS settings of the outward server.
 #[derive(Debug)]
 pub struct Acceptor {
     config: Arc<ServerConfig>,
@@ -23,7 +23,7 @@ pub struct Acceptor {
     pub expires: Duration,
 }
 
-/// One of the files.
+/// The file that an error is about.
 #[derive(PartialEq, Eq, Debug)]
 pub enum Part {
     Chain,
@@ -32,18 +32,17 @@ pub enum Part {
 }
 
 impl Acceptor {
-    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1); with a
-    /// client CA, only clients with a certificate from it get through. The error
-    /// is a sentence, and which of the files is wrong.
+    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1). With a client CA, only clients
+    /// with a certificate from it are accepted. The error names the invalid file and the problem.
     pub fn new(
         chain: &[u8],
         key: &[u8],
         client_ca: Option<&[u8]>,
         tls12: bool,
     ) -> Result<Acceptor, (Part, String)> {
-        let chain = certificates(chain).map_err(|why| (Part::Chain, why))?;
-        let expires = check_chain(&chain).map_err(|why| (Part::Chain, why))?;
-        let key = private_key(key).map_err(|why| (Part::Key, why))?;
+        let chain = certificates(chain).map_err(|problem| (Part::Chain, problem))?;
+        let expires = check_chain(&chain).map_err(|problem| (Part::Chain, problem))?;
+        let key = private_key(key).map_err(|problem| (Part::Key, problem))?;
         let versions: &[_] = match tls12 {
             true => &[&version::TLS13, &version::TLS12],
             false => &[&version::TLS13],
@@ -52,11 +51,10 @@ impl Acceptor {
         let verifier = match client_ca {
             None => WebPkiClientVerifier::no_client_auth(),
             Some(pem) => {
-                let wrong = |why: String| (Part::ClientCa, why);
-                let roots = roots(pem).map_err(wrong)?;
+                let roots = roots(pem).map_err(|problem| (Part::ClientCa, problem))?;
                 WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
                     .build()
-                    .map_err(|error| wrong(error.to_string()))?
+                    .map_err(|error| (Part::ClientCa, error.to_string()))?
             }
         };
         let mut config = ServerConfig::builder_with_provider(provider)
@@ -70,7 +68,7 @@ impl Acceptor {
         Ok(Acceptor { config: Arc::new(config), expires })
     }
 
-    /// Starts TLS on a connection; the handshake is made by the first read.
+    /// Starts TLS on a connection; the first read performs the handshake.
     pub fn session(&self, socket: DeadlineSocket) -> io::Result<Session> {
         let connection = ServerConnection::new(self.config.clone()).map_err(io::Error::other)?;
         Ok(StreamOwned::new(connection, socket))
@@ -87,7 +85,7 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// When the first of them expires. rustls refuses version 1 too, but gives no reason.
+/// Returns when the first certificate expires. rustls rejects version 1, too, but gives no reason.
 fn check_chain(chain: &[CertificateDer<'_>]) -> Result<Duration, String> {
     let chain = chain.iter().map(|der| Certificate::parse(der)).collect::<Option<Vec<_>>>();
     let chain = chain
@@ -123,13 +121,13 @@ fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
 fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(pem)? {
-        let refused = |error| format!("contains a certificate that no CA can have: {error}");
-        roots.add(certificate).map_err(refused)?;
+        let invalid = |error| format!("contains an invalid CA certificate: {error}");
+        roots.add(certificate).map_err(invalid)?;
     }
     Ok(roots)
 }
 
-/// Tells the peer that nothing more comes (RFC 8446, 6.1).
+/// Sends close_notify: the peer can tell the end from a cut (RFC 8446, 6.1).
 pub fn close(session: &mut Session) {
     session.conn.send_close_notify();
     let _ = session.conn.complete_io(&mut session.sock);
@@ -138,17 +136,18 @@ pub fn close(session: &mut Session) {
 /// The client's side of one TLS connection.
 pub struct Link(StreamOwned<ClientConnection, DeadlineSocket>);
 
-/// What every connection of the client starts from. There is no way to make one
-/// that does not check certificates.
+/// The TLS settings of the client, which always checks certificates.
 pub struct Connector(Arc<ClientConfig>);
 
 impl Connector {
-    /// Trusts the CAs of a PEM file, or else those that browsers trust; with a PEM
-    /// chain and its key, shows this certificate to servers that ask for one. rfw
-    /// always speaks TLS 1.3. The error is a sentence.
+    /// Trusts the CAs of a PEM file or, without one, those that browsers trust. `pair` is the PEM
+    /// chain and key for servers that request a certificate. rfw always supports TLS 1.3. The error is
+    /// a sentence.
     pub fn new(ca: Option<&[u8]>, pair: Option<(&[u8], &[u8])>) -> Result<Connector, String> {
-        let of = |option: &'static str| move |why| format!("{option}: this file {why}");
-        let mut roots = ca.map_or(Ok(RootCertStore::empty()), roots).map_err(of("--cacert"))?;
+        let in_file =
+            |option: &'static str| move |problem| format!("{option}: this file {problem}");
+        let mut roots =
+            ca.map_or(Ok(RootCertStore::empty()), roots).map_err(in_file("--cacert"))?;
         if ca.is_none() {
             roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
         }
@@ -161,15 +160,15 @@ impl Connector {
             None => config.with_no_client_auth(),
             Some((chain, key)) => config
                 .with_client_auth_cert(
-                    certificates(chain).map_err(of("--cert"))?,
-                    private_key(key).map_err(of("--key"))?,
+                    certificates(chain).map_err(in_file("--cert"))?,
+                    private_key(key).map_err(in_file("--key"))?,
                 )
-                .map_err(|error| of("--key")(unusable(&error, "--cert")))?,
+                .map_err(|error| in_file("--key")(unusable(&error, "--cert")))?,
         };
         Ok(Connector(Arc::new(config)))
     }
 
-    /// Starts TLS with a host name or address; the handshake is made by the first write.
+    /// Starts TLS with a host name or address; the first write performs the handshake.
     pub fn link(&self, host: &str, socket: DeadlineSocket) -> io::Result<Link> {
         let name = ServerName::try_from(host.to_string()).map_err(io::Error::other)?;
         let connection = ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)?;
@@ -178,8 +177,8 @@ impl Connector {
 }
 
 impl Read for Link {
-    /// Not as `StreamOwned` does it, which would first send what is left of a request that the
-    /// server does not take, and so never come to the answer that says why.
+    /// `StreamOwned` would first send the rest of the request. A server that has refused the request
+    /// does not read it, and the response with the reason would be lost.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let StreamOwned { conn, sock } = &mut self.0;
         loop {
@@ -204,8 +203,8 @@ impl Write for Link {
     }
 }
 
-/// The server's side: why a handshake failed and what to do, if TLS failed and not the connection.
-pub fn handshake_complaint(error: &io::Error) -> Option<String> {
+/// The server's side: why a handshake failed and what to do, unless it was the connection that failed.
+pub fn describe_handshake_error(error: &io::Error) -> Option<String> {
     use {AlertDescription as Alert, PeerIncompatible as Peer};
     Some(match error.get_ref()?.downcast_ref()? {
         Error::PeerIncompatible(
@@ -213,7 +212,7 @@ pub fn handshake_complaint(error: &io::Error) -> Option<String> {
             | Peer::SignatureAlgorithmsExtensionRequired
             | Peer::Tls12NotOffered
             | Peer::Tls12NotOfferedOrEnabled,
-        ) => "the client supports older versions of TLS only; rfw accepts TLS 1.3, and TLS 1.2 if \
+        ) => "the client supports only older versions of TLS; rfw accepts TLS 1.3, and TLS 1.2 if \
               outward.server.tls12 is set"
             .into(),
         Error::AlertReceived(
@@ -229,22 +228,22 @@ pub fn handshake_complaint(error: &io::Error) -> Option<String> {
         Error::NoCertificatesPresented => "the client sent no certificate; make one with rfwgen \
              --client NAME, or remove outward.server.clientca"
             .into(),
-        Error::InvalidCertificate(why) => format!(
-            "the client's certificate is refused ({why}); make one with rfwgen --client NAME and \
-             the CA of outward.server.clientca"
+        Error::InvalidCertificate(reason) => format!(
+            "the client's certificate is refused ({reason}); make one with rfwgen --client NAME \
+             and the CA of outward.server.clientca"
         ),
-        Error::InvalidMessage(why) => format!("the client does not speak TLS ({why:?})"),
+        Error::InvalidMessage(reason) => format!("the client does not speak TLS ({reason:?})"),
         other => format!("{other}"),
     })
 }
 
-/// The client's side: what is wrong, in a sentence, if it is TLS that failed and not the connection.
-pub fn complaint(error: &io::Error) -> Option<String> {
+/// The client's side: why TLS failed, as a sentence, unless it was the connection that failed.
+pub fn describe_error(error: &io::Error) -> Option<String> {
     use AlertDescription as Alert;
     Some(match error.get_ref()?.downcast_ref()? {
-        Error::InvalidCertificate(why) => certificate_complaint(why),
+        Error::InvalidCertificate(reason) => describe_certificate_error(reason),
         Error::AlertReceived(Alert::CertificateRequired) => {
-            "the server asks for a client's certificate; give it with --cert and --key".into()
+            "the server requires a client certificate; pass one with --cert and --key".into()
         }
         Error::AlertReceived(
             alert @ (Alert::UnknownCA
@@ -253,41 +252,43 @@ pub fn complaint(error: &io::Error) -> Option<String> {
             | Alert::CertificateExpired
             | Alert::CertificateUnknown
             | Alert::UnsupportedCertificate),
-        ) => format!("the server refuses the certificate of --cert ({alert:?})"),
+        ) => format!("the server rejects the certificate of --cert ({alert:?})"),
         Error::InvalidMessage(_) => "the server does not speak TLS".into(),
         other => format!("no TLS 1.3 with this server: {other}"),
     })
 }
 
-fn certificate_complaint(why: &CertificateError) -> String {
-    use CertificateError as Why;
-    let what = match why {
-        Why::Expired | Why::ExpiredContext { .. } => "has expired, or the clock here is wrong",
-        Why::NotValidYet | Why::NotValidYetContext { .. } => {
-            "is not valid yet, or the clock here is wrong"
+fn describe_certificate_error(reason: &CertificateError) -> String {
+    use CertificateError as Reason;
+    let problem = match reason {
+        Reason::Expired | Reason::ExpiredContext { .. } => {
+            "has expired, or the local clock is wrong"
         }
-        Why::UnknownIssuer | Why::BadSignature => {
-            "is not from a CA that is trusted here (see --cacert); it may be self-signed"
+        Reason::NotValidYet | Reason::NotValidYetContext { .. } => {
+            "is not valid yet, or the local clock is wrong"
         }
-        Why::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+        Reason::UnknownIssuer | Reason::BadSignature => {
+            "is not from a trusted CA (see --cacert); it may be self-signed"
+        }
+        Reason::NotValidForNameContext { presented, .. } if presented.is_empty() => {
             "names no host: it has no subjectAltName"
         }
-        Why::NotValidForNameContext { expected, presented } => {
+        Reason::NotValidForNameContext { expected, presented } => {
             let names = presented.join(", ");
             return format!(
                 "the server's certificate is for {names}, not for {}",
                 expected.to_str()
             );
         }
-        Why::InvalidPurpose | Why::InvalidPurposeContext { .. } => {
+        Reason::InvalidPurpose | Reason::InvalidPurposeContext { .. } => {
             "is not for a server: its extendedKeyUsage lacks serverAuth"
         }
-        Why::Other(error) if error.to_string() == "CaUsedAsEndEntity" => {
-            "is a CA's own, self-signed perhaps, and not a server's"
+        Reason::Other(error) if error.to_string() == "CaUsedAsEndEntity" => {
+            "is a CA certificate, perhaps self-signed, not a server's"
         }
-        other => return format!("the server's certificate is refused: {other}"),
+        other => return format!("the server's certificate is invalid: {other}"),
     };
-    format!("the server's certificate {what}")
+    format!("the server's certificate {problem}")
 }
 
 #[cfg(test)]
@@ -296,48 +297,48 @@ mod tests {
     use rustls::OtherError;
 
     #[test]
-    fn files_that_hold_nothing() {
-        let (part, why) = Acceptor::new(b"", b"", None, false).unwrap_err();
+    fn empty_files() {
+        let (part, problem) = Acceptor::new(b"", b"", None, false).unwrap_err();
         let none = "contains no CERTIFICATE block; name a certificate in PEM format";
-        assert_eq!((part, &*why), (Part::Chain, none));
-        let wrong = Connector::new(Some(b""), None).map(|_| ());
-        assert_eq!(wrong, Err(format!("--cacert: this file {none}")));
+        assert_eq!((part, &*problem), (Part::Chain, none));
+        let connector = Connector::new(Some(b""), None).map(|_| ());
+        assert_eq!(connector, Err(format!("--cacert: this file {none}")));
         assert!(Connector::new(None, None).is_ok());
     }
 
-    /// tests/e2e/client.rs has real certificates; here are the sentences that those do not reach.
+    /// tests/e2e/client.rs tests real certificates; these are the sentences that it does not reach.
     #[test]
-    fn complaints() {
-        let certificate = |why| Error::InvalidCertificate(why);
+    fn errors() {
+        let certificate = |reason| Error::InvalidCertificate(reason);
         let names = |presented: &[&str]| {
             let presented = presented.iter().map(|name| name.to_string()).collect();
             let expected = ServerName::try_from("b").unwrap();
             certificate(CertificateError::NotValidForNameContext { expected, presented })
         };
-        let other = |what: &'static str| {
-            let error = OtherError(Arc::new(io::Error::other(what)));
+        let other = |text: &'static str| {
+            let error = OtherError(Arc::new(io::Error::other(text)));
             certificate(CertificateError::Other(error))
         };
         let table = [
             (certificate(CertificateError::Expired), "has expired"),
             (certificate(CertificateError::NotValidYet), "not valid yet"),
-            (certificate(CertificateError::BadSignature), "not from a CA that is trusted here"),
+            (certificate(CertificateError::BadSignature), "not from a trusted CA"),
             (certificate(CertificateError::InvalidPurpose), "serverAuth"),
-            (certificate(CertificateError::Revoked), "certificate is refused: "),
+            (certificate(CertificateError::Revoked), "certificate is invalid: "),
             (names(&[]), "certificate names no host: it has no subjectAltName"),
             (names(&["a", "c"]), "certificate is for a, c, not for b"),
-            (other("CaUsedAsEndEntity"), "is a CA's own"),
-            (other("MaximumPathDepthExceeded"), "certificate is refused: "),
-            (Error::AlertReceived(AlertDescription::CertificateRequired), "asks for a client's"),
+            (other("CaUsedAsEndEntity"), "is a CA certificate"),
+            (other("MaximumPathDepthExceeded"), "certificate is invalid: "),
+            (Error::AlertReceived(AlertDescription::CertificateRequired), "requires a client"),
             (Error::AlertReceived(AlertDescription::UnknownCA), "--cert (UnknownCA)"),
             (Error::AlertReceived(AlertDescription::InternalError), "no TLS 1.3 with"),
         ];
-        for (error, words) in table {
-            let said = complaint(&io::Error::other(error)).unwrap();
-            assert!(said.contains(words), "{said}");
+        for (error, part) in table {
+            let description = describe_error(&io::Error::other(error)).unwrap();
+            assert!(description.contains(part), "{description}");
         }
         for other in [io::Error::other("x"), ErrorKind::BrokenPipe.into()] {
-            assert_eq!(complaint(&other), None);
+            assert_eq!(describe_error(&other), None);
         }
     }
 }

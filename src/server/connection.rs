@@ -76,7 +76,7 @@ impl Connection<'_> {
         let mut request = match stream.request() {
             Ok(request) => request,
             Err(error) => {
-                if let Some(reason) = tls::handshake_complaint(&error) {
+                if let Some(reason) = tls::describe_handshake_error(&error) {
                     self.server.log.handshake(self.peer, &reason);
                 }
                 return false;

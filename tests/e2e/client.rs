@@ -197,7 +197,7 @@ fn credentials_come_from_a_file_or_the_environment() {
         tls::keys(lab);
         let _rfw = lab.start(&format!("local.server\nlocal.server.authentication\n{}", tls::CONF));
         let ca = "--cacert keys/client/ca.crt";
-        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file. Give them with --credentials.";
+        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file. Pass them with --credentials.";
         for url in [LOCAL_URL, OUTWARD_URL] {
             let ask = |more: &str| result(url, &format!("get /list {ca} {more}"));
             assert_eq!(ask(""), unauthorized);
@@ -318,7 +318,7 @@ fn credentials_never_leave_the_host_in_the_clear() {
         credentials(lab, SECRET);
         let gate = TcpListener::bind("10.9.9.9:7390").unwrap();
         gate.set_nonblocking(true).unwrap();
-        let refused = "1 user and password go over https only; write https://";
+        let refused = "1 user and password are sent only over https; write https://";
         for url in ["http://10.9.9.9", "http://gate:7390", "http://[::ffff:10.9.9.9]:7390"] {
             assert_eq!(result(url, "put /x --credentials secret"), refused, "{url}");
         }
@@ -342,7 +342,7 @@ const CERTIFICATES: [[&str; 6]; 15] = [
         "x",
         "IP:127.0.0.1",
         "127.0.0.1",
-        "has expired, or the clock here is wrong",
+        "has expired, or the local clock is wrong",
     ],
     [
         "ours",
@@ -350,7 +350,7 @@ const CERTIFICATES: [[&str; 6]; 15] = [
         "x",
         "IP:127.0.0.1",
         "127.0.0.1",
-        "is not valid yet, or the clock here is wrong",
+        "is not valid yet, or the local clock is wrong",
     ],
     [
         "ours",
@@ -403,11 +403,10 @@ const CERTIFICATES: [[&str; 6]; 15] = [
         "x",
         "IP:127.0.0.1 CA",
         "127.0.0.1",
-        "is a CA's own, self-signed perhaps, and not a server's",
+        "is a CA certificate, perhaps self-signed, not a server's",
     ],
 ];
-const UNTRUSTED: &str =
-    "is not from a CA that is trusted here (see --cacert); it may be self-signed";
+const UNTRUSTED: &str = "is not from a trusted CA (see --cacert); it may be self-signed";
 
 /// `theirs` has the same name as `ours`, which every CA of rfwgen's has.
 const AUTHORITIES: &str = "
@@ -498,10 +497,10 @@ fn client_certificates() {
             "" => String::new(),
             pair => format!("--cert {pair}.crt --key {pair}.key"),
         };
-        let refused = "1 the server refuses the certificate of --cert";
+        let refused = "1 the server rejects the certificate of --cert";
         let rows = [
             ("keys/client_alice/client", "0 []"),
-            ("", "1 the server asks for a client's certificate; give it with --cert and --key"),
+            ("", "1 the server requires a client certificate; pass one with --cert and --key"),
             ("theirs/client_eve/client", refused),
             ("keys/server_127.0.0.1/server", refused),
         ];
@@ -675,7 +674,7 @@ fn a_change_whose_answer_is_lost_is_tried_again() {
 #[test]
 fn answers_that_are_none() {
     once(|_| {
-        let not_http = "the answer is not HTTP/1.1, or does not say how long it is";
+        let not_http = "the response is not HTTP/1.1, or does not state its length";
         let long = |name: &str| format!("HTTP/1.1 200 X\r\nX: {}", name.repeat(20_000));
         let rows: Vec<(String, String)> = vec![
             ("SSH-2.0-OpenSSH_9\r\nSTALL".into(), not_http.into()),
@@ -684,11 +683,11 @@ fn answers_that_are_none() {
             ("HTTP/1.1 200 X\r\nContent-Length: x\r\n\r\nSTALL".into(), not_http.into()),
             (long("a"), not_http.into()),
             (long("a\r\nX: "), not_http.into()),
-            (ok("<html>"), "200, but this is no answer of rfw's".into()),
-            (ok(&format!("{INSERTED}{}", " ".repeat(65_536))), "the answer is too long".into()),
+            (ok("<html>"), "200, but the response is not from rfw".into()),
+            (ok(&format!("{INSERTED}{}", " ".repeat(65_536))), "the response is too long".into()),
             (
                 "HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n".into(),
-                "the chunks of the answer are malformed".into(),
+                "the response has malformed chunks".into(),
             ),
             (
                 answer(400, "", "{\"error\":\"e\",\"message\":\"a\x1b[2J\\u001b\"}"),
@@ -712,12 +711,15 @@ fn answers_that_are_none() {
             "HTTP/1.1 200 X\r\nContent-Length: 9\r\n\r\nxSTALL",
         ] {
             let got = result(&stand_in(&[part]).url, "put /x --timeout 1");
-            assert!(["1 no answer in time", "1 no whole answer in time"].contains(&&*got), "{got}");
+            assert!(
+                ["1 no response in time", "1 no complete response in time"].contains(&&*got),
+                "{got}"
+            );
         }
         let cannot = result("http://127.0.0.1:1", "put /x --timeout 1");
         assert_eq!(cannot, "1 cannot connect to 127.0.0.1:1: Connection refused (os error 111)");
         let nowhere = result("http://no.such.host.invalid", "put /x --timeout 1");
-        assert!(nowhere.starts_with("1 cannot find the host"), "{nowhere}");
+        assert!(nowhere.starts_with("1 cannot resolve the host name"), "{nowhere}");
     });
 }
 
@@ -728,13 +730,13 @@ fn a_body_that_breaks_off_is_no_success() {
         let rows = [
             (ok("ab\ncd"), 0, "ab\ncd", ""),
             (format!("{chunks}0\r\n\r\n"), 0, "ab\n", ""),
-            (chunks.into(), 1, "ab\n", "the answer broke off"),
-            (format!("{chunks}3\r\nc"), 1, "ab\nc", "the answer broke off"),
+            (chunks.into(), 1, "ab\n", "the response is incomplete"),
+            (format!("{chunks}3\r\nc"), 1, "ab\nc", "the response is incomplete"),
             (
                 "HTTP/1.1 200 X\r\nContent-Length: 9\r\n\r\nabcd".into(),
                 1,
                 "abcd",
-                "the answer broke off",
+                "the response is incomplete",
             ),
         ];
         for (answer, status, out, err) in rows {
@@ -755,7 +757,7 @@ fn a_body_that_breaks_off_is_no_success() {
             format!("{}: ab", urls[0]),
             format!("{}: cd", urls[0]),
             format!("{}: ab", urls[1]),
-            format!("{}: the answer broke off", urls[1]),
+            format!("{}: the response is incomplete", urls[1]),
             format!("{}: 404", urls[2]),
         ];
         lines.sort();
@@ -888,7 +890,7 @@ fn batch_reports_failures_by_line() {
             format!("{LOCAL_URL}: line 5: PUT /drop/input/any/192.0.2.1: {whitelisted}\n");
         assert_eq!((status, out), (1, refused));
         let wrong = [6, 7, 8, 9, 10, 11, 12].map(|number| {
-            let sentence = "write put PATH or delete PATH, with 8192 bytes at most";
+            let sentence = "write put PATH or delete PATH, at most 8192 bytes";
             format!("# line {number}: {sentence}\n")
         });
         assert_eq!(err, format!("{}{LOCAL_URL}\n", wrong.concat()));
@@ -978,7 +980,7 @@ fn batch_goes_on_where_one_server_is_down() {
             batch(&format!("{options} --timeout 2"), put_lines(300).as_bytes());
         assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         assert_eq!((status, lab.rules().len()), (1, 300));
-        for (url, words) in [(&*hung.url, "no answer in time"), (gone, "cannot connect to")] {
+        for (url, words) in [(&*hung.url, "no response in time"), (gone, "cannot connect to")] {
             let numbers = failed_lines(&out, url, words);
             assert_eq!(numbers, (1..=300).collect::<Vec<_>>(), "{url}: each line, once");
         }
