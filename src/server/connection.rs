@@ -33,7 +33,7 @@ pub const UPLOADS: Limits = Limits {
     patience: Duration::from_secs(1),
     poll: Duration::from_millis(10),
 };
-/// Long listings that are sent at a time; without sets, each is kept in memory meanwhile, 24 MB for
+/// Long listings that are sent at a time. Without sets, each is kept in memory meanwhile: 24 MB for
 /// 100,000 rules.
 pub const LISTINGS: Limits = Limits { slots: 4, ..UPLOADS };
 /// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
@@ -226,7 +226,7 @@ impl Connection<'_> {
         response.end();
     }
 
-    /// A short listing needs no slot: it delays no other, and 128 of them take little memory.
+    /// A short listing needs no slot: it delays no other request, and 128 of them take little memory.
     fn send_listing(
         &self,
         principal: &Principal,
@@ -238,7 +238,7 @@ impl Connection<'_> {
         let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
         let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
         if turn.is_none() && listing.len() > SHORT_LISTING {
-            // It has grown since it was counted.
+            // The list has grown since it was counted.
             drop(listing);
             turn = Some(self.await_turn(&server.listings)?);
             listing = self.read_listing(turn.as_ref(), principal, filter)?;
@@ -271,7 +271,7 @@ impl Connection<'_> {
         Ok("listed".into())
     }
 
-    /// One at a time, so that a change waits for at most one.
+    /// Reads one listing at a time, so that a change waits for at most one.
     fn read_listing(
         &self,
         turn: Option<&Slot>,
@@ -289,7 +289,7 @@ impl Connection<'_> {
         self.slot.acquire(limiter).ok_or_else(busy)
     }
 
-    /// Does something that the client waits for, with all its slots.
+    /// Does work that the client waits for, during which none of its slots is evicted.
     fn work<T>(&self, turn: Option<&Slot>, work: impl FnOnce() -> T) -> T {
         match turn {
             Some(turn) => turn.work(|| self.slot.work(work)),

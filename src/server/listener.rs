@@ -17,38 +17,38 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Connections that one listener serves at a time, a thread each. From its connect to its request
-/// a client needs some milliseconds; and 4,000 connections a second still find room.
+/// How many connections one listener serves at a time, each in its own thread. A client needs some
+/// milliseconds from connecting to its request; there is room for 4,000 connections per second.
 const CONNECTIONS: Limits = Limits {
     slots: 128,
     evicting: 64,
     patience: Duration::from_millis(20),
     poll: Duration::from_millis(1),
 };
-/// Connections that are accepted and wait for a slot: a burst waits here, because the kernel's
-/// queue (128, by std) drops what it has no room for, and a client tries again only after a
-/// second. All together stay under 1,024 descriptors, with some left for the programs.
+/// How many accepted connections wait for a slot. If a burst overflowed the kernel's queue (128, by
+/// std), the clients would retry only after a second. All connections together need fewer than 1,024
+/// descriptors, with some left for the programs.
 const MAX_ARRIVALS: usize = 128;
-/// What a thread may use as stack; a TLS handshake takes some 30 KiB.
+/// The stack size of a thread; a TLS handshake uses some 30 KiB.
 const STACK: usize = 256 * 1024;
-/// How long it may take to read a request that has been waiting, before it is refused.
+/// The time limit for reading a request that is refused for lack of a slot.
 const READ_TIME: Duration = Duration::from_millis(1);
-/// How long to wait for an address that this host does not have, before the next try.
+/// The pause between attempts to bind an address that this host does not have yet.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// A socket and what makes the outward and the local server different.
+/// A socket, and the differences between the outward and the local server.
 pub struct Listener {
     address: SocketAddr,
     /// `None` while this host does not have the address.
     socket: Option<TcpListener>,
     /// The outward server speaks TLS, and to whitelisted peers only.
     tls: Option<Acceptor>,
-    /// Whether credentials are asked for.
+    /// Whether clients must authenticate.
     pub authentication: bool,
     limiter: Arc<ConnectionLimiter>,
 }
 
-/// Who has connected, and until when it waits for a slot.
+/// A connection that waits for a slot until its deadline.
 struct Arrival {
     socket: Arc<TcpStream>,
     peer: IpAddr,
@@ -56,7 +56,8 @@ struct Arrival {
 }
 
 impl Listener {
-    /// Binds what rfw.conf names and this host has. The error is a sentence.
+    /// Binds the addresses of rfw.conf; one that this host does not have yet is bound later. The error is
+    /// a sentence.
     pub fn open(config: &Config, acceptor: Option<Acceptor>) -> Result<Vec<Listener>, String> {
         let mut listeners = Vec::new();
         if let (Some(outward), Some(acceptor)) = (&config.outward, acceptor) {
@@ -66,7 +67,7 @@ impl Listener {
         if let Some(Local { port, authentication }) = config.local {
             let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
             listeners.push(Listener::bind(SocketAddr::new(v4, port), None, authentication)?);
-            // Where the host has no ::1, there is no such address to bind.
+            // Without IPv6, the host has no ::1.
             if TcpListener::bind((v6, 0)).is_ok() {
                 listeners.push(Listener::bind(SocketAddr::new(v6, port), None, authentication)?);
             }
@@ -95,14 +96,14 @@ impl Listener {
         Ok(Listener { address, socket, tls, authentication, limiter })
     }
 
-    /// Where it listens, as a URL.
+    /// The address as a URL.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
     }
 
-    /// The local server is for whoever means this host by its name: a web page in a browser here,
-    /// whose name was made to point here, means another one.
+    /// The local server accepts only the names of this host. A web page in a local browser whose name
+    /// resolves to 127.0.0.1 (DNS rebinding) sends another name.
     pub fn check_host(&self, request: &Request) -> Result<(), ApiError> {
         match self.tls.is_some() || request.is_for_localhost() {
             true => Ok(()),
@@ -110,7 +111,7 @@ impl Listener {
         }
     }
 
-    /// Accepts for ever, and hands on whoever may come in.
+    /// Accepts connections until rfw ends, and passes on those that are permitted.
     pub fn listen(mut self, server: Arc<Server>) {
         let socket = self.socket.take().unwrap_or_else(|| self.await_address(&server.log));
         let listener = Arc::new(self);
@@ -138,7 +139,7 @@ impl Listener {
         }
     }
 
-    /// Binds as soon as this host has the address: rfw starts before the network.
+    /// Binds the address as soon as this host has it: rfw starts before the network.
     fn await_address(&self, log: &Log) -> TcpListener {
         let mut last_error = None;
         loop {
@@ -150,7 +151,7 @@ impl Listener {
                 Err(error) if last_error == Some(error.kind()) => {}
                 Err(error) => {
                     log.warning(format_args!(
-                        "cannot listen at {}: {error}; rfw tries again every second, until this \
+                        "cannot listen at {}: {error}; rfw tries again every second until this \
                          host has the address and the port is free",
                         self.url()
                     ));
@@ -161,7 +162,7 @@ impl Listener {
         }
     }
 
-    /// Waits for a slot for a connection, and has a thread serve it.
+    /// Waits for a slot, then serves the connection in a new thread.
     fn dispatch(self: &Arc<Listener>, server: &Arc<Server>, arrival: Arrival) {
         let Arrival { socket, peer, deadline } = arrival;
         let Some(slot) = self.limiter.acquire(&socket, peer, deadline, || false) else {
@@ -182,10 +183,10 @@ impl Listener {
         }
     }
 
-    /// Refuses a connection that got no slot; one that speaks TLS is just closed.
+    /// Refuses a connection that got no slot: with a response, or by closing it if it is TLS.
     fn refuse(&self, socket: Arc<TcpStream>) {
         if let (None, Ok(mut stream)) = (&self.tls, HttpStream::new(socket, None)) {
-            // What is left unread makes the kernel reset the connection, and the refusal is lost.
+            // If unread data is left, the kernel resets the connection and the response is lost.
             stream.set_deadline(READ_TIME);
             let _ = stream.request();
             let busy = ApiError::Busy("Too many connections.".into());
