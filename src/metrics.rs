@@ -109,7 +109,7 @@ impl Metrics {
             ("overtaken", "Times that foreign rules preceded rfw's.", &self.overtaken),
             ("expired_rules", "Rules deleted at their expiry.", &self.expired),
             ("refused_logins", "Requests with wrong or missing credentials.", &self.refused_logins),
-            ("accepted_connections", "Connections that were served.", &self.connections),
+            ("accepted_connections", "Connections that got a slot.", &self.connections),
         ];
         for (name, help, number) in counters {
             family(&format!("{name}_total"), "counter", help, &format!(" {number}"));

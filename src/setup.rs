@@ -2,7 +2,7 @@
 
 use crate::config::{Config, Named, Outward};
 use crate::file::{self, Access};
-use crate::firewall::iptables::restore_beside;
+use crate::firewall::iptables::restore_path;
 use crate::firewall::prerequisites;
 use crate::http::auth::Users;
 use crate::http::tls::{Acceptor, Part};
@@ -117,7 +117,7 @@ fn find(program: &Path) -> PathBuf {
 }
 
 fn check_tables(iptables: &Path) -> Result<(), String> {
-    check_program(iptables).and_then(|()| check_program(&restore_beside(iptables)))
+    check_program(iptables).and_then(|()| check_program(&restore_path(iptables)))
 }
 
 /// Checks that this host can filter IPv6. A kernel without IPv6 has no such file in /proc.

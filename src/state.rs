@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
-//! is truncated: further lines could not restore the order of rules, nor be written to a full disk. A power cut leaves an incomplete tail, which was never acknowledged. A rule is
-//! written as its path and tag ([`crate::rule`]); version 1 had no tags.
+//! is truncated: further lines could not restore the order of rules, nor be written to a full disk.
+//! A power cut leaves an incomplete tail, which was never acknowledged. A rule is written as its path
+//! and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::file::{self, Access};
 use crate::rule::whitelist::LineError;
@@ -85,7 +86,7 @@ impl StateFile {
         Ok(StateFile { path, file, size, needs_repair: false, limit: limit_of(size) })
     }
 
-    /// Checks whether a file, if there is one, can be read.
+    /// Checks that a file can be read, if it exists.
     pub fn check(path: &Path) -> Result<(), LineError> {
         check_kind(path, file::own_user() == 0)?;
         match File::open(path) {
@@ -255,8 +256,8 @@ fn whole_file(message: String) -> LineError {
     LineError { line: 0, message }
 }
 
-/// Reading it must not block. With `of_service` it may belong to the owner of its folder: root checks
-/// the file of a service that runs as another user.
+/// Checks that reading the file does not block, and who can write to it. With `of_service`, it may belong
+/// to the owner of its folder: root checks the file of a service that runs as another user.
 fn check_kind(path: &Path, of_service: bool) -> Result<(), LineError> {
     let of_owner = |uid| fs::metadata(folder(path)).is_ok_and(|data| data.uid() == uid);
     match fs::metadata(path) {
@@ -396,7 +397,7 @@ mod tests {
         Record::Delete(path.parse().unwrap())
     }
 
-    /// What is left of records: `PATH EXPIRES`, the oldest first.
+    /// The rules that remain after records: `PATH EXPIRES`, the oldest first.
     fn live(records: &[Record]) -> String {
         let mut rules: Vec<StoredRule> = Vec::new();
         for record in records {
@@ -407,7 +408,7 @@ mod tests {
             }
         }
         let show = |(rule, expires): &StoredRule| {
-            assert_ne!(*expires, Some(0), "0 is never");
+            assert_ne!(*expires, Some(0), "0 means never");
             format!("{rule} {}", expires.unwrap_or(0))
         };
         rules.iter().map(show).collect::<Vec<_>>().join(", ")
@@ -473,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn an_incomplete_tail_is_told() {
+    fn an_incomplete_tail_is_reported() {
         let table = [
             ("+ 0 /dr", 2, "the last line is incomplete (7 bytes) and is dropped"),
             ("* 3\n+ 0 /drop/input/any/1.1.1.1\n", 2, "has 1 of its 3 changes; it was never"),
@@ -546,7 +547,7 @@ mod tests {
         }
     }
 
-    /// A folder of its own for each test.
+    /// A separate folder for each test.
     struct Folder(PathBuf);
 
     impl Folder {

@@ -277,8 +277,8 @@ impl<K: Kernel> Engine<K> {
         self.kernel.families().iter().copied().filter(has).collect()
     }
 
-    /// Repairs those of the families that are distrusted. A repair that failed may have taken
-    /// effect; the next attempt sees that.
+    /// Repairs the families that are distrusted. A repair that failed may have taken effect; the next
+    /// attempt sees that.
     fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
         let mut settled = Ok(());
         for _ in 0..MAX_REPAIRS {
@@ -460,7 +460,7 @@ impl<K: Kernel> Engine<K> {
         Chain::ALL.iter().map(plan).collect()
     }
 
-    /// Repairs the rules if a listing differs from what they should be.
+    /// Repairs the rules if a listing differs from the list.
     fn check_rules(
         &mut self,
         family: Family,
@@ -469,17 +469,18 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
         let listing = listing.map_or_else(read, Ok)?;
-        let mut wrong = self.plans(family, &listing);
-        wrong.retain(|plan| !plan.edits.is_empty());
-        if wrong.is_empty() {
+        let mut repairs = self.plans(family, &listing);
+        repairs.retain(|plan| !plan.edits.is_empty());
+        if repairs.is_empty() {
             self.count_traffic(family, &listing);
         }
         // A check may leave foreign rules in front for a while; a request may not.
         let may_wait = batch.is_none() && self.is_overtaken_often();
-        let is_right = wrong.is_empty() || may_wait && wrong.iter().all(Plan::is_only_overtaken);
+        let is_correct =
+            repairs.is_empty() || may_wait && repairs.iter().all(Plan::is_only_overtaken);
         // After an error, one incomplete listing could hide what a failed batch left, so a distrusted
         // family is always repaired, which reads it twice.
-        match is_right && !self.distrusted.contains(&family) {
+        match is_correct && !self.distrusted.contains(&family) {
             true => Ok(()),
             false => self.repair(family, batch),
         }
@@ -793,10 +794,10 @@ impl<K: Kernel> Engine<K> {
 
     /// The time limit of a program with this number of edits (goal 5).
     fn limit(&self, edits: usize) -> Duration {
-        let more = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
+        let extension = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
         let left = self.deadline.saturating_duration_since(Instant::now());
         let limit = if self.is_starting { START_TOOL_LIMIT } else { TOOL_LIMIT };
-        limit.saturating_add(more).min(left)
+        limit.saturating_add(extension).min(left)
     }
 }
 
@@ -804,7 +805,7 @@ impl<K: Kernel> Engine<K> {
 fn read_until_agreed<T>(
     read: impl Fn() -> Result<T, ToolError>,
     agree: impl Fn(&T, &T) -> bool,
-    what: &str,
+    message: &str,
 ) -> Result<T, ToolError> {
     let mut last = read()?;
     for _ in 1..MAX_READS {
@@ -814,7 +815,7 @@ fn read_until_agreed<T>(
         }
         last = listing;
     }
-    Err(ToolError::Transient(format!("{what} each time; another program keeps changing them.")))
+    Err(ToolError::Transient(format!("{message} each time; another program keeps changing them.")))
 }
 
 #[cfg(test)]

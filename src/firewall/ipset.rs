@@ -39,7 +39,7 @@ pub fn set_name(template: &RuleTemplate, family: Family) -> String {
     format!("rfw{digit}:{target}:{chain}:~{:014x}", hash(&rest))
 }
 
-/// FNV-1a, 56 bits of it.
+/// The upper 56 bits of FNV-1a.
 fn hash(text: &str) -> u64 {
     let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325, step) >> 8

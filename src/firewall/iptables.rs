@@ -289,8 +289,8 @@ pub struct Iptables {
     restore: Program,
 }
 
-/// `/sbin/iptables-nft` has `/sbin/iptables-nft-restore` next to it.
-pub fn restore_beside(iptables: &Path) -> PathBuf {
+/// The restore program next to an iptables: `/sbin/iptables-nft-restore` for `/sbin/iptables-nft`.
+pub fn restore_path(iptables: &Path) -> PathBuf {
     let mut restore = iptables.as_os_str().to_owned();
     restore.push("-restore");
     restore.into()
@@ -299,7 +299,7 @@ pub fn restore_beside(iptables: &Path) -> PathBuf {
 impl Iptables {
     /// `iptables` is an absolute path.
     pub fn new(family: Family, iptables: PathBuf, programs: Arc<Programs>) -> Iptables {
-        let restore = Program::new(restore_beside(&iptables), programs.clone());
+        let restore = Program::new(restore_path(&iptables), programs.clone());
         Iptables { family, iptables: Program::new(iptables, programs), restore }
     }
 

@@ -1,5 +1,5 @@
-//! Rules in the kernel that act like rfw's, but that this rfw does not keep: it reports them at start,
-//! and never touches them.
+//! Rules that rfw 0.2.2, or rfw with the other variant of iptables, left in the kernel. They are
+//! reported at start and never touched.
 
 use super::iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule, parse_row};
 use super::prerequisites::Version;
@@ -14,17 +14,17 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(10);
 const COMMENT: &str = " -m comment --comment rfw";
 
-/// Reads a rule in the form that rfw 0.2.2 left: rfw's without the comment, and for any interface.
+/// Parses a rule of rfw 0.2.2: for any interface, and without a comment.
 pub fn old_rule(line: &str) -> Option<TaggedRule> {
     let guard = if line.contains(" -p tcp ") { ":guard" } else { "" };
-    let tagged = line.replacen(" -j ", &format!("{COMMENT}{guard} -j "), 1);
-    let KernelRule { rule, kind } = parse_row(&tagged, Family::V4)?.1?.rule;
+    let with_comment = line.replacen(" -j ", &format!("{COMMENT}{guard} -j "), 1);
+    let KernelRule { rule, kind } = parse_row(&with_comment, Family::V4)?.1?.rule;
     let is_old = rule.ifaces() == (Iface::ANY, Iface::ANY)
         && (kind != RuleKind::Plain || rule.addresses().next().is_some());
     is_old.then_some(TaggedRule::new(KernelRule { rule, kind }, None))
 }
 
-/// Warns of the rules that 0.2.2 left; it had only IPv4.
+/// Warns of the rules that 0.2.2 left; it supported only IPv4.
 pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
     let listing = listings.iter().filter(|(family, _)| *family == Family::V4);
     let chains = listing.flat_map(|(_, listing)| Chain::ALL.map(|chain| listing.chain(chain)));
@@ -33,8 +33,8 @@ pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
     }
 }
 
-/// An administrator's own rules may look the same, those that accept an address above all: they
-/// count only where there are guard rules of 0.2.2's.
+/// An administrator's own rules may look the same, above all those that accept an address. These are
+/// reported only together with a guard rule of 0.2.2.
 fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
@@ -43,7 +43,7 @@ fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
     let rules = old.first().map(|first| {
         let delete = RuleEdit::Delete(*first).to_string().replace(COMMENT, "");
         format!(
-            "rules in the form that rfw 0.2.2 left: {}; rfw does not list, expire or delete them; to \
+            "rules that rfw 0.2.2 may have left: {}; rfw does not list, expire or delete them; to \
              adopt the first, run rfwc put {}, then iptables {delete}; to remove it, only the latter",
             old.len(),
             first.rule
@@ -61,15 +61,15 @@ fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
     (!found.is_empty()).then(|| format!("{}; {all}", found.join("; ")))
 }
 
-/// The port whose responses a rule drops: hardly anyone but 0.2.2 has such a rule.
+/// The port of a rule that drops all responses from it: hardly any program but 0.2.2 makes one.
 fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
     let KernelRule { rule, kind: RuleKind::Guard(port) } = tagged.rule else { return None };
     let drops = (rule.chain(), rule.target) == (Chain::Output, Target::Drop);
     Some(port).filter(|_| drops && rule.addresses().next().is_none())
 }
 
-/// Warns of rfw's rules in the other variant of iptables: the kernel obeys those too. What
-/// cannot be read is not reported.
+/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they cannot
+/// be read, they are not reported.
 pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
@@ -77,17 +77,17 @@ pub fn report_other_variant(iptables: &Iptables, log: &Log) {
         count = count.saturating_add(usize::from(tagged.is_some()));
     });
     if count > 0 {
-        let (here, there) = (&iptables.iptables, &other.iptables);
+        let (used, other) = (&iptables.iptables, &other.iptables);
         log.warning(format_args!(
-            "rules of rfw's in {there}: {count}; they are in effect beside those of {here}, but rfw \
-             does not list, expire or delete them; to remove them, run {there} -S | sed -nE \
-             '/--comment \"?rfw[\": @]/s|^-A|{there} -D|p' | sh"
+            "rules of rfw in {other}: {count}; they are in effect together with those in {used}, but \
+             rfw does not list, expire or delete them; to remove them, run {other} -S | sed -nE \
+             '/--comment \"?rfw[\": @]/s|^-A|{other} -D|p' | sh"
         ));
     }
 }
 
-/// The other variant's program in the same folder, if it can be asked without a change: to list the
-/// legacy tables is to create them.
+/// The other variant's program in the same folder. If the legacy tables do not exist, it is not run,
+/// because listing them would create them.
 fn other_variant(iptables: &Iptables) -> Option<Iptables> {
     let (name, tables) = match iptables.family {
         Family::V4 => ("iptables", "/proc/net/ip_tables_names"),
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn forms() {
         let table = [
-            // What 0.2.2 leaves, with iptables 1.8.9
+            // As 0.2.2 leaves them, with iptables 1.8.9
             ("-A INPUT -s 7.7.7.0/24 -c 0 0 -j DROP", "/drop/input/any/7.7.7.0/24"),
             ("-A OUTPUT -d 9.9.9.9/32 -c 5 7 -j ACCEPT", "/accept/output/any/9.9.9.9"),
             (
@@ -125,7 +125,7 @@ mod tests {
                 "-A OUTPUT -p tcp -m tcp --sport 7393 -c 0 0 -j DROP",
                 "guard rule for port 7393 (OUTPUT, DROP)",
             ),
-            // What it never made
+            // Which 0.2.2 never makes
             ("-A INPUT -s 7.7.7.7/32 -i eth0 -c 0 0 -j DROP", ""),
             ("-A INPUT ! -s 7.7.7.7/32 -c 0 0 -j DROP", ""),
             ("-A INPUT -s 7.0.0.0/8 -c 0 0 -j DROP", ""),
@@ -154,13 +154,13 @@ mod tests {
             (&["-A INPUT -p tcp -m tcp --dport 80 -j DROP"], ""),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
-                "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
+                "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
                  them; to adopt the first, run rfwc put /drop/input/any/8.8.8.8, then iptables -D \
                  INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
             ),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
-                "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
+                "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
                  them; to adopt the first, run rfwc put /accept/input/any/7.7.7.7, then iptables -D \
                  INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
                  rules for port 80; to remove them, run iptables -S | sed -nE '/^-A (INPUT( -s [^ \

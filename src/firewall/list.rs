@@ -1,4 +1,4 @@
-//! The list: every rule that rfw keeps, with its serial and its expiry. Pure: no process, no clock.
+//! The list: every rule that rfw keeps, with its order and its expiry. Pure: no process, no clock.
 //!
 //! While rfw runs, this is the truth; the kernel and the state file are made to match it. A rule
 //! is kept as its [`Group`] and one address, because most rules differ only in that, and because
@@ -192,7 +192,7 @@ pub struct Batch {
     numbers: HashMap<Group, u32>,
     /// The sets that did not exist before.
     pub created: Vec<Group>,
-    /// Each rule once, in the order of their serials.
+    /// Each rule once, in the order in which they were inserted.
     steps: Vec<Step>,
     /// One for each change, in order.
     pub outcomes: Vec<Outcome>,
@@ -241,9 +241,10 @@ impl Batch {
 #[derive(Default)]
 pub struct List {
     groups: BTreeMap<Group, Members>,
+    /// The serial number of the newest rule.
     last_serial: u64,
-    /// The seconds at which rules may be due, each once. A rule that was refreshed or deleted
-    /// meanwhile is just not found then.
+    /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted, none
+    /// is due then.
     due: BTreeSet<(Family, NonZeroU64)>,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,
@@ -267,13 +268,13 @@ impl List {
         self.set(group, net, None);
     }
 
-    /// Forgets the groups that are empty.
+    /// Removes the groups that are empty.
     pub fn drop_empty(&mut self) {
         self.groups.retain(|_, members| !members.is_empty());
     }
 
-    /// Where an address has several targets but is kept in sets, removes all but the newest.
-    /// Returns whether there were any: rfw kept rules before.
+    /// In sets, an address has one target: removes all but the newest. Returns whether it removed any, as
+    /// after a switch from rules to sets.
     pub fn drop_rivals(&mut self) -> bool {
         let mut older = Vec::new();
         for (group, members) in &self.groups {
@@ -291,7 +292,7 @@ impl List {
         !older.is_empty()
     }
 
-    /// Carries out changes, one after the other, or none of them if one has no room.
+    /// Carries out changes in order, or none of them if there is no room for one.
     /// `now` is in Unix seconds; `maxelem` is the maximum number of addresses in a set.
     pub fn apply(
         &mut self,
@@ -356,7 +357,7 @@ impl List {
         Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
     }
 
-    /// Deletes the rules that a change covers without naming them.
+    /// Deletes the rules that a change covers but does not name.
     fn delete_others(&mut self, change: &Change, batch: &mut Batch, tally: &mut Tally) {
         let nets = match (&change.rules, change.action) {
             (Rules::List(_, nets), Action::Replace(_)) => nets.as_slice(),
@@ -380,7 +381,7 @@ impl List {
         }
     }
 
-    /// Deletes addresses from all groups that differ in their tags.
+    /// Deletes addresses from all groups that differ only in their tags.
     fn delete_alike(&mut self, group: Group, nets: &[Net], batch: &mut Batch, tally: &mut Tally) {
         let alike: Vec<Group> =
             self.groups.keys().filter(|other| group.is_alike(other)).copied().collect();
@@ -392,7 +393,7 @@ impl List {
         }
     }
 
-    /// Checks the limits before any work, because a refused list must not cost memory.
+    /// Checks the limits before any work: a refused list must not cost memory.
     fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), NoRoom> {
         let (held, limit, full) = match self.is_in_set(&group) {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
@@ -406,7 +407,7 @@ impl List {
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
 
-    /// Whether another group is within the limits.
+    /// Checks whether one more group is within the limits.
     fn check_group(&self, group: Group) -> Result<(), NoRoom> {
         let tag = group.template.tag;
         if tag != Tag::NONE {
@@ -464,13 +465,14 @@ impl List {
         is_empty(group) && self.rivals(group).all(is_empty)
     }
 
-    /// Puts many rules where there are none: a map that grew one by one is half empty.
+    /// Inserts many rules into an empty group at once, because a map that grows one by one is half
+    /// empty.
     fn fill(&mut self, group: Group, nets: &[Net], expires: Option<NonZeroU64>, batch: &mut Batch) {
         if self.is_in_set(&group) && !self.groups.contains_key(&group) {
             batch.created.push(group);
         }
         self.due.extend(expires.map(|second| (group.family, second)));
-        // In one allocation, and first, so that the allocator can return all of it.
+        // One allocation, and the first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
         let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
         self.groups.insert(group, members);
@@ -793,7 +795,8 @@ pub(super) mod tests {
                 assert!(
                     entry.expires.is_none_or(|second| list.due.contains(&(group.family, second)))
                 );
-                assert!(serials.insert(entry.serial) && entry.serial.get() <= list.last_serial);
+                let serial = entry.serial;
+                assert!(serials.insert(serial) && serial.get() <= list.last_serial);
                 assert_eq!(Group::of(&group.rule(*net)), (*group, *net));
                 for rival in list.rivals(*group) {
                     assert_eq!(list.entry(rival, net), None, "one target at a time");
@@ -948,7 +951,7 @@ pub(super) mod tests {
             ),
             (&[ACCEPT_A], &[NO_A], "absent", &[]),
             (&[ACCEPT_A], &[A, NO_A], "inserted, deleted", &[NO_ACCEPT_A]),
-            // Another interface, block or chain is another address; serial does not matter
+            // Another interface, block or chain is another address; the order does not matter
             (&[A], &["+/accept/input/eth0/1.1.1.1"], "inserted", &["+/accept/input/eth0/1.1.1.1"]),
             (
                 &[A],

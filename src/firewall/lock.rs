@@ -1,4 +1,4 @@
-//! The lock that one rfw in each network namespace holds.
+//! The lock that ensures that only one rfw runs in a network namespace.
 
 use crate::file::own_user;
 use std::fs::{self, DirBuilder, File, TryLockError};
@@ -9,14 +9,13 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Held by rfw and, as their standard output, by the programs that change rules: while one of them
-/// runs, no other rfw starts in this network namespace. Thus rfw waits for a program that outlived
-/// a killed rfw before it reads the kernel. The lock is released with its last holder.
+/// Held by rfw and, as their standard output, by the programs that change rules, until the last of them
+/// ends. Thus rfw waits for a program that outlived a killed rfw before it reads the kernel.
 pub struct InstanceLock(File);
 
 impl InstanceLock {
-    /// Waits until no other rfw, nor a program of a killed one, holds the lock; if one does,
-    /// calls `on_wait` first. The error is a sentence.
+    /// Waits while another rfw, or a program that a killed one started, holds the lock, and calls
+    /// `on_wait` before. The error is a sentence.
     pub fn take(limit: Duration, on_wait: impl FnOnce()) -> Result<InstanceLock, String> {
         // OpenWrt before 24.10 has no /run.
         let run = if Path::new("/run").is_dir() { "/run" } else { "/var/run" };
@@ -24,7 +23,7 @@ impl InstanceLock {
         let unusable = |error: io::Error| {
             format!(
                 "cannot lock {0}: {error}; as root, run install -d -m 700 -o USER {0}, where USER \
-                 runs rfw (in a unit of systemd, RuntimeDirectory=rfw does that)",
+                 runs rfw (RuntimeDirectory=rfw in a systemd unit does that)",
                 folder.display()
             )
         };
@@ -38,9 +37,9 @@ impl InstanceLock {
                 Err(TryLockError::WouldBlock) => {}
             }
             if started.elapsed() >= limit {
-                let holder = "another rfw, or a program of a killed one, runs here";
                 return Err(format!(
-                    "{holder}; stop it first (fuser -v {} shows it)",
+                    "another rfw, or a program that a killed one started, is still running; stop it \
+                     first (fuser -v {} shows it)",
                     path.display()
                 ));
             }
@@ -57,14 +56,14 @@ impl InstanceLock {
     }
 }
 
-/// Opens the lock file of this network namespace. Only root can make `folder` or give it away,
-/// and only its owner can enter it: nobody else can hold the lock or put a link in its place.
+/// Opens the lock file of this network namespace. Only root can create `folder` or change its owner, and
+/// only its owner can enter it: no other user can hold the lock or replace the file by a link.
 fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let data = fs::metadata(folder)?;
     let (owner, mode) = (data.uid(), data.mode() & 0o777);
     if ![0, own_user()].contains(&owner) || mode & 0o077 != 0 {
-        let message = format!("others may enter it (owner {owner}, mode {mode:o})");
+        let message = format!("other users can enter it (owner {owner}, mode {mode:o})");
         return Err(io::Error::other(message));
     }
     // A kernel without namespaces has no such file.
@@ -72,7 +71,7 @@ fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
     let path = folder.join(format!("net-{namespace}"));
     match File::options().write(true).create_new(true).mode(0o600).open(&path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
-        // Only for reading: no program can fill the disk through its standard output.
+        // Read-only, so that no program can fill the disk through its standard output.
         _ => Ok((File::open(&path)?, path)),
     }
 }
@@ -98,10 +97,10 @@ mod tests {
         drop(held);
         second.try_lock().unwrap();
         assert!((&second).write(b"x").is_err(), "nothing can be written to it");
-        for wrong in [0o701, 0o710, 0o755, 0o770] {
-            mode(wrong);
+        for open in [0o701, 0o710, 0o755, 0o770] {
+            mode(open);
             let error = open_lock(&folder).unwrap_err().to_string();
-            assert!(error.contains(&format!("mode {wrong:o})")), "{error}");
+            assert!(error.contains(&format!("mode {open:o})")), "{error}");
         }
         mode(0o700);
         fs::remove_file(&path).unwrap();

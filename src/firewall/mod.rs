@@ -156,8 +156,10 @@ impl Firewall {
             let outage = hung.cloned();
             Done { results, outage }
         });
-        let lost = || Err(ApiError::Busy("The change was not carried out.".into()));
-        result.map_or_else(lost, |result| result.map_err(|error| api_error(error, note)))
+        match result {
+            Some(result) => result.map_err(|error| api_error(error, note)),
+            None => Err(ApiError::Busy("The change was not carried out.".into())),
+        }
     }
 
     /// All of rfw's rules except the guards, from the kernel, each with its number among all rules of
@@ -193,8 +195,8 @@ impl Firewall {
         }
     }
 
-    /// Passes those entries of a set that a filter admits to `each`, as rules, until it returns
-    /// `false`. No Mutex is held.
+    /// Passes the entries of a set that a filter admits to `each`, as rules, until it returns `false`.
+    /// No Mutex is held.
     pub fn entries(
         &self,
         set: &KernelRule,
@@ -215,8 +217,8 @@ impl Firewall {
         read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
     }
 
-    /// To be called every second: follows the wall clock, deletes the rules that are due, and checks
-    /// that the kernel matches the list.
+    /// To be called every second: follows the wall clock, deletes rules that are due, and checks that
+    /// the kernel matches the list.
     pub fn tick(&self) {
         self.queue.with(|engine| {
             let outage = engine.tick();

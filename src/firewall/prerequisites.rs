@@ -1,4 +1,4 @@
-//! What iptables must be able to do for rfw. Nothing here changes a rule, and an ordinary user may ask.
+//! Checks that iptables can do what rfw needs, without privileges and without changing a rule.
 
 use super::process::Program;
 use crate::rule::net::Family;
@@ -68,17 +68,17 @@ pub fn check(iptables: &Path, family: Family, sets: bool) -> Result<(), String> 
     Ok(())
 }
 
-/// What to do, if the message says that an extension is missing.
+/// The remedy, if the message says that an extension is missing.
 fn remedy(message: &str, extension: &str) -> Option<String> {
     if message.contains("missing kernel module") {
         return Some(format!("the kernel needs the module {extension}: load, install or build it"));
     }
-    // Before 1.8.8, iptables said the same of a missing module.
+    // Before 1.8.8, iptables said the same about a missing kernel module.
     let is_missing = message.contains("Couldn't load") || message.contains("unknown option");
     is_missing.then(|| {
         format!(
-            "install lib{extension}.so, which belongs to iptables; if that file is there, the \
-             kernel needs the module {extension}"
+            "install lib{extension}.so, which is part of iptables; if it is installed, the kernel \
+             needs the module {extension}"
         )
     })
 }
@@ -114,7 +114,7 @@ mod tests {
         }
     }
 
-    /// What iptables 1.8.9 and 1.8.7 print.
+    /// Messages of iptables 1.8.9 and 1.8.7.
     #[test]
     fn remedies() {
         let table = [

@@ -30,7 +30,7 @@ const STEP: Duration = Duration::from_micros(20);
 /// How long rfw waits for a killed child. Only a child in an uninterruptible system call takes longer.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
 /// How many killed children may still run; whatever blocks them would block the next one, too.
-const MAX_UNENDED: usize = 16;
+const MAX_UNREAPED: usize = 16;
 
 /// Why a program failed, as a sentence. After either, only a listing shows what the kernel has
 /// accepted.
@@ -69,25 +69,25 @@ impl fmt::Display for ToolError {
 pub struct Programs {
     /// `None` for `rfw -t`, whose programs only read.
     lock: Option<InstanceLock>,
-    /// Killed children that have not ended.
-    unended: Mutex<Vec<Child>>,
+    /// Killed children that have not ended yet.
+    unreaped: Mutex<Vec<Child>>,
 }
 
 impl Programs {
     pub fn new(lock: InstanceLock) -> Programs {
-        Programs { lock: Some(lock), unended: Mutex::default() }
+        Programs { lock: Some(lock), unreaped: Mutex::default() }
     }
 
-    fn unended(&self) -> MutexGuard<'_, Vec<Child>> {
-        lock(&self.unended)
+    fn unreaped(&self) -> MutexGuard<'_, Vec<Child>> {
+        lock(&self.unreaped)
     }
 
     /// Reaps the killed children that have ended; fails if too many still run.
     fn reap(&self) -> io::Result<()> {
-        let mut unended = self.unended();
-        unended.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        if unended.len() >= MAX_UNENDED {
-            return Err(io::Error::other(format!("{MAX_UNENDED} programs cannot be killed")));
+        let mut unreaped = self.unreaped();
+        unreaped.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        if unreaped.len() >= MAX_UNREAPED {
+            return Err(io::Error::other(format!("{MAX_UNREAPED} programs cannot be killed")));
         }
         Ok(())
     }
@@ -280,9 +280,9 @@ impl<'a> ChildProcess<'a> {
         }
     }
 
-    /// Kills the child and returns words for the log. A child in an uninterruptible system call is
-    /// reaped later. It may still change the kernel then, like any other program; the next check
-    /// repairs that.
+    /// Kills the child and returns the outcome in words. A child in an uninterruptible system call is
+    /// reaped later; until then it may still change the kernel, like any other program, and the next
+    /// check repairs that.
     fn kill(mut self) -> String {
         let _ = self.child.kill();
         self.deadline = clock::after(KILL_LIMIT);
@@ -290,7 +290,7 @@ impl<'a> ChildProcess<'a> {
             return "was killed".into();
         }
         let id = self.child.id();
-        self.program.programs.unended().push(self.child);
+        self.program.programs.unreaped().push(self.child);
         format!("cannot be killed (process {id})")
     }
 
@@ -333,10 +333,10 @@ impl Read for ChildOutput<'_> {
             if Instant::now() >= self.deadline {
                 return Err(ErrorKind::TimedOut.into());
             }
-            let gone = self.child.try_wait()?.is_some();
+            let has_ended = self.child.try_wait()?.is_some();
             match self.socket.read(buffer) {
                 Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
-                Err(_) if gone => return Ok(0),
+                Err(_) if has_ended => return Ok(0),
                 Err(_) => {}
                 Ok(count) => return Ok(count),
             }
@@ -362,8 +362,8 @@ mod tests {
 
     #[test]
     fn how_programs_end() {
-        let rejected = |words: &str| Err(ToolError::Rejected(words.into()));
-        let transient = |words: &str| Err(ToolError::Transient(format!("/bin/sh {words}.")));
+        let rejected = |message: &str| Err(ToolError::Rejected(message.into()));
+        let transient = |message: &str| Err(ToolError::Transient(format!("/bin/sh {message}.")));
         let locked =
             || Err(ToolError::Transient("/bin/sh: another program holds the xtables lock.".into()));
         let table = [
@@ -429,7 +429,7 @@ mod tests {
         assert_eq!(list(&long, 9).0, vec![65_536, 1]);
     }
 
-    /// Its standard error is read only when it has taken its input, and printed all that it lists.
+    /// Its standard error is read only after it has read all its input or printed its whole listing.
     #[test]
     fn a_child_that_floods_its_standard_error_first() {
         let flood = "head -c 4000000 /dev/zero >&2";
@@ -451,15 +451,15 @@ mod tests {
         let limit = Duration::from_secs(5);
         let sleep = || Command::new("sleep").arg("9").spawn().unwrap();
         let sh = || program.run(&["-c", "exit 0"], limit, |_| Ok(()));
-        programs.unended().extend((1..MAX_UNENDED).map(|_| sleep()));
+        programs.unreaped().extend((1..MAX_UNREAPED).map(|_| sleep()));
         assert_eq!(sh(), Ok(()));
-        programs.unended().push(sleep());
+        programs.unreaped().push(sleep());
         let sentence =
-            format!("/bin/sh could not be started: {MAX_UNENDED} programs cannot be killed.");
+            format!("/bin/sh could not be started: {MAX_UNREAPED} programs cannot be killed.");
         assert_eq!(sh(), Err(ToolError::Transient(sentence)));
-        programs.unended().iter_mut().for_each(|child| child.kill().unwrap());
+        programs.unreaped().iter_mut().for_each(|child| child.kill().unwrap());
         let from = Instant::now();
-        while programs.reap().is_err() || !programs.unended().is_empty() {
+        while programs.reap().is_err() || !programs.unreaped().is_empty() {
             assert!(from.elapsed() < limit, "not reaped");
         }
         assert_eq!(sh(), Ok(()));

@@ -155,8 +155,8 @@ mod tests {
             }
         }
 
-        /// A job whose name starts with L is long; one with X hangs, so it is an outage; one with
-        /// N and those behind it get no result.
+        /// A job whose name starts with L is long; one with X hangs, which is an outage; one with N
+        /// and those after it get no result.
         fn commit<'s>(&'s self, scope: &'s Scope<'s, '_>, job: &'static str) {
             let result = self.queue.submit(job, job.starts_with('L'), |batches, jobs| {
                 batches.push(jobs.join(" "));
@@ -188,13 +188,13 @@ mod tests {
             ("a", &[], "a", ""),
             ("L", &[], "L", ""),
             ("a", &["b c d", "e"], "a, b c d, e", ""),
-            // A long job is alone; after each batch of short ones one of them has its turn.
+            // A long job is a batch of its own; after each batch of short jobs, one has its turn.
             ("a", &["L1 b"], "a, L1, b", ""),
             ("L0", &["L1 b c"], "L0, b c, L1", ""),
             ("L0", &["L1 L2 b"], "L0, b, L1, L2", ""),
             ("a", &["L1 L2 b", "c", "d", "e"], "a, L1, b c, L2, d e", ""),
             ("L0", &["b", "c", "L1 d", "L2", "e"], "L0, b, c, L1, d, L2, e", ""),
-            // Whoever waited during an outage has it as a result, whoever comes later does not.
+            // Jobs that waited during an outage get it as their result, later ones do not.
             ("X", &["a L1 b"], "X", "L1: outage, a: outage, b: outage"),
             ("a", &["X b L1", "c", "d"], "a, L1, X b c", "d: outage"),
             ("a", &["N b", "c"], "a, N b, c", "N: none, b: none"),
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn after_an_outage_all_is_as_before() {
+    fn an_outage_has_no_effect_on_later_jobs() {
         let test = Test::new(&["a b", "c"]);
         thread::scope(|scope| test.commit(scope, "X"));
         thread::scope(|scope| test.commit(scope, "d"));

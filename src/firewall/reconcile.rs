@@ -15,9 +15,9 @@ use std::collections::{HashMap, HashSet};
 /// To delete a rule, iptables searches for it from the front of the chain. If the searches pass
 /// more rules than the chain has, times this factor, it is cheaper to delete all of rfw's rules
 /// from the front, where they are found at once, and to insert them again.
-const WALKS: usize = 64;
+const MAX_WALKS: usize = 64;
 
-/// How many rules of 0.2.2's are looked for in a chain.
+/// How many rules of a chain are reported as rules of 0.2.2.
 const MAX_OLD: usize = 1_000;
 
 /// One rule in a listing; `None` is a foreign rule.
@@ -113,7 +113,7 @@ impl Plan {
     }
 }
 
-/// Plans how a chain comes to hold the wanted rules at its front.
+/// Plans the edits after which the wanted rules are at the front of the chain.
 pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let key = |tagged: &TaggedRule| tagged.key();
     let front = chain.rows.iter().map_while(Option::as_ref).map(key);
@@ -122,7 +122,7 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     }
     let numbers: HashMap<_, usize> = wanted.iter().map(key).zip(0..).collect();
     let mut stays = rows_that_stay(chain, &numbers);
-    if walks(&stays, chain) > chain.rows.len().saturating_mul(WALKS) {
+    if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
         stays.fill(None);
     }
     let rules: HashSet<KernelRule> = wanted.iter().map(|tagged| tagged.rule).collect();
@@ -151,10 +151,10 @@ fn rows_that_stay(
         }
     }
     let mut next = 0_usize;
-    let mut before_others = true;
+    let mut before_foreign = true;
     let mut stays = |row: &Row| {
-        before_others &= row.is_some();
-        let tagged = row.filter(|tagged| before_others && !twice.contains(&tagged.key()))?;
+        before_foreign &= row.is_some();
+        let tagged = row.filter(|tagged| before_foreign && !twice.contains(&tagged.key()))?;
         let number = numbers.get(&tagged.key()).filter(|number| **number >= next)?;
         next = number.saturating_add(1);
         Some(*number)

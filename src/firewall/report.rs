@@ -83,12 +83,12 @@ impl<K: Kernel> Engine<K> {
         ));
     }
 
-    pub(super) fn log_each(&self, level: Level, what: &str, rules: &[KernelRule]) {
+    pub(super) fn log_each(&self, level: Level, event: &str, rules: &[KernelRule]) {
         for rule in rules.iter().take(MAX_LOGGED) {
-            self.log.write(level, format_args!("{what} {rule}"));
+            self.log.write(level, format_args!("{event} {rule}"));
         }
-        if let Some(more) = rules.len().checked_sub(MAX_LOGGED).filter(|more| *more > 0) {
-            self.log.write(level, format_args!("{what} {more} more"));
+        if let Some(rest) = rules.len().checked_sub(MAX_LOGGED).filter(|rest| *rest > 0) {
+            self.log.write(level, format_args!("{event} {rest} more"));
         }
     }
 

@@ -196,8 +196,8 @@ fn try_kernel<K: Kernel>(
     written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
 }
 
-/// Destroys the sets of rfw's that none of its rules uses. Their addresses are not enforced, so
-/// they are not rules.
+/// Destroys those of rfw's sets that none of its rules uses. Their addresses are not enforced, so they
+/// are not rules.
 fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
     let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
         // Without sets, ipset may be missing.
@@ -207,12 +207,12 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), Too
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
     for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
         match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
-            Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw's uses it")),
+            Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw uses it")),
             Err(error) => {
                 log.warning(format_args!(
                     "the set {name} remains, though rfw does not use it ({error}); if someone \
                      else's rule uses it, delete that rule (iptables-save | grep {name} shows \
-                     it), and rfw destroys the set when it starts next"
+                     it), and rfw destroys the set at its next start"
                 ));
             }
         }
