@@ -3,8 +3,8 @@
 
     tests/firewalls.py target/release/rfw PACKAGES [FIREWALL] [nft|legacy] [rules|sets]
 
-PACKAGES is Debian's packages, unpacked (`make firewalls` does that; nothing of them is installed). As root.
-Each case has network, mount and process namespaces of its own, where the packages lie over /usr and /etc:
+PACKAGES contains Debian's packages, unpacked but not installed (`make firewalls` does that). Needs root.
+Each case has its own network, mount and process namespaces, where the packages overlay /usr and /etc:
 
     the packets' source              the host: rfw, the other firewall        Docker's container
     10.99.0.2  fd99::2   (allowed)
@@ -12,8 +12,8 @@ Each case has network, mount and process namespaces of its own, where the packag
 
 The source sends a packet from each address 100 times a second, while the other firewall starts, reloads and
 stops. Each case runs once without rfw, to see which rules the other one makes alone. Exit status 1 if a row
-misses its goal: rfw's rules in front again, the other's rules as without rfw, and packets from the blocked
-addresses let through only where the manual says so.
+misses its goal: rfw's rules are in front again, the other's rules are the same as without rfw, and packets from
+blocked addresses get through only where the manual says so.
 """
 
 import itertools, json, re, select, shutil
@@ -23,10 +23,10 @@ PORT = 9000
 ALLOWED, BLOCKED = ("10.99.0.2", "fd99::2"), ("10.99.0.66", "fd99::66")
 TAGGED = re.compile(r'--comment "?rfw[":@ ]')
 CHAINS = ("INPUT", "FORWARD", "OUTPUT")
-# Seconds in which rfw's rules are in front again, and for which blocked addresses may get through before; 1 to 2
-# where the machine has nothing else to do: rfw pauses for 20 times as long as a check takes.
+# Seconds within which rfw's rules must be in front again, and for which blocked addresses may get through until then.
+# On an idle machine, it is 1 to 2: rfw pauses for 20 times as long as a check takes.
 SLACK, GAP = 10.0, 6.0
-OVERLAYS = [  # over, from the package's; read-only or not
+OVERLAYS = [  # the target, the package's folder, whether it is read-only
     ("/usr", "/usr", False), ("/usr/lib", "/lib", False), ("/usr/bin", "/bin", False), ("/etc", "/etc", True), ("/var", None, True),
 ]
 BUS = """<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
@@ -86,7 +86,7 @@ def send():
 
 
 def receive(forwarded):
-    """Writes down what arrives at the host's port, or what leaves the host for a container."""
+    """Logs the packets that arrive at the host's port, or that leave the host for a container."""
     if forwarded:
         sockets = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))]
     else:
@@ -118,7 +118,7 @@ def network(forwarded):
 
 
 def arrived(addresses, since):
-    """When the packets from these addresses that got through were sent."""
+    """The times at which the packets from these addresses that got through were sent."""
     with open(RUN + "/arrived") as log:
         rows = (line.split() for line in log if line.endswith("\n"))
         return [float(sent) for address, sent in rows if address in addresses and float(sent) >= since]
@@ -150,7 +150,7 @@ class Case:
             return reply
 
     def block(self):
-        """The rules that are to stay, among them those for the source's addresses."""
+        """Inserts the rules that must remain, including those for the source's addresses."""
         chain = "forward" if self.forwarded else "input"
         for number in range(20):
             self.ask("PUT", f"/drop/{chain}/any/198.51.100.{number}" + "?expire=1h" * (number % 2))
@@ -163,7 +163,7 @@ class Case:
         return run(f"/usr/sbin/{family}-{self.kind}", "-w", "5", "-S").splitlines()
 
     def own(self):
-        """rfw's rules, and what its sets hold."""
+        """rfw's rules, and the content of its sets."""
         rules = [line for family in ("iptables", "ip6tables") for line in self.listing(family) if TAGGED.search(line)]
         sets = run("ipset", "list", "-o", "save") if self.form == "sets" else ""
         return rules, sorted(line.split(" timeout ")[0] for line in sets.splitlines() if line.startswith("add rfw"))
@@ -172,7 +172,7 @@ class Case:
         return self.ask("GET", "/list").decode()
 
     def is_right(self):
-        """All of rfw's rules are there, and none of others is in front of one."""
+        """Whether all of rfw's rules exist, and no foreign rule precedes one."""
         for family in "iptables", "ip6tables":
             lines = self.listing(family)
             for chain in CHAINS:
@@ -182,7 +182,7 @@ class Case:
         return self.own() == self.wanted
 
     def others(self):
-        """Everything but rfw's, without what differs from run to run."""
+        """All other rules, without the parts that differ from run to run."""
         found = []
         for family in "iptables", "ip6tables":
             table = ""
@@ -196,8 +196,8 @@ class Case:
                         for line in run("nft", "list", "table", "inet", name, check=False).splitlines()]
 
     def step(self, what, action, may_open=0.0, wait_for=lambda: None):
-        """Does something while packets come, and looks at the outcome; `may_open` is for how long, at most,
-        blocked addresses may get through."""
+        """Performs an action while packets arrive, and checks the outcome. Blocked addresses may get through for at
+        most `may_open` seconds."""
         begun = time.monotonic()
         action()
         wait_for()
@@ -229,19 +229,19 @@ class Case:
                 print("".join(f"    {mark} {line}\n" for line in a if line not in b), end="", flush=True)
 
     def accept(self, close, reopen, opens):
-        """Whether rfw's `accept` lets in what the other firewall does not."""
+        """Checks whether rfw's `accept` admits packets that the other firewall does not."""
         close()
         self.ask("PUT", f"/accept/input/any/{ALLOWED[0]}")
         begun = time.monotonic()
         time.sleep(1)
         got = [len(arrived([address], begun)) > 0 for address in ALLOWED]
-        self.fact("`accept` lets in what the other does not; without it nothing", [opens, False], got)
+        self.fact("`accept` admits what the other firewall does not; nothing does without it", [opens, False], got)
         self.ask("DELETE", f"/accept/input/any/{ALLOWED[0]}")
         self.wanted = self.own()  # an empty set may stay
         reopen()
 
     def fact(self, what, want, got):
-        """What the manual says, seen."""
+        """Checks a statement of the manual."""
         if self.form != "alone":
             self.missed += want != got
             missed = "" if want == got else f"   MISSED: not {want}"
@@ -266,7 +266,7 @@ def docker(case):
         up()
 
     def flows():
-        """Packets of the allowed address reach a container."""
+        """Waits until packets of the allowed address reach a container."""
         begun = time.monotonic()
         await_true("the published port", 60, lambda: arrived(ALLOWED, begun))
 
@@ -279,7 +279,7 @@ def docker(case):
         publish("--network", "other")
 
     def through_proxy():
-        """Docker's proxy takes in `input` what is not translated: IPv6, and flows from before the container."""
+        """Docker's proxy receives through `input` what is not translated: IPv6, and flows older than the container."""
         begun = time.monotonic()
         await_true("the published port, IPv4 and IPv6", 20, lambda: all(len(arrived([address], begun)) > 50 for address in ALLOWED))
         v4, v6 = (len(arrived([address], begun)) for address in BLOCKED)
@@ -362,7 +362,7 @@ OWN = ("iptables", "192.0.2.77"), ("ip6tables", "2001:db8::77")
 
 
 def persistent(case):
-    """The administrator's own rules, saved before rfw came; then saved with rfw's in them."""
+    """The administrator's own rules, saved before rfw was started; then saved together with rfw's."""
     plugins = RUN + "/plugins"
     shutil.copytree("/usr/share/netfilter-persistent/plugins.d", plugins)
     if not case.firewall.endswith("ipset"):
@@ -390,7 +390,7 @@ def persistent(case):
 
 
 def boot(case, state, cleaned):
-    """Saves the tables with rfw's rules in them, changes rfw's, boots: the tables are loaded, then rfw starts."""
+    """Saves the tables with rfw's rules, changes these, and boots: the tables are loaded, then rfw starts."""
     wipe(case)
     for family, address in OWN:
         run(family, "-A", "INPUT", "-s", address, "-j", "DROP")
@@ -418,7 +418,7 @@ def boot(case, state, cleaned):
 
 
 def wipe(case):
-    """As a reboot does."""
+    """Removes all rules and sets, as a reboot does."""
     case.rfw.stop()
     for family, _ in OWN:
         run(family, "-F")
@@ -438,7 +438,7 @@ FIREWALLS = {
 
 
 def one(program, packages, firewall, kind, form, alone):
-    """In namespaces of its own, below a process 1 that reaps the orphans: Docker waits for its own to go."""
+    """Runs a case in its own namespaces, under a process 1 that reaps orphans, because Docker waits for its own to end."""
     inside()
     work = os.fork()
     while work:

@@ -3,13 +3,13 @@
 
     tests/peers.py target/release/rfw PACKAGES [WORD...]     only the peers with one of the words in their name
 
-PACKAGES holds Debian's packages, unpacked (`make peers` does that; nothing of them is installed). Each peer has network,
-mount and process namespaces of its own, where an overlay puts its files at their places. The speeds are
-measured one peer after another; what becomes of the bans after an accident, all peers at once.
+PACKAGES contains Debian's packages, unpacked but not installed (`make peers` does that). Each peer has its own network,
+mount and process namespaces, where an overlay puts its files in place. The speeds are measured one peer after another,
+the effects of accidents on all peers at once.
 
-An address is in force when a UDP packet from it does not reach a socket of this host: the test writes the packet
+A ban is in force when a UDP packet from its address does not reach a socket of this host: the test writes the packet
 to a tun device, and the kernel has delivered or dropped it before write(2) returns. Progress goes to standard error,
-the result to standard output, as Markdown. As root; ten minutes.
+the result to standard output, as Markdown. Needs root; takes ten minutes.
 """
 
 import concurrent.futures, fcntl, http.client, json, platform, random, re, socket, struct
@@ -17,7 +17,7 @@ from lab import *
 
 ME = "192.0.2.2"
 MANY, FEW, COMMANDS, CALLS = 10_000, 500, 10, 500
-HEAL, LOAD = 30, 300  # seconds: how long an accident is watched; how long a list may take
+HEAL, LOAD = 30, 300  # seconds: how long the recovery after an accident is observed; how long a list may take
 LISTED = [f"30.{i >> 8}.{i & 255}.7" for i in range(MANY)]
 KERNEL = re.compile(rb"\b30\.\d+\.\d+\.7\b")
 FLUSHES = ["iptables -F", "ipset flush", "nft flush ruleset"]
@@ -26,7 +26,7 @@ FLUSHES = ["iptables -F", "ipset flush", "nft flush ruleset"]
 # --- The truth -------------------------------------------------------------------------------------
 
 class Packets:
-    """Whether an address gets in."""
+    """Tests with real packets whether an address gets in."""
 
     def __init__(self):
         self.tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -35,7 +35,7 @@ class Packets:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind((ME, 9))
         self.socket.setblocking(False)
-        self.count = self.last = 0  # how many packets; when one of `await_all` got in
+        self.count = self.last = 0  # the number of packets; when the last one of `await_all` got in
         if not self.gets_in("30.0.0.7"):
             raise RuntimeError("packets do not arrive before any ban")
 
@@ -59,7 +59,7 @@ class Packets:
         return [address for address in addresses if self.gets_in(address)]
 
     def await_all(self, addresses, seconds):
-        """Waits until all are in force; -> how many are not. An address once in force is not asked again."""
+        """Waits until all are in force; -> how many are not. An address that was in force is not tested again."""
         left, limit = random.sample(addresses, len(addresses)), time.monotonic() + seconds
         while left:
             if not self.gets_in(left[-1]):
@@ -89,7 +89,7 @@ def in_kernel():
 
 
 def settled():
-    """`in_kernel`, once it has not changed for a second."""
+    """The result of `in_kernel`, once it has been stable for a second."""
     before, now = None, in_kernel()
     while before != now:
         time.sleep(1)
@@ -105,8 +105,8 @@ def memory(process):
 # --- The peers -------------------------------------------------------------------------------------
 
 class Peer:
-    """How to use one, as its manual says; contrib/PEERS.md names the settings that are not Debian's."""
-    name, patience = "", 2  # seconds, at most, from an answer to the ban's being in force
+    """How to use a peer, according to its manual; contrib/PEERS.md names the settings that differ from Debian's."""
+    name, patience = "", 2  # the maximum number of seconds from a response until the ban is in force
 
     def __init__(self, rfw):
         self.rfw, self.daemon = rfw, None
@@ -126,7 +126,7 @@ class Peer:
         return f"{memory(self.daemon) / 1e6:.1f}"
 
     def keep(self, path):
-        """What has to be done besides for a list to outlive a restart."""
+        """Does what is also necessary for a list to survive a restart."""
 
 
 class RfwRules(Peer):
@@ -220,7 +220,7 @@ BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration
 
 
 class Firewalld(Peer):
-    """An ipset that is a source of the zone drop, as `man firewalld.ipset` and the project's documentation have it."""
+    """An ipset as a source of the zone drop, according to `man firewalld.ipset` and the project's documentation."""
     client = ["/usr/bin/python3", "/usr/bin/firewall-cmd", "-q", "--ipset=blocklist"]
 
     def install(self):
@@ -260,7 +260,7 @@ class FirewalldIptables(Firewalld):
 
 
 class Crowdsec(Peer):
-    """Debian's files with the local API alone (no log is read, nothing asked of the Central API)."""
+    """Debian's files with only the local API: no logs are read, and the Central API is not used."""
     api, frequency, mode, patience = "http://127.0.0.1:8080/", "10s", "nftables", 12
 
     def install(self):
@@ -334,7 +334,7 @@ PEERS = [Fail2banIptables, Fail2banIpset, Fail2banNftables, FirewalldNftables, F
 # --- What is measured ------------------------------------------------------------------------------
 
 def one_by_one(peer, packets, ban, addresses):
-    """-> bans per second until the last is in force; how many were in force when their answer came"""
+    """-> bans per second until the last is in force; how many were in force when their response arrived"""
     true, begin = 0, time.monotonic()
     for address in addresses:
         ban(address)
@@ -353,7 +353,7 @@ def run(command):
 
 
 def load(peer, packets, addresses):
-    """A list in one command; -> seconds until the command ends, until all are in force; how many are not"""
+    """Loads a list with one command; -> seconds until the command ends, and until all are in force; how many are not"""
     command, begin = peer.many(write("list", "\n".join([*addresses, ""]))), time.monotonic()
     run(command)
     answered = time.monotonic() - begin
@@ -372,7 +372,8 @@ def speed(peer, packets):
 
 
 def watch(packets, addresses, action):
-    """What gets in from the beginning of an action on, until all are in force again, or HEAL, or nothing did in 3 s.
+    """Observes which packets get in after the start of an action, until all bans are in force again, or for HEAL
+    seconds, or 3 if none does.
     -> (seconds from the first packet that gets in to the last; how many still do)"""
     first = last = ended = None
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -382,7 +383,7 @@ def watch(packets, addresses, action):
             if packets.open(addresses[::len(addresses) // 20]):
                 first, last = first or now, time.monotonic()
             if ended is None and worker.done():
-                worker.result()  # raises what it raised
+                worker.result()  # raises the worker's exception
                 ended = now
             if ended is not None and now > min(max(ended, last + 1) if last else ended + 3, ended + HEAL):
                 left = packets.await_all(addresses, ended + HEAL - now)
@@ -391,7 +392,7 @@ def watch(packets, addresses, action):
 
 
 def ends(peer, packets):
-    """The daemon is killed and started again; then restarted as its unit does it."""
+    """Kills the daemon and starts it again; then restarts it as its unit does."""
     few, found = LISTED[:FEW], {}
     peer.start()
     load(peer, packets, few)
@@ -416,7 +417,7 @@ def flushes(flush):
             found = next_ban(peer, packets, few)
             return {**found, "restarted": watch(packets, few, lambda: (peer.stop(), peer.start()))}
         while gap and not left and len(heals) < 3:
-            time.sleep(random.random())  # not in step with what the peer does once a second
+            time.sleep(random.random())  # not in step with the peer's own work every second
             heals.append(gap)
             gap, left = watch(packets, few, lambda: sh(flush))
         return {"heals": heals, "left": left}
@@ -424,11 +425,11 @@ def flushes(flush):
 
 
 def next_ban(peer, packets, few):
-    """After a flush that is not healed: whether one more ban is reported, is in force; how many of the others are not."""
+    """After a flush that is not repaired: whether one more ban is reported and in force; how many others are not."""
     try:
         peer.open()("33.0.0.7")
         reported = True
-    except Exception as error:  # whatever the peer's library raises
+    except Exception as error:  # any exception of the peer's library
         print(f"{peer.name}, the next ban: {str(error).splitlines()[0]}", file=sys.stderr)
         reported = False
     time.sleep(peer.patience)
@@ -506,7 +507,7 @@ def report(found, rfw, packages):
 # --- The run ---------------------------------------------------------------------------------------
 
 def inner(number, phase, rfw, packages, result):
-    """One peer's phase, in namespaces of its own."""
+    """Runs one phase of a peer in its own namespaces."""
     for folder in "usr", "etc", "var":
         layers = f"{RUN}/{folder}", f"{RUN}/{folder}.work"
         for layer in layers:
@@ -544,7 +545,7 @@ def main():
     wanted = [i for i, peer in enumerate(PEERS) if not sys.argv[3:] or any(word in peer.name for word in sys.argv[3:])]
     if not wanted:
         sys.exit(f"the peers are: {'; '.join(peer.name for peer in PEERS)}")
-    # As Debian's installation does: without it, each command would compile its modules again.
+    # Debian's installation does this; without it, each command would compile its modules again.
     subprocess.run([sys.executable, "-m", "compileall", "-q", packages + "/usr/lib/python3"], check=True)
     with tempfile.TemporaryDirectory() as folder:
         one = lambda i, phase: outer(i, phase, rfw, packages, folder)
@@ -554,7 +555,7 @@ def main():
             results = list(pool.map(one, *zip(*jobs)))
         for (i, flush), result in zip(jobs, results):
             healed = result and result.get("heals")
-            found[i][flush] = one(i, flush) if healed else result  # how soon: alone
+            found[i][flush] = one(i, flush) if healed else result  # measures the recovery time alone
     report(found, rfw, packages)
     sys.exit(any(result is None for row in found.values() for result in row.values()))
 

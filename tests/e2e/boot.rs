@@ -10,7 +10,7 @@ use std::time::Duration;
 const PATH: &str = "/run/lab/notify";
 const KEPT: &str = "local.server\nstate.file = state";
 
-/// The supervisor's socket, and `env` with its name for rfw.
+/// The supervisor's socket, and the `env` command that passes its name to rfw.
 struct Supervisor {
     socket: UnixDatagram,
     env: [String; 2],
@@ -46,7 +46,7 @@ impl Supervisor {
     }
 }
 
-/// After a boot: iptables changes nothing before the file `go` is there.
+/// After a boot. iptables changes nothing before the file `go` exists.
 #[test]
 fn ready_comes_once_and_after_the_rules() {
     both(|lab| {
@@ -97,7 +97,7 @@ fn a_start_that_fails_is_never_ready() {
         lab.stand_in("");
         is_refused(KEPT);
         sh("rm lab/state");
-        // And what is no start of the server.
+        // Neither do commands that do not start the server.
         for words in ["-t -f rfw.conf", "-V", "client get /list"] {
             sh(&format!(
                 "cd lab; {}={PATH} {} {words} || true",
@@ -111,7 +111,7 @@ fn a_start_that_fails_is_never_ready() {
     });
 }
 
-/// One that is not there, or that reads nothing: rfw works on.
+/// A supervisor that does not exist, or that reads nothing, does not keep rfw from working.
 #[test]
 fn a_supervisor_that_does_not_listen_is_logged() {
     once(|lab| {
@@ -132,7 +132,7 @@ fn a_supervisor_that_does_not_listen_is_logged() {
     });
 }
 
-/// `v` gets its addresses only now; IPv6's is tentative for a second.
+/// `v` gets its addresses later; an IPv6 address is tentative for a second.
 #[test]
 fn the_outward_address_comes_later() {
     once(|lab| {
@@ -169,7 +169,7 @@ fn the_outward_address_comes_later() {
 }
 
 #[test]
-fn a_port_in_use_is_an_error_on_an_address_that_is_there() {
+fn a_port_in_use_is_an_error_on_an_address_that_exists() {
     once(|lab| {
         tls::keys(lab);
         let _busy = std::net::TcpListener::bind("[::]:7393").unwrap();

@@ -1,4 +1,4 @@
-//! The client, rfwc: against real servers, near and far, and against stand-ins that answer as no
+//! The client, rfwc, with real servers on this and other hosts, and with stand-ins that respond as no
 //! rfw does.
 
 use crate::lab::*;
@@ -15,14 +15,13 @@ use std::time::{Duration, Instant};
 const LOCAL_URL: &str = "http://127.0.0.1:7390";
 const OUTWARD_URL: &str = "https://127.0.0.1:7393";
 const SECRET: &str = "mu:s3cret:pass";
-/// The same as it goes over the wire.
+/// The same in the form that is sent.
 const BASIC: &str = "Authorization: Basic bXU6czNjcmV0OnBhc3M=\r\n";
 
 /// Exit status, standard output and standard error.
 type Said = (i32, String, String);
 
-/// rfwc in the lab's folder, after words of another program if need be. `@` in the arguments
-/// is the file with the credentials.
+/// Runs rfwc in the lab's folder.
 fn rfwc(arguments: &str) -> Said {
     run(command(arguments))
 }
@@ -41,16 +40,16 @@ fn run(mut command: Command) -> Said {
     (out.status.code().expect("an exit status"), text(out.stdout), text(out.stderr))
 }
 
-/// The line of result of one server, without its URL, and that the rest is as it should be.
+/// The result line of one server without its URL. Checks the rest of the output.
 fn result(url: &str, arguments: &str) -> String {
     let (status, out, err) = rfwc(&format!("--server {url} {arguments}"));
-    let beside = err.strip_prefix("# ").filter(|_| arguments.starts_with("get "));
+    let comment = err.strip_prefix("# ").filter(|_| arguments.starts_with("get "));
     let failed = if status == 0 { String::new() } else { format!("{url}\n") };
-    let line = match beside {
+    let line = match comment {
         Some(line) => line.strip_suffix(&failed).unwrap_or("?"),
         None => &out,
     };
-    assert!(beside.is_some() || err == failed, "{arguments}: {status} {out:?} {err:?}");
+    assert!(comment.is_some() || err == failed, "{arguments}: {status} {out:?} {err:?}");
     let line = line.strip_prefix(&format!("{url}: ")).unwrap_or(line);
     format!("{status} {}", line.trim_end())
 }
@@ -114,7 +113,7 @@ fn a_long_listing_whole_and_cut_by_its_reader() {
         let _rfw = lab.start("local.server");
         let (status, out, _) = rfwc("get /list");
         assert_eq!((status, out.lines().count(), out.ends_with("]\n")), (0, count, true));
-        // More than a pipe holds.
+        // More than fits in a pipe.
         let url = stand_in(&[&ok(&"x\n".repeat(100_000))]).url;
         let said = sh(&format!(
             "cd lab; {{ ./rfwc --server {url} get /x || echo $? >&2; }} 2>err | head -1; cat err"
@@ -186,7 +185,7 @@ fn both_names_and_wrong_usage() {
             );
             assert!(!err.contains("s3cret"), "{err}");
         }
-        // 64 MiB are no usage error.
+        // 64 MiB are allowed.
         assert_eq!(rfwc("--timeout 1 put /x --list big").0, 1);
     });
 }
@@ -233,7 +232,7 @@ fn credentials_come_from_a_file_or_the_environment() {
     });
 }
 
-/// One rule for daemon and client: root's or the own user's, and for nobody else.
+/// The same rule as for rfw: the file must belong to root or the user, and be secret from all others.
 #[test]
 fn secrets_of_others_are_refused() {
     once(|lab| {
@@ -258,7 +257,7 @@ fn secrets_of_others_are_refused() {
     });
 }
 
-/// On a terminal a failed URL was there twice: with the reason, and alone.
+/// On a terminal, a failed URL was printed twice: with the reason, and alone.
 #[test]
 fn a_terminal_shows_a_failed_server_once() {
     once(|lab| {
@@ -266,7 +265,7 @@ fn a_terminal_shows_a_failed_server_once() {
         let rows = [
             ("put /x", 1),
             ("put /x 2>&1 | cat", 2),
-            ("put /x >out", 1), // the name alone; the reason is in the file
+            ("put /x >out", 1), // only the name; the reason is in the file
             ("get /x", 1),
             ("get /x >out", 1),
             ("get /x 2>err; cat err", 2),
@@ -283,7 +282,7 @@ fn a_terminal_shows_a_failed_server_once() {
 }
 
 #[test]
-fn credentials_show_nowhere() {
+fn credentials_are_never_shown() {
     once(|lab| {
         credentials(lab, SECRET);
         let server = stand_in(&[STALL]);
@@ -323,7 +322,7 @@ fn credentials_never_leave_the_host_in_the_clear() {
             assert_eq!(result(url, "put /x --credentials secret"), refused, "{url}");
         }
         assert!(gate.accept().is_err(), "nothing was sent");
-        // Without them there is nothing to hide, and on this host nobody to hide it from.
+        // Without credentials, http is allowed, and on this host even with them.
         let (server, _far) = (stand_in(&[&ok(INSERTED)]), answering(gate, &[&ok(INSERTED)]));
         assert_eq!(result("http://10.9.9.9", "put /x"), "0 200 inserted");
         let near = server.url.replace("127.0.0.1", "near");
@@ -331,8 +330,8 @@ fn credentials_never_leave_the_host_in_the_clear() {
     });
 }
 
-/// A server's certificate: who signs it, for how long, for what subject, with what extensions;
-/// the host of the URL; and what the client says.
+/// A server's certificate: its issuer, dates, subject and extensions; the host of the URL; and the
+/// client's message.
 const CERTIFICATES: [[&str; 6]; 15] = [
     ["ours", "2020 2049", "x", "IP:127.0.0.1", "127.0.0.1", "0 []"],
     ["ours", "2020 2049", "x", "DNS:localhost", "localhost", "0 []"],
@@ -408,7 +407,7 @@ const CERTIFICATES: [[&str; 6]; 15] = [
 ];
 const UNTRUSTED: &str = "is not from a trusted CA (see --cacert); it may be self-signed";
 
-/// `theirs` has the same name as `ours`, which every CA of rfwgen's has.
+/// `theirs` has the same name as `ours`, like every CA that rfwgen makes.
 const AUTHORITIES: &str = "
 cd /run/lab
 rfwgen 127.0.0.1 ours; rfwgen 127.0.0.1 theirs; mkdir -p other/client other/offline
@@ -440,7 +439,7 @@ fn make_certificate([signer, dates, subject, extensions, ..]: [&str; 6]) {
     ));
 }
 
-/// `openssl s_server` with lab/crt, which answers GET /answer.
+/// `openssl s_server` with lab/crt, which responds to GET /answer.
 fn s_server(options: &str) -> Process {
     let words = format!("s_server -accept 127.0.0.1:7443 -cert crt -key key -HTTP {options}");
     let server = Process::start(&format!("env -C /run/lab openssl {}", words.trim()));
@@ -470,7 +469,7 @@ fn bad_certificates_are_refused_with_their_cause() {
         make_certificate(CERTIFICATES[0]);
         let server = s_server("");
         check("the public CAs", "127.0.0.1", "", UNTRUSTED);
-        check("another CA beside it", "127.0.0.1", "--cacert two", {
+        check("a file with another CA", "127.0.0.1", "--cacert two", {
             sh("cd lab; cat other/client/ca.crt ours/client/ca.crt > two");
             "0 []"
         });
@@ -504,7 +503,7 @@ fn client_certificates() {
             ("theirs/client_eve/client", refused),
             ("keys/server_127.0.0.1/server", refused),
         ];
-        // Also where a long list is refused before it is read.
+        // Also if a long list is refused before it is read.
         lab.write("list", &"1.2.3.4\n".repeat(500_000));
         for method in ["get /list", "put /drop/input/any --list list"] {
             table(&rows, |pair| {
@@ -527,7 +526,7 @@ fn client_certificates() {
 // --- Stand-ins -------------------------------------------------------------------------------------
 
 const INSERTED: &str = "{\"result\":\"inserted\",\"rule\":{},\"expires\":null,\"tag\":null}\n";
-/// An answer that does not come.
+/// A response that never comes.
 const STALL: &str = "STALL";
 
 fn ok(body: &str) -> String {
@@ -542,7 +541,7 @@ fn busy(fields: &str) -> String {
     answer(503, fields, "{\"error\":\"busy\",\"message\":\"Later.\"}\n")
 }
 
-/// A server that answers one connection after the other with these, the last one for ever.
+/// A server that sends one of these responses to each connection, and the last one to all further ones.
 struct StandIn {
     url: String,
     seen: Arc<Mutex<Vec<(Instant, String)>>>,
@@ -590,7 +589,7 @@ fn read_request(stream: &mut TcpStream) -> String {
             let length = head.split_once("Content-Length: ").expect("a length").1;
             body.len() == length.split("\r\n").next().unwrap().parse::<usize>().unwrap()
         };
-        // What is no HTTP is not waited for.
+        // If it is not HTTP, no end of a request can be expected.
         if count == 0
             || !request.contains("HTTP/1.1")
             || request.split_once("\r\n\r\n").is_some_and(whole)
@@ -614,7 +613,7 @@ fn the_request_as_it_is_sent() {
         assert_eq!(result("http://[::1]", "put /x"), "0 200 inserted");
         assert!(six.seen()[0].contains("\r\nHost: [::1]:7390\r\n"), "{:?}", six.seen());
 
-        // The proxies of others are none of ours.
+        // The proxy settings of other programs do not apply.
         let mut proxied = command(&format!("--server {} put /x", server.url));
         proxied.envs(
             ["http_proxy", "HTTP_PROXY", "all_proxy"].map(|name| (name, "http://127.0.0.1:1")),
@@ -624,7 +623,7 @@ fn the_request_as_it_is_sent() {
 }
 
 #[test]
-fn what_is_tried_again_and_what_is_not() {
+fn which_failures_are_retried() {
     once(|_| {
         let (inserted, refusal) = (ok(INSERTED), "{\"error\":\"e\",\"message\":\"m\"}");
         let cut = &inserted[..inserted.len() - 9];
@@ -652,7 +651,7 @@ fn what_is_tried_again_and_what_is_not() {
         let times: Vec<_> = server.seen.lock().unwrap().iter().map(|(time, _)| *time).collect();
         assert!(times[1] - times[0] >= Duration::from_secs(3));
 
-        // Nobody listens yet.
+        // Nothing listens yet.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let late = thread::spawn(move || result(&format!("http://{address}"), "put /x"));
         thread::sleep(Duration::from_millis(700));
@@ -662,7 +661,7 @@ fn what_is_tried_again_and_what_is_not() {
 }
 
 #[test]
-fn a_change_whose_answer_is_lost_is_tried_again() {
+fn a_change_whose_response_is_lost_is_retried() {
     once(|_| {
         let server = stand_in(&[STALL, &ok(INSERTED)]);
         let begun = Instant::now();
@@ -672,7 +671,7 @@ fn a_change_whose_answer_is_lost_is_tried_again() {
 }
 
 #[test]
-fn answers_that_are_none() {
+fn invalid_responses() {
     once(|_| {
         let not_http = "the response is not HTTP/1.1, or does not state its length";
         let long = |name: &str| format!("HTTP/1.1 200 X\r\nX: {}", name.repeat(20_000));
@@ -699,7 +698,7 @@ fn answers_that_are_none() {
             assert_eq!(result(&server.url, "put /x"), format!("1 {want}"), "{answer:.60}");
             assert_eq!(server.seen().len(), 1, "{answer:.60}");
         }
-        // TLS that is none is not tried again either.
+        // A server that does not speak TLS is not retried either.
         let server = stand_in(&["HTTP/1.1 400 Bad Request\r\n\r\n"]);
         let url = server.url.replace("http", "https");
         assert_eq!(result(&url, "put /x"), "1 the server does not speak TLS");
@@ -724,7 +723,7 @@ fn answers_that_are_none() {
 }
 
 #[test]
-fn a_body_that_breaks_off_is_no_success() {
+fn an_incomplete_body_is_a_failure() {
     once(|_| {
         let chunks = "HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab\n\r\n";
         let rows = [
@@ -744,9 +743,9 @@ fn a_body_that_breaks_off_is_no_success() {
             let got = rfwc(&format!("--server {} get /x", server.url));
             assert_eq!((got.0, &*got.1), (status, out), "{answer}");
             assert!(got.2.contains(err) && got.2.is_empty() == err.is_empty(), "{}", got.2);
-            assert_eq!(server.seen().len(), 1, "what is written cannot be taken back");
+            assert_eq!(server.seen().len(), 1, "output cannot be taken back");
         }
-        // Of several servers each line says whose it is.
+        // With several servers, each line starts with the URL of its server.
         let servers =
             [stand_in(&[&ok("ab\ncd")]), stand_in(&[chunks]), stand_in(&[&answer(404, "", "")])];
         let urls = servers.each_ref().map(|server| server.url.as_str());
@@ -811,7 +810,7 @@ fn one_list_to_many_servers() {
         for server in &servers {
             assert!(server.seen().last().unwrap().ends_with(&format!("\r\n\r\n{list}")));
         }
-        // Standard error goes back in as it is.
+        // Standard error can be used as a list of servers.
         lab.write("failed", &err);
         let _late = answering(TcpListener::bind("127.0.0.1:1").unwrap(), &[&applied]);
         let (status, out, err) = rfwc("--servers failed put /drop/input/any --list list");
@@ -820,7 +819,7 @@ fn one_list_to_many_servers() {
 }
 
 #[test]
-fn a_bar_where_standard_error_is_a_terminal() {
+fn a_progress_bar_if_standard_error_is_a_terminal() {
     once(|lab| {
         let servers =
             [ok(INSERTED), ok(INSERTED), answer(409, "", "")].map(|answer| stand_in(&[&answer]));
@@ -828,7 +827,7 @@ fn a_bar_where_standard_error_is_a_terminal() {
         let ask = "./rfwc --servers servers put /x";
         let (status, _, err) = rfwc("--servers servers put /x");
         assert_eq!((status, err), (1, format!("{}\n", servers[2].url)), "no terminal, no bar");
-        // Only standard error is one.
+        // Only standard error is a terminal.
         let said =
             sh(&format!("cd lab; script -qec '{ask} >out' /dev/null </dev/null || true; cat out"));
         assert!(said.starts_with(&format!("\r[{}] 0 of 3, 0 failed", ".".repeat(30))), "{said:?}");
@@ -838,7 +837,7 @@ fn a_bar_where_standard_error_is_a_terminal() {
             "{said:?}"
         );
         assert_eq!(lab.read("out").lines().count(), 3, "{said:?}");
-        // One server has none.
+        // A single server has no bar.
         let said = sh(&format!(
             "cd lab; script -qec './rfwc --server {} put /x' /dev/null </dev/null",
             servers[0].url
@@ -849,7 +848,7 @@ fn a_bar_where_standard_error_is_a_terminal() {
 
 // --- Batches ---------------------------------------------------------------------------------------
 
-/// `rfwc batch -` with these lines on its standard input.
+/// Runs `rfwc batch -` with these lines on its standard input.
 fn batch(arguments: &str, lines: &[u8]) -> Said {
     fs::write("/run/lab/lines", lines).unwrap();
     let mut command = command(&format!("{arguments} batch -"));
@@ -862,7 +861,7 @@ fn put_lines(count: usize) -> String {
     (0..count).map(|n| format!("put {}\n", path(n))).collect()
 }
 
-/// The numbers of the lines that a server has not done, sorted; each is reported with these words.
+/// The sorted numbers of the lines that failed on a server; each is reported with these words.
 fn failed_lines(out: &str, url: &str, words: &str) -> Vec<usize> {
     let mut numbers = Vec::new();
     for line in out.lines().filter_map(|line| line.strip_prefix(&format!("{url}: line "))) {
@@ -916,7 +915,7 @@ fn batch_reports_failures_by_line() {
 fn batch_keeps_connections_and_the_order_that_matters() {
     both(|lab| {
         modes(lab, "", |_, sets| {
-            // Each line undoes the one before, or covers it.
+            // Each line undoes or covers the previous one.
             let mut lines = String::new();
             for round in 0..20 {
                 for host in 0..10 {
@@ -969,7 +968,7 @@ fn batch_sends_each_line_at_once_from_a_pipe_that_stays_open() {
 }
 
 #[test]
-fn batch_goes_on_where_one_server_is_down() {
+fn batch_continues_while_one_server_is_down() {
     once(|lab| {
         let _rfw = lab.start("local.server");
         let hung = stand_in(&[STALL]);
@@ -1007,7 +1006,7 @@ fn batch_loses_no_line_when_more_wait_than_a_queue_holds() {
 // --- A fleet ---------------------------------------------------------------------------------------
 
 /// ```text
-///   this test, the client          r1, r2, r3, hosts with rfw, each on a wire of its own
+///   this test, the client          r1, r2, r3, hosts with rfw, each on its own wire
 ///   10.0.N.2  vN ----------------- eth0  10.0.N.1
 /// ```
 const FLEET: &str = "
@@ -1045,7 +1044,7 @@ fn a_fleet_of_real_servers() {
             let fixed = "--credentials secret --cacert keys/client/ca.crt --timeout 10";
             rfwc(&format!("--servers {servers} {fixed} {more}"))
         };
-        // They are just starting: refused connections are tried again.
+        // The servers are still starting: refused connections are retried.
         let (status, out, err) = ask("servers", "put /drop/input/any --list list");
         assert_eq!(
             (status, &*err, out.matches(": 200 applied: inserted 2,").count()),

@@ -1,13 +1,13 @@
-//! A client of rfw 0.2.2 meets this rfw: the same requests to both, and the reason for every
+//! Compatibility with clients of rfw 0.2.2: the same requests to both versions, and the reason for every
 //! difference.
 
 use crate::lab::*;
 use std::collections::BTreeMap;
 
-/// The request; what rfw 0.2.2 answered, with Python 2.7.18 and iptables-nft 1.8.9, and which rules
-/// appeared (`+`) and disappeared (`-`); the same for this rfw; why they differ. In this order, on an
-/// empty kernel, with `non.restful`, and 192.0.2.1 and 10.5.0.0/16 in white.list. Before the request
-/// after it, the rule for 127.0.0.1 was removed by hand: 0.2.2 no longer answered.
+/// The request; the response of rfw 0.2.2, with Python 2.7.18 and iptables-nft 1.8.9, and the rules
+/// that appeared (`+`) or disappeared (`-`); the same for this rfw; why they differ. The requests are
+/// sent in this order, to an empty kernel, with `non.restful`, and 192.0.2.1 and 10.5.0.0/16 in
+/// white.list. The rule for 127.0.0.1 was removed by hand, because 0.2.2 no longer responded.
 const REQUESTS: [(&str, &str, &str, &str); 59] = [
     (
         "PUT /drop/input/eth0/1.2.3.4",
@@ -278,7 +278,7 @@ const REQUESTS: [(&str, &str, &str, &str); 59] = [
 #[test]
 fn every_difference_from_0_2_2_has_a_reason() {
     for (request, before, now, reason) in REQUESTS {
-        // 0.2.2 had no word for what a request did.
+        // 0.2.2 had no word for the result.
         let words = now.split(' ').enumerate().filter(|(number, _)| *number != 1 || !has_word(now));
         let now: Vec<&str> = words.map(|(_, word)| word).collect();
         assert_eq!(before == now.join(" "), reason.is_empty(), "{request}");
@@ -286,7 +286,7 @@ fn every_difference_from_0_2_2_has_a_reason() {
 }
 
 #[test]
-fn what_a_client_of_0_2_2_meets() {
+fn requests_of_a_0_2_2_client() {
     both(|lab| {
         lab.write("white.list", "192.0.2.1\n10.5.0.0/16\n");
         let _rfw = lab.start("local.server\nnon.restful");
@@ -318,12 +318,12 @@ fn what_a_client_of_0_2_2_meets() {
     });
 }
 
-/// Whether the status is followed by a result or an error's code.
+/// Whether a result or an error code follows the status.
 fn has_word(answer: &str) -> bool {
     answer.get(4..5).is_some_and(|first| first.starts_with(char::is_lowercase))
 }
 
-/// How often the kernel has each of rfw's rules.
+/// How often each of rfw's rules occurs in the kernel.
 fn count(lab: &Lab) -> BTreeMap<String, usize> {
     let mut rules = BTreeMap::new();
     for rule in lab.rules() {

@@ -1,4 +1,4 @@
-//! SPEC 1 to 3 and 7: the program as a command: options, configuration, start-up checks, log.
+//! The program as a command: options, configuration, checks at start, log.
 
 use crate::lab::*;
 use crate::tls;
@@ -44,7 +44,7 @@ fn options() {
 fn output_that_cannot_be_written_is_an_error() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        // These run as root, whoever the other one runs as.
+        // These run as root, even if the server runs as another user.
         sh(&format!(
             "chown root lab/*; ln -sf {} lab/rfw; ln -s rfw lab/rfwc",
             env!("CARGO_BIN_EXE_rfw")
@@ -73,7 +73,7 @@ fn output_that_cannot_be_written_is_an_error() {
     });
 }
 
-/// A line of a good rfw.conf (below), what stands there instead, and what rfw says of it.
+/// A line of a valid rfw.conf (below), what replaces it, and parts of rfw's error.
 const BAD_CONF: [(&str, &str, &[&str]); 36] = [
     ("[config]", "[other]", &["rfw.conf:1"]),
     ("[config]", "local.server", &["rfw.conf:1"]),
@@ -114,7 +114,7 @@ const BAD_CONF: [(&str, &str, &[&str]); 36] = [
 ];
 
 #[test]
-fn a_wrong_configuration_never_starts() {
+fn an_invalid_configuration_never_starts() {
     once(|lab| {
         let mut wrong = String::new();
         for (line, instead, words) in BAD_CONF {
@@ -174,7 +174,7 @@ iptables.path = iptables
 
 ";
 
-/// And its command lines: from a clone, `bin/rfw -f config/rfw.conf --logfile=rfw.log`; `rfw -v`.
+/// Its command lines are `bin/rfw -f config/rfw.conf --logfile=rfw.log` from a clone, and `rfw -v`.
 #[test]
 fn the_configuration_of_0_2_2() {
     once(|lab| {
@@ -204,7 +204,7 @@ fn the_configuration_of_0_2_2() {
     });
 }
 
-/// PATH belongs to whoever starts rfw.
+/// An ordinary user may have set PATH.
 #[test]
 fn a_bare_name_is_not_looked_up_in_path() {
     once(|lab| {
@@ -248,7 +248,7 @@ fn quotes_around_a_password_are_reported() {
 }
 
 #[test]
-fn on_a_terminal_it_says_where_it_listens_and_logs() {
+fn on_a_terminal_rfw_prints_where_it_listens_and_logs() {
     once(|lab| {
         lab.configure("local.server");
         // An ordinary user does not own these.
@@ -258,13 +258,13 @@ fn on_a_terminal_it_says_where_it_listens_and_logs() {
         let words = "rfw: listening at http://127.0.0.1:7390, http://[::1]:7390, \
                      logging to /run/lab/rfw.log\r\n";
         let first = Process::start("script -qfc /bin/sh\t/run/lab/run /run/lab/seen");
-        await_true("it says so", 10 + SLACK, || lab.read("seen").contains(words));
-        // Its log has the same, so a second one says that it waits on standard error.
+        await_true("rfw prints it", 10 + SLACK, || lab.read("seen").contains(words));
+        // The log is a file, so a second rfw also prints to standard error that it waits.
         lab.write("second", "");
         let script = format!("exec {run} 2>>/run/lab/second");
         lab.write("run", &script);
         let _second = Process::start("/bin/sh /run/lab/run");
-        await_true("it says that it waits", 3, || {
+        await_true("rfw prints that it waits", 3, || {
             lab.read("second").contains("rfw: another rfw, or a program that a killed one started, is still running; waiting up to 15 s\n")
         });
         drop(first);
@@ -272,7 +272,7 @@ fn on_a_terminal_it_says_where_it_listens_and_logs() {
 }
 
 #[test]
-fn a_wrong_whitelist_never_starts() {
+fn an_invalid_whitelist_never_starts() {
     once(|lab| {
         lab.configure("local.server");
         let rows = [
@@ -311,7 +311,7 @@ fn files_that_others_can_write_are_refused() {
 }
 
 #[test]
-fn start_up_checks() {
+fn checks_at_start() {
     once(|lab| {
         let no_match = "case \"$*\" in *comment*) echo \"Couldn't load match \\`comment'\" >&2; exit 2;; esac
             case $me in *restore) /bin/grep -q comment && { echo 'line 2 failed' >&2; exit 2; };; esac";
@@ -320,11 +320,11 @@ fn start_up_checks() {
             ("echo 'Permission denied (you must be root)' >&2; exit 4", "root"),
             (no_match, "comment"),
         ];
-        for (ill, word) in rows {
-            lab.stand_in(ill);
+        for (fault, word) in rows {
+            lab.stand_in(fault);
             lab.configure("local.server");
             let (status, said) = lab.rfw("-f rfw.conf --logfile -");
-            assert!(status == 1 && said.contains(word), "{ill}: {status} {said}");
+            assert!(status == 1 && said.contains(word), "{fault}: {status} {said}");
         }
         sh("chmod -x lab/bin/iptables");
         let (status, said) = lab.rfw("-f rfw.conf --logfile -");
@@ -368,7 +368,7 @@ fn the_log_has_a_line_for_every_change_made_or_refused() {
             let stamp = line.replace(|c: char| c.is_ascii_digit(), "9");
             assert!(stamp.starts_with("9999-99-99T99:99:99.999Z INFO "), "{line}");
         }
-        // What a client sends is escaped: it cannot write a line of its own or colour a terminal.
+        // Input from clients is escaped: it cannot forge a line or control a terminal.
         let mut conn = Conn::open();
         conn.send("PUT /drop/\u{1b}[31m HTTP/1.1\r\nHost: localhost\r\n\r\n");
         conn.rest();

@@ -1,11 +1,11 @@
-//! SPEC 5: what rfw finds at start and reports: what others left in the kernel, and an iptables that
+//! What rfw finds and reports at start: rules that others left in the kernel, and an iptables that
 //! cannot do what rfw needs.
 
 use crate::lab::*;
 use std::fs;
 
-/// What rfw 0.2.2 left after these requests to it, with white.list as the lab has it and port 7399: its guards, then
-/// `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`, `accept/input/any/7.7.7.7`,
+/// The rules that rfw 0.2.2 left with the lab's white.list and port 7399: its guards, and those for the
+/// requests `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`, `accept/input/any/7.7.7.7`,
 /// `accept/output/any/9.9.9.0/24`, `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`,
 /// `drop/forward/any/6.6.6.6`.
 const OLD: [&str; 10] = [
@@ -21,7 +21,7 @@ const OLD: [&str; 10] = [
     "FORWARD -s 6.6.6.6 -j DROP",
 ];
 
-/// The administrator's own, which have a form of their own.
+/// The administrator's own rules, in a different form.
 const OTHERS: [&str; 5] = [
     "FORWARD -j DROP",
     "INPUT -p tcp --dport 22 -j ACCEPT",
@@ -56,7 +56,7 @@ fn rules_of_0_2_2() {
         let found = warnings(lab, "0.2.2");
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
-            "0.2.2 left: 6; ",
+            "0.2.2 may have left: 6; ",
             "run rfwc put /accept/input/any/7.7.7.7, then iptables -D INPUT -s 7.7.7.7 -j ACCEPT;",
             "for port 7399",
             "rfw(8), REPLACING RFW 0.2.2",
@@ -94,8 +94,8 @@ fn rules_of_0_2_2() {
     });
 }
 
-/// Each command in the warning does what it says. Without 0.2.2's guard rules, accepted addresses
-/// are the administrator's own.
+/// Each command in the warning works. Without 0.2.2's guard rules, accepted addresses are considered
+/// the administrator's own.
 #[test]
 fn rules_that_may_be_0_2_2s() {
     both(|lab| {
@@ -116,7 +116,10 @@ fn rules_that_may_be_0_2_2s() {
         OLD[..4].iter().for_each(|rule| drop(lab.iptables(&format!("-I {rule}"))));
         rfw.restart();
         let found = warnings(lab, "0.2.2").concat();
-        assert!(found.contains("0.2.2 may have left: 1; ") && found.contains("/accept/"), "{found}");
+        assert!(
+            found.contains("0.2.2 may have left: 1; ") && found.contains("/accept/"),
+            "{found}"
+        );
         let command = found.split_once("run iptables -S").unwrap().1.split(';').next().unwrap();
         type_in(lab, &format!("iptables -S{command}"));
         assert_eq!(lab.iptables("-S").matches("7399").count(), 0);
@@ -133,7 +136,7 @@ fn rules_in_the_other_variant() {
         };
         let tables = || sh("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
         lab.configure("local.server");
-        // As root, who alone sees the names of the legacy tables.
+        // As root, because only root sees the names of the legacy tables.
         let mut rfw = lab.launch(&["/usr/bin/env"]);
         rfw.await_ready();
         assert_eq!(warnings(lab, ""), [""; 0]);
@@ -195,7 +198,7 @@ fn sets_in_use_by_others() {
     });
 }
 
-/// rfw -t and a start: both fail with a sentence that has all words.
+/// Checks that `rfw -t` and a start both fail with a sentence that contains all words.
 fn assert_refused(lab: &Lab, words: &[&str]) {
     for options in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
         let (status, said) = lab.rfw(options);
@@ -262,7 +265,7 @@ fn iptables_without_an_extension() {
     });
 }
 
-/// The kernel's answer is strace's, the words are those of the real iptables.
+/// strace fakes the kernel's response; the messages are those of the real iptables.
 #[test]
 fn a_kernel_without_an_extension() {
     both(|lab| {

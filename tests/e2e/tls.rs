@@ -1,4 +1,4 @@
-//! The outward server: TLS, its keys made by contrib/rfwgen, credentials, who may connect.
+//! The outward server: TLS with keys made by contrib/rfwgen, credentials, and who may connect.
 
 use crate::faults::trace;
 use crate::lab::*;
@@ -20,7 +20,7 @@ auth.password = s3cret:pass";
 const USER: &str = "-u mu:s3cret:pass";
 const SERVER: &str = "https://127.0.0.1:7393";
 
-/// What `rfwgen 127.0.0.1 keys` makes.
+/// The keys that `rfwgen 127.0.0.1 keys` makes.
 pub fn keys(lab: &Lab) {
     rfwgen(lab, "127.0.0.1");
 }
@@ -44,7 +44,7 @@ pub fn client_hello() -> Vec<u8> {
     hello
 }
 
-/// One request by curl over TLS: its answer in brief.
+/// Sends one request with curl over TLS and returns the response in brief.
 fn https(options: &str, request: &str) -> String {
     let said = curl(&format!("--cacert /run/lab/keys/client/ca.crt {options}"), request, SERVER);
     let (body, status) = said.rsplit_once('\n').unwrap_or(("", &said));
@@ -127,7 +127,7 @@ fn protocol_versions() {
 }
 
 #[test]
-fn http_to_the_https_port_is_told_to_use_https() {
+fn an_http_request_to_the_https_port_gets_advice() {
     once(|lab| {
         keys(lab);
         let _rfw = lab.start(CONF);
@@ -147,7 +147,7 @@ fn http_to_the_https_port_is_told_to_use_https() {
     });
 }
 
-/// The reasons in the log, each with what to do; and not more of them than a person reads.
+/// Each reason is logged with advice, and no more of them than a person can read.
 #[test]
 fn failed_handshakes_are_logged() {
     once(|lab| {
@@ -179,7 +179,7 @@ fn failed_handshakes_are_logged() {
         let mut garbage = TcpStream::connect(OUTWARD).unwrap();
         garbage.write_all(&[0; 100]).unwrap();
         drop(garbage.read_to_end(&mut Vec::new()));
-        drop(TcpStream::connect(OUTWARD).unwrap()); // goes away: that is no failure
+        drop(TcpStream::connect(OUTWARD).unwrap()); // closing is not a failure
         for _ in 0..10 {
             s_client("-tls1_2");
         }
@@ -187,7 +187,7 @@ fn failed_handshakes_are_logged() {
         for (reason, count) in [
             ("the client rejects the server's certificate (UnknownCA); give it the CA's", 1),
             ("the client does not speak TLS (InvalidContentType)", 1),
-            ("the client supports older versions of TLS only", 8),
+            ("the client supports only older versions of TLS", 8),
             ("", 10),
         ] {
             let line = format!("WARNING 127.0.0.1: TLS handshake failed: {reason}");
@@ -198,9 +198,9 @@ fn failed_handshakes_are_logged() {
     });
 }
 
-/// Without a close_notify nobody could tell the end of an answer from a cut.
+/// Without a close_notify, a client could not tell the end of a response from a cut.
 #[test]
-fn the_end_is_told() {
+fn responses_end_with_close_notify() {
     once(|lab| {
         keys(lab);
         let _rfw = lab.start(CONF);
@@ -292,7 +292,7 @@ fn only_whitelisted_addresses_may_connect() {
         let stranger = from("10.9.9.9");
         assert!(stranger.contains("timed out"), "dropped, not refused: {stranger}");
 
-        // Where another rule lets a stranger's packets through, rfw itself closes at once.
+        // If another rule lets a stranger's packets through, rfw itself closes at once.
         lab.iptables("-I INPUT -s 10.9.9.9 -j ACCEPT");
         lab.iptables("-I OUTPUT -d 10.9.9.9 -j ACCEPT");
         let stranger = from("10.9.9.9");
@@ -301,7 +301,7 @@ fn only_whitelisted_addresses_may_connect() {
 }
 
 #[test]
-fn a_silent_handshake_is_closed_and_holds_up_nobody() {
+fn a_silent_handshake_is_closed_and_delays_no_other() {
     once(|lab| {
         keys(lab);
         let _rfw = lab.start(CONF);
@@ -315,7 +315,7 @@ fn a_silent_handshake_is_closed_and_holds_up_nobody() {
 }
 
 #[test]
-fn rfwgen_makes_what_it_says() {
+fn rfwgen_makes_what_it_reports() {
     once(|lab| {
         keys(lab);
         let files = "cd lab; find keys -type f -o -type d | sort | xargs stat -c '%a %n'";
@@ -352,7 +352,7 @@ fn client_certificates() {
         let with = |name: &str| format!("--cert /run/lab/{name}.crt --key /run/lab/{name}.key");
         let mut rows = vec![
             (format!("{} {USER}", with("keys/client_alice/client")), "200 "),
-            (with("keys/client_alice/client"), "401 unauthorized"), // a password is asked for, too
+            (with("keys/client_alice/client"), "401 unauthorized"), // a password is required, too
         ];
         for name in ["other/client_alice/client", "own", "keys/server_127.0.0.1/server"] {
             rows.push((format!("{} {USER}", with(name)), "none"));
@@ -385,14 +385,14 @@ fn client_certificates() {
     });
 }
 
-/// Descriptors and threads.
+/// The numbers of open descriptors and threads.
 fn held(rfw: &Rfw) -> (usize, usize) {
     let files = std::fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap();
     (files.count(), rfw.threads())
 }
 
 #[test]
-fn a_peer_that_vanishes_at_any_byte_of_the_handshake_costs_nothing() {
+fn a_peer_that_vanishes_at_any_byte_of_the_handshake_leaks_nothing() {
     once(|lab| {
         keys(lab);
         let rfw = lab.start(&format!("local.server\n{CONF}"));
@@ -403,12 +403,12 @@ fn a_peer_that_vanishes_at_any_byte_of_the_handshake_costs_nothing() {
             let mut peer = TcpStream::connect(OUTWARD).unwrap();
             peer.write_all(&hello[..length]).unwrap();
             if length % 2 == 0 {
-                peer.shutdown(Shutdown::Write).unwrap(); // and what comes back is not read
+                peer.shutdown(Shutdown::Write).unwrap(); // the response is not read
             }
         }
         await_true("all is let go", 2 + SLACK, || held(&rfw) == before);
 
-        // What comes behind the hello is different each time: it is cut between curl and rfw.
+        // The bytes after the hello differ each time, so they are cut between curl and rfw.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("https://{}", listener.local_addr().unwrap());
         for length in hello.len()..hello.len() + 90 {
@@ -460,7 +460,7 @@ fn garbage_gets_an_alert_and_is_closed() {
                 continue;
             }
             let alert = |at: &[u8]| at.starts_with(&[0x15, 3, 3, 0, 2, 2]);
-            // Behind the answer to a hello the alert is encrypted: a short record of data.
+            // After the response to a hello, the alert is encrypted: a short record of data.
             let hidden = |at: &[u8]| at.starts_with(&[0x17, 3, 3, 0, 19]);
             let found = if what == "two hellos" {
                 said.windows(6).any(|at| alert(at) || hidden(at))
@@ -474,7 +474,7 @@ fn garbage_gets_an_alert_and_is_closed() {
     });
 }
 
-/// What rfwgen of rfw 0.2.2 ran; it took 4096 bits for the CA.
+/// The commands of rfwgen in rfw 0.2.2, except that its CA had 4096 bits.
 const OLD_RFWGEN: &str = "
 cd lab; mkdir -p keys/offline keys/client keys/server_127.0.0.1; cd keys
 openssl req -new -newkey rsa:2048 -days 7305 -nodes -x509 -sha1 -keyout offline/ca.key -out client/ca.crt OPTIONS \
@@ -485,12 +485,12 @@ openssl x509 -req -days 7305 -in server.csr -CA ../client/ca.crt -CAkey ../offli
     -out server.crt 2>&1
 chmod 600 server.key";
 
-/// rustls takes no version 1 certificate; with the CA of 0.2.2 rfwgen makes one that its clients
-/// accept as they are.
+/// rustls rejects version 1 certificates. With the CA of 0.2.2, rfwgen makes one that existing clients
+/// accept.
 #[test]
 fn certificates_of_rfw_0_2_2() {
     once(|lab| {
-        // openssl's own configuration gives the CA its extensions.
+        // The default configuration of openssl gives the CA its extensions.
         lab.write("no.conf", "[req]\ndistinguished_name=n\n[n]\n");
         sh(&OLD_RFWGEN.replace("OPTIONS", "-config /run/lab/no.conf"));
         sh("openssl x509 -in lab/keys/client/ca.crt -noout -text | grep 'Version: 1 '");
@@ -513,7 +513,7 @@ fn certificates_of_rfw_0_2_2() {
     });
 }
 
-/// Makes the server's certificate anew, with these dates (YYYYMMDDHHMMSSZ).
+/// Makes a new server certificate with these dates (YYYYMMDDHHMMSSZ).
 fn make_certificate(from: &str, to: &str) {
     sh(&format!(
         "cd lab; : > index; printf '[ca]\ndefault_ca=x\n[x]\ndatabase=index\nnew_certs_dir=.
@@ -561,7 +561,7 @@ fn expiring_certificates_are_reported() {
             assert!(text.contains(&metric), "{text}");
             assert_eq!(https(&format!("-k {USER}"), "GET /list"), "200 ", "expired or not");
             if strace && days == 29 {
-                // Where each second takes no time, a day does not either.
+                // Sleeping takes no time here, so a day passes at once.
                 let sleep = "-e trace=clock_nanosleep -e inject=clock_nanosleep:retval=0";
                 let _tracer = trace(&rfw, &format!("-o /dev/null {sleep}"));
                 await_true("it is reported each day", 120, || count(lab.read("rfw.log")) > 1);
@@ -574,7 +574,7 @@ fn expiring_certificates_are_reported() {
     });
 }
 
-/// The first certificate to expire counts, wherever it stands in the chain.
+/// The first certificate to expire counts, wherever it is in the chain.
 #[test]
 fn dates_and_versions_as_openssl_reads_them() {
     once(|lab| {
@@ -591,7 +591,7 @@ fn dates_and_versions_as_openssl_reads_them() {
             for at in 0..der.len() {
                 let mut damaged = der.clone();
                 damaged[at] ^= 1 << (at % 8);
-                let _ = Certificate::parse(&damaged); // whatever it is, no panic
+                let _ = Certificate::parse(&damaged); // any result but a panic
                 assert_eq!(Certificate::parse(&der[..at]), None, "{what}: {at} bytes");
             }
         };
