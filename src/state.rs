@@ -423,7 +423,7 @@ mod tests {
         assert_eq!(contents.records, records.len());
         let tail = contents.tail.map(|tail| tail.line);
         if tail.is_some() {
-            // Whoever reads a tail begins again without it.
+            // The caller replays again without the tail.
             records.clear();
             let valid = &text.as_bytes()[..contents.size as usize];
             read(&mut &*valid, |record| records.push(record)).map_err(|error| error.line)?;
@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_appended_is_replayed() {
+    fn appended_records_are_replayed() {
         let folder = Folder::new("append");
         let path = folder.0.join("state");
         let mut state = StateFile::open(&path).unwrap();
@@ -601,7 +601,7 @@ mod tests {
             (contents, state.offset()),
             (Contents { size, records: 4, tail: None, dropped: Vec::new() }, size)
         );
-        // What the kernel rejects
+        // A change that the kernel rejects
         state.truncate_to(offset);
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!((offset, state.offset()), (text.len() as u64, text.len() as u64));
@@ -629,7 +629,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_removed_before_the_next_change() {
+    fn a_failed_write_is_removed_before_the_next_change() {
         let folder = Folder::new("repair");
         let path = folder.file(HEADER);
         let mut state = StateFile::open(&path).unwrap();
@@ -658,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_else_may_change_it() {
+    fn a_file_that_others_change_is_refused() {
         let folder = Folder::new("others");
         let path = folder.file(HEADER);
         let mut state = StateFile::open(&path).unwrap();
@@ -679,7 +679,7 @@ mod tests {
         append("was changed by someone else");
         fs::rename(folder.0.join("old"), &path).unwrap();
         state.append([put(A, 0)].into_iter(), false).unwrap();
-        // One that was replaced after it was opened
+        // A file that was replaced after it was opened
         let other = folder.0.join("other");
         fs::write(&other, HEADER).unwrap();
         assert!(!is_same_file(&File::open(&other).unwrap(), &path).unwrap());
@@ -760,11 +760,11 @@ mod tests {
     }
 
     #[test]
-    fn when_it_is_compacted() {
+    fn when_the_file_is_compacted() {
         let folder = Folder::new("limit");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
         let contents = |records| Contents { size: 0, records, tail: None, dropped: Vec::new() };
-        // Its size, how many of its records are needed, the limit
+        // The size, how many of the records are needed, the limit
         let table = [
             (1_000_000, 5, 10, 1_000_000),
             (1_000_000, 10, 10, 2_000_000),

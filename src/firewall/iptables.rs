@@ -411,7 +411,7 @@ mod tests {
                 "-A FORWARD -o b1 -m set --match-set rfw6:accept:fwd:any:b1:dst dst -m comment --comment rfw -c 5 7 -j ACCEPT::",
                 "foreign",
             ),
-            // Other orders, as versions before 1.4 and after 1.8.10 have them
+            // The order of versions before 1.4 and after 1.8.10
             (
                 r#"-A INPUT -m comment --comment "rfw:17" -s 1.1.1.1/32 -j DROP -c 1 2"#,
                 "/drop/input/any/1.1.1.1 rfw:17 (1, 2)",
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_have_made_is_theirs() {
+    fn rules_that_rfw_did_not_write_are_foreign() {
         let own = "-A INPUT -s 1.1.1.1/32 -m comment --comment rfw -j DROP";
         assert_ne!(read(own), "foreign");
         let foreign = [
@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn written_rules_are_read_back() {
         let rules = [
             (
                 "/drop/input/eth0/1.2.3.4",

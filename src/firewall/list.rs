@@ -707,9 +707,9 @@ pub(super) mod tests {
         path.parse().expect(path)
     }
 
-    /// `+PATH` is a PUT for ever, `+PATH 60` for 60 seconds, `=PATH` the same that replaces, `-PATH`
+    /// `+PATH` is a permanent PUT, `+PATH 60` expires in 60 seconds, `=PATH` also replaces, `-PATH` is
     /// a DELETE, `!PATH` one whatever the tag. A path that ends in `/{A,B}`, or `/{A,B}@TAG`, is a
-    /// list. `-@TAG` and `-@TAG INPUT` delete all with a tag.
+    /// list. `-@TAG` and `-@TAG INPUT` delete all rules with a tag.
     fn change(text: &str) -> Change {
         let (verb, rest) = text.split_at(1);
         if let Some(rest) = rest.strip_prefix('@') {
@@ -767,7 +767,7 @@ pub(super) mod tests {
         list.records(batch).map(show).collect()
     }
 
-    /// The verdicts of each change with their counts, which are left out where they are 1.
+    /// The verdicts of each change, with their counts unless they are 1.
     fn verdicts(batch: &Batch) -> String {
         let count = |tally: &Tally, verdict: Verdict| match tally.of(verdict) {
             0 => None,
@@ -785,7 +785,7 @@ pub(super) mod tests {
         list.groups.clone()
     }
 
-    /// What must always hold.
+    /// Checks the invariants.
     fn check(list: &List) {
         let mut serials = HashSet::new();
         for (group, members) in &list.groups {
@@ -805,7 +805,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Applies a batch, and checks that what the state file and `undo` make of it is right.
+    /// Applies a batch, and checks its records for the state file and `undo`.
     fn apply_and_check(list: &mut List, texts: &[&str]) -> Batch {
         let mut replayed = List::new(list.sets);
         list.stored().for_each(|(rule, expires)| replayed.insert(&rule, expires));
@@ -838,7 +838,7 @@ pub(super) mod tests {
     #[test]
     fn batches() {
         const LIST: &str = "+/drop/input/any/{3.3.3.3,1.1.1.1,2.2.2.2,1.1.1.1}";
-        // What there is, the batch, the verdicts, the records
+        // The list, the batch, the verdicts, the records
         let table: &[(Lines, Lines, &str, Lines)] = &[
             (&[], &[], "", &[]),
             (&[], &[A], "inserted", &[A]),
@@ -850,7 +850,7 @@ pub(super) mod tests {
             (&[A], &[NO_A], "deleted", &[NO_A]),
             (&[], &[NO_A], "absent", &[]),
             (&[B], &[NO_A], "absent", &[]),
-            // Several about one rule
+            // Several changes of one rule
             (&[], &[A, A], "inserted, exists", &[A]),
             (&[], &[A, NO_A], "inserted, deleted", &[]),
             (&[A], &[NO_A, A], "deleted, inserted", &[A]),
@@ -886,11 +886,11 @@ pub(super) mod tests {
         }
     }
 
-    /// A newer rule with another target decides about some of the same packets, so a PUT has to
-    /// move the older one before it.
+    /// A newer rule with another target matches some of the same packets, so a PUT must move the older
+    /// one before it.
     #[test]
     fn what_is_shadowed_is_refreshed() {
-        // The two rules, the older one first; whether a PUT of that moves it
+        // The two rules, the older one first; whether a PUT of the older one moves it
         let table = [
             ("/drop/input/any/1.1.1.1", "/accept/input/any/1.1.1.1", true),
             ("/drop/input/any/1.1.1.1", "/reject/input/any/1.1.1.0/24", true),
@@ -918,7 +918,7 @@ pub(super) mod tests {
             (
                 "/drop/forward/any/1.1.1.1/any/2.2.2.2",
                 "/reject/forward/any/1.1.1.1/any/3.3.3.3",
-                true, // it may be, for all that is looked at
+                true, // the second addresses are not compared
             ),
             ("/drop/forward/any/3.3.3.3/any/2.2.2.2", "/drop/forward/any/3.3.3.3", false),
             ("/drop/forward/any/::", "/accept/forward/any/0.0.0.0", false),
@@ -990,7 +990,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn outcomes_tell_the_expiry() {
+    fn outcomes_contain_the_expiry() {
         let batch = apply(&mut List::new(false), &[A60, NO_A, B]);
         let expiries: Vec<_> = batch.outcomes.iter().map(|outcome| outcome.expires).collect();
         assert_eq!(expiries, [Some(NOW + 60), None, None]);
@@ -1111,11 +1111,11 @@ pub(super) mod tests {
         list.shift(NOW - 500, 500);
         assert_eq!(expiries(&list), [None, Some(NOW + 60)]);
         check(&list);
-        // Into the past it is due, but not permanent.
+        // A rule that moves into the past is due, but not permanent.
         list.shift(NOW, -3_000_000_000);
         assert_eq!(expiries(&list), [None, Some(1)]);
         check(&list);
-        // Booted in 1970, with a rule of an earlier run beside one of this run.
+        // Booted in 1970, with one rule of an earlier run and one of this run.
         let mut list = List::new(false);
         list.insert(&rule("/drop/input/any/1.1.1.1"), Some(REAL_TIME - 1));
         list.insert(&rule("/drop/input/any/2.2.2.2"), Some(160));
@@ -1138,7 +1138,7 @@ pub(super) mod tests {
         const V6_A: &str = "+/drop/input/any/::1@a";
         const ACCEPT_A: &str = "+/accept/input/any/1.1.1.1@a";
         const OUTPUT_A: &str = "+/drop/output/any/1.1.1.1@a";
-        // What there is, what is done, the counts of the last change, and what is left.
+        // The list, the changes, the counts of the last change, and the list afterwards.
         let table: [(Lines, Lines, &str, Lines); 13] = [
             (&[DROP], &[DROP_A], "inserted", &[DROP, DROP_A]),
             (&[DROP, DROP_A], &["-/drop/input/any/1.1.1.1@a"], "deleted", &[DROP]),
@@ -1231,7 +1231,7 @@ pub(super) mod tests {
 
     #[test]
     fn what_has_no_room_changes_nothing() {
-        // The most addresses of a set, what is there, the changes, and whether they have room.
+        // The maximum size of a set, the list, the changes, and whether there is room for them.
         let table: [(usize, Lines, Lines, bool); 9] = [
             (1, &[], &["+/drop/input/any/1.1.1.1"], true),
             (0, &[], &["+/drop/input/any/1.1.1.1"], false),
@@ -1347,7 +1347,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Numbers that only look random.
+    /// Pseudorandom numbers.
     pub fn numbers(seed: u64) -> impl FnMut(usize) -> usize {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         move |below| {
@@ -1358,9 +1358,9 @@ pub(super) mod tests {
         }
     }
 
-    /// Whatever happens, the list is as a vector of rules, the oldest first, would be.
+    /// After any changes, the list equals a simple model: a vector of rules, the oldest first.
     #[test]
-    fn as_a_plain_vector_would_be() {
+    fn the_list_equals_a_plain_vector() {
         let addresses = [
             "input/any/1.1.1.1",
             "input/any/1.1.1.0/24",
@@ -1410,7 +1410,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Whether a newer rule shadows an older one, as far as the list looks at them.
+    /// Whether a newer rule shadows an older one, as far as the list compares them.
     pub fn may_shadow(newer: &Rule, older: &Rule) -> bool {
         let is_about = |rule: &Rule| (rule.chain(), rule.family());
         let is_exact = newer

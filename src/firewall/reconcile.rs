@@ -226,7 +226,7 @@ mod tests {
         letters.into_iter().find(|letter| self::tagged(*letter).key() == tagged.key()).unwrap()
     }
 
-    /// A letter for each rule, a dot for someone else's; the line of each is its number.
+    /// A letter for each rule of rfw, a dot for a foreign one; the line of each is its number.
     fn chain(rows: &str) -> ChainListing {
         let mut chain = ChainListing::default();
         for (number, row) in rows.chars().enumerate() {
@@ -239,7 +239,7 @@ mod tests {
         letters.chars().map(tagged).collect()
     }
 
-    /// What iptables does with edits. A row of someone else's is told apart by its number.
+    /// Applies edits as iptables does. Foreign rows are distinguished by their numbers.
     fn perform<T: Clone>(edits: &[RuleEdit], rows: &mut Vec<Result<TaggedRule, T>>) {
         for edit in edits {
             match edit {
@@ -257,8 +257,8 @@ mod tests {
 
     #[test]
     fn plans() {
-        // What is wanted, what the kernel holds, the edits, what is missing, what is not known,
-        // whether someone else's rule was in front
+        // The wanted rules, the chain, the edits, the missing and the unknown rules, whether a foreign
+        // rule was in front
         let table = [
             ("", "", "", "", "", false),
             ("", "..", "", "", "", false),
@@ -267,13 +267,13 @@ mod tests {
             // A flush
             ("ABC", "", "+1C +1B +1A", "ABC", "", false),
             ("ABC", ".", "+1C +1B +1A", "ABC", "", false),
-            // Single ones removed
+            // Single rules removed
             ("ABC", "BC", "+1A", "A", "", false),
             ("ABC", "AC.", "+2B", "B", "", false),
             ("ABC", "AB..", "+3C", "C", "", false),
             ("ABCD", "BD", "+2C +1A", "AC", "", false),
             ("ABCD", "AD.", "+2C +2B", "BC", "", false),
-            // Someone else's in front or between
+            // Foreign rules in front or between
             ("AB", ".AB", "-A -B +1B +1A", "", "", true),
             ("AB", "A.B", "-B +2B", "", "", true),
             ("ABC", ".AB", "-A -B +1C +1B +1A", "C", "", true),
@@ -319,8 +319,8 @@ mod tests {
         }
     }
 
-    /// Whatever the kernel holds, the edits make rfw's rules the first, in order, each once and
-    /// with its counters, and leave everything else as it was.
+    /// Whatever the kernel holds, the edits put rfw's rules in front, in order, each once and with its
+    /// counters, and change nothing else.
     #[test]
     fn edits_lead_to_the_wanted_rules() {
         for seed in 0..3_000 {
@@ -361,7 +361,7 @@ mod tests {
                 let is_kept = counters.contains(&tagged.counters);
                 assert!(is_kept || is_missing && tagged.counters.is_none(), "{seed}");
             }
-            // Afterwards nothing is left to do.
+            // Afterwards, no more edits are needed.
             let mut again = ChainListing::default();
             rows.iter().for_each(|row| again.push(row.ok(), FOREIGN));
             let again = super::plan(&again, &wanted);
@@ -369,7 +369,7 @@ mod tests {
         }
     }
 
-    /// One deletion behind many rules costs iptables a walk past each of them.
+    /// To delete a rule after many others, iptables walks past each of them.
     #[test]
     fn many_deletions_rewrite_the_chain_with_its_counters() {
         let rule = |number: usize| {
@@ -380,8 +380,8 @@ mod tests {
                 ..TaggedRule::new(KernelRule::plain(path.parse().unwrap()), None)
             }
         };
-        // Those that stay, other people's, and those that are deleted behind both: 128 * 128 is 64
-        // times 256 rules, 129 * 129 is more than 64 times 258.
+        // The numbers of rules that stay, of foreign ones, and of deleted ones after both: 128 * 128 is
+        // 64 times 256 rules, 129 * 129 is more than 64 times 258.
         let table = [
             (128, 0, 128, false),
             (129, 0, 129, true),

@@ -46,10 +46,10 @@ enum Way {
     Interrupt,
     DoAndReject,
     DoAndInterrupt,
-    /// Only for sets: so many edits are carried out.
+    /// Only for sets: this number of edits is carried out.
     PartAndReject(usize),
     PartAndInterrupt(usize),
-    /// Only for listings: exit status 0 after a wrong one.
+    /// Only for listings: exit status 0 after a false one.
     Lie(Lie),
 }
 
@@ -81,7 +81,7 @@ const WRITE_WAYS: [Way; 8] = [
     Way::PartAndInterrupt(2),
 ];
 
-/// What programs work on. Calls are counted for each, because some run at once.
+/// The parts of the kernel. Calls are counted for each, because some run at the same time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Part {
     Rules(Family),
@@ -290,7 +290,7 @@ fn lie<T: Clone>(lie: Lie, rows: &mut Vec<T>) {
     }
 }
 
-/// What a listing shows of `rows`.
+/// The rows that a listing shows.
 fn listed<T: Clone>(way: Option<Way>, mut rows: Vec<T>) -> Result<Vec<T>, ToolError> {
     match way {
         Some(Way::Reject | Way::DoAndReject | Way::PartAndReject(_)) => rejected("failed"),
@@ -526,7 +526,7 @@ fn whitelist() -> Whitelist {
 fn folder() -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    // In memory where that is possible: a disk takes milliseconds for each of many fsyncs.
+    // In memory if possible: a disk needs milliseconds for each of many fsyncs.
     let shm = PathBuf::from("/dev/shm");
     let parent = if shm.is_dir() { shm } else { std::env::temp_dir() };
     let folder = parent.join(format!("rfw-engine-{}-{number}", std::process::id()));
@@ -540,10 +540,10 @@ struct World {
     model: Model,
     folder: Option<PathBuf>,
     metrics: Arc<Metrics>,
-    /// Other people's rules as they must be.
+    /// The foreign rules, which must not change.
     foreign: BTreeMap<(Family, Chain), Vec<String>>,
-    /// Since all was quiet: whether someone else changed what is rfw's, and what changes were
-    /// refused. Until it is quiet again, the kernel may hold a part of those.
+    /// Since the last time that everything agreed: whether other programs changed rfw's rules, and the
+    /// changes that were refused, of which the kernel may still hold a part.
     is_damaged: bool,
     refused: Vec<Match>,
     /// The steps of a random sequence.
@@ -609,7 +609,7 @@ impl World {
         (memory.calls, memory.faults) = (Vec::new(), faults.to_vec());
     }
 
-    /// Inserts someone else's rule, at the front with number 1.
+    /// Inserts a foreign rule; number 1 is the front.
     fn insert_foreign(&mut self, family: Family, chain: Chain, number: usize, line: &str) {
         let mut memory = self.kernel.lock();
         let rows = memory.chain(family, chain);
@@ -648,8 +648,8 @@ impl World {
         results
     }
 
-    /// Takes acknowledged changes into the model. What was due before may have been deleted or,
-    /// if that failed, not.
+    /// Applies acknowledged changes to the model. Rules that were due may have been deleted or, if that
+    /// failed, not.
     fn follow(&mut self, changes: &[Change], results: &[Result<Outcome, ApplyError>]) {
         let stored: Vec<_> = self.engine().list.stored().collect();
         let now = clock::wall().as_secs();
@@ -675,7 +675,7 @@ impl World {
         );
     }
 
-    /// Commits changes without faults, each as a batch of its own.
+    /// Commits changes without faults, each in its own batch.
     fn put(&mut self, text: &str) {
         for batch in parse(text) {
             for result in self.commit(&batch) {
@@ -690,8 +690,8 @@ impl World {
         assert_eq!(list, model, "the list is not what was acknowledged");
     }
 
-    /// A change that was acknowledged is in effect, unless a refused one about the same packets
-    /// still is in part.
+    /// Checks that an acknowledged change is in effect, unless a refused one for the same packets still
+    /// is in part.
     fn check_in_effect(&self, change: &Change) {
         let enforced = self.enforced();
         for rule in change.rules.iter().filter(|rule| !self.refused.contains(&rule.matches)) {
@@ -707,7 +707,7 @@ impl World {
         }
     }
 
-    /// What the kernel enforces of rfw's, chain by chain from the front, with expiries.
+    /// The rules of rfw that the kernel enforces, chain by chain from the front, with expiries.
     fn enforced(&self) -> Vec<(Rule, Option<u64>)> {
         let memory = self.memory();
         let mut rules = Vec::new();
@@ -731,7 +731,7 @@ impl World {
         rules
     }
 
-    /// No ACCEPT rule precedes a guard rule.
+    /// Checks that no ACCEPT rule precedes a guard rule.
     fn check_guards_first(&self) {
         for ((family, chain), rows) in &self.memory().chains {
             let own = rows.iter().filter_map(|row| match row {
@@ -771,7 +771,7 @@ impl World {
         panic!("never quiet: {:?}", self.engine().outage);
     }
 
-    /// List, kernel and state file hold what was acknowledged.
+    /// Checks that list, kernel and state file hold what was acknowledged.
     fn check(&mut self) {
         Family::ALL.iter().for_each(|family| self.model.expire(*family, clock::wall().as_secs()));
         self.check_list();
@@ -799,7 +799,7 @@ impl World {
             }
         }
         self.check_guards_first();
-        // What is about to expire may be left to expire.
+        // Rules that are about to expire need not be repaired.
         let now = clock::wall().as_secs() + TOLERANCE;
         for (rule, _, members) in self.engine.as_ref().unwrap().list.sets() {
             let memory = self.kernel.lock();
@@ -819,7 +819,7 @@ impl World {
         wanted.sort_unstable_by_key(|(rule, _)| *rule);
         let rules = |all: &[(Rule, _)]| all.iter().map(|(rule, _)| *rule).collect::<Vec<_>>();
         assert_eq!(rules(&enforced), rules(&wanted), "the kernel enforces what was acknowledged");
-        // The list of a client shows the same.
+        // GET /list shows the same.
         let faults = mem::take(&mut self.memory().faults);
         let listed = self.engine().listing(&Filter::default()).unwrap();
         self.memory().faults = faults;
@@ -834,7 +834,7 @@ impl World {
         assert_eq!(listed.len(), own);
     }
 
-    /// The state file, replayed, is the list.
+    /// Checks that replaying the state file gives the list.
     fn check_file(&mut self) {
         let Some(folder) = &self.folder else { return };
         let copy = folder.join("copy");
@@ -853,7 +853,7 @@ impl World {
         assert_eq!(file, model, "the state file is not what was acknowledged");
     }
 
-    /// Starts again until it succeeds, from the state file or from the kernel.
+    /// Starts, from the state file or the kernel, until a start succeeds.
     fn restart(&mut self) {
         let mut last = String::new();
         for _ in 0..20 {
@@ -865,8 +865,8 @@ impl World {
         panic!("does not start: {last}");
     }
 
-    /// Restarts, perhaps with sets instead of rules, and takes into the model what that may lose:
-    /// with a state file, nothing; without one, what others removed, or a part of what was refused.
+    /// Restarts, perhaps with sets instead of rules, and removes from the model what that may lose: with
+    /// a state file, nothing; without one, rules that others removed, or a part of a refused change.
     fn restart_with(&mut self, sets: bool) {
         let now = clock::wall().as_secs();
         Family::ALL.iter().for_each(|family| self.model.expire(*family, now));
@@ -894,7 +894,7 @@ impl World {
         self.check();
     }
 
-    /// Lets time pass: every expiry, in the list, the kernel and on the disk, is earlier now.
+    /// Lets time pass, by making every expiry in the list, the kernel and on the disk earlier.
     fn pass(&mut self, seconds: u64) {
         let earlier = |expires: Option<u64>| expires.map(|second| second.saturating_sub(seconds));
         let engine = self.engine.as_mut().unwrap();
@@ -945,7 +945,7 @@ fn shown(rules: &[(Rule, Option<u64>)]) -> String {
     rules.iter().map(shown).collect::<Vec<_>>().join(", ")
 }
 
-/// The parts of a second that sets and lists do not show.
+/// Whether expiries are the same, except for the parts of a second that sets and lists do not show.
 fn is_near(a: Option<u64>, b: Option<u64>) -> bool {
     match (a, b) {
         (Some(a), Some(b)) => a.abs_diff(b) <= 4,
@@ -995,7 +995,7 @@ struct Scenario {
     name: &'static str,
     sets: bool,
     before: &'static str,
-    /// What happens to the kernel before the changes.
+    /// Happens to the kernel before the changes.
     damage: Damage,
     changes: &'static str,
     /// An address that the kernel always rejects.
@@ -1249,7 +1249,7 @@ fn check_scenarios(sets: bool, has_file: bool) {
     let mut failed = Vec::new();
     for scenario in scenarios().iter().filter(|scenario| scenario.sets == sets) {
         let calls = scenario.run(has_file, &[]);
-        // The file has nothing to do with what is read.
+        // Reads do not depend on the file.
         for fault in faults_of(&calls, has_file) {
             let run = panic::catch_unwind(|| scenario.run(has_file, &[fault]));
             if run.is_err() {
@@ -1334,7 +1334,7 @@ fn committed_then_exit_1() {
     }
 }
 
-/// A batch that the kernel rejects is tried in halves; one that failed for a moment is not.
+/// A batch that the kernel rejects is attempted in halves; after a transient failure it is not.
 #[test]
 fn a_bad_rule_fails_alone() {
     for (sets, has_file) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -1359,7 +1359,7 @@ fn a_bad_rule_fails_alone() {
     }
 }
 
-/// A change of sets that fails for good after any of its edits leaves what was there before.
+/// A change of sets that fails permanently after any of its edits changes nothing.
 #[test]
 fn half_applied_set_changes() {
     let before = "+ /drop/input/any/1.1.1.1; + /accept/input/any/2.2.2.2";
@@ -1391,8 +1391,8 @@ fn half_applied_set_changes() {
     }
 }
 
-/// ipset was killed after its last line: the response was 503, and a restart brought back what
-/// the list had deleted.
+/// ipset was killed after its last line: the response was 503, and a restart brought back the addresses
+/// that the list had deleted.
 #[test]
 fn a_list_applied_but_reported_failed() {
     let mut world = World::new(true, true);
@@ -1426,8 +1426,7 @@ fn a_false_listing_while_running() {
     }
 }
 
-/// A listing that lacked what an error had left behind looked right, and the change counted as
-/// undone.
+/// A listing that lacked the leftovers of an error looked right, and the change counted as undone.
 #[test]
 fn a_false_listing_after_an_error() {
     for sets in [false, true] {
@@ -1460,7 +1459,7 @@ fn two_sets_destroyed_at_once() {
     }
 }
 
-/// rfw's port was open for whoever an ACCEPT rule named.
+/// An ACCEPT rule opened rfw's own port for its address.
 #[test]
 fn an_accept_rule_never_precedes_the_guards() {
     let damages: [(&str, Damage); 4] = [
@@ -1504,7 +1503,7 @@ fn overtaken_at_once_ten_times_then_once_a_minute() {
     }
     world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
     assert!(!is_first(&mut world));
-    // A missing rule is restored all the same, and a request gets the first place.
+    // A missing rule is restored all the same, and a request restores the first position.
     world.memory().chain(Family::V6, Chain::Input).clear();
     assert!(!is_first(&mut world));
     assert!(!world.chain(Family::V6, Chain::Input).is_empty());
@@ -1542,7 +1541,7 @@ fn one_family_failing_does_not_block_the_other() {
             world.settle();
             let fault = Fault { family: Some(bad.0), only_writes, ..Fault::always(way) };
             let what = format!("{way:?} {} sets {sets}, only writes {only_writes}", bad.0);
-            // Something to repair in both, which makes the bad one fail all the time.
+            // Both need a repair, which always fails for the bad one.
             for family in Family::ALL {
                 world.memory().chain(family, Chain::Input).clear();
             }
@@ -1564,7 +1563,7 @@ fn one_family_failing_does_not_block_the_other() {
     }
 }
 
-/// What a healthy kernel is asked for a change. A wrong edit would be repaired, but that costs more.
+/// The calls that a change needs in a healthy kernel. A wrong edit would be repaired, at a higher cost.
 #[test]
 fn what_a_change_costs() {
     let list = |verb: &str, last: usize| {
@@ -1631,7 +1630,7 @@ fn what_a_change_costs() {
 fn time_limit() {
     let changes = parse("+ /drop/input/any/1.1.1.2");
     let changes: Vec<&Change> = changes[0].iter().collect();
-    // What is left of the batch; the calls in it: one, and two times five repairs
+    // The time left for the batch; its calls: one, and two times five repairs
     let table = [(30, 11), (21, 11), (20, 1), (1, 1), (0, 1)];
     for (left, calls) in table {
         let mut world = World::new(false, true);
@@ -1655,7 +1654,7 @@ fn time_limit() {
     assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
 }
 
-/// The state file recorded that a drop replaced an accept, which was back when the drop expired.
+/// The state file recorded that a drop replaced an accept, which came back when the drop expired.
 #[test]
 fn an_expired_target_does_not_take_another_one_with_it() {
     let mut world = World::new(false, true);
@@ -1667,7 +1666,7 @@ fn an_expired_target_does_not_take_another_one_with_it() {
     world.check_restart();
 }
 
-/// An address keeps its newest target, after the next start too.
+/// An address keeps its newest target, also after the next start.
 #[test]
 fn rules_with_two_targets_become_sets() {
     let mut world = World::new(false, true);
@@ -1696,7 +1695,7 @@ fn a_displaced_target_stays_out_of_a_file_that_could_not_be_compacted() {
     assert_eq!(shown(&world.enforced()), "");
 }
 
-/// Sets accept before they drop. As rules, what was in them has to be in that order.
+/// Sets accept before they drop, so their addresses must become rules in that order.
 #[test]
 fn sets_become_rules_in_their_order() {
     let mut world = World::new(true, false);
@@ -1710,7 +1709,7 @@ fn sets_become_rules_in_their_order() {
     assert_eq!(shown(&world.enforced()), before);
 }
 
-/// A list of rules may be longer than a set may be, and an old set of that name may be there.
+/// A list of rules may exceed the limit of sets, and an old set of that name may exist.
 #[test]
 fn a_set_that_is_too_small_is_replaced() {
     let mut world = World::new(false, true);
@@ -1723,8 +1722,8 @@ fn a_set_that_is_too_small_is_replaced() {
     world.settle();
 }
 
-/// A set outlived its rule because someone else's rule used it, and held what had been in it
-/// when rfw needed it again.
+/// A set outlived its rule because a foreign rule used it, and still had its old entries when rfw needed
+/// it again.
 #[test]
 fn a_new_set_is_empty() {
     let mut world = World::new(true, true);
@@ -1800,7 +1799,7 @@ impl Random {
         parse_change(&format!("{verb} {template}{tag}: {}", nets.join(" ")))
     }
 
-    /// Some calls from now on; at most one lie, because two in a row may agree.
+    /// Faults of some future calls; at most one lie, because two in a row may agree.
     fn faults(&mut self) -> Vec<Fault> {
         let (first, count) = (1 + self.below(10), 1 + self.below(7));
         let mut fault = Fault::new(first, count, self.pick(&WRITE_WAYS));
@@ -1852,7 +1851,7 @@ const NETS: [&str; 9] = [
 ];
 
 impl World {
-    /// What other programs and people do to the kernel.
+    /// Changes of the kernel by other programs and people.
     fn damage(&mut self, random: &mut Random) -> usize {
         let (family, chain) = (random.pick(&Family::ALL), random.pick(&Chain::ALL));
         let mut memory = self.kernel.lock();
@@ -1885,7 +1884,7 @@ impl World {
             }
             (9, _) => rows.extend(own(random.pick(&RULES))),
             (10, _) if rows.len() > 1 => rows.reverse(),
-            // Nobody knows the name of a set that only replaces another one.
+            // No other program knows the name of a set that only replaces another one.
             (11, Some(name)) if !name.contains('?') => {
                 rows.insert(at, FakeRow::Foreign(format!("--match-set {name} src")))
             }
@@ -1942,14 +1941,14 @@ impl World {
                 };
                 let results: Vec<String> = results.iter().map(shown).collect();
                 self.trace.push(format!("    {}", results.join(", ")));
-                // Without a fault, whatever happened before, only a full set is a reason to refuse.
+                // Without a fault, only a full set is a reason to refuse, whatever happened before.
                 let is_fine = |result: &String| !faults.is_empty() || !result.starts_with("Tool");
                 assert!(results.iter().all(is_fine), "{results:?}");
             }
         }
     }
 
-    /// Installs faults and records the step that has them.
+    /// Installs the faults of a step and records it.
     fn trace(&mut self, step: &str, faults: &[Fault]) {
         self.set_faults(faults);
         let shown = |fault: &Fault| {
@@ -1960,7 +1959,7 @@ impl World {
     }
 }
 
-/// After any sequence of changes, faults, damage and restarts, the kernel holds what was answered.
+/// After any sequence of changes, faults, damage and restarts, the kernel matches the responses.
 fn check_random(seeds: std::ops::Range<u64>) {
     for seed in seeds {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
