@@ -112,8 +112,8 @@ fn protocol_versions() {
             [("-tls1_3", "TLSv1.3", 0), ("-tls1_2", "refused", 1), (old, "refused", 2)]
         {
             assert_eq!(s_client(options), version, "{options}");
-            let warning = "WARNING 127.0.0.1: TLS handshake failed: the client supports older \
-                           versions of TLS only; rfw accepts TLS 1.3, and TLS 1.2 if \
+            let warning = "WARNING 127.0.0.1: TLS handshake failed: the client supports only \
+                           older versions of TLS; rfw accepts TLS 1.3, and TLS 1.2 if \
                            outward.server.tls12 is set\n";
             let log = lab.log();
             assert_eq!(log.matches(warning).count(), logged, "{options}\n{log}");
