@@ -585,7 +585,10 @@ mod tests {
     fn help_depends_on_the_configuration() {
         let grammar = Grammar { default_expire: 0, non_restful: false, sets: false, ipv6: true };
         let text = help("127.0.0.1:7390", grammar);
-        assert!(text.starts_with("rfw 0.") && text.contains(" at 127.0.0.1:7390\n"), "{text}");
+        assert!(
+            text.starts_with(concat!("rfw ", env!("CARGO_PKG_VERSION"), " at 127.0.0.1:7390\n")),
+            "{text}"
+        );
         assert!(text.contains("; default: permanent\n") && !text.contains("?modify"), "{text}");
         assert!(text.contains("\nGET    /list"), "{text}");
         let text =
