@@ -277,8 +277,8 @@ fn folder(path: &Path) -> &Path {
 
 /// Whether the locked file still has this name: another rfw may have replaced it.
 fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
-    let (ours, there) = (file.metadata()?, fs::metadata(path)?);
-    Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
+    let (open, named) = (file.metadata()?, fs::metadata(path)?);
+    Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
 }
 
 fn line_of(record: &Record) -> String {

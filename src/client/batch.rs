@@ -59,11 +59,11 @@ impl Line {
 /// Sends each line of a source to all servers. Exit status: 0 all requests succeeded, 1 some failed.
 pub fn run(fleet: &Fleet, source: Box<dyn Read>, query: &[String]) -> ExitCode {
     let total = fleet.servers.len();
-    let each = MAX_CONNECTIONS.checked_div(total).unwrap_or_default().clamp(1, CONNECTIONS);
+    let per_server = MAX_CONNECTIONS.checked_div(total).unwrap_or_default().clamp(1, CONNECTIONS);
     let report = Mutex::new(Report::new(total, false));
     let queues: Vec<_> = fleet.servers.iter().map(|server| (server, Queue::default())).collect();
     let result = thread::scope(|scope| {
-        let mut threads = queues.iter().cycle().take(each.saturating_mul(total));
+        let mut threads = queues.iter().cycle().take(per_server.saturating_mul(total));
         let started = threads.try_for_each(|(server, queue)| {
             let work = || work(fleet, server, queue, &report);
             thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map(drop)

@@ -306,7 +306,7 @@ mod tests {
             let scheme = if tls { "https" } else { "http" };
             assert_eq!((&*name, &*format!("{scheme} {host} {port}")), (url, expected));
         }
-        let wrong = [
+        let invalid = [
             "",
             "a",
             "a:7390",
@@ -335,7 +335,7 @@ mod tests {
             "http://\u{e9}",
             "http://a\n",
         ];
-        for url in wrong {
+        for url in invalid {
             let error = Server::parse(url).unwrap_err();
             assert!(error.ends_with("is not a server; write http[s]://HOST[:PORT]"), "{error}");
         }

@@ -169,8 +169,8 @@ impl TaggedRule {
 pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule>)> {
     let (chain, spec) = line.trim_end().strip_prefix("-A ")?.split_once(' ')?;
     let chain = Chain::ALL.into_iter().find(|known| known.name() == chain)?;
-    let ours = spec.contains("rfw").then(|| parse_tagged(chain, spec, family));
-    Some((chain, ours.flatten()))
+    let tagged = spec.contains("rfw").then(|| parse_tagged(chain, spec, family));
+    Some((chain, tagged.flatten()))
 }
 
 /// The options of a rule in a listing, each with its value.

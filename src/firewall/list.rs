@@ -374,9 +374,9 @@ impl List {
         };
         let groups = self.groups.iter().filter(|(group, _)| is_concerned(group));
         let members = groups.flat_map(|(group, m)| m.keys().map(move |net| (*group, *net)));
-        let gone: Vec<(Group, Net)> =
+        let deleted: Vec<(Group, Net)> =
             members.filter(|(_, net)| nets.binary_search(net).is_err()).collect();
-        for (group, net) in gone {
+        for (group, net) in deleted {
             tally.add(self.delete(group, net, batch), 1);
         }
     }

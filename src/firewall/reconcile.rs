@@ -182,8 +182,8 @@ fn edits(
     stays: &[Option<usize>],
     counters: &HashMap<KernelRule, Option<(u64, u64)>>,
 ) -> Vec<RuleEdit> {
-    let gone = chain.rows.iter().zip(stays).filter(|(_, stays)| stays.is_none());
-    let mut edits: Vec<_> = gone.filter_map(|(row, _)| row.map(RuleEdit::Delete)).collect();
+    let deleted = chain.rows.iter().zip(stays).filter(|(_, stays)| stays.is_none());
+    let mut edits: Vec<_> = deleted.filter_map(|(row, _)| row.map(RuleEdit::Delete)).collect();
     let mut staying = stays.iter().flatten().peekable();
     let mut insertions = Vec::new();
     let mut number = 1_usize;

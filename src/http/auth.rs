@@ -157,9 +157,9 @@ impl LoginThrottle {
     /// How long an address must still wait.
     fn time_left(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
         let peers = lock(&self.0);
-        let (since, wrong) = peers.get(&peer)?;
+        let (since, failures) = peers.get(&peer)?;
         let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
-        (*wrong > MAX_WRONG && !left.is_zero()).then_some(left)
+        (*failures > MAX_WRONG && !left.is_zero()).then_some(left)
     }
 
     /// Counts wrong credentials. Those beyond the limit start the waiting time.
@@ -172,9 +172,9 @@ impl LoginThrottle {
                 peers.remove(&oldest);
             }
         }
-        let (since, wrong) = peers.entry(peer).or_insert((now, 0));
-        *wrong = wrong.saturating_add(1);
-        if *wrong > MAX_WRONG {
+        let (since, failures) = peers.entry(peer).or_insert((now, 0));
+        *failures = failures.saturating_add(1);
+        if *failures > MAX_WRONG {
             *since = now;
         }
     }

@@ -142,8 +142,8 @@ struct Memory {
 #[derive(Clone, Default)]
 struct FakeKernel(Arc<Mutex<Memory>>);
 
-fn rejected<T>(why: &str) -> Result<T, ToolError> {
-    Err(ToolError::Rejected(why.into()))
+fn rejected<T>(message: &str) -> Result<T, ToolError> {
+    Err(ToolError::Rejected(message.into()))
 }
 
 fn interrupted<T>() -> Result<T, ToolError> {
@@ -295,8 +295,8 @@ fn listed<T: Clone>(way: Option<Way>, mut rows: Vec<T>) -> Result<Vec<T>, ToolEr
     match way {
         Some(Way::Reject | Way::DoAndReject | Way::PartAndReject(_)) => rejected("failed"),
         Some(Way::Interrupt | Way::DoAndInterrupt | Way::PartAndInterrupt(_)) => interrupted(),
-        Some(Way::Lie(wrong)) => {
-            lie(wrong, &mut rows);
+        Some(Way::Lie(kind)) => {
+            lie(kind, &mut rows);
             Ok(rows)
         }
         None => Ok(rows),
@@ -964,16 +964,16 @@ fn parse(text: &str) -> Vec<Vec<Change>> {
 }
 
 fn parse_change(text: &str) -> Change {
-    let (verb, what) = text.split_once(' ').unwrap();
+    let (verb, object) = text.split_once(' ').unwrap();
     let action = match verb {
         "-" => Action::Delete,
         "!" => Action::DeleteAnyTag,
         _ if verb.starts_with('=') => Action::Replace(verb[1..].parse().unwrap_or(0)),
         _ => Action::Put(verb[1..].parse().unwrap_or(0)),
     };
-    let rules = match what.split_once(": ") {
-        None if what.starts_with('@') => Rules::Tagged(Tag::parse(&what[1..]).unwrap(), None),
-        None => Rules::One(what.parse().unwrap()),
+    let rules = match object.split_once(": ") {
+        None if object.starts_with('@') => Rules::Tagged(Tag::parse(&object[1..]).unwrap(), None),
+        None => Rules::One(object.parse().unwrap()),
         Some((template, nets)) => {
             let (template, tag) = Tag::split(template).unwrap();
             let segments: Vec<&str> = template.split('/').skip(1).collect();
@@ -1470,7 +1470,7 @@ fn an_accept_rule_never_precedes_the_guards() {
             world.memory().chain(Family::V4, Chain::Input).reverse();
         }),
     ];
-    for (sets, (what, damage)) in [false, true].iter().flat_map(|s| damages.map(|d| (*s, d))) {
+    for (sets, (case, damage)) in [false, true].iter().flat_map(|s| damages.map(|d| (*s, d))) {
         for change in ["+ /accept/input/any/5.5.5.5", "+ /accept/input/any: 5.5.5.5 5.5.5.6"] {
             let mut world = World::new(sets, false);
             world.put("+ /drop/input/any/1.1.1.1");
@@ -1480,7 +1480,7 @@ fn an_accept_rule_never_precedes_the_guards() {
             let front = world.chain(Family::V4, Chain::Input);
             let is_guard = |row: &FakeRow| matches!(row, FakeRow::Own(t) if matches!(t.rule.kind, RuleKind::Guard(PORT)));
             // Two whitelisted ranges, one of them loopback, and the rest.
-            assert!(front.iter().take(3).all(is_guard), "{what} {change}: {front:#?}");
+            assert!(front.iter().take(3).all(is_guard), "{case} {change}: {front:#?}");
             world.settle();
         }
     }
@@ -1540,7 +1540,7 @@ fn one_family_failing_does_not_block_the_other() {
             world.put(before);
             world.settle();
             let fault = Fault { family: Some(bad.0), only_writes, ..Fault::always(way) };
-            let what = format!("{way:?} {} sets {sets}, only writes {only_writes}", bad.0);
+            let case = format!("{way:?} {} sets {sets}, only writes {only_writes}", bad.0);
             // Both need a repair, which always fails for the bad one.
             for family in Family::ALL {
                 world.memory().chain(family, Chain::Input).clear();
@@ -1552,11 +1552,11 @@ fn one_family_failing_does_not_block_the_other() {
                 world.tick();
             }
             let enforced = shown(&world.enforced());
-            assert!(enforced.contains(&format!("{}{point}1", good.1)), "{what}: {enforced}");
-            assert!(!enforced.contains(&format!("{}{point}2", good.1)), "{what}: {enforced}");
+            assert!(enforced.contains(&format!("{}{point}1", good.1)), "{case}: {enforced}");
+            assert!(!enforced.contains(&format!("{}{point}2", good.1)), "{case}: {enforced}");
             let change = format!("+ /accept/output/any/{}{point}3", good.1);
             let results = world.commit(&parse(&change)[0]);
-            assert!(results[0].is_ok(), "{what}: {results:?}");
+            assert!(results[0].is_ok(), "{case}: {results:?}");
             world.set_faults(&[]);
             world.settle();
         }
@@ -1866,8 +1866,8 @@ impl World {
             let is_here = rule.family() == family && rule.chain() == chain;
             is_here.then(|| FakeRow::Own(TaggedRule::new(KernelRule::plain(rule), None)))
         };
-        let what = random.below(13);
-        match (what, set) {
+        let kind = random.below(13);
+        match (kind, set) {
             (0, _) => memory.chains.retain(|(known, _), _| *known != family),
             (1, _) => {
                 memory.chains.clear();
@@ -1900,7 +1900,7 @@ impl World {
         drop(memory);
         self.foreign = self.foreign_rows();
         self.is_damaged = true;
-        what
+        kind
     }
 
     fn step(&mut self, random: &mut Random) {
