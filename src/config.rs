@@ -297,7 +297,8 @@ impl<'a> Entries<'a> {
         }
     }
 
-    /// The user in rfw.conf. A server with authentication requires one, unless there is an auth.file.
+    /// The user in rfw.conf. A server with authentication requires one, unless there is an
+    /// auth.file.
     fn credentials(&self, local: Option<&Local>) -> Result<Option<Credentials>, LineError> {
         let local = self.line("local.server").filter(|_| local.is_some_and(|l| l.authentication));
         let required_by = self.line("outward.server").or(local);
@@ -317,8 +318,8 @@ impl<'a> Entries<'a> {
         }
     }
 
-    /// Warns of quotes and comments in a user name or password. They may be intended; 0.2.2 took them
-    /// literally, too.
+    /// Warns of quotes and comments in a user name or password. They may be intended; 0.2.2 took
+    /// them literally, too.
     fn warnings(&self) -> Vec<LineError> {
         let warning = |key: &&str| {
             let (line, value) = *self.keys.get(*key)?;

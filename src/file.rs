@@ -13,8 +13,8 @@ pub enum Access {
     Secret,
 }
 
-/// Checks that root or the user who runs this program owns a file, and what others may do with it. The
-/// error says what is wrong, and which command corrects it.
+/// Checks that root or the user who runs this program owns a file, and what others may do with it.
+/// The error says what is wrong, and which command corrects it.
 pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String> {
     let (name, owner, own) = (file.display(), data.uid(), own_user());
     if ![0, own].contains(&owner) {

@@ -1,4 +1,5 @@
-//! Reads and checks rfw.conf and everything that it names. Each error is a sentence with file and line.
+//! Reads and checks rfw.conf and everything that it names. Each error is a sentence with file and
+//! line.
 
 use crate::config::{Config, Named, Outward};
 use crate::file::{self, Access};
@@ -110,7 +111,8 @@ pub fn at(file: &Path, LineError { line, message }: &LineError) -> String {
     }
 }
 
-/// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set it.
+/// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set
+/// it.
 fn find(program: &Path) -> PathBuf {
     let paths = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
     paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]).clone()

@@ -8,8 +8,8 @@
 //!
 //! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
 //! is truncated: further lines could not restore the order of rules, nor be written to a full disk.
-//! A power cut leaves an incomplete tail, which was never acknowledged. A rule is written as its path
-//! and tag ([`crate::rule`]); version 1 had no tags.
+//! A power cut leaves an incomplete tail, which was never acknowledged. A rule is written as its
+//! path and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::file::{self, Access};
 use crate::rule::whitelist::LineError;
@@ -256,8 +256,8 @@ fn whole_file(message: String) -> LineError {
     LineError { line: 0, message }
 }
 
-/// Checks that reading the file does not block, and who can write to it. With `of_service`, it may belong
-/// to the owner of its folder: root checks the file of a service that runs as another user.
+/// Checks that reading the file does not block, and who can write to it. With `of_service`, it may
+/// belong to the owner of its folder: root checks the file of a service that runs as another user.
 fn check_kind(path: &Path, of_service: bool) -> Result<(), LineError> {
     let of_owner = |uid| fs::metadata(folder(path)).is_ok_and(|data| data.uid() == uid);
     match fs::metadata(path) {

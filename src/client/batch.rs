@@ -23,8 +23,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 use std::{iter, mem, thread};
 
-/// The number of connections to one server, each with its own thread: half of those that rfw serves at
-/// a time. More of them are hardly faster (`make bench`).
+/// The number of connections to one server, each with its own thread: half of those that rfw serves
+/// at a time. More of them are hardly faster (`make bench`).
 const CONNECTIONS: usize = 64;
 /// The number of all connections, though at least one for each server: a process may usually have
 /// 1,024 descriptors.
@@ -56,7 +56,8 @@ impl Line {
     }
 }
 
-/// Sends each line of a source to all servers. Exit status: 0 all requests succeeded, 1 some failed.
+/// Sends each line of a source to all servers. Exit status: 0 all requests succeeded, 1 some
+/// failed.
 pub fn run(fleet: &Fleet, source: Box<dyn Read>, query: &[String]) -> ExitCode {
     let total = fleet.servers.len();
     let per_server = MAX_CONNECTIONS.checked_div(total).unwrap_or_default().clamp(1, CONNECTIONS);

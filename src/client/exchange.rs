@@ -1,5 +1,5 @@
-//! One request to one server, retried until it gets a response or the time is up, and the connection,
-//! which the next request can use.
+//! One request to one server, retried until it gets a response or the time is up, and the
+//! connection, which the next request can use.
 
 use super::options::{Fleet, Job, Server};
 use crate::http::api_error::ApiError;
@@ -43,8 +43,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// The connection's deadline is that of its first request. It is reused in the first half of that
-    /// time only, so that each request has the other half left.
+    /// The connection's deadline is that of its first request. It is reused in the first half of
+    /// that time only, so that each request has the other half left.
     fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
         let now = Instant::now();
         let half = deadline.saturating_duration_since(now).checked_div(2).unwrap_or_default();
@@ -223,8 +223,8 @@ fn read_head(link: &mut impl BufRead) -> io::Result<Vec<u8>> {
 const RESULT: &str = "{\"result\":\"";
 const ERROR: &str = "{\"error\":\"";
 
-/// A response of rfw in one line: `inserted`, `applied: inserted 3, refreshed 0` or
-/// `whitelisted: SENTENCE`, the last followed by the invalid lines of a list. A note comes at the end.
+/// A response of rfw in one line: `inserted`, `applied: inserted 3, refreshed 0`, or an error:
+/// `whitelisted: SENTENCE`, followed by the invalid lines of a list. A note comes at the end.
 fn summarize(body: &str) -> String {
     let begin = |start| body.strip_prefix(start).and_then(|rest: &str| rest.split_once('"'));
     let Some((word, rest)) = begin(RESULT).or_else(|| begin(ERROR)) else {

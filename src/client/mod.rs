@@ -28,8 +28,8 @@ const MAX_LINE: usize = 64 * 1024;
 const BAR: usize = 30;
 const COLUMNS: usize = 70;
 
-/// Carries out a command line without the program's name. Exit status: 0 all servers succeeded, 1 some
-/// failed or the output cannot be written, 2 wrong usage.
+/// Carries out a command line without the program's name. Exit status: 0 all servers succeeded, 1
+/// some failed or the output cannot be written, 2 wrong usage.
 pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
     let text = match options::parse(args, env::var("RFW_CREDENTIALS").ok()) {
         Ok(Command::Send(fleet, job)) => return send(&fleet, &job),

@@ -1,5 +1,5 @@
-//! From the arguments and the files that they name to a job. Everything is read and checked before the
-//! first byte is sent; errors are sentences.
+//! From the arguments and the files that they name to a job. Everything is read and checked before
+//! the first byte is sent; errors are sentences.
 
 use crate::file::{self, Access};
 use crate::http::auth::Credentials;

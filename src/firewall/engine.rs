@@ -277,8 +277,8 @@ impl<K: Kernel> Engine<K> {
         self.kernel.families().iter().copied().filter(has).collect()
     }
 
-    /// Repairs the families that are distrusted. A repair that failed may have taken effect; the next
-    /// attempt sees that.
+    /// Repairs the families that are distrusted. A repair that failed may have taken effect; the
+    /// next attempt sees that.
     fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
         let mut settled = Ok(());
         for _ in 0..MAX_REPAIRS {

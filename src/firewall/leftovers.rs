@@ -33,8 +33,8 @@ pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
     }
 }
 
-/// An administrator's own rules may look the same, above all those that accept an address. These are
-/// reported only together with a guard rule of 0.2.2.
+/// An administrator's own rules may look the same, above all those that accept an address. These
+/// are reported only together with a guard rule of 0.2.2.
 fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
@@ -68,8 +68,8 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
     Some(port).filter(|_| drops && rule.addresses().next().is_none())
 }
 
-/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they cannot
-/// be read, they are not reported.
+/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they
+/// cannot be read, they are not reported.
 pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
@@ -86,8 +86,8 @@ pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     }
 }
 
-/// The other variant's program in the same folder. If the legacy tables do not exist, it is not run,
-/// because listing them would create them.
+/// The other variant's program in the same folder. If the legacy tables do not exist, it is not
+/// run, because listing them would create them.
 fn other_variant(iptables: &Iptables) -> Option<Iptables> {
     let (name, tables) = match iptables.family {
         Family::V4 => ("iptables", "/proc/net/ip_tables_names"),

@@ -243,8 +243,8 @@ pub struct List {
     groups: BTreeMap<Group, Members>,
     /// The serial number of the newest rule.
     last_serial: u64,
-    /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted, none
-    /// is due then.
+    /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted,
+    /// none is due then.
     due: BTreeSet<(Family, NonZeroU64)>,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,
@@ -273,8 +273,8 @@ impl List {
         self.groups.retain(|_, members| !members.is_empty());
     }
 
-    /// In sets, an address has one target: removes all but the newest. Returns whether it removed any, as
-    /// after a switch from rules to sets.
+    /// In sets, an address has one target: removes all but the newest. Returns whether it removed
+    /// any, as after a switch from rules to sets.
     pub fn drop_rivals(&mut self) -> bool {
         let mut older = Vec::new();
         for (group, members) in &self.groups {
@@ -707,9 +707,9 @@ pub(super) mod tests {
         path.parse().expect(path)
     }
 
-    /// `+PATH` is a permanent PUT, `+PATH 60` expires in 60 seconds, `=PATH` also replaces, `-PATH` is
-    /// a DELETE, `!PATH` one whatever the tag. A path that ends in `/{A,B}`, or `/{A,B}@TAG`, is a
-    /// list. `-@TAG` and `-@TAG INPUT` delete all rules with a tag.
+    /// `+PATH` is a permanent PUT, `+PATH 60` expires in 60 seconds, `=PATH` also replaces, `-PATH`
+    /// is a DELETE, `!PATH` one whatever the tag. A path that ends in `/{A,B}`, or `/{A,B}@TAG`, is
+    /// a list. `-@TAG` and `-@TAG INPUT` delete all rules with a tag.
     fn change(text: &str) -> Change {
         let (verb, rest) = text.split_at(1);
         if let Some(rest) = rest.strip_prefix('@') {
@@ -886,8 +886,8 @@ pub(super) mod tests {
         }
     }
 
-    /// A newer rule with another target matches some of the same packets, so a PUT must move the older
-    /// one before it.
+    /// A newer rule with another target matches some of the same packets, so a PUT must move the
+    /// older one before it.
     #[test]
     fn what_is_shadowed_is_refreshed() {
         // The two rules, the older one first; whether a PUT of the older one moves it

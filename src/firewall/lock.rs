@@ -9,8 +9,8 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Held by rfw and, as their standard output, by the programs that change rules, until the last of them
-/// ends. Thus rfw waits for a program that outlived a killed rfw before it reads the kernel.
+/// Held by rfw and, as their standard output, by the programs that change rules, until the last of
+/// them ends. Thus rfw waits for a program that outlived a killed rfw before it reads the kernel.
 pub struct InstanceLock(File);
 
 impl InstanceLock {
@@ -56,8 +56,9 @@ impl InstanceLock {
     }
 }
 
-/// Opens the lock file of this network namespace. Only root can create `folder` or change its owner, and
-/// only its owner can enter it: no other user can hold the lock or replace the file by a link.
+/// Opens the lock file of this network namespace. Only root can create `folder` or change its
+/// owner, and only its owner can enter it: no other user can hold the lock or replace the file by a
+/// link.
 fn open_lock(folder: &Path) -> io::Result<(File, PathBuf)> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let data = fs::metadata(folder)?;

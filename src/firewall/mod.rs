@@ -195,8 +195,8 @@ impl Firewall {
         }
     }
 
-    /// Passes the entries of a set that a filter admits to `each`, as rules, until it returns `false`.
-    /// No Mutex is held.
+    /// Passes the entries of a set that a filter admits to `each`, as rules, until it returns
+    /// `false`. No Mutex is held.
     pub fn entries(
         &self,
         set: &KernelRule,
@@ -217,8 +217,8 @@ impl Firewall {
         read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
     }
 
-    /// To be called every second: follows the wall clock, deletes rules that are due, and checks that
-    /// the kernel matches the list.
+    /// To be called every second: follows the wall clock, deletes rules that are due, and checks
+    /// that the kernel matches the list.
     pub fn tick(&self) {
         self.queue.with(|engine| {
             let outage = engine.tick();

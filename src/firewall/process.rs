@@ -280,9 +280,9 @@ impl<'a> ChildProcess<'a> {
         }
     }
 
-    /// Kills the child and returns the outcome in words. A child in an uninterruptible system call is
-    /// reaped later; until then it may still change the kernel, like any other program, and the next
-    /// check repairs that.
+    /// Kills the child and returns the outcome in words. A child in an uninterruptible system call
+    /// is reaped later; until then it may still change the kernel, like any other program, and the
+    /// next check repairs that.
     fn kill(mut self) -> String {
         let _ = self.child.kill();
         self.deadline = clock::after(KILL_LIMIT);
@@ -429,7 +429,8 @@ mod tests {
         assert_eq!(list(&long, 9).0, vec![65_536, 1]);
     }
 
-    /// Its standard error is read only after it has read all its input or printed its whole listing.
+    /// Its standard error is read only after it has read all its input or printed its whole
+    /// listing.
     #[test]
     fn a_child_that_floods_its_standard_error_first() {
         let flood = "head -c 4000000 /dev/zero >&2";

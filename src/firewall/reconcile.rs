@@ -257,8 +257,8 @@ mod tests {
 
     #[test]
     fn plans() {
-        // The wanted rules, the chain, the edits, the missing and the unknown rules, whether a foreign
-        // rule was in front
+        // The wanted rules, the chain, the edits, the missing and the unknown rules, whether a
+        // foreign rule was in front
         let table = [
             ("", "", "", "", "", false),
             ("", "..", "", "", "", false),
@@ -319,8 +319,8 @@ mod tests {
         }
     }
 
-    /// Whatever the kernel holds, the edits put rfw's rules in front, in order, each once and with its
-    /// counters, and change nothing else.
+    /// Whatever the kernel holds, the edits put rfw's rules in front, in order, each once and with
+    /// its counters, and change nothing else.
     #[test]
     fn edits_lead_to_the_wanted_rules() {
         for seed in 0..3_000 {
@@ -380,8 +380,8 @@ mod tests {
                 ..TaggedRule::new(KernelRule::plain(path.parse().unwrap()), None)
             }
         };
-        // The numbers of rules that stay, of foreign ones, and of deleted ones after both: 128 * 128 is
-        // 64 times 256 rules, 129 * 129 is more than 64 times 258.
+        // The numbers of rules that stay, of foreign ones, and of deleted ones after both: 128 *
+        // 128 is 64 times 256 rules, 129 * 129 is more than 64 times 258.
         let table = [
             (128, 0, 128, false),
             (129, 0, 129, true),

@@ -196,8 +196,8 @@ fn try_kernel<K: Kernel>(
     written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
 }
 
-/// Destroys those of rfw's sets that none of its rules uses. Their addresses are not enforced, so they
-/// are not rules.
+/// Destroys those of rfw's sets that none of its rules uses. Their addresses are not enforced, so
+/// they are not rules.
 fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
     let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
         // Without sets, ipset may be missing.

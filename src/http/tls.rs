@@ -32,8 +32,9 @@ pub enum Part {
 }
 
 impl Acceptor {
-    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1). With a client CA, only clients
-    /// with a certificate from it are accepted. The error names the invalid file and the problem.
+    /// Takes a PEM chain and its private key (PKCS#1, PKCS#8 or SEC1). With a client CA, only
+    /// clients with a certificate from it are accepted. The error names the invalid file and the
+    /// problem.
     pub fn new(
         chain: &[u8],
         key: &[u8],
@@ -141,8 +142,8 @@ pub struct Connector(Arc<ClientConfig>);
 
 impl Connector {
     /// Trusts the CAs of a PEM file or, without one, those that browsers trust. `pair` is the PEM
-    /// chain and key for servers that request a certificate. rfw always supports TLS 1.3. The error is
-    /// a sentence.
+    /// chain and key for servers that request a certificate. rfw always supports TLS 1.3. The error
+    /// is a sentence.
     pub fn new(ca: Option<&[u8]>, pair: Option<(&[u8], &[u8])>) -> Result<Connector, String> {
         let in_file =
             |option: &'static str| move |problem| format!("{option}: this file {problem}");
@@ -177,8 +178,8 @@ impl Connector {
 }
 
 impl Read for Link {
-    /// `StreamOwned` would first send the rest of the request. A server that has refused the request
-    /// does not read it, and the response with the reason would be lost.
+    /// `StreamOwned` would first send the rest of the request. A server that has refused the
+    /// request does not read it, and the response with the reason would be lost.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let StreamOwned { conn, sock } = &mut self.0;
         loop {
@@ -203,7 +204,8 @@ impl Write for Link {
     }
 }
 
-/// The server's side: why a handshake failed and what to do, unless it was the connection that failed.
+/// The server's side: why a handshake failed and what to do, unless it was the connection that
+/// failed.
 pub fn describe_handshake_error(error: &io::Error) -> Option<String> {
     use {AlertDescription as Alert, PeerIncompatible as Peer};
     Some(match error.get_ref()?.downcast_ref()? {

@@ -226,7 +226,8 @@ impl Connection<'_> {
         response.end();
     }
 
-    /// A short listing needs no slot: it delays no other request, and 128 of them take little memory.
+    /// A short listing needs no slot: it delays no other request, and 128 of them take little
+    /// memory.
     fn send_listing(
         &self,
         principal: &Principal,

@@ -26,8 +26,8 @@ const CONNECTIONS: Limits = Limits {
     poll: Duration::from_millis(1),
 };
 /// How many accepted connections wait for a slot. If a burst overflowed the kernel's queue (128, by
-/// std), the clients would retry only after a second. All connections together need fewer than 1,024
-/// descriptors, with some left for the programs.
+/// std), the clients would retry only after a second. All connections together need fewer than
+/// 1,024 descriptors, with some left for the programs.
 const MAX_ARRIVALS: usize = 128;
 /// The stack size of a thread; a TLS handshake uses some 30 KiB.
 const STACK: usize = 256 * 1024;
@@ -56,8 +56,8 @@ struct Arrival {
 }
 
 impl Listener {
-    /// Binds the addresses of rfw.conf; one that this host does not have yet is bound later. The error is
-    /// a sentence.
+    /// Binds the addresses of rfw.conf; one that this host does not have yet is bound later. The
+    /// error is a sentence.
     pub fn open(config: &Config, acceptor: Option<Acceptor>) -> Result<Vec<Listener>, String> {
         let mut listeners = Vec::new();
         if let (Some(outward), Some(acceptor)) = (&config.outward, acceptor) {
@@ -102,8 +102,8 @@ impl Listener {
         format!("{scheme}://{}", self.address)
     }
 
-    /// The local server accepts only the names of this host. A web page in a local browser whose name
-    /// resolves to 127.0.0.1 (DNS rebinding) sends another name.
+    /// The local server accepts only the names of this host. A web page in a local browser whose
+    /// name resolves to 127.0.0.1 (DNS rebinding) sends another name.
     pub fn check_host(&self, request: &Request) -> Result<(), ApiError> {
         match self.tls.is_some() || request.is_for_localhost() {
             true => Ok(()),

@@ -1,5 +1,5 @@
-//! The client, rfwc, with real servers on this and other hosts, and with stand-ins that respond as no
-//! rfw does.
+//! The client, rfwc, with real servers on this and other hosts, and with stand-ins that respond as
+//! no rfw does.
 
 use crate::lab::*;
 use crate::tls;
@@ -232,7 +232,8 @@ fn credentials_come_from_a_file_or_the_environment() {
     });
 }
 
-/// The same rule as for rfw: the file must belong to root or the user, and be secret from all others.
+/// The same rule as for rfw: the file must belong to root or the user, and be secret from all
+/// others.
 #[test]
 fn secrets_of_others_are_refused() {
     once(|lab| {
@@ -541,7 +542,8 @@ fn busy(fields: &str) -> String {
     answer(503, fields, "{\"error\":\"busy\",\"message\":\"Later.\"}\n")
 }
 
-/// A server that sends one of these responses to each connection, and the last one to all further ones.
+/// A server that sends one of these responses to each connection, and the last one to all further
+/// ones.
 struct StandIn {
     url: String,
     seen: Arc<Mutex<Vec<(Instant, String)>>>,

@@ -1,12 +1,12 @@
-//! Compatibility with clients of rfw 0.2.2: the same requests to both versions, and the reason for every
-//! difference.
+//! Compatibility with clients of rfw 0.2.2: the same requests to both versions, and the reason for
+//! every difference.
 
 use crate::lab::*;
 use std::collections::BTreeMap;
 
 /// The request; the response of rfw 0.2.2, with Python 2.7.18 and iptables-nft 1.8.9, and the rules
-/// that appeared (`+`) or disappeared (`-`); the same for this rfw; why they differ. The requests are
-/// sent in this order, to an empty kernel, with `non.restful`, and 192.0.2.1 and 10.5.0.0/16 in
+/// that appeared (`+`) or disappeared (`-`); the same for this rfw; why they differ. The requests
+/// are sent in this order, to an empty kernel, with `non.restful`, and 192.0.2.1 and 10.5.0.0/16 in
 /// white.list. The rule for 127.0.0.1 was removed by hand, because 0.2.2 no longer responded.
 const REQUESTS: [(&str, &str, &str, &str); 59] = [
     (

@@ -4,10 +4,10 @@
 use crate::lab::*;
 use std::fs;
 
-/// The rules that rfw 0.2.2 left with the lab's white.list and port 7399: its guards, and those for the
-/// requests `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`, `accept/input/any/7.7.7.7`,
-/// `accept/output/any/9.9.9.0/24`, `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`,
-/// `drop/forward/any/6.6.6.6`.
+/// The rules that rfw 0.2.2 left with the lab's white.list and port 7399: its guards, and those for
+/// the requests `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`,
+/// `accept/input/any/7.7.7.7`, `accept/output/any/9.9.9.0/24`,
+/// `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`, `drop/forward/any/6.6.6.6`.
 const OLD: [&str; 10] = [
     "INPUT -p tcp --dport 7399 -j DROP",
     "OUTPUT -p tcp --sport 7399 -j DROP",
@@ -94,8 +94,8 @@ fn rules_of_0_2_2() {
     });
 }
 
-/// Each command in the warning works. Without 0.2.2's guard rules, accepted addresses are considered
-/// the administrator's own.
+/// Each command in the warning works. Without 0.2.2's guard rules, accepted addresses are
+/// considered the administrator's own.
 #[test]
 fn rules_that_may_be_0_2_2s() {
     both(|lab| {

@@ -485,8 +485,8 @@ openssl x509 -req -days 7305 -in server.csr -CA ../client/ca.crt -CAkey ../offli
     -out server.crt 2>&1
 chmod 600 server.key";
 
-/// rustls rejects version 1 certificates. With the CA of 0.2.2, rfwgen makes one that existing clients
-/// accept.
+/// rustls rejects version 1 certificates. With the CA of 0.2.2, rfwgen makes one that existing
+/// clients accept.
 #[test]
 fn certificates_of_rfw_0_2_2() {
     once(|lab| {

@@ -542,8 +542,8 @@ struct World {
     metrics: Arc<Metrics>,
     /// The foreign rules, which must not change.
     foreign: BTreeMap<(Family, Chain), Vec<String>>,
-    /// Since the last time that everything agreed: whether other programs changed rfw's rules, and the
-    /// changes that were refused, of which the kernel may still hold a part.
+    /// Since the last time that everything agreed: whether other programs changed rfw's rules, and
+    /// the changes that were refused, of which the kernel may still hold a part.
     is_damaged: bool,
     refused: Vec<Match>,
     /// The steps of a random sequence.
@@ -648,8 +648,8 @@ impl World {
         results
     }
 
-    /// Applies acknowledged changes to the model. Rules that were due may have been deleted or, if that
-    /// failed, not.
+    /// Applies acknowledged changes to the model. Rules that were due may have been deleted or, if
+    /// that failed, not.
     fn follow(&mut self, changes: &[Change], results: &[Result<Outcome, ApplyError>]) {
         let stored: Vec<_> = self.engine().list.stored().collect();
         let now = clock::wall().as_secs();
@@ -690,8 +690,8 @@ impl World {
         assert_eq!(list, model, "the list is not what was acknowledged");
     }
 
-    /// Checks that an acknowledged change is in effect, unless a refused one for the same packets still
-    /// is in part.
+    /// Checks that an acknowledged change is in effect, unless a refused one for the same packets
+    /// still is in part.
     fn check_in_effect(&self, change: &Change) {
         let enforced = self.enforced();
         for rule in change.rules.iter().filter(|rule| !self.refused.contains(&rule.matches)) {
@@ -865,8 +865,9 @@ impl World {
         panic!("does not start: {last}");
     }
 
-    /// Restarts, perhaps with sets instead of rules, and removes from the model what that may lose: with
-    /// a state file, nothing; without one, rules that others removed, or a part of a refused change.
+    /// Restarts, perhaps with sets instead of rules, and removes from the model what that may lose:
+    /// with a state file, nothing; without one, rules that others removed, or a part of a refused
+    /// change.
     fn restart_with(&mut self, sets: bool) {
         let now = clock::wall().as_secs();
         Family::ALL.iter().for_each(|family| self.model.expire(*family, now));
@@ -1391,8 +1392,8 @@ fn half_applied_set_changes() {
     }
 }
 
-/// ipset was killed after its last line: the response was 503, and a restart brought back the addresses
-/// that the list had deleted.
+/// ipset was killed after its last line: the response was 503, and a restart brought back the
+/// addresses that the list had deleted.
 #[test]
 fn a_list_applied_but_reported_failed() {
     let mut world = World::new(true, true);
@@ -1563,7 +1564,8 @@ fn one_family_failing_does_not_block_the_other() {
     }
 }
 
-/// The calls that a change needs in a healthy kernel. A wrong edit would be repaired, at a higher cost.
+/// The calls that a change needs in a healthy kernel. A wrong edit would be repaired, at a higher
+/// cost.
 #[test]
 fn what_a_change_costs() {
     let list = |verb: &str, last: usize| {
@@ -1722,8 +1724,8 @@ fn a_set_that_is_too_small_is_replaced() {
     world.settle();
 }
 
-/// A set outlived its rule because a foreign rule used it, and still had its old entries when rfw needed
-/// it again.
+/// A set outlived its rule because a foreign rule used it, and still had its old entries when rfw
+/// needed it again.
 #[test]
 fn a_new_set_is_empty() {
     let mut world = World::new(true, true);
