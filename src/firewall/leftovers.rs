@@ -53,7 +53,7 @@ fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
         format!(
             "rfw 0.2.2 left guard rules for port {port}; to remove them, run iptables -S | sed -nE \
              '/^-A (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port \
-             {port} -j/s/^-A/iptables -D/p' | sh"
+             {port} -j (ACCEPT|DROP)$/s/^-A/iptables -D/p' | sh"
         )
     });
     let found: Vec<String> = rules.into_iter().chain(guards).collect();
@@ -69,7 +69,8 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
 }
 
 /// Warns of rfw's rules in the other variant of iptables: the kernel obeys those too. What
-/// cannot be read is not reported.
+/// cannot be read is not reported. The command ends in a shell, so it leaves out every line with a
+/// character that rfw's rules do not have: comments and interfaces of others may have any.
 pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
@@ -81,7 +82,8 @@ pub fn report_other_variant(iptables: &Iptables, log: &Log) {
         log.warning(format_args!(
             "rules of rfw's in {there}: {count}; they are in effect beside those of {here}, but rfw \
              does not list, expire or delete them; to remove them, run {there} -S | sed -nE \
-             '/--comment \"?rfw[\": @]/s|^-A|{there} -D|p' | sh"
+             '/[^-+A-Za-z0-9 .:@_~\"/]/d; /^[^\"]*--comment \"?rfw([:@][^ ]*|\"?) -j/s|^-A|{there} \
+             -D|p' | sh"
         ));
     }
 }
@@ -165,7 +167,7 @@ mod tests {
                  INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
                  rules for port 80; to remove them, run iptables -S | sed -nE '/^-A (INPUT( -s [^ \
                  ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
-                 -j/s/^-A/iptables -D/p' | sh",
+                 -j (ACCEPT|DROP)$/s/^-A/iptables -D/p' | sh",
             ),
         ];
         for (lines, expected) in table {
