@@ -25,17 +25,18 @@ pub fn old_rule(line: &str) -> Option<TaggedRule> {
 }
 
 /// Warns of the rules that 0.2.2 left; it had only IPv4.
-pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
+pub fn report_old_rules(listings: &[(Family, Listing)], iptables: &str, log: &Log) {
     let listing = listings.iter().filter(|(family, _)| *family == Family::V4);
     let chains = listing.flat_map(|(_, listing)| Chain::ALL.map(|chain| listing.chain(chain)));
-    if let Some(sentence) = warning(chains.flat_map(|chain| &chain.old).copied().collect()) {
+    let old = chains.flat_map(|chain| &chain.old).copied().collect();
+    if let Some(sentence) = warning(old, iptables) {
         log.warning(format_args!("{sentence}"));
     }
 }
 
 /// An administrator's own rules may look the same, those that accept an address above all: they
 /// count only where there are guard rules of 0.2.2's.
-fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
+fn warning(mut old: Vec<TaggedRule>, iptables: &str) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
         rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
@@ -44,16 +45,16 @@ fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
         let delete = RuleEdit::Delete(*first).to_string().replace(COMMENT, "");
         format!(
             "rules in the form that rfw 0.2.2 left: {}; rfw does not list, expire or delete them; to \
-             adopt the first, run rfwc put {}, then iptables {delete}; to remove it, only the latter",
+             adopt the first, run rfwc put '{}?expire=0' && {iptables} {delete}; to remove it, only the latter",
             old.len(),
             first.rule
         )
     });
     let guards = port.map(|port| {
         format!(
-            "rfw 0.2.2 left guard rules for port {port}; to remove them, run iptables -S | sed -nE \
+            "rfw 0.2.2 left guard rules for port {port}; to remove them, run {iptables} -S | sed -nE \
              '/^-A (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port \
-             {port} -j (ACCEPT|DROP)$/s/^-A/iptables -D/p' | sh"
+             {port} -j (ACCEPT|DROP)$/s|^-A|{iptables} -D|p' | sh"
         )
     });
     let found: Vec<String> = rules.into_iter().chain(guards).collect();
@@ -157,22 +158,22 @@ mod tests {
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
                 "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put /drop/input/any/8.8.8.8, then iptables -D \
-                 INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
+                 them; to adopt the first, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && \
+                 /ipt -D INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
             ),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
                 "rules in the form that rfw 0.2.2 left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put /accept/input/any/7.7.7.7, then iptables -D \
-                 INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
-                 rules for port 80; to remove them, run iptables -S | sed -nE '/^-A (INPUT( -s [^ \
+                 them; to adopt the first, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && \
+                 /ipt -D INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
+                 rules for port 80; to remove them, run /ipt -S | sed -nE '/^-A (INPUT( -s [^ \
                  ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
-                 -j (ACCEPT|DROP)$/s/^-A/iptables -D/p' | sh",
+                 -j (ACCEPT|DROP)$/s|^-A|/ipt -D|p' | sh",
             ),
         ];
         for (lines, expected) in table {
             let old = lines.iter().filter_map(|line| old_rule(line)).collect();
-            let found = warning(old).unwrap_or_default();
+            let found = warning(old, "/ipt").unwrap_or_default();
             let found = found.split("; rfw(8)").next().unwrap();
             assert_eq!(found, expected, "{lines:?}");
         }

@@ -57,7 +57,8 @@ fn rules_of_0_2_2() {
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
             "0.2.2 left: 6; ",
-            "run rfwc put /accept/input/any/7.7.7.7, then iptables -D INPUT -s 7.7.7.7 -j ACCEPT;",
+            "run rfwc put '/accept/input/any/7.7.7.7?expire=0' && /usr/sbin/iptables-",
+            " -D INPUT -s 7.7.7.7 -j ACCEPT;",
             "for port 7399",
             "rfw(8), REPLACING RFW 0.2.2",
         ];
@@ -101,13 +102,13 @@ fn rules_that_may_be_0_2_2s() {
     both(|lab| {
         lab.iptables("-A INPUT -s 10.0.0.0/9 -j ACCEPT");
         lab.iptables("-A INPUT -s 6.6.6.6 -j DROP");
-        let mut rfw = lab.start("local.server");
+        let mut rfw = lab.start("local.server\ndefault.expire = 600");
         let found = warnings(lab, "0.2.2").concat();
         assert!(found.contains("0.2.2 left: 1; ") && !found.contains("guard"), "{found}");
-        for command in ["rfwc put ", "iptables -D "] {
-            let command = format!("{command}{}", found.split_once(command).unwrap().1);
-            type_in(lab, command.split([',', ';']).next().unwrap());
-        }
+        type_in(
+            lab,
+            found.split_once("to adopt the first, run ").unwrap().1.split(';').next().unwrap(),
+        );
         assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
         lab.clear_log();
         rfw.restart();
@@ -117,8 +118,7 @@ fn rules_that_may_be_0_2_2s() {
         rfw.restart();
         let found = warnings(lab, "0.2.2").concat();
         assert!(found.contains("0.2.2 left: 1; ") && found.contains("/accept/"), "{found}");
-        let command = found.split_once("run iptables -S").unwrap().1.split(';').next().unwrap();
-        type_in(lab, &format!("iptables -S{command}"));
+        sh(found.split_once("remove them, run ").unwrap().1.split(';').next().unwrap());
         assert_eq!(lab.iptables("-S").matches("7399").count(), 0);
     });
 }
@@ -202,8 +202,8 @@ fn the_commands_in_warnings_leave_the_rules_of_others_alone() {
         rfw.await_ready();
         let found = warnings(lab, "0.2.2 left guard").concat();
         let command =
-            found.split_once("run iptables -S").unwrap().1.split("; rfw(8)").next().unwrap();
-        type_in(lab, &format!("iptables -S{command}"));
+            found.split_once("remove them, run ").unwrap().1.split("; rfw(8)").next().unwrap();
+        sh(command);
         let found = warnings(lab, "rules of rfw's in").concat();
         assert!(found.contains(&format!("{other}: 4; ")), "{found}");
         sh(&format!("cd lab; {}", found.split_once("run ").unwrap().1));
