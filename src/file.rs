@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 /// What users other than the owner may do with a file; none may write to it.
@@ -16,6 +16,9 @@ pub enum Access {
 /// Checks that root or the user who runs this program owns a file, and what others may do with it.
 /// The error says what is wrong, and which command corrects it.
 pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String> {
+    if !data.is_file() && !data.file_type().is_fifo() {
+        return Err("it is not a regular file".into());
+    }
     let (name, owner, own) = (file.display(), data.uid(), own_user());
     if ![0, own].contains(&owner) {
         let own = if own == 0 { "root".into() } else { own.to_string() };
@@ -59,6 +62,17 @@ pub fn own_user() -> u32 {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    /// No advice to take /dev/null or /tmp from other users.
+    #[test]
+    fn devices_and_directories() {
+        for path in ["/dev/null", "/dev/zero", "/tmp", "/"] {
+            for access in [Access::Readable, Access::Secret] {
+                let error = read(Path::new(path), access).unwrap_err();
+                assert_eq!(error, format!("{path}: it is not a regular file"));
+            }
+        }
+    }
 
     /// Owners are tested end to end, because only root can give a file away.
     #[test]

@@ -102,6 +102,8 @@ def odd_decisions():
         ("ban", "Ip", "198.51.100.13", "crowdsec", "350.2ms", "add", None),  # gone within two seconds
         ("ban", "Ip", "198.51.100.14", "crowdsec", "-1s", "add", None),
         ("ban", "Ip", "198.51.100.15", "crowdsec", "x[$(touch hacked)]s", "add", None),
+        ("ban", "Ip", "198.51.100.19", "crowdsec", "1h08m", "add", None),
+        ("ban", "Ip", "198.51.100.20", "crowdsec", "1h", "add", ("crowdsec", 3601)),
         ("ban", "Country", "198.51.100.16", "crowdsec", "1h0m0s", "add", None),
         ("ban", "Ip", "198.51.100.17?tag=x&expire=0", "crowdsec", "1h0m0s", "add", None),
         ("ban", "Ip", "198.51.100.18 /list", "crowdsec", "1h0m0s", "add", None),

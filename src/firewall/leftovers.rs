@@ -25,17 +25,18 @@ pub fn old_rule(line: &str) -> Option<TaggedRule> {
 }
 
 /// Warns of the rules that 0.2.2 left; it supported only IPv4.
-pub fn report_old_rules(listings: &[(Family, Listing)], log: &Log) {
+pub fn report_old_rules(listings: &[(Family, Listing)], iptables: &str, log: &Log) {
     let listing = listings.iter().filter(|(family, _)| *family == Family::V4);
     let chains = listing.flat_map(|(_, listing)| Chain::ALL.map(|chain| listing.chain(chain)));
-    if let Some(sentence) = warning(chains.flat_map(|chain| &chain.old).copied().collect()) {
+    let old = chains.flat_map(|chain| &chain.old).copied().collect();
+    if let Some(sentence) = warning(old, iptables) {
         log.warning(format_args!("{sentence}"));
     }
 }
 
 /// An administrator's own rules may look the same, above all those that accept an address. These
 /// are reported only together with a guard rule of 0.2.2.
-fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
+fn warning(mut old: Vec<TaggedRule>, iptables: &str) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
         rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
@@ -44,16 +45,16 @@ fn warning(mut old: Vec<TaggedRule>) -> Option<String> {
         let delete = RuleEdit::Delete(*first).to_string().replace(COMMENT, "");
         format!(
             "rules that rfw 0.2.2 may have left: {}; rfw does not list, expire or delete them; to \
-             adopt the first, run rfwc put {}, then iptables {delete}; to remove it, only the latter",
+             adopt the first, run rfwc put '{}?expire=0' && {iptables} {delete}; to remove it, only the latter",
             old.len(),
             first.rule
         )
     });
     let guards = port.map(|port| {
         format!(
-            "rfw 0.2.2 left guard rules for port {port}; to remove them, run iptables -S | sed -nE \
+            "rfw 0.2.2 left guard rules for port {port}; to remove them, run {iptables} -S | sed -nE \
              '/^-A (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port \
-             {port} -j/s/^-A/iptables -D/p' | sh"
+             {port} -j (ACCEPT|DROP)$/s|^-A|{iptables} -D|p' | sh"
         )
     });
     let found: Vec<String> = rules.into_iter().chain(guards).collect();
@@ -69,7 +70,8 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
 }
 
 /// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they
-/// cannot be read, they are not reported.
+/// cannot be read, they are not reported. The command ends in a shell, so it leaves out every line
+/// with a character that rfw's rules do not contain: foreign comments and interfaces may have any.
 pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
@@ -81,7 +83,8 @@ pub fn report_other_variant(iptables: &Iptables, log: &Log) {
         log.warning(format_args!(
             "rules of rfw in {other}: {count}; they are in effect together with those in {used}, but \
              rfw does not list, expire or delete them; to remove them, run {other} -S | sed -nE \
-             '/--comment \"?rfw[\": @]/s|^-A|{other} -D|p' | sh"
+             '/[^-+A-Za-z0-9 .:@_~\"/]/d; /^[^\"]*--comment \"?rfw([:@][^ ]*|\"?) -j/s|^-A|{other} \
+             -D|p' | sh"
         ));
     }
 }
@@ -155,22 +158,22 @@ mod tests {
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
                 "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put /drop/input/any/8.8.8.8, then iptables -D \
-                 INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
+                 them; to adopt the first, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && \
+                 /ipt -D INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
             ),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
                 "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put /accept/input/any/7.7.7.7, then iptables -D \
-                 INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
-                 rules for port 80; to remove them, run iptables -S | sed -nE '/^-A (INPUT( -s [^ \
+                 them; to adopt the first, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && \
+                 /ipt -D INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
+                 rules for port 80; to remove them, run /ipt -S | sed -nE '/^-A (INPUT( -s [^ \
                  ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
-                 -j/s/^-A/iptables -D/p' | sh",
+                 -j (ACCEPT|DROP)$/s|^-A|/ipt -D|p' | sh",
             ),
         ];
         for (lines, expected) in table {
             let old = lines.iter().filter_map(|line| old_rule(line)).collect();
-            let found = warning(old).unwrap_or_default();
+            let found = warning(old, "/ipt").unwrap_or_default();
             let found = found.split("; rfw(8)").next().unwrap();
             assert_eq!(found, expected, "{lines:?}");
         }

@@ -130,7 +130,9 @@ impl Firewall {
             families.flat_map(|family| guards(whitelist, *family, port)).collect()
         });
         let maxelem = sets.unwrap_or_default();
-        let settings = Settings { guards, sets: sets.is_some(), maxelem };
+        let iptables = tools.iptables(Family::V4).map(|tool| tool.iptables.to_string());
+        let iptables = iptables.unwrap_or_default();
+        let settings = Settings { guards, sets: sets.is_some(), maxelem, iptables };
         let engine = start::start(tools.clone(), state, settings, whitelist, log.clone(), metrics)?;
         tools.iptables.iter().for_each(|iptables| leftovers::report_other_variant(iptables, &log));
         Ok(Firewall { queue: Queue::new(engine), tools })

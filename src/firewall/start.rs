@@ -67,7 +67,7 @@ pub fn start<K: Kernel>(
         let count = engine.list.count_rules(*family);
         log.info(format_args!("{family}: {count} rules"));
     }
-    leftovers::report_old_rules(&listings, &log);
+    leftovers::report_old_rules(&listings, &engine.settings.iptables, &log);
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;

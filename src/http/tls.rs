@@ -112,11 +112,14 @@ fn unusable(error: &Error, certificate: &str) -> String {
 }
 
 fn private_key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, String> {
-    rustls_pemfile::private_key(&mut &pem[..])
-        .map_err(|error| format!("is not valid PEM ({error}); copy the whole file again"))?
-        .ok_or_else(|| {
-            "contains no unencrypted private key in PEM format; 'openssl pkey' decrypts one".into()
-        })
+    let is_encrypted = pem.windows(9).any(|word| word == b"ENCRYPTED");
+    let key = rustls_pemfile::private_key(&mut &pem[..]).or_else(|error| match is_encrypted {
+        true => Ok(None),
+        false => Err(format!("is not valid PEM ({error}); copy the whole file again")),
+    });
+    key?.ok_or_else(|| {
+        "contains no unencrypted private key in PEM format; 'openssl pkey' decrypts one".into()
+    })
 }
 
 fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
@@ -306,6 +309,19 @@ mod tests {
         let connector = Connector::new(Some(b""), None).map(|_| ());
         assert_eq!(connector, Err(format!("--cacert: this file {none}")));
         assert!(Connector::new(None, None).is_ok());
+    }
+
+    /// The two forms of openssl: `openssl ec -aes128`, `openssl pkey -aes128`.
+    #[test]
+    fn an_encrypted_key_is_not_a_damaged_one() {
+        for head in ["EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED", "ENCRYPTED PRIVATE KEY-----"] {
+            let tail = head.split("-----").next().unwrap();
+            let pem = format!("-----BEGIN {head}\n\nU255\n-----END {tail}-----\n");
+            let error = private_key(pem.as_bytes()).unwrap_err();
+            assert!(error.contains("'openssl pkey' decrypts"), "{head}: {error}");
+        }
+        let error = private_key(b"-----BEGIN PRIVATE KEY-----\nU2").unwrap_err();
+        assert!(error.contains("copy the whole file"), "{error}");
     }
 
     /// tests/e2e/client.rs tests real certificates; these are the sentences that it does not reach.

@@ -57,7 +57,8 @@ fn rules_of_0_2_2() {
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
             "0.2.2 may have left: 6; ",
-            "run rfwc put /accept/input/any/7.7.7.7, then iptables -D INPUT -s 7.7.7.7 -j ACCEPT;",
+            "run rfwc put '/accept/input/any/7.7.7.7?expire=0' && /usr/sbin/iptables-",
+            " -D INPUT -s 7.7.7.7 -j ACCEPT;",
             "for port 7399",
             "rfw(8), REPLACING RFW 0.2.2",
         ];
@@ -101,13 +102,13 @@ fn rules_that_may_be_0_2_2s() {
     both(|lab| {
         lab.iptables("-A INPUT -s 10.0.0.0/9 -j ACCEPT");
         lab.iptables("-A INPUT -s 6.6.6.6 -j DROP");
-        let mut rfw = lab.start("local.server");
+        let mut rfw = lab.start("local.server\ndefault.expire = 600");
         let found = warnings(lab, "0.2.2").concat();
         assert!(found.contains("0.2.2 may have left: 1; ") && !found.contains("guard"), "{found}");
-        for command in ["rfwc put ", "iptables -D "] {
-            let command = format!("{command}{}", found.split_once(command).unwrap().1);
-            type_in(lab, command.split([',', ';']).next().unwrap());
-        }
+        type_in(
+            lab,
+            found.split_once("to adopt the first, run ").unwrap().1.split(';').next().unwrap(),
+        );
         assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
         lab.clear_log();
         rfw.restart();
@@ -120,8 +121,7 @@ fn rules_that_may_be_0_2_2s() {
             found.contains("0.2.2 may have left: 1; ") && found.contains("/accept/"),
             "{found}"
         );
-        let command = found.split_once("run iptables -S").unwrap().1.split(';').next().unwrap();
-        type_in(lab, &format!("iptables -S{command}"));
+        sh(found.split_once("remove them, run ").unwrap().1.split(';').next().unwrap());
         assert_eq!(lab.iptables("-S").matches("7399").count(), 0);
     });
 }
@@ -166,6 +166,54 @@ fn rules_in_the_other_variant() {
         rfw = lab.launch(&["/usr/bin/env"]);
         rfw.await_ready();
         assert_eq!(warnings(lab, ""), [""; 0]);
+    });
+}
+
+/// The commands of both warnings end in `| sh`: they delete rfw's rules, and run nothing that the
+/// comment, the interface or the log prefix of another rule says.
+#[test]
+fn the_commands_in_warnings_leave_the_rules_of_others_alone() {
+    both(|lab| {
+        let is_nft = lab.real("iptables").contains("nft");
+        let other = if is_nft { "/usr/sbin/iptables-legacy" } else { "/usr/sbin/iptables-nft" };
+        let touch = |n| format!("$(touch$IFS/run/ran{n})");
+        let others = |iptables: &str| {
+            let rules = [
+                format!("-s 10.0.0.1 -p tcp --dport 7399 -j LOG --log-prefix '{}'", touch(1)),
+                "-s 10.0.0.2 -p tcp --dport 7399 -j RETURN".into(),
+                format!("-s 10.0.0.3 -m comment --comment 'x --comment rfw {}' -j DROP", touch(2)),
+                "-s 10.0.0.4 -m comment --comment 'rfw:1 `touch /run/ran3`' -j DROP".into(),
+                "-s 10.0.0.5 -i 'a;>ran' -m comment --comment rfw -j DROP".into(),
+                "-s 10.0.0.6 -m comment --comment 'x --comment rfw -j' -j DROP".into(),
+                "-s 10.0.0.7 -m comment --comment 'rfw of another' -j DROP".into(),
+            ];
+            let add = |rule: &String| sh(&format!("{iptables} -A INPUT {rule}"));
+            rules.iter().for_each(|rule| drop(add(rule)));
+        };
+        lab.iptables("-A OUTPUT -p tcp --sport 7399 -j DROP");
+        lab.iptables("-A INPUT -s 192.0.2.1 -p tcp --dport 7399 -j ACCEPT");
+        let comments = ["rfw", "rfw:1795431795", "rfw@a", "rfw:1795431795@a-b.c_d"];
+        for comment in comments {
+            sh(&format!("{other} -A INPUT -s 1.1.1.1 -m comment --comment {comment} -j REJECT"));
+        }
+        let (mine, theirs) = (lab.real("iptables"), other);
+        [&*mine, theirs].iter().for_each(|iptables| others(iptables));
+        let left =
+            |iptables: &str| sh(&format!("{iptables} -S | grep -c 10.0.0.")).trim().to_string();
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&["/usr/bin/env"]);
+        rfw.await_ready();
+        let found = warnings(lab, "0.2.2 left guard").concat();
+        let command =
+            found.split_once("remove them, run ").unwrap().1.split("; rfw(8)").next().unwrap();
+        sh(command);
+        let found = warnings(lab, "rules of rfw in").concat();
+        assert!(found.contains(&format!("{other}: 4; ")), "{found}");
+        sh(&format!("cd lab; {}", found.split_once("run ").unwrap().1));
+        assert_eq!((left(&mine), left(theirs)), ("7".into(), "7".into()));
+        assert_eq!(sh(&format!("{mine} -S; {theirs} -S")).matches("7399").count(), 4);
+        assert_eq!(sh(&format!("{theirs} -S")).matches("1.1.1.1").count(), 0);
+        assert_eq!(sh("ls -d /run/ran* /run/lab/ran* 2>/dev/null || true"), "");
     });
 }
 

@@ -579,7 +579,8 @@ impl World {
         let state = self.folder.as_ref().map(|folder| open(folder).map_err(|e| e.message).unwrap());
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
-        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM };
+        let (sets, iptables) = (self.model.sets, String::new());
+        let settings = Settings { guards, sets, maxelem: MAXELEM, iptables };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
