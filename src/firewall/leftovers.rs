@@ -11,7 +11,7 @@ use crate::rule::{Chain, Iface, Target};
 use std::fs;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(5);
 const COMMENT: &str = " -m comment --comment rfw";
 
 /// Parses a rule of rfw 0.2.2: for any interface, and without a comment.

@@ -1,12 +1,12 @@
 //! Checks that iptables can do what rfw needs, without privileges and without changing a rule.
 
-use super::process::Program;
+use super::process::{Program, ToolError};
 use crate::rule::net::Family;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(5);
 /// The first version with `iptables-restore -w`.
 const OLDEST: &[u32] = &[1, 6, 2];
 
@@ -58,8 +58,11 @@ pub fn check(iptables: &Path, family: Family, sets: bool) -> Result<(), String> 
     }
     for (extension, args) in extensions {
         // Without a command, iptables loads the extension and fails.
-        let result = iptables.read_lines(&args, LIMIT, |_| true);
-        let message = result.err().map_or(String::new(), |error| error.to_string());
+        let message = match iptables.read_lines(&args, LIMIT, |_| true) {
+            Ok(()) => continue,
+            Err(ToolError::Transient(sentence)) => return Err(sentence),
+            Err(ToolError::Rejected(message)) => message,
+        };
         if let Some(remedy) = remedy(&message, extension) {
             let message = message.split(" Try `").next().unwrap_or_default();
             return Err(format!("{iptables} cannot use {extension} ({message}); {remedy}"));
