@@ -139,6 +139,7 @@ impl Config {
             ("state file", self.state.as_ref().map(show)),
             ("users", Some(users).filter(|users| *users > 0).map(|users| users.to_string())),
             ("default.expire", expire.map(|seconds| format!("{seconds} s"))),
+            ("non.restful", self.non_restful.then(|| "GET can change rules".into())),
         ];
         let lines = lines.map(|(name, on)| match on {
             Some(details) => format!("{name}: ON, {details}\n"),
@@ -483,16 +484,17 @@ mod tests {
     fn summaries() {
         let off = "outward.server: OFF\nlocal.server: ON, http://localhost:7390, without authentication\n\
                    sets: OFF\nstate file: OFF\nusers: OFF\ndefault.expire: OFF\n\
-                   iptables: /sbin/iptables\nip6tables: /sbin/ip6tables\n";
+                   non.restful: OFF\niptables: /sbin/iptables\nip6tables: /sbin/ip6tables\n";
         assert_eq!(parse(LEAST).unwrap().summary(0), off);
         let text = format!(
-            "[config]\nwhitelist.file = w\n{OUTWARD}outward.server.tls12\n\
+            "[config]\nwhitelist.file = w\nnon.restful\n{OUTWARD}outward.server.tls12\n\
             outward.server.ip = ::\noutward.server.clientca = ca\nipset.path = /s\n\
             state.file = /state\ndefault.expire = 1h"
         );
         let on = "outward.server: ON, https://[::]:7393, TLS 1.2 and 1.3, client CA /etc/rfw/ca\n\
                   local.server: OFF\nsets: ON, /s, at most 1048576 addresses each\n\
-                  state file: ON, /state\nusers: ON, 3\ndefault.expire: ON, 3600 s\n";
+                  state file: ON, /state\nusers: ON, 3\ndefault.expire: ON, 3600 s\n\
+                  non.restful: ON, GET can change rules\n";
         assert!(parse(&text).unwrap().summary(3).starts_with(on));
         let text = format!("{LEAST}{OUTWARD}local.server.authentication");
         let summary = parse(&text).unwrap().summary(1);

@@ -195,6 +195,10 @@ fn describe_rule_error(error: &RuleError) -> (u16, &'static str, String) {
             "bad_interface",
             format!("'all' is not an interface; write any for every interface, as in {path}."),
         ),
+        RuleError::NoIface(path) => (
+            "bad_interface",
+            format!("The path has an address in place of the interface; write {path}."),
+        ),
         RuleError::FileName(path) => (
             "bad_interface",
             format!(
@@ -349,6 +353,7 @@ mod tests {
             ),
             (ApiError::Rule(RuleError::All(x())), 400, "bad_interface", "as in x."),
             (ApiError::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
+            (ApiError::Rule(RuleError::NoIface(x())), 400, "bad_interface", "interface; write x."),
             (ApiError::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
             (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD accepts"),
             (ApiError::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),

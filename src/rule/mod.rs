@@ -190,6 +190,9 @@ impl RuleTemplate {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
         match segments {
+            [target, chain, name] if name.parse::<IpAddr>().is_ok() => {
+                Err(RuleError::NoIface(format!("/{target}/{chain}/any/{name}")))
+            }
             [target, chain, name] if is_file_name(name) => {
                 Err(RuleError::FileName(format!("/{target}/{chain}/any")))
             }
@@ -325,6 +328,8 @@ pub enum RuleError {
     Iface(String),
     /// `all` instead of `any`; the text is the path with `any`.
     All(String),
+    /// In a list, an address in place of the interface; the text is the path with `any`.
+    NoIface(String),
     /// In a list, a file name; the text is the path without it.
     FileName(String),
     Address(String),
@@ -691,6 +696,10 @@ mod tests {
             assert_eq!(parse(path), Err(RuleError::Shape), "{path}");
         }
         assert_eq!(parse("drop/nat/any"), Err(RuleError::Unknown));
+        for name in ["1.2.3.4", "192.0.2.255"] {
+            let path = format!("/drop/input/any/{name}");
+            assert_eq!(parse(&format!("drop/input/{name}")), Err(RuleError::NoIface(path)));
+        }
         for name in ["feed.txt", "drop_v4.json", "level1.netset", "a.b5", ".txt"] {
             let error = parse(&format!("drop/input/{name}"));
             let path = RuleError::FileName("/drop/input/any".into());

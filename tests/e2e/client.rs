@@ -493,6 +493,7 @@ fn client_certificates() {
             "local.server\n{}\noutward.server.clientca = keys/client/ca.crt",
             tls::CONF
         ));
+        sh("chown -R root lab/secret lab/keys lab/theirs"); // rfwc runs as root
         let with = |pair: &str| match pair {
             "" => String::new(),
             pair => format!("--cert {pair}.crt --key {pair}.key"),

@@ -337,7 +337,7 @@ fn a_failed_change_in_sets_was_half_applied() {
                         assert_eq!(ask("DELETE /drop/input/any/1.1.1.3").status, 200);
                         assert_eq!(enforced(lab), before, "{what}");
                         let once = if persists { "" } else { "/bin/rm $lab/lines; " };
-                        lab.write("lines", &lines.to_string());
+                        lab.write_data("lines", &lines.to_string());
                         lab.stand_in(&TAKES.replace("FAILS", &format!("{once}{fails}")));
                         let answer = send(request, body);
                         let done = answer.status == 200;
@@ -380,7 +380,10 @@ fn a_list_that_was_applied_counted_as_not_applied() {
                         let before = enforced(lab);
                         lab.stand_in(NEXT);
                         // All of its lines are applied before it fails.
-                        lab.write(&format!("next-{program}"), &format!("$real \"$@\"; {fault}"));
+                        lab.write_data(
+                            &format!("next-{program}"),
+                            &format!("$real \"$@\"; {fault}"),
+                        );
                         let answer = list(&format!("{request} /drop/input/any"), lines);
                         lab.stand_in("");
                         sh("rm -f lab/next-*");
@@ -410,8 +413,11 @@ fn a_start_with_a_state_file_allowed_ten_seconds_for_a_listing() {
             // The first listing, and the one that follows it.
             let slow = "/bin/sleep 11";
             lab.write("second", slow);
-            lab.write("lie-iptables", &format!("/bin/mv $lab/second $lab/lie-iptables; {slow}"));
-            lab.write("lie-ipset", slow);
+            lab.write_data(
+                "lie-iptables",
+                &format!("/bin/mv $lab/second $lab/lie-iptables; {slow}"),
+            );
+            lab.write_data("lie-ipset", slow);
             let ended = rfw.try_restart(60 + SLACK);
             assert_eq!(ended, None, "{form:?}: {}", lab.read("stderr"));
             assert_eq!(enforced(lab), all, "{form:?}");

@@ -314,7 +314,7 @@ fn the_exact_commands() {
             ask(&format!("DELETE {path}"));
             let calls = format!("iptables -w 5 -I {words}\niptables -w 5 -D {words}\n");
             assert_eq!(lab.read("calls"), calls, "{path}");
-            lab.write("calls", "");
+            lab.write_data("calls", "");
         }
         let timed = ask("PUT /drop/input/any/2001:db8::1?expire=1h").expires();
         let words = format!("INPUT -s 2001:db8::1 -m comment --comment rfw:{timed} -j DROP");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -150,6 +150,14 @@ impl Lab {
         fs::write(&new, content).unwrap();
         fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
         fs::rename(new, path).unwrap();
+    }
+
+    /// Writes a file for a stand-in, which may be run by a confined rfw.
+    pub fn write_data(&self, name: &str, content: &str) {
+        self.write(name, content);
+        if is_confined() {
+            chown(self.dir.join(name), Some(NOBODY), None).unwrap();
+        }
     }
 
     pub fn read(&self, name: &str) -> String {

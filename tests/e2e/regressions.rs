@@ -294,7 +294,7 @@ fn fail2ban_ran_the_output_of_a_helper() {
 ~! touch pwned
 "}, {"result":"inserted"}
 2026-01-01T00:00:00.000Z INFO forged \u001b[31m"#;
-        lab.write("words", &evil.replace(r"\u001b", "\u{1b}"));
+        lab.write_data("words", &evil.replace(r"\u001b", "\u{1b}"));
         lab.stand_in_for_changes("/bin/cat $lab/words >&2; exit 1");
         let answer = ask("PUT /drop/input/any/1.2.3.4");
         assert_eq!(answer.brief(), "500 iptables_failed");

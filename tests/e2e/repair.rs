@@ -189,7 +189,7 @@ fn one_false_listing_at_start_emptied_or_doubled_the_rules() {
                     let what = format!("{form:?} {program} {lie}");
                     rfw.kill();
                     lab.clear_log();
-                    lab.write(&format!("lie-{program}"), &lie);
+                    lab.write_data(&format!("lie-{program}"), &lie);
                     // It may refuse to start, but then it must not change anything.
                     if let Some(status) = rfw.try_restart(10 + SLACK) {
                         assert_eq!((status, held(lab)), (1, before.clone()), "{what}");
@@ -263,10 +263,10 @@ fn one_false_listing(lab: &Lab, forms: &[Form]) {
             let files = programs(form).iter().map(|program| format!("lie-{program}"));
             let files: Vec<_> = files.collect();
             for file in &files {
-                lab.write(&format!("next-{file}"), &lie);
+                lab.write_data(&format!("next-{file}"), &lie);
                 // The first listing is the truth, and shows that something is missing.
                 let next = format!("/bin/mv $lab/next-{file} $lab/{file}");
-                lab.write(file, if second { &next } else { &lie });
+                lab.write_data(file, if second { &next } else { &lie });
             }
             if second {
                 lab.iptables("-D INPUT 2");
@@ -356,7 +356,7 @@ fn a_listing_that_repeated_rows_had_rules_listed_twice_or_deleted() {
                 "$real \"$@\" > $lab/all; /bin/cat $lab/all; /bin/grep -m 3 -e ^-A -e ^add $lab/all; exit 0",
             ] {
                 for program in programs(form) {
-                    lab.write(&format!("lie-{program}"), lie);
+                    lab.write_data(&format!("lie-{program}"), lie);
                     // The entries of a set are sent in the order of ipset.
                     for _ in 0..if *program == "ipset" { 0 } else { 2 } {
                         assert_eq!(listed(), list, "{program} {lie}");
