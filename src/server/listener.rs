@@ -11,7 +11,7 @@ use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -165,6 +165,9 @@ impl Listener {
     /// Waits for a slot, then serves the connection in a new thread.
     fn dispatch(self: &Arc<Listener>, server: &Arc<Server>, arrival: Arrival) {
         let Arrival { socket, peer, deadline } = arrival;
+        if has_left(&socket).unwrap_or(true) {
+            return;
+        }
         let Some(slot) = self.limiter.acquire(&socket, peer, deadline, || false) else {
             return self.refuse(socket);
         };
@@ -191,6 +194,41 @@ impl Listener {
             let _ = stream.request();
             let busy = ApiError::Busy("Too many connections.".into());
             ResponseWriter::new(&mut stream, None).refuse(&busy);
+        }
+    }
+}
+
+/// Whether the client has disconnected without a byte: it needs neither a slot nor a thread.
+fn has_left(socket: &TcpStream) -> io::Result<bool> {
+    socket.set_nonblocking(true)?;
+    let next = socket.peek(&mut [0]);
+    socket.set_nonblocking(false)?;
+    Ok(match next {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() != ErrorKind::WouldBlock,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_client_that_has_left() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        for (bytes, leaves, expected) in
+            [("", false, false), ("G", false, false), ("G", true, false), ("", true, true)]
+        {
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (socket, _) = listener.accept().unwrap();
+            client.write_all(bytes.as_bytes()).unwrap();
+            let client = Some(client).filter(|_| !leaves);
+            if leaves || !bytes.is_empty() {
+                socket.peek(&mut [0]).unwrap(); // waits until the kernel knows
+            }
+            assert_eq!(has_left(&socket).unwrap(), expected, "{bytes:?} {leaves}");
+            drop(client);
         }
     }
 }
