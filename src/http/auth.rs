@@ -1,4 +1,4 @@
-//! Basic authentication (RFC 7617), and the users, who are listed in rfw.conf and in the file that
+//! Basic authentication (RFC 7617), and the users in rfw.conf and in the file that
 //! `auth.file` names:
 //!
 //! ```text
@@ -84,7 +84,7 @@ impl Credentials {
 }
 
 impl Users {
-    /// Starts with the user of rfw.conf, if there is one, who has all rights.
+    /// Starts with the user of rfw.conf, if there is one; this user has all rights.
     pub fn new(admin: Option<Credentials>) -> Users {
         let admin = admin.map(|credentials| User { credentials, rights: Rights::All });
         Users(admin.into_iter().collect())
