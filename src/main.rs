@@ -23,7 +23,7 @@ use rfw::server::Server;
 use rfw::server::connection::{LISTINGS, UPLOADS};
 use rfw::server::limiter::ConnectionLimiter;
 use rfw::server::listener::Listener;
-use rfw::setup::{Setup, at, check_ipv6};
+use rfw::setup::{Setup, at, check_extensions};
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::File;
@@ -154,7 +154,8 @@ impl Options {
 
 /// Checks the configuration and returns the output of `-t`.
 fn check(file: &Path) -> Result<String, String> {
-    let Setup { config, users, acceptor, .. } = Setup::load(file)?;
+    let Setup { config, users, acceptor, ipv6, .. } = Setup::load(file)?;
+    check_extensions(file, &config, ipv6.is_ok())?;
     let warnings = config.warnings.iter();
     let mut text: String = warnings.map(|line| format!("WARNING: {}\n", at(file, line))).collect();
     let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
@@ -166,7 +167,7 @@ fn check(file: &Path) -> Result<String, String> {
 
 /// Starts rfw and runs until it is killed. The error is a sentence.
 fn run(options: &Options) -> Result<Infallible, String> {
-    let Setup { config, whitelist, users, acceptor } = Setup::load(&options.file)?;
+    let Setup { config, whitelist, users, acceptor, ipv6 } = Setup::load(&options.file)?;
     let opened = open_log(options);
     let (log, file_only) = opened.map_err(|error| format!("cannot start the log: {error}"))?;
     for warning in &config.warnings {
@@ -174,12 +175,18 @@ fn run(options: &Options) -> Result<Infallible, String> {
     }
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let lock = take_lock(&log, file_only)?;
-    let (tools, ipv6) = open_tools(&config, lock, &log);
+    if let Err(reason) = &ipv6 {
+        log.warning(format_args!("IPv6 rules are not accepted: {reason}"));
+    }
+    let ipv6 = ipv6.is_ok();
+    let tools = open_tools(&config, lock, ipv6);
     let mut metrics = Metrics::default();
     metrics.certificate_expires = acceptor.as_ref().map(|acceptor| acceptor.expires);
     let metrics = Arc::new(metrics);
     let listeners = Listener::open(&config, acceptor)?;
-    let firewall = start_firewall(&config, tools, &whitelist, &log, &metrics)?;
+    let firewall = start_firewall(&config, tools, &whitelist, &log, &metrics);
+    let explain = |error| check_extensions(&options.file, &config, ipv6).err().unwrap_or(error);
+    let firewall = firewall.map_err(explain)?;
     if let Err(error) = host::list_addresses() {
         log.warning(format_args!(
             "cannot list this host's own addresses, so only white.list protects them: {error}"
@@ -225,19 +232,14 @@ fn take_lock(log: &Log, file_only: bool) -> Result<InstanceLock, String> {
     })
 }
 
-/// The programs, and whether IPv6 rules are accepted.
-fn open_tools(config: &Config, lock: InstanceLock, log: &Log) -> (Tools, bool) {
+fn open_tools(config: &Config, lock: InstanceLock, ipv6: bool) -> Tools {
     let programs = Arc::new(Programs::new(lock));
     let iptables =
         |family, named: &Named| Iptables::new(family, named.path.clone(), programs.clone());
     let mut families = vec![iptables(Family::V4, &config.iptables)];
-    let ipv6 = check_ipv6(&config.ip6tables.path);
-    match &ipv6 {
-        Ok(()) => families.push(iptables(Family::V6, &config.ip6tables)),
-        Err(reason) => log.warning(format_args!("IPv6 rules are not accepted: {reason}")),
-    }
+    families.extend(ipv6.then(|| iptables(Family::V6, &config.ip6tables)));
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
-    (Tools::new(families, Ipset::new(path, programs)), ipv6.is_ok())
+    Tools::new(families, Ipset::new(path, programs))
 }
 
 fn start_firewall(

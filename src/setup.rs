@@ -21,6 +21,8 @@ pub struct Setup {
     pub users: Users,
     /// For the outward server.
     pub acceptor: Option<Acceptor>,
+    /// Whether this host can filter IPv6, or why not.
+    pub ipv6: Result<(), String>,
 }
 
 impl Setup {
@@ -47,12 +49,13 @@ impl Setup {
         for program in [&mut config.iptables, &mut config.ip6tables] {
             program.path = find(&program.path);
         }
-        source.check_programs(&config)?;
+        let ipv6 = check_ipv6(&config.ip6tables.path);
+        source.check_programs(&config, ipv6.is_ok())?;
         if let Some(state) = &config.state {
             let checked = StateFile::check(&state.path);
             checked.map_err(|error| source.locate(state, at(&state.path, &error)))?;
         }
-        Ok(Setup { config, whitelist, users, acceptor })
+        Ok(Setup { config, whitelist, users, acceptor, ipv6 })
     }
 }
 
@@ -83,24 +86,43 @@ impl Source<'_> {
         })
     }
 
-    fn check_programs(&self, config: &Config) -> Result<(), String> {
-        let Config { iptables, ip6tables, ipset, .. } = config;
-        let check = |family, iptables: &Named| {
-            let checked = check_tables(&iptables.path);
-            let checked = checked
-                .and_then(|()| prerequisites::check(&iptables.path, family, ipset.is_some()));
-            checked.map_err(|error| self.locate(iptables, error))
-        };
-        check(Family::V4, iptables)?;
-        // If rfw.conf does not name ip6tables, rfw can do without it.
-        if ip6tables.line > 0 || check_ipv6(&ip6tables.path).is_ok() {
-            check(Family::V6, ip6tables)?;
-        }
-        let ipset = ipset.as_ref();
-        ipset.map_or(Ok(()), |ipset| {
+    fn check_programs(&self, config: &Config, ipv6: bool) -> Result<(), String> {
+        self.check_iptables(config, ipv6, |path, _| {
+            check_tables(path)?;
+            prerequisites::check_version(path)
+        })?;
+        config.ipset.as_ref().map_or(Ok(()), |ipset| {
             check_program(&ipset.path).map_err(|error| self.locate(ipset, error))
         })
     }
+
+    /// Checks the iptables of each family. If rfw.conf does not name ip6tables, rfw can do without
+    /// it.
+    fn check_iptables(
+        &self,
+        config: &Config,
+        ipv6: bool,
+        check: impl Fn(&Path, Family) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let Config { iptables, ip6tables, .. } = config;
+        let located = |family, named: &Named| {
+            check(&named.path, family).map_err(|error| self.locate(named, error))
+        };
+        located(Family::V4, iptables)?;
+        match ip6tables.line > 0 || ipv6 {
+            true => located(Family::V6, ip6tables),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Checks the extensions of iptables for `-t`, and to explain why a start failed: a start tries
+/// them on the kernel itself.
+pub fn check_extensions(file: &Path, config: &Config, ipv6: bool) -> Result<(), String> {
+    let sets = config.ipset.is_some();
+    Source(file).check_iptables(config, ipv6, |path, family| {
+        prerequisites::check_extensions(path, family, sets)
+    })
 }
 
 /// Formats an error with its file and line; line 0 means the whole file.
@@ -123,7 +145,7 @@ fn check_tables(iptables: &Path) -> Result<(), String> {
 }
 
 /// Checks that this host can filter IPv6. A kernel without IPv6 has no such file in /proc.
-pub fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
+fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
     if Path::new("/proc/self/net/dev").exists() && !Path::new("/proc/self/net/if_inet6").exists() {
         return Err("this host has no IPv6".into());
     }

@@ -38,6 +38,7 @@ use queue::{Done, Queue};
 use reconcile::Listing;
 use start::StartError;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
@@ -133,8 +134,11 @@ impl Firewall {
         let iptables = tools.iptables(Family::V4).map(|tool| tool.iptables.to_string());
         let iptables = iptables.unwrap_or_default();
         let settings = Settings { guards, sets: sets.is_some(), maxelem, iptables };
-        let engine = start::start(tools.clone(), state, settings, whitelist, log.clone(), metrics)?;
-        tools.iptables.iter().for_each(|iptables| leftovers::report_other_variant(iptables, &log));
+        let engine = thread::scope(|scope| {
+            let report = || leftovers::report_other_variants(&tools.iptables, &log);
+            let _ = thread::Builder::new().spawn_scoped(scope, report);
+            start::start(tools.clone(), state, settings, whitelist, log.clone(), metrics)
+        })?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }
 

@@ -37,14 +37,20 @@ impl Version {
     }
 }
 
-/// Checks the version and the extensions that rfw's rules need. The error is a sentence.
-pub fn check(iptables: &Path, family: Family, sets: bool) -> Result<(), String> {
+/// Checks the version. The error is a sentence.
+pub fn check_version(iptables: &Path) -> Result<(), String> {
     let iptables = Program::new(iptables.into(), Arc::default());
-    if Version::of(&iptables)?.numbers.as_slice() < OLDEST {
-        return Err(format!(
+    match Version::of(&iptables)?.numbers.as_slice() < OLDEST {
+        true => Err(format!(
             "{iptables} is too old: rfw needs version 1.6.2 or newer, with iptables-restore -w"
-        ));
+        )),
+        false => Ok(()),
     }
+}
+
+/// Checks the extensions that rfw's rules need. The error is a sentence.
+pub fn check_extensions(iptables: &Path, family: Family, sets: bool) -> Result<(), String> {
+    let iptables = Program::new(iptables.into(), Arc::default());
     let (reject, icmp) = match family {
         Family::V4 => ("ipt_REJECT", "icmp-port-unreachable"),
         Family::V6 => ("ip6t_REJECT", "icmp6-port-unreachable"),

@@ -316,6 +316,15 @@ fn iptables_without_an_extension() {
     });
 }
 
+/// A stand-in for iptables-restore on a kernel that rejects rules with an extension.
+fn restore_without(extension: &str) -> String {
+    format!(
+        "case $me in iptables-restore) cat >$lab/in; if grep -q {extension} $lab/in
+         then echo 'iptables-restore: line 4 failed' >&2; exit 1; fi
+         exec $real \"$@\" <$lab/in;; esac"
+    )
+}
+
 /// strace fakes the kernel's response; the messages are those of the real iptables.
 #[test]
 fn a_kernel_without_an_extension() {
@@ -327,7 +336,9 @@ fn a_kernel_without_an_extension() {
             lab.stand_in(&format!(
                 "case \"$*\" in *\"--comment rfw\"|*--reject-with*|*\"-m set\")
                  case \"$*\" in *{extension}*)
-                 exec strace -fo /dev/null -e inject=getsockopt,recvmsg:error=ENOENT $real \"$@\";; esac;; esac"
+                 exec strace -fo /dev/null -e inject=getsockopt,recvmsg:error=ENOENT $real \"$@\";; esac;; esac
+                 {}",
+                restore_without(extension)
             ));
             lab.configure(&format!("local.server\n{SETS}"));
             let module = format!("_{extension}: load, install or build it");
@@ -335,11 +346,7 @@ fn a_kernel_without_an_extension() {
         }
         // Before 1.8.8, iptables does not ask the kernel first.
         for (extension, module) in [("comment", "xt_comment"), ("REJECT", "ipt_REJECT")] {
-            lab.stand_in(&format!(
-                "case $me in iptables-restore) cat >$lab/in; if grep -q {extension} $lab/in
-                 then echo 'iptables-restore: line 4 failed' >&2; exit 1; fi
-                 exec $real \"$@\" <$lab/in;; esac"
-            ));
+            lab.stand_in(&restore_without(extension));
             lab.configure("local.server");
             let (status, said) = lab.rfw("-f rfw.conf --logfile -");
             assert!(
