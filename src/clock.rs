@@ -1,6 +1,7 @@
 //! Time: a clock that setting the wall clock does not move, and the date formats of log and HTTP.
 
 use std::fmt;
+use std::fs;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The wall clock as Unix time; zero if it is set before 1970.
@@ -12,6 +13,38 @@ pub fn wall() -> Duration {
 pub fn after(limit: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(limit).unwrap_or(now)
+}
+
+/// Measures what a piece of work takes.
+pub struct Stopwatch {
+    started: Instant,
+    processor: Option<Duration>,
+}
+
+impl Stopwatch {
+    pub fn start() -> Stopwatch {
+        Stopwatch { started: Instant::now(), processor: processor_time() }
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The processor time that rfw and the programs it ran have used since; without /proc, the
+    /// elapsed time.
+    pub fn processor(&self) -> Duration {
+        let used = self.processor.zip(processor_time());
+        used.map_or(self.elapsed(), |(before, now)| now.saturating_sub(before))
+    }
+}
+
+/// The processor time of this process and of its children that have ended.
+fn processor_time() -> Option<Duration> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    // proc(5): fields 14 to 17, in ticks of 10 ms; field 2 is a name in parentheses.
+    let fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).take(4);
+    let ticks: u64 = fields.map(|field| field.parse::<u64>().ok()).sum::<Option<u64>>()?;
+    Some(Duration::from_millis(ticks.saturating_mul(10)))
 }
 
 /// Unix time that does not jump when the wall clock is set: read once, then

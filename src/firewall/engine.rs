@@ -19,7 +19,7 @@ use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
 use super::report::Traffic;
 use super::sets;
-use crate::clock::{self, Clock};
+use crate::clock::{self, Clock, Stopwatch};
 use crate::log::{Level, Log};
 use crate::metrics::{Label, Metrics};
 use crate::rule::net::{Family, Net};
@@ -42,8 +42,9 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
 pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
-/// The shortest pause after a check of the kernel, and the pause as a multiple of the duration of
-/// the check: checks use less than 5 % of one processor.
+/// The shortest pause after a check of the kernel, and the pause as a multiple of its processor time:
+/// checks use less than 5 % of one processor. A slow check delays requests, so the pause is also as
+/// long as the check.
 const PAUSE: Duration = Duration::from_millis(900);
 const PAUSE_FACTOR: u32 = 20;
 /// The longest pause after a failed check.
@@ -608,21 +609,23 @@ impl<K: Kernel> Engine<K> {
         if self.state.as_ref().is_some_and(StateFile::is_large) {
             self.compact_or_log();
         }
-        let started = Instant::now();
-        if started < self.next_check {
+        if Instant::now() < self.next_check {
             return None;
         }
+        let watch = Stopwatch::start();
         let failure = self.check().err();
         if let Some(error) = failure.as_ref().filter(|_| failure != self.outage) {
             self.log.error(format_args!("cannot check what the kernel holds: {error}"));
         }
         self.metrics.kernel_failures.add(usize::from(failure.is_some()));
         self.count_rules();
-        // A repair is checked again soon.
-        let factor = if mem::take(&mut self.has_repaired) { 0 } else { PAUSE_FACTOR };
-        let longest = if failure.is_some() { FAILED_PAUSE } else { Duration::MAX };
-        let pause = started.elapsed().saturating_mul(factor).min(longest).max(PAUSE);
-        self.next_check = clock::after(pause);
+        let pause = match (mem::take(&mut self.has_repaired), &failure) {
+            // A repair is checked again soon.
+            (true, _) => PAUSE,
+            (false, None) => pause_after(&watch),
+            (false, Some(_)) => watch.elapsed().saturating_mul(PAUSE_FACTOR).min(FAILED_PAUSE),
+        };
+        self.next_check = clock::after(pause.max(PAUSE));
         self.outage = failure.clone();
         failure.filter(|_| !self.has_time())
     }
@@ -652,8 +655,8 @@ impl<K: Kernel> Engine<K> {
         if !self.settings.sets {
             return Ok(());
         }
-        let started = Instant::now();
-        let is_due = started >= self.next_sets_check;
+        let watch = Stopwatch::start();
+        let is_due = Instant::now() >= self.next_sets_check;
         let (now, headers) = (self.seconds(), self.kernel.read_headers(self.limit(0))?);
         let is_right = |(rule, _, members): (KernelRule, &Group, &Members)| {
             let name = rule.to_string();
@@ -672,8 +675,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         if is_due && result.is_ok() {
-            let pause = started.elapsed().saturating_mul(PAUSE_FACTOR).max(SETS_PAUSE);
-            self.next_sets_check = clock::after(pause);
+            self.next_sets_check = clock::after(pause_after(&watch).max(SETS_PAUSE));
         }
         result
     }
@@ -801,6 +803,11 @@ impl<K: Kernel> Engine<K> {
         let limit = if self.is_starting { START_TOOL_LIMIT } else { TOOL_LIMIT };
         limit.saturating_add(extension).min(left)
     }
+}
+
+/// The pause after a check that succeeded.
+fn pause_after(check: &Stopwatch) -> Duration {
+    check.processor().saturating_mul(PAUSE_FACTOR).max(check.elapsed())
 }
 
 /// Reads until two consecutive listings agree (goal 3).

@@ -453,6 +453,21 @@ fn a_put_after_a_flush_answered_exists_and_the_kernel_held_nothing() {
     });
 }
 
+/// Programs that wait for a busy machine use no processor time, so the next check comes soon.
+#[test]
+fn a_slow_check_delayed_the_next_one() {
+    both(|lab| {
+        lab.stand_in(&format!("{READS}\ncase \"$*\" in *\" -S\") /bin/sleep 1;; esac"));
+        let _rfw = lab.start("local.server");
+        ask("PUT /drop/input/any/1.1.1.1");
+        for _ in 0..2 {
+            await_checks(lab);
+            lab.iptables("-F");
+            await_true("it is blocked again", 12 + SLACK, || lab.rules().len() == 1);
+        }
+    });
+}
+
 /// Flushes both families until no rule of rfw prevents destroying the sets.
 fn destroy_all(lab: &Lab) {
     let [four, six] = ["iptables", "ip6tables"].map(|family| lab.real(family));
