@@ -288,10 +288,13 @@ class Feeds(http.server.BaseHTTPRequestHandler):
         if not same:
             body = b"" if self.mode in ("empty", "error") else b"# none\n" if self.mode == "comment" else body
             body = body.replace(b"198.18.0.1", b"<html>") if self.mode == "html" else body
-            self.send_header("Content-Length", str(len(body)))
+            if self.mode != "endless":
+                self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if not same:
             self.wfile.write(body[:-14] if self.mode == "cut" else body)
+        for _ in range(70 if self.mode == "endless" else 0):
+            self.wfile.write(b"# more to come\n" * (1 << 20 >> 4))
 
     def log_message(self, *_):
         pass
@@ -323,11 +326,13 @@ def feeds():
     others = sources("spamhaus4")
     check("a feed that has not changed is not sent again, and put again",
           cron(ipsum).returncode == 0 and Feeds.answers[-1] == 304 and sources("ipsum") == WANTED["levels/3.txt"])
-    for Feeds.mode in "error", "empty", "comment", "html", "cut":
+    for Feeds.mode in "error", "empty", "comment", "html", "cut", "endless":
         FEEDS["levels/3.txt"] = "198.18.0.9\n198.18.0.1\n198.18.0.2\n"
         done = cron(ipsum)
         check(f"a failed download unblocks no address: {Feeds.mode}", sources("ipsum") == WANTED["levels/3.txt"]
               and done.returncode != 0 and done.stderr + done.stdout != "")
+    largest = max(os.stat(f"/var/cache/rfw-feed/{name}").st_size for name in os.listdir("/var/cache/rfw-feed"))
+    check("an endless download does not fill the disk", largest <= 64 << 20)
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
