@@ -211,9 +211,10 @@ def edge(fail2ban):
     check("(no rule)", rule("198.51.100.8") is None)
     fails("fleet", "203.0.113.30")
     seen("two servers at once", lambda: lasts(600, "203.0.113.30", tag="fleet"))
-    with open(RUN + "/rfw.log") as f:
-        came = [line for line in f if "PUT /drop/input/any/203.0.113.30?" in line]
-    check("(each has got it)", len(came) == 2 and any(f" {USER} " in line for line in came))
+    def came():
+        with open(RUN + "/rfw.log") as f:
+            return [line for line in f if "PUT /drop/input/any/203.0.113.30?" in line]
+    seen("(each has got it)", lambda: len(came()) == 2 and any(f" {USER} " in line for line in came()))
     fails("fleet", "2001:db8:1:2::9")
     seen("prefix6=64: the whole /64", lambda: "-s 2001:db8:1:2::/64 " in rules("ip6tables"))
     fail2ban.client("set", "fleet", "unbanip", "2001:db8:1:2::9")

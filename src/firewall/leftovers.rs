@@ -41,13 +41,14 @@ fn warning(mut old: Vec<TaggedRule>, iptables: &str) -> Option<String> {
     old.retain(|TaggedRule { rule, .. }| {
         rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
     });
-    let rules = old.first().map(|first| {
-        let delete = RuleEdit::Delete(*first).to_string().replace(COMMENT, "");
+    // The last, because a rule that is adopted moves to the front.
+    let rules = old.last().map(|last| {
+        let delete = RuleEdit::Delete(*last).to_string().replace(COMMENT, "");
         format!(
             "rules that rfw 0.2.2 may have left: {}; rfw does not list, expire or delete them; to \
-             adopt the first, run rfwc put '{}?expire=0' && {iptables} {delete}; to remove it, only the latter",
+             adopt the last, run rfwc put '{}?expire=0' && {iptables} {delete}; to remove it, only the latter",
             old.len(),
-            first.rule
+            last.rule
         )
     });
     let guards = port.map(|port| {
@@ -163,13 +164,13 @@ mod tests {
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
                 "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && \
+                 them; to adopt the last, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && \
                  /ipt -D INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
             ),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
                 "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the first, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && \
+                 them; to adopt the last, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && \
                  /ipt -D INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
                  rules for port 80; to remove them, run /ipt -S | sed -nE '/^-A (INPUT( -s [^ \
                  ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \

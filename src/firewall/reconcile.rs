@@ -17,9 +17,6 @@ use std::collections::{HashMap, HashSet};
 /// from the front, where they are found at once, and to insert them again.
 const MAX_WALKS: usize = 64;
 
-/// How many rules of a chain are reported as rules of 0.2.2.
-const MAX_OLD: usize = 1_000;
-
 /// One rule in a listing; `None` is a foreign rule.
 pub type Row = Option<TaggedRule>;
 
@@ -38,7 +35,7 @@ impl ChainListing {
         if row.is_none() && self.first_foreign.is_none() {
             self.first_foreign = Some(without_counters(line));
         }
-        if row.is_none() && self.old.len() < MAX_OLD {
+        if row.is_none() {
             self.old.extend(old_rule(line));
         }
         self.rows.push(row);

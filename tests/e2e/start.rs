@@ -7,8 +7,9 @@ use std::fs;
 /// The rules that rfw 0.2.2 left with the lab's white.list and port 7399: its guards, and those for
 /// the requests `drop/input/eth0/1.2.3.4`, `drop/input/any/7.7.7.77/24`,
 /// `accept/input/any/7.7.7.7`, `accept/output/any/9.9.9.0/24`,
-/// `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`, `drop/forward/any/6.6.6.6`.
-const OLD: [&str; 10] = [
+/// `reject/forward/ppp/1.2.3.0/24/eth0/5.5.5.5`, `drop/forward/any/6.6.6.6`,
+/// `drop/forward/any/0.0.0.0/any/6.6.6.7`.
+const OLD: [&str; 11] = [
     "INPUT -p tcp --dport 7399 -j DROP",
     "OUTPUT -p tcp --sport 7399 -j DROP",
     "INPUT -p tcp --dport 7399 -s 192.0.2.1 -j ACCEPT",
@@ -19,6 +20,7 @@ const OLD: [&str; 10] = [
     "OUTPUT -d 9.9.9.0/24 -j ACCEPT",
     "FORWARD -d 5.5.5.5 -s 1.2.3.0/24 -j REJECT",
     "FORWARD -s 6.6.6.6 -j DROP",
+    "FORWARD -s 0.0.0.0 -d 6.6.6.7 -j DROP",
 ];
 
 /// The administrator's own rules, in a different form.
@@ -57,8 +59,8 @@ fn rules_of_0_2_2() {
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
             "0.2.2 may have left: 6; ",
-            "run rfwc put '/accept/input/any/7.7.7.7?expire=0' && /usr/sbin/iptables-",
-            " -D INPUT -s 7.7.7.7 -j ACCEPT;",
+            "run rfwc put '/accept/output/any/9.9.9.0/24?expire=0' && /usr/sbin/iptables-",
+            " -D OUTPUT -d 9.9.9.0/24 -j ACCEPT;",
             "for port 7399",
             "rfw(8), REPLACING RFW 0.2.2",
         ];
@@ -74,7 +76,8 @@ fn rules_of_0_2_2() {
         let commands = commands.map(|block| block.split(".Ed").next().unwrap());
         let commands: String = commands.collect::<String>().replace("\\e", "\\").replace("\\&", "");
         let commands = commands.replace("7393", "7399");
-        type_in(lab, &commands);
+        // Pasted from man, which indents them.
+        type_in(lab, &commands.replace('\n', "\n     "));
         let rules = [
             "FORWARD -s 1.2.3.0/24 -d 5.5.5.5/32 -j REJECT [rfw]",
             "FORWARD -s 6.6.6.6/32 -j DROP [rfw]",
@@ -107,7 +110,7 @@ fn rules_that_may_be_0_2_2s() {
         assert!(found.contains("0.2.2 may have left: 1; ") && !found.contains("guard"), "{found}");
         type_in(
             lab,
-            found.split_once("to adopt the first, run ").unwrap().1.split(';').next().unwrap(),
+            found.split_once("to adopt the last, run ").unwrap().1.split(';').next().unwrap(),
         );
         assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
         lab.clear_log();
