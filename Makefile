@@ -178,7 +178,7 @@ install: $(BIN) ## user: install programs, manual and unit to PREFIX=/usr/local,
 uninstall: ## user: remove them, except the files in /etc and the rules in iptables; a second
 	rm -f "$(sbin)/rfw" "$(sbin)/rfwc" "$(bin)/rfwgen" "$(bin)/rfw-feed" "$(unit)"
 	for page in $(pages); do rm -f "$(man)/man$${page##*.}/$${page##*/}"; done
-	@echo 'Not removed: $(etc), $(rotate), /var/log/rfw.log, and the rules with the comment "rfw..." (contrib/man/rfw.8: Rules in the kernel)'
+	@echo 'Not removed: $(etc), $(rotate), drop-ins of rfw.service, /var/lib/rfw, /var/log/rfw.log, and the rules with the comment "rfw..." (contrib/man/rfw.8: Rules in the kernel)'
 
 deb: $(BIN) ## user: build a Debian package, target/rfw_VERSION_ARCHITECTURE.deb (BIN=); 3 seconds
 	rm -rf $(CARGO_TARGET_DIR)/deb

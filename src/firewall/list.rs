@@ -604,6 +604,11 @@ impl List {
         members.flat_map(move |members| overlapping(members, net)).map(|(net, e)| (*net, *e))
     }
 
+    pub fn contains(&self, rule: &Rule) -> bool {
+        let (group, net) = Group::of(rule);
+        self.entry(group, &net).is_some()
+    }
+
     /// The number of all rules.
     pub fn count(&self) -> usize {
         self.groups.values().map(Members::len).sum()
@@ -617,8 +622,8 @@ impl List {
     }
 
     /// The number of rules of each group.
-    pub fn counts(&self) -> impl Iterator<Item = (RuleTemplate, usize)> {
-        self.groups.iter().map(|(group, members)| (group.template, members.len()))
+    pub fn counts(&self) -> impl Iterator<Item = (&Group, usize)> {
+        self.groups.iter().map(|(group, members)| (group, members.len()))
     }
 
     fn entry(&self, group: Group, net: &Net) -> Option<Entry> {

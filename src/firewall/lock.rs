@@ -22,8 +22,8 @@ impl InstanceLock {
         let folder = Path::new(run).join("rfw");
         let unusable = |error: io::Error| {
             format!(
-                "cannot lock {0}: {error}; as root, run install -d -m 700 -o USER {0}, where USER \
-                 runs rfw (RuntimeDirectory=rfw in a systemd unit does that)",
+                "cannot lock {0}: {error}; if the systemd unit runs rfw, use systemctl; otherwise, as \
+                 root, run install -d -m 700 -o USER {0}, where USER runs rfw",
                 folder.display()
             )
         };

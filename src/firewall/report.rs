@@ -43,7 +43,7 @@ impl<K: Kernel> Engine<K> {
             missing.extend(plan.missing.into_iter().filter(|rule| !changed.contains(rule)));
             for TaggedRule { rule, expires, .. } in plan.unknown {
                 match expires.is_some_and(|second| second <= now) {
-                    _ if changed.contains(&rule) => {}
+                    _ if changed.contains(&rule) || self.is_other_form(&rule) => {}
                     true => expired.push(rule),
                     false => unknown.push(rule),
                 }
@@ -59,6 +59,16 @@ impl<K: Kernel> Engine<K> {
         self.metrics.expired.add(expired.len());
         self.log_each(Level::Info, "expired", &expired);
         self.log_each(Level::Warning, "removed, because it is not in the list:", &unknown);
+    }
+
+    /// Whether the list still holds the rule, but in the other form, after a start with or without
+    /// ipset.path.
+    fn is_other_form(&self, rule: &KernelRule) -> bool {
+        self.is_starting
+            && match rule.template() {
+                Some(_) => !self.settings.sets,
+                None => self.list.contains(&rule.rule),
+            }
     }
 
     pub(super) fn report_restored(&self, count: usize) {
@@ -116,7 +126,8 @@ impl<K: Kernel> Engine<K> {
         for chain in Chain::ALL {
             usage.extend(Target::ALL.map(|target| ((chain, target, Tag::NONE), Usage::default())));
         }
-        for (RuleTemplate { chain, target, tag, .. }, count) in self.list.counts() {
+        for (group, count) in self.list.counts() {
+            let RuleTemplate { chain, target, tag, .. } = group.template;
             let rules = &mut usage.entry((chain, target, tag)).or_default().rules;
             *rules = rules.saturating_add(count);
         }

@@ -64,7 +64,8 @@ pub fn start<K: Kernel>(
         }
         let written = engine.rewrite_rules(*family, listing, None);
         written.map_err(|error| not_accepted(&error, "xt_comment"))?;
-        let count = engine.list.count_rules(*family);
+        let counts = engine.list.counts().filter(|(group, _)| group.family == *family);
+        let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));
     }
     leftovers::report_old_rules(&listings, &engine.settings.iptables, &log);
@@ -98,7 +99,10 @@ fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, List
     listings.map_err(|error| {
         let advice = match error.is_transient() {
             true => "find out which program that is, or what holds it up, and start rfw again",
-            false => "run rfw as root or with CAP_NET_ADMIN, and check iptables.path",
+            false => {
+                "run rfw as root or with CAP_NET_ADMIN, and check iptables.path (for \
+                 iptables-legacy, the systemd unit needs the drop-in that rfw.service shows)"
+            }
         };
         format!("cannot read the kernel's rules ({error}); {advice}")
     })

@@ -509,6 +509,9 @@ fn switching_moves_all_and_unblocks_nothing() {
                 assert_eq!((lab.rules().len(), names(lab).len()), (7, 0));
             }
         });
+        let log = lab.log();
+        assert!(!log.contains("removed"), "none has left the list: {log}");
+        assert_eq!(log.matches("INFO IPv4: 5 rules").count(), 6, "{log}");
     });
 }
 
