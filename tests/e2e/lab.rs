@@ -88,16 +88,18 @@ fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
 
 fn run_inside(name: &str, variant: &str) {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
-    let out = Command::new("timeout")
-        .args(["-s", "KILL", TEST_SECONDS, "unshare"])
-        .args(if root { ["-nm"] } else { ["-rnm"] })
+    // When one of these ends, so does everything that it started. sh waits for orphans, as process 1 must.
+    let out = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "unshare", if root { "-nmp" } else { "-rnmp" }])
+        .args(["--fork", "--kill-child", "--mount-proc", "sh", "-c", "\"$@\"; exit $?", "sh"])
+        .args(["timeout", "-s", "KILL", TEST_SECONDS])
         .arg(env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env("RUST_BACKTRACE", "0")
         .env("RFW_E2E", variant)
         .env("RFW_E2E_OUTSIDE", network_namespace())
         .output()
-        .expect("timeout and unshare (coreutils, util-linux) are needed");
+        .expect("setpriv and unshare (util-linux) are needed");
     let said = text(&out);
     assert!(
         said.contains("running 1 test"),
