@@ -7,7 +7,6 @@ use crate::lab::*;
 use crate::repair::{FORMS, Form, READS, enforced, in_forms, listed, of_form};
 use crate::sets::spoil;
 use crate::tls;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,8 +110,8 @@ const IPV6_FAULTS: [&str; 5] = [
 
 #[test]
 fn ipv6_failed_open() {
-    if !Path::new("/usr/bin/strace").exists() {
-        return eprintln!("SKIPPED: no strace");
+    if !has_strace("commits::ipv6_failed_open") {
+        return;
     }
     both(|lab| {
         tls::keys(lab);
@@ -428,8 +427,8 @@ fn a_start_with_a_state_file_allowed_ten_seconds_for_a_listing() {
 
 #[test]
 fn sets_were_not_batched() {
-    if !Path::new("/usr/bin/strace").exists() {
-        return eprintln!("SKIPPED: no strace");
+    if !has_strace("commits::sets_were_not_batched") {
+        return;
     }
     both(|lab| {
         modes(lab, "state.file = state", |rfw, sets| {

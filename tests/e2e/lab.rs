@@ -115,14 +115,25 @@ fn run_inside(name: &str, variant: &str) {
     }
 }
 
-/// Whether strace is installed. Otherwise, `test` is skipped, which `make test` counts: it is reported
-/// on the real standard error, because the output of a passed test is not shown.
+/// Whether strace is installed, which `test` or a part of it needs.
 pub fn has_strace(test: &str) -> bool {
-    let found = Path::new("/usr/bin/strace").exists();
-    if !found {
-        drop(writeln!(io::stderr(), "SKIPPED: {test} (no strace)"));
-    }
-    found
+    Path::new("/usr/bin/strace").exists() || skip(test, "no strace")
+}
+
+/// Whether there are other users than root: not in a user namespace.
+pub fn has_users(test: &str) -> bool {
+    !is_in_user_namespace() || skip(test, "not as root")
+}
+
+fn is_in_user_namespace() -> bool {
+    !fs::read_to_string("/proc/self/uid_map").unwrap().contains("4294967295")
+}
+
+/// `make test` counts what is skipped: it is reported on the real standard error, because the output of
+/// a passed test is not shown.
+fn skip(test: &str, reason: &str) -> bool {
+    drop(writeln!(io::stderr(), "SKIPPED: {test} ({reason})"));
+    false
 }
 
 fn network_namespace() -> PathBuf {
@@ -248,8 +259,7 @@ impl Lab {
 
     /// How many of these rules iptables-nft can write at once: fewer in a user namespace.
     pub fn at_once(&self, wanted: usize) -> usize {
-        let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
-        if uids.contains("4294967295") { wanted } else { wanted.min(250) }
+        if is_in_user_namespace() { wanted.min(250) } else { wanted }
     }
 
     /// Inserts many rules of rfw, as from a previous run: 10.0.0.1, 10.0.1.1 and so on. Returns how

@@ -7,7 +7,6 @@ use crate::sets::never_unblocked;
 use crate::tls;
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::path::Path;
 use std::time::Duration;
 
 /// Where rfw keeps addresses, and whether it has a state file.
@@ -166,17 +165,9 @@ fn assert_quiet(lab: &Lab, what: &str) {
     assert_eq!(line, None, "{what}");
 }
 
-fn strace_is_missing() -> bool {
-    let missing = !Path::new("/usr/bin/strace").exists();
-    if missing {
-        eprintln!("SKIPPED: no strace");
-    }
-    missing
-}
-
 #[test]
 fn one_false_listing_at_start_emptied_or_doubled_the_rules() {
-    if strace_is_missing() {
+    if !has_strace("repair::one_false_listing_at_start_emptied_or_doubled_the_rules") {
         return;
     }
     both(|lab| {
@@ -236,14 +227,14 @@ fn false_listings_at_start_that_go_on_emptied_the_rules() {
 
 #[test]
 fn one_false_listing_while_rfw_ran_emptied_or_doubled_the_rules() {
-    if !strace_is_missing() {
+    if has_strace("repair::one_false_listing_while_rfw_ran_emptied_or_doubled_the_rules") {
         both(|lab| one_false_listing(lab, &FORMS[..2]));
     }
 }
 
 #[test]
 fn one_false_listing_while_rfw_ran_emptied_the_sets_or_took_their_rules() {
-    if !strace_is_missing() {
+    if has_strace("repair::one_false_listing_while_rfw_ran_emptied_the_sets_or_took_their_rules") {
         both(|lab| one_false_listing(lab, &FORMS[2..]));
     }
 }
