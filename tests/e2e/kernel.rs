@@ -334,17 +334,22 @@ esac"#;
 fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
     lab.write("gate", "");
     let before = rfw.await_idle();
-    thread::scope(|scope| {
-        let first = scope.spawn(|| ask("PUT /drop/input/any/1.1.1.1").brief());
-        await_true("one goes first", 10, || rfw.threads() == before + 1);
-        let rest = requests.iter().map(|request| scope.spawn(|| ask(request).brief()));
-        let rest: Vec<_> = rest.collect();
-        await_true("the rest come", 10, || rfw.threads() == before + 1 + requests.len());
-        thread::sleep(Duration::from_millis(300)); // from the socket to the queue
-        std::fs::remove_file(lab.dir.join("gate")).unwrap();
-        assert_eq!(first.join().unwrap(), "200 inserted");
-        rest.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+    let send = |request: &str| {
+        let mut conn = Conn::open();
+        conn.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+        conn
+    };
+    let come = |count| {
+        await_true("rfw accepts them", 10 + SLACK, || rfw.threads() == before + count);
+        rfw.await_queued();
+    };
+    let mut first = send("PUT /drop/input/any/1.1.1.1");
+    come(1);
+    let mut rest: Vec<_> = requests.iter().map(|request| send(request)).collect();
+    come(1 + requests.len());
+    std::fs::remove_file(lab.dir.join("gate")).unwrap();
+    assert_eq!(first.answer().unwrap().brief(), "200 inserted");
+    rest.iter_mut().map(|conn| conn.answer().unwrap().brief()).collect()
 }
 
 #[test]

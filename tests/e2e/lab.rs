@@ -509,6 +509,18 @@ impl Rfw<'_> {
         idle
     }
 
+    /// Waits until rfw has read all that it was sent and has nothing left to do, so that each request
+    /// waits for its turn or for a program.
+    pub fn await_queued(&self) {
+        await_true("all is read, and all threads sleep", 10 + SLACK, || {
+            let unread = sh("ss -Htn sport = :7390 | awk '{ sum += $2 } END { print sum }'");
+            let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat"));
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+            unread.trim() == "0"
+                && tasks.all(|task| stat(task.unwrap()).is_ok_and(|stat| stat.contains(") S ")))
+        });
+    }
+
     /// kill -9
     pub fn kill(&mut self) {
         drop(self.child.kill());
@@ -657,11 +669,15 @@ impl Conn {
 
     /// `try_list("PUT /drop/input/any", "1.2.3.4\n")`: a request with a body.
     pub fn try_list(&mut self, request: &str, body: impl AsRef<[u8]>) -> io::Result<Answer> {
+        self.send_list(request, body);
+        self.answer()
+    }
+
+    pub fn send_list(&mut self, request: &str, body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         self.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n"));
         self.send(format!("Content-Length: {}\r\n\r\n", body.len()));
         self.send(body);
-        self.answer()
     }
 
     pub fn answer(&mut self) -> io::Result<Answer> {
