@@ -593,7 +593,7 @@ fn messages_of_a_guard_that_was_restored() {
             let guards = lab.guards();
             lab.clear_log();
             lab.iptables(&format!("-D {chain} {rule}"));
-            await_true("it is restored", 3 + SLACK, || lab.guards() == guards);
+            await_repair("it is restored", 3 + SLACK, || lab.guards() == guards);
             let is_logged = || log_has(lab, &["restored", "guard rule for port 7393"]);
             await_true("the log names the guard", SLACK, is_logged);
             assert!(!log_has(lab, &["restored /"]), "{}", lab.read("rfw.log"));
@@ -682,7 +682,7 @@ fn messages_write_ipv6_and_show_507_as_a_warning() {
             lab.iptables("-F");
             lab.ip6tables("-F");
             let all = ["drop 1.1.1.1", "drop 2001:db8::1"];
-            await_true("it is restored", 3 + SLACK, || enforced(lab) == all);
+            await_repair("it is restored", 3 + SLACK, || enforced(lab) == all);
             rfw.restart();
             let log = lab.log() + &lab.read("stderr");
             assert!(!log.contains("IPV6") && !log.contains("IPV4"), "{log}");

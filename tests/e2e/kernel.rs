@@ -135,13 +135,13 @@ fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
 
         lab.iptables("-D INPUT 201");
         lab.iptables("-D INPUT 1");
-        await_true("two rules come back", 3 + SLACK, || lab.rules() == rules);
+        await_repair("two rules come back", 3 + SLACK, || lab.rules() == rules);
         assert_eq!(lab.others(), others);
         await_true("a warning", SLACK, || lab.read("rfw.log").contains(" WARNING "));
 
         lab.iptables("-F");
         lab.ip6tables("-F");
-        await_true("a thousand rules come back", 3 + SLACK, || lab.rules() == rules);
+        await_repair("a thousand rules come back", 3 + SLACK, || lab.rules() == rules);
         assert_eq!(ask("GET /list").body.matches("source").count(), count);
         assert!(!lab.rules().iter().any(|rule| rule.contains("10.0.7.1/")));
     });
@@ -154,7 +154,7 @@ fn a_tagged_rule_that_no_request_made_is_removed() {
         assert_eq!(ask("PUT /drop/input/any/3.3.3.3").status, 200);
         lab.iptables("-A INPUT -s 1.1.1.1 -m comment --comment rfw:4102444800 -j DROP");
         lab.iptables("-I INPUT -s 2.2.2.2 -m comment --comment rfw -j DROP");
-        await_true("they are removed", 3 + SLACK, || lab.rules().len() == 1);
+        await_repair("they are removed", 3 + SLACK, || lab.rules().len() == 1);
         assert_eq!(lab.rules(), ["INPUT -s 3.3.3.3/32 -j DROP [rfw]"]);
         transcript(&[("PUT /drop/input/any/2.2.2.2", "200 inserted")]);
     });
@@ -284,7 +284,7 @@ fn guard_rules() {
         });
         lab.iptables("-F");
         lab.ip6tables("-D INPUT 1");
-        await_true("the guards come back", 3 + SLACK, || chains(&lab.guards()) == whole);
+        await_repair("the guards come back", 3 + SLACK, || chains(&lab.guards()) == whole);
 
         lab.write("white.list", "192.0.2.1\n");
         rfw.restart();
@@ -611,7 +611,7 @@ fn an_order_that_others_have_changed_is_repaired() {
         let right = lab.rules();
         lab.iptables("-D INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
         lab.iptables("-I INPUT -s 7.7.7.7 -m comment --comment rfw -j DROP");
-        await_true("the accept is first again", 3 + SLACK, || lab.rules() == right);
+        await_repair("the accept is first again", 3 + SLACK, || lab.rules() == right);
     });
 }
 
@@ -627,7 +627,7 @@ fn rules_that_look_like_its_own_do_no_harm() {
         ask("PUT /drop/input/any/2.2.2.2");
         lab.iptables("-D INPUT 1");
         let back = "-A INPUT -s 2.2.2.2/32 -m comment --comment rfw -j DROP";
-        await_true("it comes back", 3 + SLACK, || lab.iptables("-S").contains(back));
+        await_repair("it comes back", 3 + SLACK, || lab.iptables("-S").contains(back));
         assert_eq!(lab.iptables("-S INPUT").lines().count(), 5);
     });
 }

@@ -763,10 +763,28 @@ pub fn transcript(rows: &[(&str, &str)]) {
     table(rows, |request| ask(request).brief());
 }
 
-pub fn await_true(what: &str, seconds: u64, mut probe: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
-    while !probe() {
-        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+pub fn await_true(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
+    await_within(what, |_| Duration::from_secs(seconds), probe);
+}
+
+/// Waits for the outcome of rfw's next check of the kernel; `probe` lists the rules, too. rfw pauses for
+/// 20 times as long as a check takes, and the longest probe shows how long that is while the machine is
+/// busy.
+pub fn await_repair(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
+    await_within(what, |longest| Duration::from_secs(seconds) + 20 * longest, probe);
+}
+
+/// The limit depends on the time that the longest probe has taken.
+fn await_within(what: &str, limit: impl Fn(Duration) -> Duration, mut probe: impl FnMut() -> bool) {
+    let (begun, mut longest) = (Instant::now(), Duration::ZERO);
+    loop {
+        let from = Instant::now();
+        if probe() {
+            return;
+        }
+        longest = longest.max(from.elapsed());
+        let limit = limit(longest);
+        assert!(begun.elapsed() < limit, "not within {limit:?}: {what}");
         thread::sleep(Duration::from_millis(20));
     }
 }
