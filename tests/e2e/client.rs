@@ -656,8 +656,10 @@ fn which_failures_are_retried() {
 
         // Nothing listens yet.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let refused = || sh("awk '/^Tcp: [0-9]/ { print $8 }' /proc/net/snmp");
+        let before = refused();
         let late = thread::spawn(move || result(&format!("http://{address}"), "put /x"));
-        thread::sleep(Duration::from_millis(700));
+        await_true("a connection is refused", 10 + SLACK, || refused() != before);
         let server = answering(TcpListener::bind(address).unwrap(), &[&inserted]);
         assert_eq!((late.join().unwrap().as_str(), server.seen().len()), (done, 1));
     });
