@@ -768,10 +768,10 @@ pub fn await_true(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
 }
 
 /// Waits for the outcome of rfw's next check of the kernel; `probe` lists the rules, too. rfw pauses for
-/// 20 times as long as a check takes, and the longest probe shows how long that is while the machine is
-/// busy.
+/// at least as long as a check takes, checks, and repairs; the longest probe shows how long each of
+/// these is while the machine is busy.
 pub fn await_repair(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
-    await_within(what, |longest| Duration::from_secs(seconds) + 20 * longest, probe);
+    await_within(what, |longest| Duration::from_secs(seconds) + 3 * longest, probe);
 }
 
 /// The limit depends on the time that the longest probe has taken.
