@@ -8,7 +8,7 @@ CrowdSec's local API without agent and Central API, contrib/crowdsec/ unchanged 
 interval, real iptables in its own namespace. Exit status 1 at the first failure.
 """
 
-import json, re, signal
+import json, re
 from lab import *
 
 API = "http://127.0.0.1:8080/"
@@ -134,7 +134,7 @@ def main():
     write("bin/logger", f'#!/bin/sh\nexec cat >>{RUN}/syslog\n')
     rfw = Rfw(sys.argv[1], "")
     crowdsec = Crowdsec(sys.argv[2])
-    try:
+    with logs("syslog", "crowdsec-custom-bouncer.log", "crowdsec.log", "rfw.log"):
         crowdsec.ban("--ip", "203.0.113.1", "--duration", "4h30m")
         bouncer = crowdsec.bouncer()
         seen("a decision from before the bouncer's start", "cscli", 16200, "203.0.113.1/32")
@@ -169,22 +169,13 @@ def main():
         before = handed_on()
         crowdsec.ban("--ip", "203.0.113.8", "--duration", "1h")
         await_true("the bouncer has the decision", 20, lambda: handed_on() > before)
-        rfw = Rfw(sys.argv[1], "")
+        Rfw(sys.argv[1], "")
         seen("rfw was away meanwhile", "cscli", 3600, "203.0.113.8/32")
-        bouncer.send_signal(signal.SIGKILL)
+        bouncer.kill()
         bouncer.wait()
         odd_decisions()
         if "203.0.113.8/32" not in blocked():
             raise RuntimeError("the bouncer's end has unblocked")
-    except RuntimeError:
-        for name in "syslog", "crowdsec-custom-bouncer.log", "crowdsec.log", "rfw.log":
-            if os.path.exists(f"{RUN}/{name}"):
-                with open(f"{RUN}/{name}") as f:
-                    sys.stderr.writelines([f"--- {name}\n", *f.readlines()[-30:]])
-        raise
-    finally:
-        crowdsec.server.send_signal(signal.SIGKILL)
-        rfw.stop()
 
 
 main()

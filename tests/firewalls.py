@@ -447,17 +447,8 @@ def one(program, packages, firewall, kind, form, alone):
         if pid == work:
             sys.exit(os.waitstatus_to_exitcode(status) != 0)
     case = Case(program, packages, firewall, kind, form, alone)
-    try:
+    with logs("commands.log", "dockerd.log", "firewalld.log", "rfw.log"):
         FIREWALLS[firewall](case)
-    except (RuntimeError, OSError):
-        for name in "commands.log", "dockerd.log", "firewalld.log", "rfw.log":
-            if os.path.exists(f"{RUN}/{name}"):
-                with open(f"{RUN}/{name}") as f:
-                    sys.stderr.writelines([f"--- {name}\n", *f.readlines()[-30:]])
-        raise
-    finally:
-        if case.rfw:
-            case.rfw.stop()
     sys.exit(case.missed > 0)
 
 

@@ -4,7 +4,7 @@ A test that calls `inside` runs in its own network, mount and process namespaces
 /run, or not at all. None of its processes outlives it.
 """
 
-import ctypes, os, resource, socket, ssl, subprocess, sys, tempfile, time
+import contextlib, ctypes, os, resource, socket, ssl, subprocess, sys, tempfile, time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOCAL, OUTWARD = 7390, 7393
@@ -44,6 +44,18 @@ def write(name, text):
         f.write(text)
     os.chmod(path, 0o700)
     return path
+
+
+@contextlib.contextmanager
+def logs(*names):
+    """Shows the ends of these logs if what is done within fails."""
+    try:
+        yield
+    except Exception:
+        for name in filter(os.path.exists, (f"{RUN}/{name}" for name in names)):
+            with open(name, errors="replace") as f:
+                sys.stderr.writelines([f"--- {name}\n", *f.readlines()[-30:]])
+        raise
 
 
 def keys():

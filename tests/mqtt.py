@@ -130,7 +130,7 @@ def outages(mqtt, rfw, start, alice):
     seen("the broker was killed and started", lambda: "203.0.113.8" in blocked("alice"), 60)
     rfw.stop()
     block(mqtt, "203.0.113.9")
-    rfw = start()
+    start()
     seen("rfw was killed and started", lambda: "203.0.113.9" in blocked("alice"))
     end(alice)
     unblock(mqtt, "203.0.113.8")
@@ -145,7 +145,7 @@ def outages(mqtt, rfw, start, alice):
         subprocess.run([mqtt.bin + "/bin/mosquitto_pub", *words], env=mqtt.env, stdin=f, check=True)
     seen("2,000 messages", lambda: len(blocked("alice")) >= 2000, 120)
     print(f"    ({2000 / (time.monotonic() - begun):.0f} a second)", flush=True)
-    return alice, rfw
+    return alice
 
 
 def main():
@@ -156,20 +156,12 @@ def main():
     os.symlink(os.path.abspath(sys.argv[1]), RUN + "/bin/rfwc")
     start = lambda: Rfw(sys.argv[1], "")
     rfw, mqtt = start(), Mosquitto(sys.argv[2])
-    try:
+    with logs("rfwc.log", "mosquitto.log", "rfw.log"):
         block(mqtt, "203.0.113.1")
         block(mqtt, "203.0.113.2", "alice", "", "-D", "publish", "message-expiry-interval", "3600")
         alice, bob = messages(mqtt)
-        alice, rfw = outages(mqtt, rfw, start, alice)
-        end(alice)
+        end(outages(mqtt, rfw, start, alice))
         end(bob)
-    except RuntimeError:
-        for name in "rfwc.log", "mosquitto.log", "rfw.log":
-            with open(f"{RUN}/{name}") as f:
-                sys.stderr.writelines([f"--- {name}\n", *f.readlines()[-30:]])
-        raise
-    finally:
-        rfw.stop()
 
 
 main()

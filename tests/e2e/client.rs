@@ -237,11 +237,11 @@ fn credentials_come_from_a_file_or_the_environment() {
 #[test]
 fn secrets_of_others_are_refused() {
     once(|lab| {
-        credentials(lab, SECRET);
-        if !Command::new("chown").args(["4321:4321", "/run/lab/secret"]).status().unwrap().success()
-        {
+        if !has_users("client::secrets_of_others_are_refused") {
             return;
         }
+        credentials(lab, SECRET);
+        sh("chown 4321:4321 lab/secret");
         let refused = |run: &str| {
             let (status, _, err) = rfwc("get /x --credentials secret");
             assert_eq!(
@@ -656,8 +656,10 @@ fn which_failures_are_retried() {
 
         // Nothing listens yet.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let refused = || sh("awk '/^Tcp: [0-9]/ { print $8 }' /proc/net/snmp");
+        let before = refused();
         let late = thread::spawn(move || result(&format!("http://{address}"), "put /x"));
-        thread::sleep(Duration::from_millis(700));
+        await_true("a connection is refused", 10 + SLACK, || refused() != before);
         let server = answering(TcpListener::bind(address).unwrap(), &[&inserted]);
         assert_eq!((late.join().unwrap().as_str(), server.seen().len()), (done, 1));
     });

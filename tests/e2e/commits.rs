@@ -7,7 +7,6 @@ use crate::lab::*;
 use crate::repair::{FORMS, Form, READS, enforced, in_forms, listed, of_form};
 use crate::sets::spoil;
 use crate::tls;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,8 +110,8 @@ const IPV6_FAULTS: [&str; 5] = [
 
 #[test]
 fn ipv6_failed_open() {
-    if !Path::new("/usr/bin/strace").exists() {
-        return eprintln!("SKIPPED: no strace");
+    if !has_strace("commits::ipv6_failed_open") {
+        return;
     }
     both(|lab| {
         tls::keys(lab);
@@ -428,8 +427,8 @@ fn a_start_with_a_state_file_allowed_ten_seconds_for_a_listing() {
 
 #[test]
 fn sets_were_not_batched() {
-    if !Path::new("/usr/bin/strace").exists() {
-        return eprintln!("SKIPPED: no strace");
+    if !has_strace("commits::sets_were_not_batched") {
+        return;
     }
     both(|lab| {
         modes(lab, "state.file = state", |rfw, sets| {
@@ -477,7 +476,7 @@ esac"#;
 #[test]
 fn an_expiry_was_late_while_lists_arrived() {
     both(|lab| {
-        in_forms(lab, &[FORMS[0], FORMS[2]], "", |_, form| {
+        in_forms(lab, &[FORMS[0], FORMS[2]], "", |rfw, form| {
             // Rules with two addresses remain rules with sets, too.
             let due = "/drop/forward/any/1.1.1.1/any/2.2.2.2";
             let there = |path: &str| match path {
@@ -489,28 +488,28 @@ fn an_expiry_was_late_while_lists_arrived() {
             assert_eq!(list("PUT /drop/input/any", "9.9.9.9\n").sums(), "inserted 1");
             assert_eq!(ask(&format!("PUT {due}?expire=3")).brief(), "200 inserted");
             lab.stand_in(SLOW);
-            thread::scope(|scope| {
-                let first = scope.spawn(|| list("PUT /drop/input/any", &lists[0]).sums());
-                await_true("the first list is on its way", 10 + SLACK, || {
-                    lab.dir.join("begun").exists()
-                });
-                let others = [1, 2].map(|n| {
-                    let lines = &lists[n];
-                    scope.spawn(move || list("PUT /drop/input/any", lines).sums())
-                });
-                thread::sleep(Duration::from_millis(300)); // from the socket to the queue
-                let put = scope.spawn(|| ask("PUT /drop/input/any/3.3.3.3").brief());
-                assert_eq!(first.join().unwrap(), "inserted 200", "{form:?}");
-                let from = Instant::now();
-                await_true("both go ahead of the lists that wait", 2 + SLACK, || {
-                    !there(due) && there("/drop/input/any/3.3.3.3")
-                });
-                println!("{form:?}: {:?} after the first list", from.elapsed());
-                assert_eq!(put.join().unwrap(), "200 inserted", "{form:?}");
-                for other in others {
-                    assert_eq!(other.join().unwrap(), "inserted 200", "{form:?}");
-                }
+            let send = |lines: &String| {
+                let mut conn = Conn::open();
+                conn.send_list("PUT /drop/input/any", lines);
+                conn
+            };
+            let mut first = send(&lists[0]);
+            let begun = || lab.dir.join("begun").exists();
+            await_true("the first list is on its way", 10 + SLACK, begun);
+            let mut others = [send(&lists[1]), send(&lists[2])];
+            rfw.await_queued();
+            let mut put = Conn::open();
+            put.send("PUT /drop/input/any/3.3.3.3 HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            assert_eq!(first.answer().unwrap().sums(), "inserted 200", "{form:?}");
+            let from = Instant::now();
+            await_true("both go ahead of the lists that wait", 2 + SLACK, || {
+                !there(due) && there("/drop/input/any/3.3.3.3")
             });
+            println!("{form:?}: {:?} after the first list", from.elapsed());
+            assert_eq!(put.answer().unwrap().brief(), "200 inserted", "{form:?}");
+            for other in &mut others {
+                assert_eq!(other.answer().unwrap().sums(), "inserted 200", "{form:?}");
+            }
             sh("rm lab/begun");
         });
     });
@@ -594,7 +593,7 @@ fn messages_of_a_guard_that_was_restored() {
             let guards = lab.guards();
             lab.clear_log();
             lab.iptables(&format!("-D {chain} {rule}"));
-            await_true("it is restored", 3 + SLACK, || lab.guards() == guards);
+            await_repair("it is restored", 3 + SLACK, || lab.guards() == guards);
             let is_logged = || log_has(lab, &["restored", "guard rule for port 7393"]);
             await_true("the log names the guard", SLACK, is_logged);
             assert!(!log_has(lab, &["restored /"]), "{}", lab.read("rfw.log"));
@@ -683,7 +682,7 @@ fn messages_write_ipv6_and_show_507_as_a_warning() {
             lab.iptables("-F");
             lab.ip6tables("-F");
             let all = ["drop 1.1.1.1", "drop 2001:db8::1"];
-            await_true("it is restored", 3 + SLACK, || enforced(lab) == all);
+            await_repair("it is restored", 3 + SLACK, || enforced(lab) == all);
             rfw.restart();
             let log = lab.log() + &lab.read("stderr");
             assert!(!log.contains("IPV6") && !log.contains("IPV4"), "{log}");

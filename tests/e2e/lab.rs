@@ -88,16 +88,18 @@ fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
 
 fn run_inside(name: &str, variant: &str) {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
-    let out = Command::new("timeout")
-        .args(["-s", "KILL", TEST_SECONDS, "unshare"])
-        .args(if root { ["-nm"] } else { ["-rnm"] })
+    // When one of these ends, so does everything that it started. sh waits for orphans, as process 1 must.
+    let out = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "unshare", if root { "-nmp" } else { "-rnmp" }])
+        .args(["--fork", "--kill-child", "--mount-proc", "sh", "-c", "\"$@\"; exit $?", "sh"])
+        .args(["timeout", "-s", "KILL", TEST_SECONDS])
         .arg(env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env("RUST_BACKTRACE", "0")
         .env("RFW_E2E", variant)
         .env("RFW_E2E_OUTSIDE", network_namespace())
         .output()
-        .expect("timeout and unshare (coreutils, util-linux) are needed");
+        .expect("setpriv and unshare (util-linux) are needed");
     let said = text(&out);
     assert!(
         said.contains("running 1 test"),
@@ -113,14 +115,25 @@ fn run_inside(name: &str, variant: &str) {
     }
 }
 
-/// Whether strace is installed. Otherwise, `test` is skipped, which `make test` counts: it is reported
-/// on the real standard error, because the output of a passed test is not shown.
+/// Whether strace is installed, which `test` or a part of it needs.
 pub fn has_strace(test: &str) -> bool {
-    let found = Path::new("/usr/bin/strace").exists();
-    if !found {
-        drop(writeln!(io::stderr(), "SKIPPED: {test} (no strace)"));
-    }
-    found
+    Path::new("/usr/bin/strace").exists() || skip(test, "no strace")
+}
+
+/// Whether there are other users than root: not in a user namespace.
+pub fn has_users(test: &str) -> bool {
+    !is_in_user_namespace() || skip(test, "not as root")
+}
+
+fn is_in_user_namespace() -> bool {
+    !fs::read_to_string("/proc/self/uid_map").unwrap().contains("4294967295")
+}
+
+/// `make test` counts what is skipped: it is reported on the real standard error, because the output of
+/// a passed test is not shown.
+fn skip(test: &str, reason: &str) -> bool {
+    drop(writeln!(io::stderr(), "SKIPPED: {test} ({reason})"));
+    false
 }
 
 fn network_namespace() -> PathBuf {
@@ -246,8 +259,7 @@ impl Lab {
 
     /// How many of these rules iptables-nft can write at once: fewer in a user namespace.
     pub fn at_once(&self, wanted: usize) -> usize {
-        let uids = fs::read_to_string("/proc/self/uid_map").unwrap();
-        if uids.contains("4294967295") { wanted } else { wanted.min(250) }
+        if is_in_user_namespace() { wanted.min(250) } else { wanted }
     }
 
     /// Inserts many rules of rfw, as from a previous run: 10.0.0.1, 10.0.1.1 and so on. Returns how
@@ -497,6 +509,18 @@ impl Rfw<'_> {
         idle
     }
 
+    /// Waits until rfw has read all that it was sent and has nothing left to do, so that each request
+    /// waits for its turn or for a program.
+    pub fn await_queued(&self) {
+        await_true("all is read, and all threads sleep", 10 + SLACK, || {
+            let unread = sh("ss -Htn sport = :7390 | awk '{ sum += $2 } END { print sum }'");
+            let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat"));
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+            unread.trim() == "0"
+                && tasks.all(|task| stat(task.unwrap()).is_ok_and(|stat| stat.contains(") S ")))
+        });
+    }
+
     /// kill -9
     pub fn kill(&mut self) {
         drop(self.child.kill());
@@ -645,11 +669,15 @@ impl Conn {
 
     /// `try_list("PUT /drop/input/any", "1.2.3.4\n")`: a request with a body.
     pub fn try_list(&mut self, request: &str, body: impl AsRef<[u8]>) -> io::Result<Answer> {
+        self.send_list(request, body);
+        self.answer()
+    }
+
+    pub fn send_list(&mut self, request: &str, body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         self.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n"));
         self.send(format!("Content-Length: {}\r\n\r\n", body.len()));
         self.send(body);
-        self.answer()
     }
 
     pub fn answer(&mut self) -> io::Result<Answer> {
@@ -735,10 +763,28 @@ pub fn transcript(rows: &[(&str, &str)]) {
     table(rows, |request| ask(request).brief());
 }
 
-pub fn await_true(what: &str, seconds: u64, mut probe: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
-    while !probe() {
-        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+pub fn await_true(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
+    await_within(what, |_| Duration::from_secs(seconds), probe);
+}
+
+/// Waits for the outcome of rfw's next check of the kernel; `probe` lists the rules, too. rfw pauses for
+/// at least as long as a check takes, checks, and repairs; the longest probe shows how long each of
+/// these is while the machine is busy.
+pub fn await_repair(what: &str, seconds: u64, probe: impl FnMut() -> bool) {
+    await_within(what, |longest| Duration::from_secs(seconds) + 3 * longest, probe);
+}
+
+/// The limit depends on the time that the longest probe has taken.
+fn await_within(what: &str, limit: impl Fn(Duration) -> Duration, mut probe: impl FnMut() -> bool) {
+    let (begun, mut longest) = (Instant::now(), Duration::ZERO);
+    loop {
+        let from = Instant::now();
+        if probe() {
+            return;
+        }
+        longest = longest.max(from.elapsed());
+        let limit = limit(longest);
+        assert!(begun.elapsed() < limit, "not within {limit:?}: {what}");
         thread::sleep(Duration::from_millis(20));
     }
 }

@@ -736,7 +736,7 @@ fn if_the_second_family_fails_the_first_is_undone() {
             assert_eq!(!message.contains("as soon as"), is_restored, "{fault} {answer:?}");
             assert!(lab.rules() == rules || !is_restored, "{fault} {:?}", lab.rules());
             lab.stand_in("");
-            await_true("all is as before", 3 + SLACK, || lab.rules() == rules);
+            await_repair("all is as before", 3 + SLACK, || lab.rules() == rules);
         }
         assert_eq!(list("PUT /drop/input/any", before).sums(), "exists 4");
         assert_eq!(list("DELETE /drop/input/any", after).sums(), "deleted 2 absent 2");

@@ -191,7 +191,7 @@ fn accept_precedes_reject_precedes_drop_precedes_all_others() {
         assert_eq!(targets(), want);
         lab.iptables("-F FORWARD");
         let want = [&sets[..], &["DROP", "ACCEPT"]].concat();
-        await_true("they come back in order", 3 + SLACK, || targets() == want);
+        await_repair("they come back in order", 3 + SLACK, || targets() == want);
     });
 }
 
@@ -254,7 +254,7 @@ fn expiry() {
         });
         assert_eq!((lab.rules().len(), names(lab).len()), (5, 4));
         rfw.restart();
-        await_true("rules and sets go too", 3 + SLACK, || {
+        await_repair("rules and sets go too", 3 + SLACK, || {
             (lab.rules().len(), names(lab).len()) == (1, 1)
         });
         let rules = lab.rules();
@@ -372,11 +372,11 @@ fn a_flush_brings_back_a_rule_for_each_set() {
             lab.ip6tables("-F");
         };
         flush();
-        await_true("eight rules come back", 3 + SLACK, || lab.rules() == rules);
+        await_repair("eight rules come back", 3 + SLACK, || lab.rules() == rules);
         await_true("a warning", SLACK, || lab.read("rfw.log").contains(" WARNING "));
         lab.iptables("-D INPUT 1");
         lab.ip6tables("-D FORWARD 1");
-        await_true("two rules come back in order", 3 + SLACK, || lab.rules() == rules);
+        await_repair("two rules come back in order", 3 + SLACK, || lab.rules() == rules);
         rfw.kill();
         flush();
         rfw.restart();
@@ -400,16 +400,18 @@ fn sets_that_others_change_destroy_or_use() {
         lab.ipset("add rfw4:drop:in:any 3.3.3.3");
         let entries_are = ["rfw4:accept:in:any 2.2.2.2", "rfw4:drop:in:any 1.1.1.1"];
         let are_right = || entries(lab) == entries_are;
-        await_true("an address that no request has put is removed", 3 + SLACK, are_right);
+        await_repair("an address that no request has put is removed", 3 + SLACK, are_right);
         lab.ipset("flush rfw4:drop:in:any");
-        await_true("a flushed set is filled", 3 + SLACK, are_right);
+        await_repair("a flushed set is filled", 3 + SLACK, are_right);
         assert!(lab.log().contains("WARNING rules restored"));
 
         let destroy = "ipset destroy rfw4:accept:in:any";
         let iptables = lab.iptables_path(); // rfw may restore its rule before the set is gone
         sh(&format!("until {iptables} -w -F && {destroy}; do :; done"));
         let rules = [rule("accept"), rule("drop")];
-        await_true("set and rules are restored", 3 + SLACK, || are_right() && lab.rules() == rules);
+        await_repair("set and rules are restored", 3 + SLACK, || {
+            are_right() && lab.rules() == rules
+        });
 
         // Someone else's rule uses the set.
         lab.iptables("-A OUTPUT -m set --match-set rfw4:drop:in:any dst -j DROP");
@@ -592,7 +594,7 @@ fn a_whitelist_that_has_grown() {
             log.lines().any(|line| line.contains(" WARNING ") && line.contains("10.5.5.5")),
             "{log}"
         );
-        await_true("the empty set goes", 3 + SLACK, || {
+        await_repair("the empty set goes", 3 + SLACK, || {
             lab.rules().len() == 2 && names(lab).len() == 2
         });
     });
@@ -676,7 +678,7 @@ fn a_list_that_fails_changes_nothing() {
             assert_eq!(answer.status, status, "{program} {fault} {answer:?}");
             lab.stand_in("");
             let same = || (lab.rules(), entries(lab)) == before && transient(lab).is_empty();
-            await_true(&format!("all is as before: {program} {fault}"), 3 + SLACK, same);
+            await_repair(&format!("all is as before: {program} {fault}"), 3 + SLACK, same);
         }
         assert_eq!(list("PUT /drop/input/any", "2.2.2.2\n").sums(), "inserted 1");
         assert_eq!(entries(lab).len(), 3);

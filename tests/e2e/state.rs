@@ -6,8 +6,6 @@ use crate::kernel::CLOCK;
 use crate::lab::*;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::thread;
-use std::time::Duration;
 
 const CONF: &str = "local.server\nstate.file = state";
 const HEADER: &str = "rfw state 2\n";
@@ -444,7 +442,8 @@ fn the_clock_is_set_after_a_list_that_failed() {
         let many: String = (1..9).map(|n| format!("10.0.0.{n}\n")).collect();
         assert_eq!(list("PUT /drop/input/any", many).status, 503);
         lab.write("jump", "3600");
-        thread::sleep(Duration::from_secs(3)); // rfw looks at the clock every second
+        let noticed = || lab.read("rfw.log").contains(" WARNING the clock was set by 3");
+        await_true("rfw notices it", 3 + SLACK, noticed);
         lab.stand_in("");
         await_true("the list is settled", 12 + SLACK, || {
             ask("PUT /drop/input/any/5.5.5.5").status == 200
