@@ -14,6 +14,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+const HIDDEN: &str = "; the systemd unit reads only files that LoadCredential= names (see the \
+                      comments in rfw.service); rfw.conf names them without a path";
+
 /// What rfw starts with.
 pub struct Setup {
     pub config: Config,
@@ -35,13 +38,11 @@ impl Setup {
         }
         let source = Source(file);
         let list = &config.whitelist;
-        let text = file::read_text(&list.path, Access::Readable);
-        let text = text.map_err(|error| source.locate(list, error))?;
+        let text = source.locate_read(list, file::read_text(&list.path, Access::Readable))?;
         let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
         let mut users = Users::new(config.credentials.take());
         if let Some(named) = &config.users {
-            let text = file::read_text(&named.path, Access::Secret);
-            let text = text.map_err(|error| source.locate(named, error))?;
+            let text = source.locate_read(named, file::read_text(&named.path, Access::Secret))?;
             users.add(&text).map_err(|error| at(&named.path, &error))?;
         }
         let acceptor = config.outward.as_ref().map(|outward| source.acceptor(outward));
@@ -68,11 +69,18 @@ impl Source<'_> {
         at(self.0, &LineError { line: named.line, message })
     }
 
+    /// The same for the contents of a file that rfw.conf names, with a hint for the systemd unit.
+    fn locate_read<T>(&self, named: &Named, read: Result<T, String>) -> Result<T, String> {
+        read.map_err(|message| {
+            let is_hidden = self.0.starts_with("/run/credentials") && !named.path.is_file();
+            let hint = if is_hidden { HIDDEN } else { "" };
+            self.locate(named, message + hint)
+        })
+    }
+
     fn acceptor(&self, outward: &Outward) -> Result<Acceptor, String> {
         let Outward { certfile, keyfile, clientca, tls12, .. } = outward;
-        let read = |named: &Named, access| {
-            file::read(&named.path, access).map_err(|error| self.locate(named, error))
-        };
+        let read = |named: &Named, access| self.locate_read(named, file::read(&named.path, access));
         let chain = read(certfile, Access::Readable)?;
         let key = read(keyfile, Access::Secret)?;
         let ca = clientca.as_ref().map(|ca| read(ca, Access::Readable)).transpose()?;

@@ -6,6 +6,21 @@ use std::net::TcpListener;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
 
+/// As in the systemd unit, which passes rfw.conf and the files that LoadCredential= names.
+#[test]
+fn files_that_the_unit_does_not_pass() {
+    once(|lab| {
+        sh("mkdir -p credentials/rfw.service lab/etc; umask 077; echo u:p all > lab/etc/users");
+        for (file, is_hidden) in [("users", true), ("/run/lab/etc/users", false)] {
+            lab.configure(&format!("local.server\nauth.file = {file}"));
+            sh("cp lab/rfw.conf lab/white.list credentials/rfw.service/");
+            let (status, said) = lab.rfw("-t -f /run/credentials/rfw.service/rfw.conf");
+            let has_hint = said.contains("LoadCredential=");
+            assert_eq!((status, has_hint), (i32::from(is_hidden), is_hidden), "{file}: {said}");
+        }
+    });
+}
+
 #[test]
 fn options() {
     once(|lab| {
