@@ -443,7 +443,10 @@ mod tests {
                 format!("{:?} {rule}{} …{lenient}", allowed.action(), allowed.tag())
             }
             Err(ApiError::Method(allow)) => format!("405 {allow}"),
-            Err(error) => format!("{} {}", error.status(), error.describe().1),
+            Err(error) => {
+                let (status, code, _) = error.describe();
+                format!("{status} {code}")
+            }
         }
     }
 

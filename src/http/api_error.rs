@@ -53,10 +53,6 @@ pub enum ApiError {
 }
 
 impl ApiError {
-    pub fn status(&self) -> u16 {
-        self.describe().0
-    }
-
     /// Status, error code and message.
     pub fn describe(&self) -> (u16, &'static str, String) {
         match self {

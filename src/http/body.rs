@@ -220,7 +220,7 @@ mod tests {
             Ok::<(), ApiError>(())
         };
         let result = read(&mut bytes, body, MAX_BODY, each);
-        let text = result.map_or_else(|error| error.status().to_string(), |()| text);
+        let text = result.map_or_else(|error| error.describe().0.to_string(), |()| text);
         (text, String::from_utf8_lossy(bytes).into())
     }
 
@@ -305,7 +305,7 @@ mod tests {
                 Ok(())
             };
             let result = receive(&mut stream, &request, each);
-            let body = result.map_or_else(|error| error.status().to_string(), |()| body);
+            let body = result.map_or_else(|error| error.describe().0.to_string(), |()| body);
             assert_eq!(body, expected);
             drop(stream);
             let mut interim = String::new();

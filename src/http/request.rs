@@ -313,10 +313,10 @@ mod tests {
         let length = match head_length(head) {
             Ok(Some(length)) => length,
             Ok(None) => return "more".into(),
-            Err(error) => return error.status().to_string(),
+            Err(error) => return error.describe().0.to_string(),
         };
         match Request::parse(&head[..length]) {
-            Err(error) => error.status().to_string(),
+            Err(error) => error.describe().0.to_string(),
             Ok(r) => {
                 let query = r.query.map(|q| format!("?{q}")).unwrap_or_default();
                 let host = r.host.unwrap_or("-".into());

@@ -169,7 +169,7 @@ mod tests {
     fn path(stream: &mut HttpStream) -> String {
         match stream.request() {
             Err(_) => "none".into(),
-            Ok(Err(error)) => error.status().to_string(),
+            Ok(Err(error)) => error.describe().0.to_string(),
             Ok(Ok(request)) => request.path,
         }
     }

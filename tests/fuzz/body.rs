@@ -15,7 +15,8 @@ fn read(bytes: &[u8], piece: usize, body: Body) -> (Result<Vec<u8>, u16>, Vec<u8
         text.extend(bytes);
         Ok::<(), ApiError>(())
     };
-    let result = body::read(&mut source, body, body::MAX_BODY, each).map_err(|error| error.status());
+    let result = body::read(&mut source, body, body::MAX_BODY, each);
+    let result = result.map_err(|error| error.describe().0);
     let mut left = source.buffer().to_vec();
     source.consume(left.len());
     left.extend(source.into_inner());
