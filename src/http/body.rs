@@ -7,7 +7,7 @@
 //! ```
 
 use super::api_error::ApiError;
-use super::request::{Body, MAX_FIELDS, Request, check_fields, is_tchar};
+use super::request::{Body, Fields, MAX_FIELDS, Request, is_tchar};
 use super::stream::{HttpStream, is_timeout};
 use crate::clock;
 use std::io::{self, BufRead, Read};
@@ -82,7 +82,8 @@ pub fn read<E: From<ApiError>>(
             trailer => trailers.push(trailer),
         }
     }
-    Ok(check_fields(trailers.iter().map(String::as_str))?)
+    Fields::parse(trailers.iter().map(String::as_str))?;
+    Ok(())
 }
 
 fn pass_on<E: From<ApiError>>(

@@ -202,12 +202,7 @@ fn is_pchars(text: &str, also: &str) -> bool {
         })
 }
 
-/// Checks field lines; those after a body (trailers) have the same form.
-pub fn check_fields<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
-    Fields::parse(lines).map(|_| ())
-}
-
-/// The field lines of one head, names as sent.
+/// The field lines of one head, or those after a body (trailers); names as sent.
 pub(super) struct Fields<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Fields<'a> {
