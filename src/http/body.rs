@@ -193,11 +193,11 @@ impl Read for Paced<'_> {
 
 impl BufRead for Paced<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.stream.fill()
+        self.stream.input.fill_buf()
     }
 
     fn consume(&mut self, count: usize) {
-        self.stream.consume(count);
+        self.stream.input.consume(count);
         self.due = self.due.saturating_sub(count);
         if self.due == 0 {
             self.due = PACE.0;
@@ -334,7 +334,7 @@ mod tests {
         for (due, seconds, in_time) in [(3, 20, true), (4, 20, false), (3, 0, false)] {
             let (mut client, mut stream) = pair();
             client.write_all(b"abc").unwrap();
-            stream.fill().unwrap();
+            stream.input.fill_buf().unwrap();
             stream.set_deadline(Duration::ZERO);
             client.shutdown(Shutdown::Write).unwrap();
             let end = Instant::now() + Duration::from_secs(seconds);

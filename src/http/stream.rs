@@ -5,8 +5,7 @@ use super::deadline::DeadlineSocket;
 use super::request::{Request, head_length};
 use super::tls::{self, Acceptor, Session};
 use crate::clock;
-use std::io::{self, ErrorKind, Read, Write};
-use std::mem;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,17 +21,23 @@ const PLAIN_HTTP: ApiError =
     ApiError::Http(400, "This port speaks HTTPS; use https:// instead of http://.");
 const TIMEOUT: ApiError = ApiError::Http(408, "The request did not arrive in time.");
 
-enum Io {
+pub(super) enum Io {
     Plain(DeadlineSocket),
     Tls(Box<Session>),
 }
 
+impl Read for Io {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Io::Plain(socket) => socket.read(buffer),
+            Io::Tls(session) => session.read(buffer),
+        }
+    }
+}
+
 /// One connection and its receive buffer.
 pub struct HttpStream {
-    io: Io,
-    received: Vec<u8>,
-    /// How many of the received bytes are used.
-    used: usize,
+    pub(super) input: BufReader<Io>,
 }
 
 impl HttpStream {
@@ -44,7 +49,7 @@ impl HttpStream {
             None => Io::Plain(socket),
             Some(acceptor) => Io::Tls(Box::new(acceptor.session(socket)?)),
         };
-        Ok(HttpStream { io, received: Vec::new(), used: 0 })
+        Ok(HttpStream { input: BufReader::with_capacity(PIECE, io) })
     }
 
     /// Sets the deadline of all reads and writes that follow.
@@ -57,24 +62,24 @@ impl HttpStream {
         if self.is_plain_http()? {
             return Ok(Err(PLAIN_HTTP));
         }
-        self.received.drain(..mem::take(&mut self.used));
+        let mut head = Vec::new();
         loop {
-            match head_length(&self.received) {
-                Ok(None) => {}
+            let bytes = match self.input.fill_buf() {
+                Ok([]) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(bytes) => bytes,
+                Err(error) if is_timeout(&error) && !head.is_empty() => return Ok(Err(TIMEOUT)),
+                Err(error) => return Err(error),
+            };
+            let (before, count) = (head.len(), bytes.len());
+            head.extend(bytes);
+            match head_length(&head) {
+                Ok(None) => self.input.consume(count),
                 Ok(Some(length)) => {
-                    self.used = length;
-                    let head = self.received.get(..length).unwrap_or_default();
-                    return Ok(Request::parse(head));
+                    self.input.consume(length.saturating_sub(before));
+                    head.truncate(length);
+                    return Ok(Request::parse(&head));
                 }
                 Err(error) => return Ok(Err(error)),
-            }
-            match self.receive() {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
-                Err(error) if is_timeout(&error) && !self.received.is_empty() => {
-                    return Ok(Err(TIMEOUT));
-                }
-                Err(error) => return Err(error),
             }
         }
     }
@@ -82,36 +87,22 @@ impl HttpStream {
     /// Whether the peer's first byte is a letter, as in HTTP, and not a TLS record (22): then the
     /// connection continues without TLS.
     fn is_plain_http(&mut self) -> io::Result<bool> {
-        let Io::Tls(session) = &mut self.io else { return Ok(false) };
+        let io = self.input.get_mut();
+        let Io::Tls(session) = io else { return Ok(false) };
         let is_plain = session.conn.is_handshaking() && session.sock.peek()?.is_ascii_alphabetic();
         if is_plain {
-            self.io = Io::Plain(session.sock.clone());
+            *io = Io::Plain(session.sock.clone());
         }
         Ok(is_plain)
     }
 
     /// Whether bytes after the last request have been received.
     pub fn has_received(&self) -> bool {
-        self.used < self.received.len()
-    }
-
-    /// The next bytes, at least one unless the peer has closed its side.
-    pub fn fill(&mut self) -> io::Result<&[u8]> {
-        if !self.has_received() {
-            self.received.clear();
-            self.used = 0;
-            self.receive()?;
-        }
-        Ok(self.received.get(self.used..).unwrap_or_default())
-    }
-
-    /// Marks bytes of [`HttpStream::fill`] as used.
-    pub fn consume(&mut self, count: usize) {
-        self.used = self.used.saturating_add(count);
+        !self.input.buffer().is_empty()
     }
 
     pub fn send(&mut self, text: &str) -> io::Result<()> {
-        match &mut self.io {
+        match self.input.get_mut() {
             Io::Plain(socket) => socket.write_all(text.as_bytes()),
             Io::Tls(session) => session.write_all(text.as_bytes()).and_then(|()| session.flush()),
         }
@@ -120,7 +111,7 @@ impl HttpStream {
     /// Closes the connection such that the peer can still read the response.
     pub fn close(mut self) {
         self.set_deadline(LINGER);
-        if let Io::Tls(session) = &mut self.io {
+        if let Io::Tls(session) = self.input.get_mut() {
             tls::close(session);
         }
         let socket = self.socket();
@@ -129,18 +120,8 @@ impl HttpStream {
         }
     }
 
-    fn receive(&mut self) -> io::Result<usize> {
-        let mut buffer = [0; PIECE];
-        let count = match &mut self.io {
-            Io::Plain(socket) => socket.read(&mut buffer)?,
-            Io::Tls(session) => session.read(&mut buffer)?,
-        };
-        self.received.extend(buffer.iter().take(count));
-        Ok(count)
-    }
-
     fn socket(&mut self) -> &mut DeadlineSocket {
-        match &mut self.io {
+        match self.input.get_mut() {
             Io::Plain(socket) => socket,
             Io::Tls(session) => &mut session.sock,
         }
@@ -218,17 +199,17 @@ mod tests {
         let (mut client, mut stream) = pair();
         client.write_all(b"PUT / HTTP/1.0\r\n\r\nabcd").unwrap();
         assert_eq!(path(&mut stream), "/");
-        assert_eq!(stream.fill().unwrap(), b"abcd");
-        stream.consume(3);
-        assert_eq!(stream.fill().unwrap(), b"d");
-        stream.consume(1);
+        assert_eq!(stream.input.fill_buf().unwrap(), b"abcd");
+        stream.input.consume(3);
+        assert_eq!(stream.input.fill_buf().unwrap(), b"d");
+        stream.input.consume(1);
         client.write_all(b"ef").unwrap();
-        assert_eq!(stream.fill().unwrap(), b"ef");
-        stream.consume(2);
+        assert_eq!(stream.input.fill_buf().unwrap(), b"ef");
+        stream.input.consume(2);
         client.write_all(b"GET /next HTTP/1.0\r\n\r\n").unwrap();
         assert_eq!(path(&mut stream), "/next");
         client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(stream.fill().unwrap(), b"");
+        assert_eq!(stream.input.fill_buf().unwrap(), b"");
     }
 
     /// If bytes are unread at close, the kernel resets the connection, which
