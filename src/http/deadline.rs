@@ -23,45 +23,42 @@ impl DeadlineSocket {
     }
 
     /// The next byte, without consuming it; 0 at the end of the stream.
-    pub fn peek(&mut self) -> io::Result<u8> {
+    pub fn peek(&self) -> io::Result<u8> {
         let mut next = [0];
-        self.retry(|socket| {
-            socket.stream.set_read_timeout(socket.left()?)?;
-            socket.stream.peek(&mut next)
+        retry(|| {
+            self.stream.set_read_timeout(self.left()?)?;
+            self.stream.peek(&mut next)
         })?;
         let [next] = next;
         Ok(next)
     }
+}
 
-    /// Repeats interrupted calls: while another thread has signals blocked to start a program, the
-    /// exit of a child interrupts every wait with a time limit (signal(7)).
-    fn retry(
-        &mut self,
-        mut work: impl FnMut(&mut DeadlineSocket) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        loop {
-            match work(self) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                result => return result,
-            }
+/// Repeats interrupted calls: while another thread has signals blocked to start a program, the
+/// exit of a child interrupts every wait with a time limit (signal(7)).
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }
 
 impl Read for DeadlineSocket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.retry(|socket| {
-            socket.stream.set_read_timeout(socket.left()?)?;
-            (&*socket.stream).read(buffer)
+        retry(|| {
+            self.stream.set_read_timeout(self.left()?)?;
+            (&*self.stream).read(buffer)
         })
     }
 }
 
 impl Write for DeadlineSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.retry(|socket| {
-            socket.stream.set_write_timeout(socket.left()?)?;
-            (&*socket.stream).write(bytes)
+        retry(|| {
+            self.stream.set_write_timeout(self.left()?)?;
+            (&*self.stream).write(bytes)
         })
     }
 
