@@ -64,13 +64,8 @@ impl Credentials {
     /// `None` if either is empty or contains a control character, or if the
     /// user name contains a colon, which would end it (RFC 7617, 2).
     pub fn new(user: &str, password: &str) -> Option<Credentials> {
-        let control = |text: &str| text.contains(char::is_control);
-        if user.is_empty()
-            || password.is_empty()
-            || user.contains(':')
-            || control(user)
-            || control(password)
-        {
+        let is_valid = |text: &str| !text.is_empty() && !text.contains(char::is_control);
+        if !is_valid(user) || !is_valid(password) || user.contains(':') {
             return None;
         }
         let token = base64(format!("{user}:{password}").as_bytes());
