@@ -62,16 +62,12 @@ impl Net {
         }
     }
 
-    /// Parses `FIRST-LAST` into the blocks of [`Net::range`].
+    /// Parses `FIRST-LAST` into the fewest blocks that make up this range, both ends included;
+    /// `None` if they have different families or the wrong order.
     pub fn parse_range(text: &str) -> Option<Vec<Net>> {
         let (first, last) = text.split_once('-')?;
-        Net::range(first.trim().parse().ok()?, last.trim().parse().ok()?)
-    }
-
-    /// The fewest blocks that make up `first` to `last`, both included; `None`
-    /// if they have different families or the wrong order.
-    pub fn range(first: IpAddr, last: IpAddr) -> Option<Vec<Net>> {
-        let (first, last) = (first.to_canonical(), last.to_canonical());
+        let first = first.trim().parse::<IpAddr>().ok()?.to_canonical();
+        let last = last.trim().parse::<IpAddr>().ok()?.to_canonical();
         let family = family_of(first);
         if family != family_of(last) || first > last {
             return None;
@@ -264,7 +260,7 @@ mod tests {
             ("10.0.0.2", "::1", "none"),
         ];
         for (first, last, expected) in table {
-            let nets = Net::range(first.parse().unwrap(), last.parse().unwrap());
+            let nets = Net::parse_range(&format!("{first}-{last}"));
             let text = nets.map_or("none".into(), |nets| {
                 nets.iter().map(Net::to_string).collect::<Vec<_>>().join(" ")
             });
