@@ -234,15 +234,13 @@ impl<'a> Entries<'a> {
         outward: Option<&Outward>,
         local: Option<&Local>,
     ) -> Result<(), LineError> {
-        let (outward, local) = match (outward, local) {
-            (None, None) => {
-                return error(0, "no server is enabled; add a line outward.server or local.server");
-            }
-            (Some(outward), Some(local)) => (outward, local),
-            _ => return Ok(()),
-        };
-        let includes_loopback = outward.ip.is_unspecified() || outward.ip.is_loopback();
-        if includes_loopback && outward.port == local.port {
+        if outward.is_none() && local.is_none() {
+            return error(0, "no server is enabled; add a line outward.server or local.server");
+        }
+        if let (Some(outward), Some(local)) = (outward, local)
+            && (outward.ip.is_unspecified() || outward.ip.is_loopback())
+            && outward.port == local.port
+        {
             let line = self.line("local.server").unwrap_or(0);
             return error(line, format!("both servers use port {}", local.port));
         }
