@@ -22,13 +22,12 @@ const READ_SIZE: usize = 8 << 10;
 /// This host's addresses; empty if none of `blocks` can be one. An empty `blocks` asks for all. If
 /// the kernel lists no addresses, those of `blocks` to which a socket can be bound.
 pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
-    let mut possible: Vec<_> = blocks.iter().map(|net| (*net, is_bindable(net))).collect();
-    possible.retain(|(_, is_bindable)| *is_bindable != Some(false));
-    if possible.is_empty() && !blocks.is_empty() {
+    if !blocks.is_empty() && blocks.iter().all(|net| is_bindable(net) == Some(false)) {
         return Vec::new();
     }
-    possible.retain(|(_, is_bindable)| is_bindable.is_some());
-    list_addresses().unwrap_or_else(|_| possible.into_iter().map(|(net, _)| net).collect())
+    list_addresses().unwrap_or_else(|_| {
+        blocks.iter().filter(|net| is_bindable(net) == Some(true)).copied().collect()
+    })
 }
 
 /// Whether a socket can be bound to an address: only to this host's (bind(2), EADDRNOTAVAIL).
