@@ -2,6 +2,7 @@
 //! connection, which the next request can use.
 
 use super::options::{Fleet, Job, Server};
+use crate::clock;
 use crate::http::api_error::ApiError;
 use crate::http::body;
 use crate::http::deadline::DeadlineSocket;
@@ -46,13 +47,9 @@ impl Connection {
     /// The connection's deadline is that of its first request. It is reused in the first half of
     /// that time only, so that each request has the other half left.
     fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
-        let now = Instant::now();
-        let half = deadline.saturating_duration_since(now).checked_div(2).unwrap_or_default();
-        let age = MAX_AGE.min(half);
-        Connection {
-            wire: BufReader::new(Box::new(wire)),
-            until: now.checked_add(age).unwrap_or(now),
-        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let age = MAX_AGE.min(left.checked_div(2).unwrap_or_default());
+        Connection { wire: BufReader::new(Box::new(wire)), until: clock::after(age) }
     }
 }
 
@@ -86,8 +83,7 @@ pub fn send(
     kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
-    let started = Instant::now();
-    let deadline = started.checked_add(request.fleet.timeout).unwrap_or(started);
+    let deadline = clock::after(request.fleet.timeout);
     let mut pause = FIRST_PAUSE;
     loop {
         let failure = match attempt(request, deadline, kept, sink) {
@@ -111,10 +107,10 @@ fn attempt(
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
     let is_single = request.job.list.is_empty() && request.job.method != "GET";
-    let soon = Instant::now().checked_add(CHANGE_TIME).filter(|_| is_single);
+    let deadline = if is_single { deadline.min(clock::after(CHANGE_TIME)) } else { deadline };
     let mut connection = match kept.take().filter(|kept| Instant::now() < kept.until) {
         Some(connection) => connection,
-        None => connect(request, deadline.min(soon.unwrap_or(deadline)))?,
+        None => connect(request, deadline)?,
     };
     let wire = &mut connection.wire;
     let sent = write_request(wire.get_mut(), request);
