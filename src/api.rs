@@ -151,9 +151,8 @@ impl Grammar {
 impl Query {
     fn parse(query: Option<&str>) -> Result<Query, ApiError> {
         let mut parsed = Query::default();
-        for pair in
-            query.unwrap_or_default().split('&').filter(|_| query.is_some_and(|q| !q.is_empty()))
-        {
+        let query = query.filter(|query| !query.is_empty());
+        for pair in query.into_iter().flat_map(|query| query.split('&')) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let invalid = |problem| ApiError::Query(format!("The parameter '{name}' {problem}."));
             let field = match name {
