@@ -337,11 +337,10 @@ pub fn outcome_json(rule: &Rule, tag: Tag, Outcome { tally, expires }: &Outcome)
 
 /// The response to a change of many rules.
 pub fn tally_json(action: Action, tally: &Tally, report: &ListReport) -> String {
-    let counts: String = format_tally(action, tally, |name, count| format!("\"{name}\":{count},"));
-    let whitelisted: Vec<String> =
-        report.whitelisted.iter().map(|line| json::string(line)).collect();
-    let counts = counts + &format_report(report, |name, count| format!("\"{name}\":{count},"));
-    let whitelisted = whitelisted.join(",");
+    let counts = counts(action, tally, report);
+    let counts: String = counts.iter().map(|(name, n)| format!("\"{name}\":{n},")).collect();
+    let whitelisted = report.whitelisted.iter().map(|line| json::string(line));
+    let whitelisted = whitelisted.collect::<Vec<_>>().join(",");
     let wrong = match &report.invalid {
         Some(invalid) => format!(",\"wrong\":{}", lines_json(&invalid.lines)),
         None => String::new(),
@@ -349,28 +348,30 @@ pub fn tally_json(action: Action, tally: &Tally, report: &ListReport) -> String 
     format!("{{\"result\":\"applied\",{counts}\"whitelisted\":[{whitelisted}]{wrong}}}\n")
 }
 
-/// Formats how many lines of a list were not applied, for each reason.
-pub fn format_report(report: &ListReport, f: impl Fn(&str, usize) -> String) -> String {
-    let skipped = Some(("ipv6_skipped", report.ipv6_skipped)).filter(|(_, count)| *count > 0);
-    let wrong = report.invalid.as_ref().map(|invalid| ("wrong_count", invalid.count));
-    let counts = [skipped, wrong, Some(("whitelisted_count", report.whitelisted_count))];
-    counts.into_iter().flatten().map(|(name, count)| f(name, count)).collect()
-}
-
-/// Adds a note to the end of a JSON object.
-pub fn with_note(object: &str, note: &str) -> String {
-    format!("{},\"note\":{}}}\n", object.trim_end_matches("}\n"), json::string(note))
-}
-
-/// Formats the count of each verdict that an action can have.
-pub fn format_tally(action: Action, tally: &Tally, f: impl Fn(&str, usize) -> String) -> String {
+/// The count of each verdict that an action can have, then how many lines of a list were not
+/// applied, for each reason.
+pub fn counts(action: Action, tally: &Tally, report: &ListReport) -> Vec<(&'static str, usize)> {
     let verdicts: &[Verdict] = match action {
         Action::Put(_) | Action::Replace(_) => {
             &[Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted]
         }
         Action::Delete | Action::DeleteAnyTag => &[Verdict::Deleted, Verdict::Absent],
     };
-    verdicts.iter().map(|verdict| f(verdict.name(), tally.of(*verdict))).collect()
+    let mut counts: Vec<_> =
+        verdicts.iter().map(|verdict| (verdict.name(), tally.of(*verdict))).collect();
+    if report.ipv6_skipped > 0 {
+        counts.push(("ipv6_skipped", report.ipv6_skipped));
+    }
+    if let Some(invalid) = &report.invalid {
+        counts.push(("wrong_count", invalid.count));
+    }
+    counts.push(("whitelisted_count", report.whitelisted_count));
+    counts
+}
+
+/// Adds a note to the end of a JSON object.
+pub fn with_note(object: &str, note: &str) -> String {
+    format!("{},\"note\":{}}}\n", object.trim_end_matches("}\n"), json::string(note))
 }
 
 /// One element of a listing; `number` is the rule's position in its chain.

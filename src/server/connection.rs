@@ -147,10 +147,11 @@ impl Connection<'_> {
                 let ifaces = [template.in_iface, template.out_iface];
                 let json = api::tally_json(action, &tally, &report);
                 self.send_outcome(json, ifaces, response, subject);
-                let item = |name: &str, n| format!(" {n} {},", name.trim_end_matches("_count"));
-                let counts = api::format_tally(action, &tally, item);
-                let counts = counts + &api::format_report(&report, item);
-                Ok(format!("applied:{}", counts.trim_end_matches(',')))
+                let counts = api::counts(action, &tally, &report);
+                let count =
+                    |(name, n): &(&str, usize)| format!("{n} {}", name.trim_end_matches("_count"));
+                let counts: Vec<String> = counts.iter().map(count).collect();
+                Ok(format!("applied: {}", counts.join(", ")))
             }
         }
     }
