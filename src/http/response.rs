@@ -75,8 +75,9 @@ impl<'a> ResponseWriter<'a> {
         self.send_pending("")
     }
 
-    /// Completes a response with status 200.
-    pub fn end(&mut self) {
+    /// Adds the end of the body and completes a response with status 200.
+    pub fn end(&mut self, text: &str) {
+        self.push(text);
         match self.has_begun {
             true => self.send_pending("0\r\n\r\n"),
             false => self.send_whole(200, self.content_type, ""),
@@ -170,7 +171,7 @@ mod tests {
         let make = |response: &mut ResponseWriter<'_>| {
             assert!(response.push("a") && response.push("b"));
             response.content_type = "text/plain";
-            response.end();
+            response.end("");
         };
         let head = "HTTP/1.1 200 OK|Content-Type: text/plain|Connection: ";
         let table = [
@@ -195,7 +196,7 @@ mod tests {
         let (got, _) = respond(GET, |response| {
             response.content_type = "text/plain";
             response.push(&"x".repeat(CHUNK));
-            response.end();
+            response.end("");
         });
         assert!(got.starts_with("HTTP/1.1 200 OK|Content-Type: text/plain|"), "{got:.100}");
     }
@@ -208,7 +209,7 @@ mod tests {
             let pieces: Vec<String> = pieces.iter().map(|piece| piece.to_string()).collect();
             move |response: &mut ResponseWriter<'_>| {
                 assert!(pieces.iter().all(|piece| response.push(piece)));
-                response.end();
+                response.end("");
             }
         };
         let (most, last) = (&text[1..], "y");

@@ -110,14 +110,12 @@ impl Connection<'_> {
         match command {
             Command::Help => {
                 response.content_type = "text/plain; charset=utf-8";
-                response.push(&api::help(&self.server.addresses, self.server.grammar));
-                response.end();
+                response.end(&api::help(&self.server.addresses, self.server.grammar));
                 Ok("help".into())
             }
             Command::Metrics => {
                 response.content_type = "text/plain; version=0.0.4; charset=utf-8";
-                response.push(&self.server.metrics.text());
-                response.end();
+                response.end(&self.server.metrics.text());
                 Ok("metrics".into())
             }
             Command::List(filter) => self.send_listing(&principal, &filter, response),
@@ -125,8 +123,7 @@ impl Connection<'_> {
                 let change = Permitted::delete_tag(allowed, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
-                response.push(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
-                response.end();
+                response.end(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
             Command::Change(rule, allowed) => {
@@ -223,8 +220,7 @@ impl Connection<'_> {
                 api::with_note(&json, &note)
             }
         };
-        response.push(&json);
-        response.end();
+        response.end(&json);
     }
 
     /// A short listing needs no slot: it delays no other request, and 128 of them take little
@@ -268,8 +264,7 @@ impl Connection<'_> {
                 return Ok("listed in part".into());
             }
         }
-        response.push(if before == "[" { "[]\n" } else { "]\n" });
-        response.end();
+        response.end(if before == "[" { "[]\n" } else { "]\n" });
         Ok("listed".into())
     }
 
