@@ -160,10 +160,15 @@ impl Connection<'_> {
         request: &Request,
         subject: &mut String,
     ) -> Result<(Principal, Command<Allowed>), ApiError> {
+        let server = self.server;
         self.listener.check_host(request)?;
-        let principal = self.authenticate(request)?;
+        let users = self.listener.authentication.then_some(&server.users);
+        let authorization = request.authorization.as_deref();
+        let now = Instant::now();
+        let principal = auth::authenticate(self.peer, authorization, users, &server.throttle, now)
+            .inspect_err(|_| server.metrics.refused_logins.add(1))?;
         *subject = principal.to_string();
-        let command = Command::parse(request, self.server.grammar)?;
+        let command = Command::parse(request, server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
             return Err(NO_BODY);
         }
@@ -172,15 +177,6 @@ impl Connection<'_> {
             *subject = format!("{principal} {}", command.tag());
         }
         Ok((principal, command))
-    }
-
-    fn authenticate(&self, request: &Request) -> Result<Principal, ApiError> {
-        let server = self.server;
-        let users = self.listener.authentication.then_some(&server.users);
-        let authorization = request.authorization.as_deref();
-        let now = Instant::now();
-        auth::authenticate(self.peer, authorization, users, &server.throttle, now)
-            .inspect_err(|_| server.metrics.refused_logins.add(1))
     }
 
     fn change_all(
