@@ -88,7 +88,8 @@ impl Config {
         let maxelem =
             entries.get("ipset.maxelem", 1_048_576, "a number, 1 to 4294967295", count)?;
         let ipset = entries.line("ipset.path").map(|line| {
-            let path = entries.get("ipset.path", PathBuf::new(), ABSOLUTE, absolute)?;
+            let parse = |value: &str| Some(PathBuf::from(value)).filter(|path| path.is_absolute());
+            let path = entries.get("ipset.path", PathBuf::new(), "an absolute path", parse)?;
             Ok(Named { path, line })
         });
         let iptables = entries.program("iptables.path", "/sbin/iptables".into())?;
@@ -148,21 +149,6 @@ impl Config {
         let (iptables, ip6tables) = (show(&self.iptables), show(&self.ip6tables));
         format!("{}iptables: {iptables}\nip6tables: {ip6tables}\n", lines.concat())
     }
-}
-
-const ABSOLUTE: &str = "an absolute path";
-
-fn absolute(value: &str) -> Option<PathBuf> {
-    Some(PathBuf::from(value)).filter(|path| path.is_absolute())
-}
-
-const PROGRAM: &str = "an absolute path, or the name of a program in /sbin or /usr/sbin";
-
-/// An absolute path or, as in the rfw.conf of 0.2.2, a bare name.
-fn program(value: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(value);
-    let is_bare = path.file_name() == Some(path.as_os_str());
-    Some(path).filter(|path| is_bare || path.is_absolute())
 }
 
 /// The ip6tables of the same variant: `/sbin/ip6tables-nft` for `/sbin/iptables-nft`.
@@ -273,8 +259,15 @@ impl<'a> Entries<'a> {
         self.get(key, default, "a TCP port, 1 to 65535", parse)
     }
 
+    /// An absolute path or, as in the rfw.conf of 0.2.2, a bare name.
     fn program(&self, key: &str, default: PathBuf) -> Result<Named, LineError> {
-        let path = self.get(key, default, PROGRAM, program)?;
+        let form = "an absolute path, or the name of a program in /sbin or /usr/sbin";
+        let parse = |value: &str| {
+            let path = PathBuf::from(value);
+            let is_bare = path.file_name() == Some(path.as_os_str());
+            Some(path).filter(|path| is_bare || path.is_absolute())
+        };
+        let path = self.get(key, default, form, parse)?;
         Ok(Named { path, line: self.line(key).unwrap_or(0) })
     }
 
