@@ -12,10 +12,9 @@ use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
 
-/// What a client requests. A change is an [`Intent`] until the user's rights turn it into an
-/// [`Allowed`] action.
+/// What a client requests. [`allow`] checks whether the user may do it.
 #[derive(PartialEq, Eq, Debug)]
-pub enum Command<A> {
+pub enum Command {
     /// The help text.
     Help,
     /// Counters for Prometheus.
@@ -23,11 +22,11 @@ pub enum Command<A> {
     /// The rules in the kernel that a filter selects.
     List(Filter),
     /// Delete all rules with a tag, in one chain or in all.
-    DeleteTag(A, Option<Chain>),
+    DeleteTag(Intent, Option<Chain>),
     /// Insert or delete one rule.
-    Change(Rule, A),
+    Change(Rule, Intent),
     /// Insert or delete a template's rules for the addresses in the body.
-    ChangeAll(RuleTemplate, A, ListOptions),
+    ChangeAll(RuleTemplate, Intent, ListOptions),
 }
 
 /// The settings of rfw.conf that the grammar depends on.
@@ -55,9 +54,9 @@ struct Query {
     lenient: Option<String>,
 }
 
-impl Command<Intent> {
+impl Command {
     /// Parses method, path and query.
-    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command<Intent>, ApiError> {
+    pub fn parse(request: &Request, grammar: Grammar) -> Result<Command, ApiError> {
         let path = request.path.strip_suffix('/').unwrap_or(&request.path);
         let segments = path.split('/').skip(1).map(decode).collect::<Option<Vec<_>>>();
         let segments = segments.ok_or(ApiError::Rule(RuleError::Shape))?;
@@ -99,40 +98,16 @@ impl Command<Intent> {
             }
         }
     }
-
-    /// Checks whether these rights permit the command.
-    pub fn allow(self, rights: &Rights) -> Result<Command<Allowed>, ApiError> {
-        let allow = |intent| {
-            let allowed = rights.allow(intent).map_err(ApiError::Forbidden)?;
-            match (allowed.action(), allowed.tag()) {
-                (Action::Replace(_), Tag::NONE) => {
-                    Err(ApiError::Query("The parameter 'replace' requires a tag: tag=NAME.".into()))
-                }
-                _ => Ok(allowed),
-            }
-        };
-        Ok(match self {
-            Command::Help => Command::Help,
-            Command::Metrics => Command::Metrics,
-            Command::List(filter) => Command::List(filter),
-            Command::DeleteTag(intent, chain) => Command::DeleteTag(allow(intent)?, chain),
-            Command::Change(rule, intent) => Command::Change(rule, allow(intent)?),
-            Command::ChangeAll(template, intent, options) => {
-                Command::ChangeAll(template, allow(intent)?, options)
-            }
-        })
-    }
 }
 
-impl Command<Allowed> {
-    /// The tag of the rules that it changes.
-    pub fn tag(&self) -> Tag {
-        match self {
-            Command::Help | Command::Metrics | Command::List(_) => Tag::NONE,
-            Command::DeleteTag(allowed, _)
-            | Command::Change(_, allowed)
-            | Command::ChangeAll(_, allowed, _) => allowed.tag(),
+/// Checks whether these rights permit a change.
+pub fn allow(intent: Intent, rights: &Rights) -> Result<Allowed, ApiError> {
+    let allowed = rights.allow(intent).map_err(ApiError::Forbidden)?;
+    match (allowed.action(), allowed.tag()) {
+        (Action::Replace(_), Tag::NONE) => {
+            Err(ApiError::Query("The parameter 'replace' requires a tag: tag=NAME.".into()))
         }
+        _ => Ok(allowed),
     }
 }
 
@@ -180,11 +155,7 @@ impl Query {
         Ok(parsed)
     }
 
-    fn only_get(
-        &self,
-        request: &Request,
-        command: Command<Intent>,
-    ) -> Result<Command<Intent>, ApiError> {
+    fn only_get(&self, request: &Request, command: Command) -> Result<Command, ApiError> {
         let others = [&self.expire, &self.modify, &self.tag, &self.replace, &self.ip];
         match request.method.as_str() {
             "GET" if others.iter().all(|value| value.is_none()) => Ok(command),
@@ -194,7 +165,7 @@ impl Query {
     }
 
     /// Lists or deletes rules of one chain or of all.
-    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command<Intent>, ApiError> {
+    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command, ApiError> {
         let (is_delete, accepted) = match request.method.as_str() {
             "GET" => (false, "the parameters 'ip' and 'tag'"),
             "DELETE" => (true, "the parameter 'tag'"),
@@ -415,6 +386,17 @@ mod tests {
     use crate::rule::list::Invalid;
     use crate::rule::net::{Family, Net};
 
+    fn parse(request: &Request, grammar: Grammar) -> Result<Command, ApiError> {
+        let command = Command::parse(request, grammar)?;
+        if let Command::DeleteTag(intent, _)
+        | Command::Change(_, intent)
+        | Command::ChangeAll(_, intent, _) = command
+        {
+            allow(intent, &Rights::All)?;
+        }
+        Ok(command)
+    }
+
     /// The command of a request line. A leading `!` turns on non.restful, a final `+` adds a body.
     fn read(line: &str) -> String {
         let (non_restful, line) = (line.starts_with('!'), line.trim_start_matches('!'));
@@ -422,7 +404,7 @@ mod tests {
         let head = format!("{line} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
         let request = Request::parse(head.as_bytes()).unwrap();
         let grammar = Grammar { default_expire: 7, non_restful, sets: true, ipv6: true };
-        match Command::parse(&request, grammar).and_then(|command| command.allow(&Rights::All)) {
+        match parse(&request, grammar) {
             Ok(Command::Help) => "help".into(),
             Ok(Command::Metrics) => "metrics".into(),
             Ok(Command::List(Filter { chain, tag, net })) => {
@@ -431,16 +413,16 @@ mod tests {
                 let net = net.map(|net| format!(" ip {net}")).unwrap_or_default();
                 format!("list {chain}{tag}{net}")
             }
-            Ok(Command::DeleteTag(allowed, chain)) => {
-                format!("delete {} {}", chain.map_or("all", Chain::name), allowed.tag())
+            Ok(Command::DeleteTag(intent, chain)) => {
+                format!("delete {} {}", chain.map_or("all", Chain::name), intent.tag)
             }
-            Ok(Command::Change(rule, allowed)) => {
-                format!("{:?} {rule}{}", allowed.action(), allowed.tag())
+            Ok(Command::Change(rule, intent)) => {
+                format!("{:?} {rule}{}", intent.action, intent.tag)
             }
-            Ok(Command::ChangeAll(template, allowed, options)) => {
+            Ok(Command::ChangeAll(template, intent, options)) => {
                 let lenient = if options.lenient { " lenient" } else { "" };
                 let rule = template.rule(Net::any(Family::V4));
-                format!("{:?} {rule}{} …{lenient}", allowed.action(), allowed.tag())
+                format!("{:?} {rule}{} …{lenient}", intent.action, intent.tag)
             }
             Err(ApiError::Method(allow)) => format!("405 {allow}"),
             Err(error) => {

@@ -16,7 +16,7 @@ use crate::http::tls;
 use crate::log::{Level, printable};
 use crate::mutex::lock;
 use crate::rule::list::{List, ListReport};
-use crate::rule::rights::Allowed;
+use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
 use crate::rule::{Action, Filter, Iface};
@@ -119,14 +119,16 @@ impl Connection<'_> {
                 Ok("metrics".into())
             }
             Command::List(filter) => self.send_listing(&principal, &filter, response),
-            Command::DeleteTag(allowed, chain) => {
+            Command::DeleteTag(intent, chain) => {
+                let allowed = allow(&principal, intent, subject)?;
                 let change = Permitted::delete_tag(allowed, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
                 let tally = self.slot.work(apply)?.tally;
                 response.end(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
-            Command::Change(rule, allowed) => {
+            Command::Change(rule, intent) => {
+                let allowed = allow(&principal, intent, subject)?;
                 let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
                 let permitted = self.server.whitelist.permit(rule, allowed, &own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
@@ -136,7 +138,8 @@ impl Connection<'_> {
                 self.send_outcome(json, rule.ifaces().into(), response, subject);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
             }
-            Command::ChangeAll(template, allowed, options) => {
+            Command::ChangeAll(template, intent, options) => {
+                let allowed = allow(&principal, intent, subject)?;
                 let own = host::own_addresses(&[]);
                 let list = List::new(&self.server.whitelist, &own, template, allowed, options);
                 let (tally, report) = self.change_all(request, &principal, list, response)?;
@@ -153,13 +156,13 @@ impl Connection<'_> {
         }
     }
 
-    /// Authenticates the client and checks that it may do what it requests. `subject` is set to the
-    /// client, user and tag, for the log.
+    /// Authenticates the client and parses what it requests. `subject` is set to the client and
+    /// user, for the log.
     fn admit(
         &self,
         request: &Request,
         subject: &mut String,
-    ) -> Result<(Principal, Command<Allowed>), ApiError> {
+    ) -> Result<(Principal, Command), ApiError> {
         let server = self.server;
         self.listener.check_host(request)?;
         let users = self.listener.authentication.then_some(&server.users);
@@ -171,10 +174,6 @@ impl Connection<'_> {
         let command = Command::parse(request, server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
             return Err(NO_BODY);
-        }
-        let command = command.allow(principal.rights())?;
-        if command.tag() != Tag::NONE {
-            *subject = format!("{principal} {}", command.tag());
         }
         Ok((principal, command))
     }
@@ -309,4 +308,13 @@ impl Connection<'_> {
             false => self.server.log.write(level, event),
         }
     }
+}
+
+/// Checks that the client may make a change, and adds its tag to `subject`.
+fn allow(principal: &Principal, intent: Intent, subject: &mut String) -> Result<Allowed, ApiError> {
+    let allowed = api::allow(intent, principal.rights())?;
+    if allowed.tag() != Tag::NONE {
+        *subject = format!("{principal} {}", allowed.tag());
+    }
+    Ok(allowed)
 }

@@ -3,23 +3,29 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rfw::api::{Command, Grammar};
+use rfw::api::{Command, Grammar, allow};
 use rfw::firewall::iptables::{KernelRule, RuleEdit, TaggedRule, parse_row};
 use rfw::http::request::Request;
 use rfw::rule::net::{Family, Net};
-use rfw::rule::rights::{Allowed, Rights};
+use rfw::rule::rights::Rights;
 use rfw::rule::{Action, Rule, RuleTemplate, WIDEST_V4, WIDEST_V6};
 
 /// Method, body and configuration are in the first byte.
-fn parse(bits: u8, target: &str) -> Option<Command<Allowed>> {
+fn parse(bits: u8, target: &str) -> Option<Command> {
     let method = ["GET", "PUT", "DELETE", "POST"][usize::from(bits & 3)];
     let length = bits >> 2 & 1;
     let head = format!("{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n");
     let request = Request::parse(head.as_bytes()).ok()?;
     let (non_restful, sets) = (bits & 8 > 0, bits & 16 > 0);
     let grammar = Grammar { default_expire: 7, non_restful, sets, ipv6: true };
-    let command = Command::parse(&request, grammar).and_then(|c| c.allow(&Rights::All)).ok()?;
-    let changes = matches!(command, Command::Change(..) | Command::ChangeAll(..));
+    let command = Command::parse(&request, grammar).ok()?;
+    let changes = match command {
+        Command::Change(_, intent) | Command::ChangeAll(_, intent, _) => {
+            allow(intent, &Rights::All).ok()?;
+            true
+        }
+        _ => false,
+    };
     // GET changes nothing, unless the configuration and the client both say so.
     assert!(!changes || method != "GET" || (grammar.non_restful && target.contains("modify=")));
     assert!(method != "POST");
@@ -29,8 +35,8 @@ fn parse(bits: u8, target: &str) -> Option<Command<Allowed>> {
 fuzz_target!(|input: (u8, &str)| {
     let (bits, target) = input;
     match parse(bits, target) {
-        Some(Command::Change(rule, allowed)) => {
-            let (action, tag) = (allowed.action(), allowed.tag());
+        Some(Command::Change(rule, intent)) => {
+            let (action, tag) = (intent.action, intent.tag);
             check(Rule { tag, ..rule });
             let tag = match action {
                 Action::DeleteAnyTag => "&tag=*".into(),
@@ -42,7 +48,7 @@ fuzz_target!(|input: (u8, &str)| {
             };
             let method = if matches!(action, Action::Put(_)) { 1 } else { 2 };
             let again = parse(method | bits & 16, &format!("{rule}?{query}{tag}"));
-            assert_eq!(again, Some(Command::Change(rule, allowed)));
+            assert_eq!(again, Some(Command::Change(rule, intent)));
         }
         Some(Command::ChangeAll(template, ..)) => {
             let net = Net::parse("192.0.2.7").expect("an address");
