@@ -19,10 +19,10 @@ const MAX_FILE: u64 = 2 << 20;
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses; empty if none of `blocks` can be one. An empty `blocks` asks for all. If
-/// the kernel lists no addresses, those of `blocks` to which a socket can be bound.
+/// This host's addresses; empty if none of `blocks` can be one. If the kernel lists no addresses,
+/// those of `blocks` to which a socket can be bound.
 pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
-    if !blocks.is_empty() && blocks.iter().all(|net| is_bindable(net) == Some(false)) {
+    if blocks.iter().all(|net| is_bindable(net) == Some(false)) {
         return Vec::new();
     }
     list_addresses().unwrap_or_else(|_| {

@@ -140,7 +140,7 @@ impl Connection<'_> {
             }
             Command::ChangeAll(template, intent, options) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let own = host::own_addresses(&[]);
+                let own = host::list_addresses().unwrap_or_default();
                 let list = List::new(&self.server.whitelist, &own, template, allowed, options);
                 let (tally, report) = self.change_all(request, &principal, list, response)?;
                 let action = allowed.action();
