@@ -266,6 +266,8 @@ fn start_firewall(
 }
 
 fn tick(server: &Server, config: &Config) -> ! {
+    // Only now, because no client should wait for it.
+    server.firewall.report_other_variant(&server.log);
     loop {
         let expires = server.metrics.certificate_expires;
         if let Some((level, notice)) = certificate_notice(config, expires) {

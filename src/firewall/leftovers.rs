@@ -71,14 +71,9 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
 }
 
 /// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they
-/// cannot be read, they are not reported.
-pub fn report_other_variants(iptables: &[Iptables], log: &Log) {
-    iptables.iter().for_each(|iptables| report_other_variant(iptables, log));
-}
-
-/// The command ends in a shell, so it leaves out every line with a character that rfw's rules do
-/// not contain: foreign comments and interfaces may have any.
-fn report_other_variant(iptables: &Iptables, log: &Log) {
+/// cannot be read, they are not reported. The command ends in a shell, so it leaves out every line
+/// with a character that rfw's rules do not contain: foreign comments and interfaces may have any.
+pub fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
     let _ = other.read(LIMIT, |_, tagged, _| {

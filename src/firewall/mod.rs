@@ -38,7 +38,6 @@ use queue::{Done, Queue};
 use reconcile::Listing;
 use start::StartError;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
@@ -134,11 +133,7 @@ impl Firewall {
         let iptables = tools.iptables(Family::V4).map(|tool| tool.iptables.to_string());
         let iptables = iptables.unwrap_or_default();
         let settings = Settings { guards, sets: sets.is_some(), maxelem, iptables };
-        let engine = thread::scope(|scope| {
-            let report = || leftovers::report_other_variants(&tools.iptables, &log);
-            let _ = thread::Builder::new().spawn_scoped(scope, report);
-            start::start(tools.clone(), state, settings, whitelist, log.clone(), metrics)
-        })?;
+        let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }
 
@@ -221,6 +216,12 @@ impl Firewall {
             !filter.admits(&rule.rule) || each(&TaggedRule { rule, expires, counters })
         });
         read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
+    }
+
+    /// Reports rules of rfw that the other variant of iptables holds.
+    pub fn report_other_variant(&self, log: &Log) {
+        let iptables = self.tools.iptables.iter();
+        iptables.for_each(|iptables| leftovers::report_other_variant(iptables, log));
     }
 
     /// To be called every second: follows the wall clock, deletes rules that are due, and checks

@@ -184,10 +184,12 @@ fn try_kernel<K: Kernel>(
         engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
     };
     let reject = if family == Family::V4 { "ipt_REJECT" } else { "ip6t_REJECT" };
-    for (target, module) in [(target, "xt_comment"), (Target::Reject, reject)] {
-        let rule = RuleTemplate { target, ..template }.rule(Net::any(family));
-        let tried = try_rule(KernelRule::plain(rule));
-        tried.map_err(|error| not_accepted(&error, module))?;
+    let try_target = |target| {
+        try_rule(KernelRule::plain(RuleTemplate { target, ..template }.rule(Net::any(family))))
+    };
+    if let Err(error) = try_target(Target::Reject) {
+        try_target(Target::Accept).map_err(|error| not_accepted(&error, "xt_comment"))?;
+        return Err(not_accepted(&error, reject));
     }
     if !sets {
         return Ok(());

@@ -129,6 +129,13 @@ fn rules_that_may_be_0_2_2s() {
     });
 }
 
+/// Waits for the first check: the other variant is listed before.
+fn await_report(rfw: &mut Rfw) {
+    rfw.await_ready();
+    let has_checked = || ask("GET /metrics").body.contains("rfw_rules{");
+    await_true("the first check", 3 + SLACK, has_checked);
+}
+
 #[test]
 fn rules_in_the_other_variant() {
     both(|lab| {
@@ -141,7 +148,7 @@ fn rules_in_the_other_variant() {
         lab.configure("local.server");
         // As root, because only root sees the names of the legacy tables.
         let mut rfw = lab.launch(&["/usr/bin/env"]);
-        rfw.await_ready();
+        await_report(&mut rfw);
         assert_eq!(warnings(lab, ""), [""; 0]);
         assert!(!is_nft || tables().is_empty(), "rfw has made legacy tables");
 
@@ -157,7 +164,7 @@ fn rules_in_the_other_variant() {
             rfw.kill();
             lab.clear_log();
             rfw = lab.launch(&["/usr/bin/env"]);
-            rfw.await_ready();
+            await_report(&mut rfw);
             let found = warnings(lab, &format!("rules of rfw in {program}: {count}; "));
             assert_eq!(found.len(), 1, "{found:?}");
             sh(found[0].split_once("run ").unwrap().1);
@@ -167,7 +174,7 @@ fn rules_in_the_other_variant() {
         rfw.kill();
         lab.clear_log();
         rfw = lab.launch(&["/usr/bin/env"]);
-        rfw.await_ready();
+        await_report(&mut rfw);
         assert_eq!(warnings(lab, ""), [""; 0]);
     });
 }
@@ -205,7 +212,7 @@ fn the_commands_in_warnings_leave_the_rules_of_others_alone() {
             |iptables: &str| sh(&format!("{iptables} -S | grep -c 10.0.0.")).trim().to_string();
         lab.configure("local.server");
         let mut rfw = lab.launch(&["/usr/bin/env"]);
-        rfw.await_ready();
+        await_report(&mut rfw);
         let found = warnings(lab, "0.2.2 left guard").concat();
         let command =
             found.split_once("remove them, run ").unwrap().1.split("; rfw(8)").next().unwrap();
