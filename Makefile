@@ -66,7 +66,7 @@ confined: ## run the end-to-end tests with the privileges of contrib/rfw.service
 	contrib/deps.sh test
 	RFW_CONFINED=1 cargo test --locked --test e2e
 
-bench: $(rfw) ## measure speed and size, next to the bare tools; ROWS=; half an hour
+bench: $(rfw) ## measure speed and size, next to the bare tools; ROWS=, TAGS=16; half an hour
 	contrib/deps.sh bench
 	python3 tests/bench.py $(rfw) $(ROWS)
 

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """bench.py: what rfw costs compared with the bare tools, measured in one run, in its own namespaces.
 
-    tests/bench.py target/release/rfw [WORD...]     only the rows with one of the words in them
+    [TAGS=N] tests/bench.py target/release/rfw [WORD...]
+
+WORD: only the rows with one of the words in them. TAGS: rules with this number of tags are in use
+meanwhile, each with a set of its own.
 
 Each iptables variant has its own network, mount and process namespaces: no process outlives the
 script. Compared figures are measured in turns, and the median counts. A slow figure is printed, and
@@ -77,6 +80,8 @@ iptables.path = {self.iptables}
             self.start()
             client = Client()
             client.ask(request("GET", "/"))
+            for n in range(int(os.environ.get("TAGS") or 0)):
+                client.ask(request("PUT", f"/drop/input/any/192.0.2.{n}?tag=source{n}"))
             return client
 
     def with_sets(self):

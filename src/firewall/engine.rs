@@ -60,6 +60,9 @@ const MAX_REPAIRS: usize = 5;
 const MAX_FEW: usize = 8;
 /// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
+/// If more rules than this are inserted at once, the guards are moved instead of counted over: to
+/// find the position of each rule, iptables-nft takes time that grows with their square.
+const MAX_NUMBERED: usize = 1_000;
 const UNRESTORED: &str = " Any part of it that took effect is undone as soon as possible.";
 
 /// The kernel, in six verbs. Each fails after `limit`.
@@ -422,14 +425,19 @@ impl<K: Kernel> Engine<K> {
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
         inserted.sort_unstable_by_key(|(order, _)| *order);
-        let deleted = deleted.into_iter().map(|(_, tagged)| RuleEdit::Delete(tagged));
-        let fronts = Chain::ALL.map(|chain| self.front(family, chain).count().saturating_add(1));
+        let fronts = Chain::ALL.map(|chain| self.front(family, chain).collect::<Vec<_>>());
+        let is_numbered = inserted.len() <= MAX_NUMBERED || self.settings.sets;
+        let moved = fronts.iter().flatten().filter(|_| !is_numbered).copied();
+        let deleted = deleted.into_iter().map(|(_, tagged)| tagged);
+        let deleted = deleted.chain(moved.clone()).map(RuleEdit::Delete);
         let inserted = inserted.into_iter().map(|(_, tagged)| {
-            let chain = tagged.rule.rule.chain();
-            let front = Chain::ALL.iter().zip(fronts).find(|(known, _)| **known == chain);
-            RuleEdit::Insert(front.map_or(1, |(_, number)| number), tagged)
+            let is_here = |(chain, _): &(&Chain, _)| **chain == tagged.rule.rule.chain();
+            let front = Chain::ALL.iter().zip(&fronts).find(is_here).filter(|_| is_numbered);
+            let number = front.map_or(0, |(_, front)| front.len()).saturating_add(1);
+            RuleEdit::Insert(number, tagged)
         });
-        Some(deleted.chain(inserted).collect())
+        let returned = moved.rev().map(|tagged| RuleEdit::Insert(1, tagged));
+        Some(deleted.chain(inserted).chain(returned).collect())
     }
 
     /// The families in which a batch relies on rules that it does not write: rules that exist

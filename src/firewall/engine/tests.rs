@@ -1574,6 +1574,9 @@ fn what_a_change_costs() {
         format!("{verb} /drop/input/any: {}", nets.join(" "))
     };
     let (few, many) = (list("-", MAX_DELETIONS), list("-", MAX_DELETIONS + 1));
+    let nets: Vec<String> =
+        (0..=MAX_NUMBERED).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
+    let large = format!("+ /drop/input/any: {}", nets.join(" "));
     let before = format!(
         "{}; + /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.1; \
          + /drop/forward/any/1.1.1.1/any/2.2.2.2; + /accept/input/any/1.1.1.3",
@@ -1596,6 +1599,7 @@ fn what_a_change_costs() {
         (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r w"),
         (false, &few, "w"),
         (false, &many, "rrw"),
+        (false, &large, "w"),
         (true, "+ /drop/output/any/5.5.5.5", "Wr"),
         (true, "+60 /drop/output/any/1.1.1.1", "Wr"),
         (true, "- /drop/output/any/1.1.1.1", "W"),
@@ -1625,6 +1629,7 @@ fn what_a_change_costs() {
         let of = |family| of(family).map(|(_, letter)| *letter).collect::<String>();
         let found = format!("{} {}", of(Family::V4), of(Family::V6));
         assert_eq!(found.trim_end(), cost, "{changes}");
+        world.settle();
     }
 }
 
