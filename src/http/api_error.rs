@@ -94,7 +94,11 @@ impl ApiError {
             ApiError::State(sentence) => (507, "state_failed", not_applied(sentence)),
             ApiError::Whitelisted(conflict) => {
                 let message = match conflict {
-                    Conflict::Whitelisted(net) => format!("This overlaps {net} of the whitelist."),
+                    Conflict::Whitelisted(net) => {
+                        format!(
+                            "This overlaps {net} of the whitelist; edit white.list to change that."
+                        )
+                    }
                     Conflict::Own(net) => format!("This overlaps {net}, this host's own address."),
                 };
                 (409, "whitelisted", message)

@@ -73,7 +73,7 @@ fn one_server() {
             ("put /%64rop/input/any/2001:db8::1", "0 200 inserted"),
             (
                 "put /drop/input/any/192.0.2.1",
-                "1 409 whitelisted: This overlaps 192.0.2.1 of the whitelist.",
+                "1 409 whitelisted: This overlaps 192.0.2.1 of the whitelist; edit white.list to change that.",
             ),
             ("get /nothing", "1 404 not_found: No such action or chain; GET / shows all paths."),
             ("put /list", "1 405 method_not_allowed: The methods for this path are GET, DELETE."),
@@ -889,7 +889,7 @@ fn batch_reports_failures_by_line() {
              put /nothing/\x1b[2J\ndelete /drop/input/any/1.1.1.3\nput /drop/input/any/1.1.1.4"
         );
         let (status, out, err) = batch("", lines.as_bytes());
-        let whitelisted = "409 whitelisted: This overlaps 192.0.2.1 of the whitelist.";
+        let whitelisted = "409 whitelisted: This overlaps 192.0.2.1 of the whitelist; edit white.list to change that.";
         let refused =
             format!("{LOCAL_URL}: line 5: PUT /drop/input/any/192.0.2.1: {whitelisted}\n");
         assert_eq!((status, out), (1, refused));
