@@ -408,36 +408,34 @@ impl<K: Kernel> Engine<K> {
     fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
         let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
         for difference in self.list.differences(batch) {
-            let is_rule = !self.list.is_in_set(&difference.group);
-            if difference.group.family != family
-                || difference.before == difference.after
-                || !is_rule
-            {
+            let Difference { group, before, after, .. } = difference;
+            if group.family != family || self.list.is_in_set(&group) || before == after {
                 continue;
             }
             let rule = KernelRule::plain(difference.rule());
             let tagged = |expires| TaggedRule::new(rule, expires);
-            deleted.extend(difference.before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
-            inserted.extend(difference.after.map(|e| (e.serial, tagged(e.expires()))));
+            deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
+            inserted.extend(after.map(|e| (e.serial, tagged(e.expires()))));
         }
         if deleted.len() > MAX_DELETIONS {
             return None;
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
         inserted.sort_unstable_by_key(|(order, _)| *order);
-        let fronts = Chain::ALL.map(|chain| self.front(family, chain).collect::<Vec<_>>());
+        let front = Chain::ALL.iter().flat_map(|chain| self.front(family, *chain));
+        let front: Vec<TaggedRule> = front.collect();
         let is_numbered = inserted.len() <= MAX_NUMBERED || self.settings.sets;
-        let moved = fronts.iter().flatten().filter(|_| !is_numbered).copied();
-        let deleted = deleted.into_iter().map(|(_, tagged)| tagged);
-        let deleted = deleted.chain(moved.clone()).map(RuleEdit::Delete);
-        let inserted = inserted.into_iter().map(|(_, tagged)| {
-            let is_here = |(chain, _): &(&Chain, _)| **chain == tagged.rule.rule.chain();
-            let front = Chain::ALL.iter().zip(&fronts).find(is_here).filter(|_| is_numbered);
-            let number = front.map_or(0, |(_, front)| front.len()).saturating_add(1);
-            RuleEdit::Insert(number, tagged)
-        });
-        let returned = moved.rev().map(|tagged| RuleEdit::Insert(1, tagged));
-        Some(deleted.chain(inserted).chain(returned).collect())
+        let moved = if is_numbered { &[] } else { front.as_slice() };
+        let number = |tagged: &TaggedRule| {
+            let chain = tagged.rule.rule.chain();
+            let before = front.iter().filter(|rule| is_numbered && rule.rule.rule.chain() == chain);
+            before.count().saturating_add(1)
+        };
+        let deleted = deleted.iter().map(|(_, tagged)| tagged).chain(moved);
+        let mut edits: Vec<_> = deleted.map(|tagged| RuleEdit::Delete(*tagged)).collect();
+        edits.extend(inserted.iter().map(|(_, tagged)| RuleEdit::Insert(number(tagged), *tagged)));
+        edits.extend(moved.iter().rev().map(|tagged| RuleEdit::Insert(1, *tagged)));
+        Some(edits)
     }
 
     /// The families in which a batch relies on rules that it does not write: rules that exist
