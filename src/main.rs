@@ -8,7 +8,6 @@ use rfw::firewall::ipset::{DEFAULT_PATH, Ipset};
 use rfw::firewall::iptables::Iptables;
 use rfw::firewall::lock::InstanceLock;
 use rfw::firewall::process::Programs;
-use rfw::firewall::start::StartError;
 use rfw::firewall::{Firewall, Tools};
 use rfw::host;
 use rfw::http::auth::LoginThrottle;
@@ -23,7 +22,7 @@ use rfw::server::Server;
 use rfw::server::connection::{LISTINGS, UPLOADS};
 use rfw::server::limiter::ConnectionLimiter;
 use rfw::server::listener::Listener;
-use rfw::setup::{Setup, at, check_extensions};
+use rfw::setup::{Setup, check_extensions};
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::File;
@@ -157,7 +156,7 @@ fn check(file: &Path) -> Result<String, String> {
     let Setup { config, users, acceptor, ipv6, .. } = Setup::load(file)?;
     check_extensions(file, &config, ipv6.is_ok())?;
     let warnings = config.warnings.iter();
-    let mut text: String = warnings.map(|line| format!("WARNING: {}\n", at(file, line))).collect();
+    let mut text: String = warnings.map(|line| format!("WARNING: {}\n", line.at(file))).collect();
     let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
     if let Some((level, notice)) = notice {
         text += &format!("{}: {notice}\n", level.name());
@@ -171,7 +170,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let opened = open_log(options);
     let (log, file_only) = opened.map_err(|error| format!("cannot start the log: {error}"))?;
     for warning in &config.warnings {
-        log.warning(format_args!("{}", at(&options.file, warning)));
+        log.warning(format_args!("{}", warning.at(&options.file)));
     }
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let lock = take_lock(&log, file_only)?;
@@ -249,25 +248,17 @@ fn start_firewall(
     log: &Arc<Log>,
     metrics: &Arc<Metrics>,
 ) -> Result<Firewall, String> {
-    let with_path = |error| match &config.state {
-        Some(state) => at(&state.path, &error),
-        None => error.message,
-    };
-    let state = config.state.as_ref().map(|state| StateFile::open(&state.path));
-    let state = state.transpose().map_err(with_path)?;
+    let open = |named: &Named| StateFile::open(&named.path).map_err(|error| error.at(&named.path));
+    let state = config.state.as_ref().map(open).transpose()?;
     let sets = config.ipset.as_ref().map(|_| config.maxelem);
     let guarded = config.outward.as_ref().map(|outward| outward.port);
     let (log, metrics) = (log.clone(), metrics.clone());
-    let firewall = Firewall::start(tools, state, sets, guarded, whitelist, log, metrics);
-    firewall.map_err(|error| match error {
-        StartError::Message(message) => message,
-        StartError::State(error) => with_path(error),
-    })
+    Firewall::start(tools, state, sets, guarded, whitelist, log, metrics)
 }
 
 fn tick(server: &Server, config: &Config) -> ! {
     // Only now, because no client should wait for it.
-    server.firewall.report_other_variant(&server.log);
+    server.firewall.report_leftovers(&server.log);
     loop {
         let expires = server.metrics.certificate_expires;
         if let Some((level, notice)) = certificate_notice(config, expires) {

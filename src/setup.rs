@@ -32,18 +32,18 @@ impl Setup {
     pub fn load(file: &Path) -> Result<Setup, String> {
         let folder = file.parent().unwrap_or(Path::new("."));
         let text = file::read_text(file, Access::Readable)?;
-        let mut config = Config::parse(&text, folder).map_err(|error| at(file, &error))?;
+        let mut config = Config::parse(&text, folder).map_err(|error| error.at(file))?;
         if config.credentials.is_some() {
             file::read(file, Access::Secret)?;
         }
         let source = Source(file);
         let list = &config.whitelist;
         let text = source.locate_read(list, file::read_text(&list.path, Access::Readable))?;
-        let whitelist = Whitelist::parse(&text).map_err(|error| at(&list.path, &error))?;
+        let whitelist = Whitelist::parse(&text).map_err(|error| error.at(&list.path))?;
         let mut users = Users::new(config.credentials.take());
         if let Some(named) = &config.users {
             let text = source.locate_read(named, file::read_text(&named.path, Access::Secret))?;
-            users.add(&text).map_err(|error| at(&named.path, &error))?;
+            users.add(&text).map_err(|error| error.at(&named.path))?;
         }
         let acceptor = config.outward.as_ref().map(|outward| source.acceptor(outward));
         let acceptor = acceptor.transpose()?;
@@ -54,7 +54,7 @@ impl Setup {
         source.check_programs(&config, ipv6.is_ok())?;
         if let Some(state) = &config.state {
             let checked = StateFile::check(&state.path);
-            checked.map_err(|error| source.locate(state, at(&state.path, &error)))?;
+            checked.map_err(|error| source.locate(state, error.at(&state.path)))?;
         }
         Ok(Setup { config, whitelist, users, acceptor, ipv6 })
     }
@@ -66,7 +66,7 @@ struct Source<'a>(&'a Path);
 impl Source<'_> {
     /// Adds the line of rfw.conf to an error.
     fn locate(&self, named: &Named, message: String) -> String {
-        at(self.0, &LineError { line: named.line, message })
+        LineError { line: named.line, message }.at(self.0)
     }
 
     /// The same for the contents of a file that rfw.conf names, with a hint for the systemd unit.
@@ -131,14 +131,6 @@ pub fn check_extensions(file: &Path, config: &Config, ipv6: bool) -> Result<(), 
     Source(file).check_iptables(config, ipv6, |path, family| {
         prerequisites::check_extensions(path, family, sets)
     })
-}
-
-/// Formats an error with its file and line; line 0 means the whole file.
-pub fn at(file: &Path, LineError { line, message }: &LineError) -> String {
-    match line {
-        0 => format!("{}: {message}", file.display()),
-        _ => format!("{}:{line}: {message}", file.display()),
-    }
 }
 
 /// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set

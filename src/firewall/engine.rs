@@ -123,8 +123,6 @@ pub struct Settings {
     pub sets: bool,
     /// The maximum number of addresses in a set.
     pub maxelem: usize,
-    /// The program that lists IPv4 rules, for messages.
-    pub iptables: String,
 }
 
 pub struct Engine<K> {

@@ -4,18 +4,17 @@
 use super::iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule, parse_row};
 use super::prerequisites::Version;
 use super::process::Program;
-use super::reconcile::Listing;
 use crate::log::Log;
 use crate::rule::net::Family;
 use crate::rule::{Chain, Iface, Target};
-use std::fs;
 use std::time::Duration;
+use std::{fmt, fs};
 
 const LIMIT: Duration = Duration::from_secs(5);
 const COMMENT: &str = " -m comment --comment rfw";
 
 /// Parses a rule of rfw 0.2.2: for any interface, and without a comment.
-pub fn old_rule(line: &str) -> Option<TaggedRule> {
+fn old_rule(line: &str) -> Option<TaggedRule> {
     let guard = if line.contains(" -p tcp ") { ":guard" } else { "" };
     let with_comment = line.replacen(" -j ", &format!("{COMMENT}{guard} -j "), 1);
     let KernelRule { rule, kind } = parse_row(&with_comment, Family::V4)?.1?.rule;
@@ -24,19 +23,28 @@ pub fn old_rule(line: &str) -> Option<TaggedRule> {
     is_old.then_some(TaggedRule::new(KernelRule { rule, kind }, None))
 }
 
-/// Warns of the rules that 0.2.2 left; it supported only IPv4.
-pub fn report_old_rules(listings: &[(Family, Listing)], iptables: &str, log: &Log) {
-    let listing = listings.iter().filter(|(family, _)| *family == Family::V4);
-    let chains = listing.flat_map(|(_, listing)| Chain::ALL.map(|chain| listing.chain(chain)));
-    let old = chains.flat_map(|chain| &chain.old).copied().collect();
-    if let Some(sentence) = warning(old, iptables) {
+/// Warns of leftovers. If they cannot be listed, they are not reported.
+pub fn report(iptables: &Iptables, log: &Log) {
+    // 0.2.2 supported only IPv4.
+    if iptables.family == Family::V4 {
+        report_old_rules(iptables, log);
+    }
+    report_other_variant(iptables, log);
+}
+
+fn report_old_rules(iptables: &Iptables, log: &Log) {
+    let mut old = Vec::new();
+    let _ = iptables.read(LIMIT, |_, tagged, line| {
+        old.extend(if tagged.is_none() { old_rule(line) } else { None });
+    });
+    if let Some(sentence) = warning(old, &iptables.iptables) {
         log.warning(format_args!("{sentence}"));
     }
 }
 
 /// An administrator's own rules may look the same, above all those that accept an address. These
 /// are reported only together with a guard rule of 0.2.2.
-fn warning(mut old: Vec<TaggedRule>, iptables: &str) -> Option<String> {
+fn warning(mut old: Vec<TaggedRule>, iptables: impl fmt::Display) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
         rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
@@ -70,10 +78,9 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
     Some(port).filter(|_| drops && rule.addresses().next().is_none())
 }
 
-/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. If they
-/// cannot be read, they are not reported. The command ends in a shell, so it leaves out every line
+/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. The command ends in a shell, so it leaves out every line
 /// with a character that rfw's rules do not contain: foreign comments and interfaces may have any.
-pub fn report_other_variant(iptables: &Iptables, log: &Log) {
+fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;
     let _ = other.read(LIMIT, |_, tagged, _| {

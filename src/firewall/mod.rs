@@ -36,7 +36,6 @@ use list::{NoRoom, Outcome};
 use process::ToolError;
 use queue::{Done, Queue};
 use reconcile::Listing;
-use start::StartError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,7 +114,7 @@ pub struct Firewall {
 
 impl Firewall {
     /// Reads the list from the state file or, without one, from the kernel, and makes the kernel
-    /// match it. `guarded` is the port that guard rules protect.
+    /// match it. `guarded` is the port that guard rules protect. The error is a sentence.
     pub fn start(
         tools: Tools,
         state: Option<StateFile>,
@@ -124,15 +123,13 @@ impl Firewall {
         whitelist: &Whitelist,
         log: Arc<Log>,
         metrics: Arc<Metrics>,
-    ) -> Result<Firewall, StartError> {
+    ) -> Result<Firewall, String> {
         let families = tools.families.iter();
         let guards = guarded.map_or(Vec::new(), |port| {
             families.flat_map(|family| guards(whitelist, *family, port)).collect()
         });
         let maxelem = sets.unwrap_or_default();
-        let iptables = tools.iptables(Family::V4).map(|tool| tool.iptables.to_string());
-        let iptables = iptables.unwrap_or_default();
-        let settings = Settings { guards, sets: sets.is_some(), maxelem, iptables };
+        let settings = Settings { guards, sets: sets.is_some(), maxelem };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }
@@ -218,10 +215,9 @@ impl Firewall {
         read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
     }
 
-    /// Reports rules of rfw that the other variant of iptables holds.
-    pub fn report_other_variant(&self, log: &Log) {
-        let iptables = self.tools.iptables.iter();
-        iptables.for_each(|iptables| leftovers::report_other_variant(iptables, log));
+    /// Reports rules of rfw 0.2.2, and those in the other variant of iptables.
+    pub fn report_leftovers(&self, log: &Log) {
+        self.tools.iptables.iter().for_each(|iptables| leftovers::report(iptables, log));
     }
 
     /// To be called every second: follows the wall clock, deletes rules that are due, and checks

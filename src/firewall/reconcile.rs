@@ -8,7 +8,6 @@
 //! 4. The edits of a chain take little more time than a listing.
 
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
-use super::leftovers::old_rule;
 use crate::rule::Chain;
 use std::collections::{HashMap, HashSet};
 
@@ -26,17 +25,12 @@ pub struct ChainListing {
     rows: Vec<Row>,
     /// The first foreign rule.
     first_foreign: Option<String>,
-    /// Those that rfw 0.2.2 may have left.
-    pub(super) old: Vec<TaggedRule>,
 }
 
 impl ChainListing {
     pub fn push(&mut self, row: Row, line: &str) {
         if row.is_none() && self.first_foreign.is_none() {
             self.first_foreign = Some(without_counters(line));
-        }
-        if row.is_none() {
-            self.old.extend(old_rule(line));
         }
         self.rows.push(row);
     }

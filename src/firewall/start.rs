@@ -4,7 +4,6 @@
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
-use super::leftovers;
 use super::list::List;
 use super::process::ToolError;
 use super::reconcile::Listing;
@@ -20,20 +19,7 @@ use std::iter;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 
-/// Why rfw cannot start.
-pub enum StartError {
-    /// A sentence.
-    Message(String),
-    State(LineError),
-}
-
-impl From<String> for StartError {
-    fn from(message: String) -> StartError {
-        StartError::Message(message)
-    }
-}
-
-/// Reads the list and makes the kernel match it.
+/// Reads the list and makes the kernel match it. The error is a sentence.
 pub fn start<K: Kernel>(
     kernel: K,
     state: Option<StateFile>,
@@ -41,13 +27,15 @@ pub fn start<K: Kernel>(
     whitelist: &Whitelist,
     log: Arc<Log>,
     metrics: Arc<Metrics>,
-) -> Result<Engine<K>, StartError> {
+) -> Result<Engine<K>, String> {
     let sets = settings.sets;
     let mut engine = Engine::new(kernel, state, settings, log.clone(), metrics);
     let listings = confirmed_listings(&engine)?;
     let is_new = engine.state.as_ref().is_none_or(StateFile::is_new);
     engine.list = match &mut engine.state {
-        Some(state) if !is_new => replay(state, sets, &log).map_err(StartError::State)?,
+        Some(state) if !is_new => {
+            replay(state, sets, &log).map_err(|error| error.at(state.path()))?
+        }
         _ => adopt(&engine, &listings, sets).map_err(|error| no_sets(&error))?,
     };
     let now = engine.clock.now().as_secs();
@@ -68,7 +56,6 @@ pub fn start<K: Kernel>(
         let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));
     }
-    leftovers::report_old_rules(&listings, &engine.settings.iptables, &log);
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
@@ -117,8 +104,8 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
             Record::Delete(rule) => list.remove(&rule),
         })?;
         state.set_needed(list.count(), &contents);
-        let Some(LineError { line, message }) = contents.tail else { return Ok(list) };
-        log.warning(format_args!("{}:{line}: {message}", state.path().display()));
+        let Some(tail) = contents.tail else { return Ok(list) };
+        log.warning(format_args!("{}", tail.at(state.path())));
         for line in contents.dropped {
             log.warning(format_args!("dropped: {}", printable(&line)));
         }

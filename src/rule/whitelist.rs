@@ -5,6 +5,7 @@ use super::net::Net;
 use super::rights::Allowed;
 use super::{Action, Chain, Change, Rule, RuleTemplate, Rules, Target};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 /// The entries of `white.list`, and the loopback addresses.
 #[derive(Debug)]
@@ -100,6 +101,17 @@ pub struct LineError {
     pub line: usize,
     /// What is wrong and what to do.
     pub message: String,
+}
+
+impl LineError {
+    /// The error with its file and line.
+    pub fn at(&self, file: &Path) -> String {
+        let LineError { line, message } = self;
+        match line {
+            0 => format!("{}: {message}", file.display()),
+            _ => format!("{}:{line}: {message}", file.display()),
+        }
+    }
 }
 
 impl Whitelist {

@@ -55,6 +55,7 @@ fn rules_of_0_2_2() {
         let others = lab.others();
         OLD.iter().for_each(|rule| drop(lab.iptables(&format!("-I {rule}"))));
         let mut rfw = lab.start("local.server");
+        await_report();
         let found = warnings(lab, "0.2.2");
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
@@ -94,6 +95,7 @@ fn rules_of_0_2_2() {
         assert_eq!(lab.others(), others);
         lab.clear_log();
         rfw.restart();
+        await_report();
         assert_eq!(warnings(lab, ""), [""; 0]);
     });
 }
@@ -106,6 +108,7 @@ fn rules_that_may_be_0_2_2s() {
         lab.iptables("-A INPUT -s 10.0.0.0/9 -j ACCEPT");
         lab.iptables("-A INPUT -s 6.6.6.6 -j DROP");
         let mut rfw = lab.start("local.server\ndefault.expire = 600");
+        await_report();
         let found = warnings(lab, "0.2.2").concat();
         assert!(found.contains("0.2.2 may have left: 1; ") && !found.contains("guard"), "{found}");
         type_in(
@@ -115,10 +118,12 @@ fn rules_that_may_be_0_2_2s() {
         assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
         lab.clear_log();
         rfw.restart();
+        await_report();
         assert_eq!(warnings(lab, ""), [""; 0]);
 
         OLD[..4].iter().for_each(|rule| drop(lab.iptables(&format!("-I {rule}"))));
         rfw.restart();
+        await_report();
         let found = warnings(lab, "0.2.2").concat();
         assert!(
             found.contains("0.2.2 may have left: 1; ") && found.contains("/accept/"),
@@ -129,9 +134,8 @@ fn rules_that_may_be_0_2_2s() {
     });
 }
 
-/// Waits for the first check: the other variant is listed before.
-fn await_report(rfw: &mut Rfw) {
-    rfw.await_ready();
+/// Waits for the first check: leftovers are reported before.
+fn await_report() {
     let has_checked = || ask("GET /metrics").body.contains("rfw_rules{");
     await_true("the first check", 3 + SLACK, has_checked);
 }
@@ -148,7 +152,8 @@ fn rules_in_the_other_variant() {
         lab.configure("local.server");
         // As root, because only root sees the names of the legacy tables.
         let mut rfw = lab.launch(&["/usr/bin/env"]);
-        await_report(&mut rfw);
+        rfw.await_ready();
+        await_report();
         assert_eq!(warnings(lab, ""), [""; 0]);
         assert!(!is_nft || tables().is_empty(), "rfw has made legacy tables");
 
@@ -164,7 +169,8 @@ fn rules_in_the_other_variant() {
             rfw.kill();
             lab.clear_log();
             rfw = lab.launch(&["/usr/bin/env"]);
-            await_report(&mut rfw);
+            rfw.await_ready();
+            await_report();
             let found = warnings(lab, &format!("rules of rfw in {program}: {count}; "));
             assert_eq!(found.len(), 1, "{found:?}");
             sh(found[0].split_once("run ").unwrap().1);
@@ -174,7 +180,8 @@ fn rules_in_the_other_variant() {
         rfw.kill();
         lab.clear_log();
         rfw = lab.launch(&["/usr/bin/env"]);
-        await_report(&mut rfw);
+        rfw.await_ready();
+        await_report();
         assert_eq!(warnings(lab, ""), [""; 0]);
     });
 }
@@ -212,7 +219,8 @@ fn the_commands_in_warnings_leave_the_rules_of_others_alone() {
             |iptables: &str| sh(&format!("{iptables} -S | grep -c 10.0.0.")).trim().to_string();
         lab.configure("local.server");
         let mut rfw = lab.launch(&["/usr/bin/env"]);
-        await_report(&mut rfw);
+        rfw.await_ready();
+        await_report();
         let found = warnings(lab, "0.2.2 left guard").concat();
         let command =
             found.split_once("remove them, run ").unwrap().1.split("; rfw(8)").next().unwrap();

@@ -10,7 +10,7 @@ use super::super::guards;
 use super::super::iptables::RuleKind;
 use super::super::list::tests::may_shadow;
 use super::super::list::{Tally, Verdict};
-use super::super::start::{self, StartError};
+use super::super::start;
 use super::*;
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Whitelist;
@@ -579,16 +579,11 @@ impl World {
         let state = self.folder.as_ref().map(|folder| open(folder).map_err(|e| e.message).unwrap());
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
-        let (sets, iptables) = (self.model.sets, String::new());
-        let settings = Settings { guards, sets, maxelem: MAXELEM, iptables };
+        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
-        let message = |error| match error {
-            StartError::Message(message) => message,
-            StartError::State(error) => error.message,
-        };
-        self.engine = Some(engine.map_err(message)?);
+        self.engine = Some(engine?);
         Ok(())
     }
 
