@@ -43,32 +43,31 @@ fn report_old_rules(iptables: &Iptables, log: &Log) {
 }
 
 /// An administrator's own rules may look the same, above all those that accept an address. These
-/// are reported only together with a guard rule of 0.2.2.
+/// are reported only together with a guard rule of 0.2.2, so the guards must be removed last.
 fn warning(mut old: Vec<TaggedRule>, iptables: impl fmt::Display) -> Option<String> {
     let port = old.iter().find_map(guarded_port);
     old.retain(|TaggedRule { rule, .. }| {
         rule.kind == RuleKind::Plain && (port.is_some() || rule.rule.target != Target::Accept)
     });
     // The last, because a rule that is adopted moves to the front.
-    let rules = old.last().map(|last| {
+    if let Some(last) = old.last() {
         let delete = RuleEdit::Delete(*last).to_string().replace(COMMENT, "");
-        format!(
-            "rules that rfw 0.2.2 may have left: {}; rfw does not list, expire or delete them; to \
-             adopt the last, run rfwc put '{}?expire=0' && {iptables} {delete}; to remove it, only the latter",
+        return Some(format!(
+            "rules that rfw 0.2.2 may have left: {}; rfw does not list, expire or delete them; \
+             rfw(8), REPLACING RFW 0.2.2, shows the commands that adopt or remove all; for the \
+             last one, run rfwc put '{}?expire=0' && {iptables} {delete} to adopt it, or only the \
+             latter to remove it",
             old.len(),
             last.rule
-        )
-    });
-    let guards = port.map(|port| {
+        ));
+    }
+    port.map(|port| {
         format!(
             "rfw 0.2.2 left guard rules for port {port}; to remove them, run {iptables} -S | sed -nE \
              '/^-A (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port \
              {port} -j (ACCEPT|DROP)$/s|^-A|{iptables} -D|p' | sh"
         )
-    });
-    let found: Vec<String> = rules.into_iter().chain(guards).collect();
-    let all = "rfw(8), REPLACING RFW 0.2.2, shows the commands for all";
-    (!found.is_empty()).then(|| format!("{}; {all}", found.join("; ")))
+    })
 }
 
 /// The port of a rule that drops all responses from it: hardly any program but 0.2.2 makes one.
@@ -158,32 +157,34 @@ mod tests {
 
     #[test]
     fn warnings() {
-        let table: [(&[&str], &str); 6] = [
+        let table: [(&[&str], &str); 7] = [
             (&[], ""),
             (&["-A INPUT -s 7.7.7.7/32 -j ACCEPT"], ""),
             (&["-A OUTPUT -d 10.0.0.1/32 -p tcp -m tcp --sport 80 -j DROP"], ""),
             (&["-A INPUT -p tcp -m tcp --dport 80 -j DROP"], ""),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A INPUT -s 8.8.8.8/32 -j DROP"],
-                "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the last, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && \
-                 /ipt -D INPUT -s 8.8.8.8 -j DROP; to remove it, only the latter",
+                "; for the last one, run rfwc put '/drop/input/any/8.8.8.8?expire=0' && /ipt -D \
+                 INPUT -s 8.8.8.8 -j DROP to adopt it, or only the latter to remove it",
             ),
             (
                 &["-A INPUT -s 7.7.7.7/32 -j ACCEPT", "-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
-                "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
-                 them; to adopt the last, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && \
-                 /ipt -D INPUT -s 7.7.7.7 -j ACCEPT; to remove it, only the latter; rfw 0.2.2 left guard \
-                 rules for port 80; to remove them, run /ipt -S | sed -nE '/^-A (INPUT( -s [^ \
-                 ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
+                "; for the last one, run rfwc put '/accept/input/any/7.7.7.7?expire=0' && /ipt -D \
+                 INPUT -s 7.7.7.7 -j ACCEPT to adopt it, or only the latter to remove it",
+            ),
+            (
+                &["-A OUTPUT -p tcp -m tcp --sport 80 -j DROP"],
+                "rfw 0.2.2 left guard rules for port 80; to remove them, run /ipt -S | sed -nE '/^-A \
+                 (INPUT( -s [^ ]+)? -p tcp -m tcp --d|OUTPUT( -d [^ ]+)? -p tcp -m tcp --s)port 80 \
                  -j (ACCEPT|DROP)$/s|^-A|/ipt -D|p' | sh",
             ),
         ];
         for (lines, expected) in table {
             let old = lines.iter().filter_map(|line| old_rule(line)).collect();
             let found = warning(old, "/ipt").unwrap_or_default();
-            let found = found.split("; rfw(8)").next().unwrap();
-            assert_eq!(found, expected, "{lines:?}");
+            let head = "rules that rfw 0.2.2 may have left: 1; rfw does not list, expire or delete \
+                        them; rfw(8), REPLACING RFW 0.2.2, shows the commands that adopt or remove all";
+            assert_eq!(found.strip_prefix(head).unwrap_or(&found), expected, "{lines:?}");
         }
     }
 }

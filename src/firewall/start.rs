@@ -87,8 +87,9 @@ fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, List
         let advice = match error.is_transient() {
             true => "find out which program that is, or what holds it up, and start rfw again",
             false => {
-                "run rfw as root or with CAP_NET_ADMIN, and check iptables.path (for \
-                 iptables-legacy, the systemd unit needs the drop-in that rfw.service shows)"
+                "run rfw as root or with CAP_NET_ADMIN, and check iptables.path (for iptables-legacy, \
+                 and while the kernel holds rules for sets, the systemd unit needs the drop-in that \
+                 rfw.service shows)"
             }
         };
         format!("cannot read the kernel's rules ({error}); {advice}")

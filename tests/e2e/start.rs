@@ -41,9 +41,11 @@ fn warnings(lab: &Lab, word: &str) -> Vec<String> {
 /// Runs commands as the administrator types them, where `iptables` is the lab's variant.
 fn type_in(lab: &Lab, commands: &str) {
     sh(&format!(
-        "mkdir -p lab/path; ln -sf {} lab/path/iptables; ln -sf {} lab/path/rfwc
+        "mkdir -p lab/path; ln -sf {} lab/path/iptables; ln -sf {} lab/path/iptables-restore
+         ln -sf {} lab/path/rfwc
          cd lab; PATH=/run/lab/path:$PATH; {commands}",
         lab.real("iptables"),
+        lab.real("iptables-restore"),
         env!("CARGO_BIN_EXE_rfw"),
     ));
 }
@@ -60,10 +62,9 @@ fn rules_of_0_2_2() {
         assert_eq!(found.len(), 1, "{found:?}");
         let words = [
             "0.2.2 may have left: 6; ",
+            "rfw(8), REPLACING RFW 0.2.2, shows",
             "run rfwc put '/accept/output/any/9.9.9.0/24?expire=0' && /usr/sbin/iptables-",
-            " -D OUTPUT -d 9.9.9.0/24 -j ACCEPT;",
-            "for port 7399",
-            "rfw(8), REPLACING RFW 0.2.2",
+            " -D OUTPUT -d 9.9.9.0/24 -j ACCEPT to adopt",
         ];
         assert!(words.iter().all(|word| found[0].contains(word)), "{found:?}");
         assert_eq!(lab.rules(), [""; 0], "0.2.2's rules are only reported");
@@ -109,12 +110,13 @@ fn rules_that_may_be_0_2_2s() {
         lab.iptables("-A INPUT -s 6.6.6.6 -j DROP");
         let mut rfw = lab.start("local.server\ndefault.expire = 600");
         await_report();
+        let adopt = |found: &str| {
+            let command = found.split_once("for the last one, run ").unwrap().1;
+            type_in(lab, command.split(" to adopt").next().unwrap());
+        };
         let found = warnings(lab, "0.2.2").concat();
         assert!(found.contains("0.2.2 may have left: 1; ") && !found.contains("guard"), "{found}");
-        type_in(
-            lab,
-            found.split_once("to adopt the last, run ").unwrap().1.split(';').next().unwrap(),
-        );
+        adopt(&found);
         assert_eq!(lab.rules(), ["INPUT -s 6.6.6.6/32 -j DROP [rfw]"]);
         lab.clear_log();
         rfw.restart();
@@ -126,9 +128,15 @@ fn rules_that_may_be_0_2_2s() {
         await_report();
         let found = warnings(lab, "0.2.2").concat();
         assert!(
-            found.contains("0.2.2 may have left: 1; ") && found.contains("/accept/"),
-            "{found}"
+            found.contains("0.2.2 may have left: 1; ") && !found.contains("guard"),
+            "the accepted address counts only as long as the guards are there: {found}"
         );
+        adopt(&found);
+        assert_eq!(lab.rules()[0], "INPUT -s 10.0.0.0/9 -j ACCEPT [rfw]");
+        lab.clear_log();
+        rfw.restart();
+        await_report();
+        let found = warnings(lab, "0.2.2 left guard").concat();
         sh(found.split_once("remove them, run ").unwrap().1.split(';').next().unwrap());
         assert_eq!(lab.iptables("-S").matches("7399").count(), 0);
     });
