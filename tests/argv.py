@@ -168,7 +168,7 @@ class Recorder:
             # rfw runs the tools of both families at once. So each call has its own files, and only when
             # they are complete does its line, a single short write in any shell, tell `take` of them.
             os.chmod(write("bin/" + name, f"""#!/bin/sh
-case " $* " in *" -S "*|*" list "*|*" save "*|*" -V "*|*" -L "*) exec {real} "$@";; esac
+case " $* " in *" -S "*|*" list "*|*" save "*|*" -V "*|*" --version "*|*" -L "*) exec {real} "$@";; esac
 printf '%s\\0' {name} "$@" >{RUN}/call.$$
 case "{name} $*" in *restore*)
 /bin/cat >{RUN}/input.$$

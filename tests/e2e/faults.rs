@@ -19,9 +19,15 @@ const PUT: &str = "PUT /drop/input/any/1.2.3.4?expire=1h";
 const HEAD: &str = " HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// Descriptors and threads: a constant number when idle; a check of the kernel, each second, needs
-/// some more for a moment.
-fn held(rfw: &Rfw) -> (usize, usize) {
+/// some more while its programs run.
+pub fn held(rfw: &Rfw) -> (usize, usize) {
+    let runs_program = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", rfw.pid())).unwrap();
+        let children = |task: fs::DirEntry| fs::read_to_string(task.path().join("children"));
+        tasks.into_iter().any(|task| children(task.unwrap()).is_ok_and(|text| !text.is_empty()))
+    };
     let files = || {
+        await_true("no program runs", 2 + SLACK, || !runs_program());
         thread::sleep(Duration::from_millis(20));
         fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap().count()
     };

@@ -1,6 +1,6 @@
 //! The outward server: TLS with keys made by contrib/rfwgen, credentials, and who may connect.
 
-use crate::faults::trace;
+use crate::faults::{held, trace};
 use crate::lab::*;
 use rfw::http::certificate::Certificate;
 use std::io::{Read, Write};
@@ -383,12 +383,6 @@ fn client_certificates() {
             );
         }
     });
-}
-
-/// The numbers of open descriptors and threads.
-fn held(rfw: &Rfw) -> (usize, usize) {
-    let files = std::fs::read_dir(format!("/proc/{}/fd", rfw.pid())).unwrap();
-    (files.count(), rfw.threads())
 }
 
 #[test]
