@@ -257,18 +257,23 @@ fn start_firewall(
 }
 
 fn tick(server: &Server, config: &Config) -> ! {
+    report_certificate(server, config);
     // Only now, because no client should wait for it.
     server.firewall.report_leftovers(&server.log);
     loop {
-        let expires = server.metrics.certificate_expires;
-        if let Some((level, notice)) = certificate_notice(config, expires) {
-            server.log.write(level, format_args!("{notice}"));
-        }
         for _ in 0..SECONDS_PER_DAY {
             thread::sleep(Duration::from_secs(1));
             server.firewall.tick();
             server.log.tick(Instant::now());
         }
+        report_certificate(server, config);
+    }
+}
+
+fn report_certificate(server: &Server, config: &Config) {
+    let expires = server.metrics.certificate_expires;
+    if let Some((level, notice)) = certificate_notice(config, expires) {
+        server.log.write(level, format_args!("{notice}"));
     }
 }
 
