@@ -40,16 +40,23 @@ outside() {
 machine() {
 	mount --make-rprivate /
 	mount -t tmpfs deb /mnt
-	mkdir /mnt/changes /mnt/work /mnt/root
+	mkdir /mnt/changes /mnt/work /mnt/root /mnt/cgroup
 	mount -t overlay -o lowerdir=/,upperdir=/mnt/changes,workdir=/mnt/work deb /mnt/root
 	cd /mnt/root
 	: >etc/fstab
 	# What `make install` may have brought to this host.
 	rm -rf etc/rfw etc/logrotate.d/rfw etc/systemd/system/rfw.service* usr/local/lib/systemd/system/rfw.service
 	rm -rf etc/systemd/system/*.wants etc/systemd/network/*
+	# A control group of its own: two such runs at once would remove each other's.
+	mount -t cgroup2 deb /mnt/cgroup
+	group=/mnt/cgroup/deb-test-${1##*.}
+	mkdir "$group"
+	echo 0 >"$group/cgroup.procs"
 	for boot in first second third; do
 		unshare -mpnCiu --fork --kill-child "$1/deb.sh" boot "$1" $boot
 	done
+	echo 0 >/mnt/cgroup/cgroup.procs
+	find "$group" -depth -type d -exec rmdir {} +
 }
 
 # --- A boot, with empty tables: the new root, where the kernel's own settings cannot be written.
@@ -156,7 +163,7 @@ first() {
 	sed -i 's/^# state.file/state.file/' /etc/rfw/rfw.conf
 	sed -i 's/^outward.server.ip =.*/outward.server.ip = 192.0.2.1/' /etc/rfw/rfw.conf
 	files >files.before
-	systemctl enable --now rfw
+	systemctl enable --now rfw || failed 'it does not start'
 	answering
 	is 'it blocks' '{"result":"inserted"' block
 	is 'as an ordinary user' rfw ps -o user= -p "$(pid)"
