@@ -148,7 +148,7 @@ fn lines_logged_before_a_failed_start_are_written() {
             assert!(lab.read("rfw.log").contains(warning));
         }
         // It exits although the log blocks.
-        sh("chown root lab/*");
+        sh("chown root lab/* rfw");
         let script = "mkfifo pipe; exec 3<>pipe; dd if=/dev/zero bs=64k count=1 >&3 2>err
             exec timeout 10 \"$0\" -f rfw.conf --logfile pipe 2>err";
         let mut run = Command::new("/bin/sh");

@@ -10,10 +10,12 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
 #[test]
 fn files_that_the_unit_does_not_pass() {
     once(|lab| {
-        sh("mkdir -p credentials/rfw.service lab/etc; umask 077; echo u:p all > lab/etc/users");
+        sh("mkdir -p credentials/rfw.service lab/etc
+            echo u:p all > lab/etc/users; chmod 600 lab/etc/users");
         for (file, is_hidden) in [("users", true), ("/run/lab/etc/users", false)] {
             lab.configure(&format!("local.server\nauth.file = {file}"));
-            sh("cp lab/rfw.conf lab/white.list credentials/rfw.service/");
+            sh("cp lab/rfw.conf lab/white.list credentials/rfw.service
+                chmod 644 credentials/rfw.service/*");
             let (status, said) = lab.rfw("-t -f /run/credentials/rfw.service/rfw.conf");
             let has_hint = said.contains("LoadCredential=");
             assert_eq!((status, has_hint), (i32::from(is_hidden), is_hidden), "{file}: {said}");
