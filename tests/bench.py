@@ -4,7 +4,7 @@
     [TAGS=N] tests/bench.py target/release/rfw [WORD...]
 
 WORD: only the rows with one of the words in them. TAGS: rules with this number of tags are in use
-meanwhile, each with a set of its own.
+meanwhile; where rfw keeps sets, each tag has one.
 
 Each iptables variant has its own network, mount and process namespaces: no process outlives the
 script. Compared figures are measured in turns, and the median counts. A slow figure is printed, and

@@ -24,7 +24,7 @@ ALLOWED, BLOCKED = ("10.99.0.2", "fd99::2"), ("10.99.0.66", "fd99::66")
 TAGGED = re.compile(r'--comment "?rfw[":@ ]')
 CHAINS = ("INPUT", "FORWARD", "OUTPUT")
 # Seconds within which rfw's rules must be in front again, and for which blocked addresses may get through until then.
-# It is 1 to 2 beside other work: rfw pauses for 20 times as long as a check takes.
+# It is 1 to 2 beside other work: rfw pauses for 20 times a check's processor time.
 SLACK, GAP = 6.0, 4.0
 OVERLAYS = [  # the target, the package's folder, whether it is read-only
     ("/usr", "/usr", False), ("/usr/lib", "/lib", False), ("/usr/bin", "/bin", False), ("/etc", "/etc", True), ("/var", None, True),

@@ -420,16 +420,14 @@ impl<K: Kernel> Engine<K> {
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
         inserted.sort_unstable_by_key(|(order, _)| *order);
-        let front = Chain::ALL.iter().flat_map(|chain| self.front(family, *chain));
-        let front: Vec<TaggedRule> = front.collect();
-        let is_numbered = inserted.len() <= MAX_NUMBERED || self.settings.sets;
-        let moved = if is_numbered { &[] } else { front.as_slice() };
-        let number = |tagged: &TaggedRule| {
-            let chain = tagged.rule.rule.chain();
-            let before = front.iter().filter(|rule| is_numbered && rule.rule.rule.chain() == chain);
-            before.count().saturating_add(1)
+        let is_large = inserted.len() > MAX_NUMBERED && !self.settings.sets;
+        let chains = Chain::ALL.iter().filter(|_| is_large);
+        let moved: Vec<_> = chains.flat_map(|chain| self.front(family, *chain)).collect();
+        let number = |tagged: &TaggedRule| match is_large {
+            true => 1,
+            false => self.front(family, tagged.rule.rule.chain()).count().saturating_add(1),
         };
-        let deleted = deleted.iter().map(|(_, tagged)| tagged).chain(moved);
+        let deleted = deleted.iter().map(|(_, tagged)| tagged).chain(&moved);
         let mut edits: Vec<_> = deleted.map(|tagged| RuleEdit::Delete(*tagged)).collect();
         edits.extend(inserted.iter().map(|(_, tagged)| RuleEdit::Insert(number(tagged), *tagged)));
         edits.extend(moved.iter().rev().map(|tagged| RuleEdit::Insert(1, *tagged)));

@@ -77,8 +77,9 @@ fn guarded_port(tagged: &TaggedRule) -> Option<u16> {
     Some(port).filter(|_| drops && rule.addresses().next().is_none())
 }
 
-/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. The command ends in a shell, so it leaves out every line
-/// with a character that rfw's rules do not contain: foreign comments and interfaces may have any.
+/// Warns of rfw's rules in the other variant of iptables, which the kernel applies, too. The command
+/// ends in a shell, so it leaves out every line with a character that rfw's rules do not contain:
+/// foreign comments and interfaces may have any.
 fn report_other_variant(iptables: &Iptables, log: &Log) {
     let Some(other) = other_variant(iptables) else { return };
     let mut count = 0_usize;

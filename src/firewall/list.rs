@@ -581,7 +581,7 @@ impl List {
 
     /// The groups that are kept in sets, each with the rule of its set, in the order of the rules.
     pub fn sets(&self) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
-        let groups = self.groups.iter().filter(|_| self.sets);
+        let groups = self.groups.iter().take_while(|_| self.sets);
         groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
     }
 
