@@ -59,8 +59,8 @@ fuzz-%:
 	    tests/fuzz/corpus/$* tests/fuzz/seeds/$* -- -dict=tests/fuzz/rfw.dict \
 	    -max_total_time=$(SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1
 
-mutants: ## put in small defects that the unit tests must detect; needs cargo-mutants; an hour
-	CARGO_PROFILE_DEV_DEBUG=0 cargo mutants --output $(CARGO_TARGET_DIR)
+mutants: ## put in small defects that the unit tests must detect; needs cargo-mutants; 4 hours
+	CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo mutants --output $(CARGO_TARGET_DIR)
 
 confined: ## run the end-to-end tests with the privileges of contrib/rfw.service (iptables-nft, as root); 10 minutes
 	contrib/deps.sh test
