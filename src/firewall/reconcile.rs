@@ -111,19 +111,20 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
         return Plan::default();
     }
-    let numbers: HashMap<_, usize> = wanted.iter().map(key).zip(0..).collect();
+    let listed: HashMap<KernelRule, Option<(u64, u64)>> =
+        chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
+    let (present, missing): (Vec<_>, Vec<_>) =
+        wanted.iter().enumerate().partition(|(_, tagged)| listed.contains_key(&tagged.rule));
+    let numbers = present.iter().map(|(number, tagged)| (tagged.key(), *number)).collect();
     let mut stays = rows_that_stay(chain, &numbers);
     if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
         stays.fill(None);
     }
-    let rules: HashSet<KernelRule> = wanted.iter().map(|tagged| tagged.rule).collect();
-    let listed: HashMap<KernelRule, Option<(u64, u64)>> =
-        chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
-    let missing = wanted.iter().map(|tagged| tagged.rule);
+    let rules: HashSet<KernelRule> = present.iter().map(|(_, tagged)| tagged.rule).collect();
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     Plan {
         edits: edits(chain, wanted, &stays, &listed),
-        missing: missing.filter(|rule| !listed.contains_key(rule)).collect(),
+        missing: missing.iter().map(|(_, tagged)| tagged.rule).collect(),
         unknown: unknown.filter(|tagged| !rules.contains(&tagged.rule)).collect(),
         overtaken_by: overtaken_by(chain),
     }
