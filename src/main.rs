@@ -22,7 +22,7 @@ use rfw::server::Server;
 use rfw::server::connection::{LISTINGS, UPLOADS};
 use rfw::server::limiter::ConnectionLimiter;
 use rfw::server::listener::Listener;
-use rfw::setup::{Setup, check_extensions};
+use rfw::setup::{Setup, check_start};
 use rfw::state::StateFile;
 use std::convert::Infallible;
 use std::fs::File;
@@ -154,7 +154,7 @@ impl Options {
 /// Checks the configuration and returns the output of `-t`.
 fn check(file: &Path) -> Result<String, String> {
     let Setup { config, users, acceptor, ipv6, .. } = Setup::load(file)?;
-    check_extensions(file, &config, ipv6.is_ok())?;
+    check_start(file, &config, ipv6.is_ok())?;
     let warnings = config.warnings.iter();
     let mut text: String = warnings.map(|line| format!("WARNING: {}\n", line.at(file))).collect();
     let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
@@ -184,7 +184,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let metrics = Arc::new(metrics);
     let listeners = Listener::open(&config, acceptor)?;
     let firewall = start_firewall(&config, tools, &whitelist, &log, &metrics);
-    let explain = |error| check_extensions(&options.file, &config, ipv6).err().unwrap_or(error);
+    let explain = |error| check_start(&options.file, &config, ipv6).err().unwrap_or(error);
     let firewall = firewall.map_err(explain)?;
     if let Err(error) = host::list_addresses() {
         log.warning(format_args!(

@@ -52,10 +52,6 @@ impl Setup {
         }
         let ipv6 = check_ipv6(&config.ip6tables.path);
         source.check_programs(&config, ipv6.is_ok())?;
-        if let Some(state) = &config.state {
-            let checked = StateFile::check(&state.path);
-            checked.map_err(|error| source.locate(state, error.at(&state.path)))?;
-        }
         Ok(Setup { config, whitelist, users, acceptor, ipv6 })
     }
 }
@@ -124,11 +120,16 @@ impl Source<'_> {
     }
 }
 
-/// Checks the extensions of iptables for `-t`, and to explain why a start failed: a start tries
-/// them on the kernel itself.
-pub fn check_extensions(file: &Path, config: &Config, ipv6: bool) -> Result<(), String> {
+/// Checks what a start tries itself, the state file and the extensions of iptables: for `-t`, and to
+/// explain why a start failed.
+pub fn check_start(file: &Path, config: &Config, ipv6: bool) -> Result<(), String> {
+    let source = Source(file);
+    if let Some(state) = &config.state {
+        let checked = StateFile::check(&state.path);
+        checked.map_err(|error| source.locate(state, error.at(&state.path)))?;
+    }
     let sets = config.ipset.is_some();
-    Source(file).check_iptables(config, ipv6, |path, family| {
+    source.check_iptables(config, ipv6, |path, family| {
         prerequisites::check_extensions(path, family, sets)
     })
 }
