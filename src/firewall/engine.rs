@@ -420,7 +420,7 @@ impl<K: Kernel> Engine<K> {
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
         inserted.sort_unstable_by_key(|(order, _)| *order);
-        let is_large = inserted.len() > MAX_NUMBERED && !self.settings.sets;
+        let is_large = inserted.len() > MAX_NUMBERED;
         let chains = Chain::ALL.iter().filter(|_| is_large);
         let moved: Vec<_> = chains.flat_map(|chain| self.front(family, *chain)).collect();
         let number = |tagged: &TaggedRule| match is_large {

@@ -1601,6 +1601,7 @@ fn what_a_change_costs() {
         (true, "+ /drop/input/any/1.1.1.3", "Wr"),
         (true, "+ /drop/output/any/1.1.1.1, + /drop/output/any/5.5.5.5", "Wr"),
         (true, "+ /reject/output/any/1.1.1.1", "WWrrrw"),
+        (true, "+ /reject/output/any/5.5.5.5, - /reject/output/any/5.5.5.5", "WWrrw"),
         (true, "+ /drop/forward/any/5.5.5.5/any/2.2.2.2", "w"),
         (true, "- /drop/forward/any/1.1.1.1/any/2.2.2.2", "w"),
     ];
@@ -1649,12 +1650,73 @@ fn time_limit() {
         world.set_faults(&[]);
         world.settle();
     }
+    // The time left; its calls, if the family is distrusted
+    for (left, calls) in [(30, MAX_REPAIRS), (20, 1)] {
+        let mut world = World::new(false, false);
+        world.set_faults(&[Fault::always(Way::Interrupt)]);
+        let engine = world.engine();
+        engine.distrusted.insert(Family::V4);
+        engine.deadline = Instant::now() + Duration::from_secs(left);
+        assert!(engine.attempt(&changes).is_err());
+        assert_eq!(world.memory().calls.len(), calls, "{left}");
+    }
     let mut world = World::new(false, false);
     let engine = world.engine();
     engine.begin();
     assert_eq!(engine.limit(0), TOOL_LIMIT);
     assert_eq!(engine.limit(100_000), TOOL_LIMIT + Duration::from_secs(2));
     assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
+}
+
+/// A large list moves the guards out of its way and back, in one transaction.
+#[test]
+fn only_a_large_list_moves_the_guards() {
+    for (count, is_moved) in [(MAX_NUMBERED, false), (MAX_NUMBERED + 1, true)] {
+        let mut world = World::new(false, false);
+        let nets: Vec<String> =
+            (0..count).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
+        let change = parse_change(&format!("+ /drop/input/any: {}", nets.join(" ")));
+        let engine = world.engine();
+        let batch = engine.list.apply(&[&change], engine.now(), MAXELEM).unwrap();
+        let edits = engine.rule_edits(&batch, Family::V4).unwrap();
+        assert_eq!(matches!(edits[0], RuleEdit::Delete(_)), is_moved, "{count}");
+        world.set_faults(&[]);
+        assert_eq!(world.kernel.write_rules(Family::V4, &edits, TOOL_LIMIT), Ok(()));
+        world.check_guards_first();
+    }
+}
+
+/// An address that moves to another set is for a moment in both rather than in neither.
+#[test]
+fn an_address_joins_a_set_before_it_leaves_another() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /accept/input/any/2.2.2.2");
+    // The first edit is made, then nothing.
+    let way = |first, count, way| Fault { only_writes: true, ..Fault::new(first, count, way) };
+    let stop = way(2, usize::MAX, Way::Interrupt);
+    world.set_faults(&[way(1, 1, Way::PartAndInterrupt(1)), stop]);
+    assert!(world.commit(&parse("+ /accept/input/any/1.1.1.1")[0])[0].is_err());
+    let enforced = shown(&world.enforced());
+    assert!(enforced.contains("/accept/input/any/1.1.1.1"), "{enforced}");
+    assert!(enforced.contains("/drop/input/any/1.1.1.1"), "{enforced}");
+    world.set_faults(&[]);
+    world.settle();
+}
+
+#[test]
+fn a_repair_is_checked_again_soon() {
+    let table: [(bool, Damage, bool); 4] =
+        [(false, none, false), (false, flush, true), (true, none, false), (true, empty_sets, true)];
+    for (sets, damage, has_repaired) in table {
+        let mut world = World::new(sets, false);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.settle();
+        damage(&mut world);
+        let engine = world.engine();
+        engine.begin();
+        assert_eq!(engine.check(), Ok(()));
+        assert_eq!(engine.has_repaired, has_repaired, "sets {sets}");
+    }
 }
 
 /// The state file recorded that a drop replaced an accept, which came back when the drop expired.
