@@ -494,7 +494,7 @@ impl<K: Kernel> Engine<K> {
     /// Reads until two consecutive listings agree.
     pub fn confirmed_rules(&self, family: Family) -> Result<Listing, ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
-        read_until_agreed(read, Listing::agrees_with, "iptables lists other rules")
+        read_until_agreed(read()?, read, Listing::agrees_with, "iptables lists other rules")
     }
 
     /// Reads the sets of a family and makes them match the list (goals 3 and 4).
@@ -595,12 +595,11 @@ impl<K: Kernel> Engine<K> {
         if expected.is_some_and(is_expected) {
             return Ok(first);
         }
-        drop(first);
         let nets = |listing: &Option<Vec<(Net, u32)>>| {
             listing.as_ref().map(|entries| entries.iter().map(|(net, _)| *net).collect::<Vec<_>>())
         };
         let agree = |a: &Option<_>, b: &Option<_>| nets(a) == nets(b);
-        read_until_agreed(read, agree, "ipset lists other addresses")
+        read_until_agreed(first, read, agree, "ipset lists other addresses")
     }
 
     /// To be called every second. The error is that of a program that hung.
@@ -814,11 +813,11 @@ fn pause_after(check: &Stopwatch) -> Duration {
 
 /// Reads until two consecutive listings agree (goal 3).
 fn read_until_agreed<T>(
+    mut last: T,
     read: impl Fn() -> Result<T, ToolError>,
     agree: impl Fn(&T, &T) -> bool,
     message: &str,
 ) -> Result<T, ToolError> {
-    let mut last = read()?;
     for _ in 1..MAX_READS {
         let listing = read()?;
         if agree(&listing, &last) {

@@ -745,6 +745,22 @@ impl World {
         }
     }
 
+    /// The calls since the faults were set, IPv4 and then IPv6. r and w: rules are read and written,
+    /// R and W: sets; sorted.
+    fn cost(&self) -> String {
+        let letter = |(part, call): &(Part, Call)| match (part, call) {
+            (Part::Rules(family), Call::Read) => (*family, 'r'),
+            (Part::Rules(family), _) => (*family, 'w'),
+            (Part::Sets, Call::Read) => (Family::V4, 'R'),
+            (Part::Sets, _) => (Family::V4, 'W'),
+        };
+        let mut letters: Vec<_> = self.memory().calls.iter().map(letter).collect();
+        letters.sort_unstable();
+        let of = |family| letters.iter().filter(move |(known, _)| *known == family);
+        let of = |family| of(family).map(|(_, letter)| *letter).collect::<String>();
+        format!("{} {}", of(Family::V4), of(Family::V6)).trim_end().into()
+    }
+
     /// A tick that checks everything. Returns whether it failed.
     fn tick(&mut self) -> bool {
         let engine = self.engine();
@@ -1577,7 +1593,6 @@ fn what_a_change_costs() {
          + /drop/forward/any/1.1.1.1/any/2.2.2.2; + /accept/input/any/1.1.1.3",
         list("+", 70)
     );
-    // r and w: rules are read and written, R and W: sets; in this order, IPv4 and then IPv6
     let table = [
         (false, "+ /drop/input/any/5.5.5.5", "w"),
         (false, "+ /drop/forward/any/5.5.5.5", "w"),
@@ -1612,20 +1627,54 @@ fn what_a_change_costs() {
         world.settle();
         world.set_faults(&[]);
         world.put(changes);
-        let calls = mem::take(&mut world.memory().calls);
-        let letter = |(part, call): &(Part, Call)| match (part, call) {
-            (Part::Rules(family), Call::Read) => (*family, 'r'),
-            (Part::Rules(family), _) => (*family, 'w'),
-            (Part::Sets, Call::Read) => (Family::V4, 'R'),
-            (Part::Sets, _) => (Family::V4, 'W'),
-        };
-        let mut letters: Vec<_> = calls.iter().map(letter).collect();
-        letters.sort_unstable();
-        let of = |family| letters.iter().filter(move |(known, _)| *known == family);
-        let of = |family| of(family).map(|(_, letter)| *letter).collect::<String>();
-        let found = format!("{} {}", of(Family::V4), of(Family::V6));
-        assert_eq!(found.trim_end(), cost, "{changes}");
+        assert_eq!(world.cost(), cost, "{changes}");
         world.settle();
+    }
+}
+
+/// Each listing once; a distrusted family is read twice, and all addresses in sets when that is due.
+#[test]
+fn what_a_check_costs() {
+    let table = [
+        // With sets, before the next check, distrusted, all addresses
+        (false, true, false, false, ""),
+        (false, false, false, false, "r r"),
+        (false, false, true, false, "rrr r"),
+        (true, false, false, false, "Rr r"),
+        (true, false, false, true, "RRRRr r"),
+        (true, false, true, false, "RRRRrrr r"),
+    ];
+    for (sets, is_early, is_distrusted, is_due, cost) in table {
+        let mut world = World::new(sets, false);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.settle();
+        let now = Instant::now();
+        let in_time = |is_now: bool| now + Duration::from_secs(if is_now { 0 } else { 60 });
+        let engine = world.engine();
+        engine.distrusted.extend(is_distrusted.then_some(Family::V4));
+        (engine.next_check, engine.next_sets_check) = (in_time(!is_early), in_time(is_due));
+        world.set_faults(&[]);
+        assert_eq!(world.engine().tick(), None);
+        assert_eq!(world.cost(), cost);
+    }
+}
+
+/// The part that hung must not keep the others from being checked.
+#[test]
+fn after_a_hang_the_next_check_begins_with_another_part() {
+    let mut world = World::new(true, false);
+    let parts = [Part::Sets, Part::Rules(Family::V4), Part::Rules(Family::V6), Part::Sets];
+    for part in parts {
+        for _ in 0..2 {
+            world.set_faults(&[]);
+            let engine = world.engine();
+            engine.begin();
+            assert_eq!(engine.check(), Ok(()));
+            assert_eq!(world.memory().calls[0].0, part);
+        }
+        let engine = world.engine();
+        engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
+        assert_eq!(engine.check(), Ok(()));
     }
 }
 
@@ -1714,6 +1763,7 @@ fn a_repair_is_checked_again_soon() {
         damage(&mut world);
         let engine = world.engine();
         engine.begin();
+        engine.next_sets_check = Instant::now();
         assert_eq!(engine.check(), Ok(()));
         assert_eq!(engine.has_repaired, has_repaired, "sets {sets}");
     }
@@ -1785,6 +1835,20 @@ fn a_set_that_is_too_small_is_replaced() {
     }
     world.restart_with(true);
     world.settle();
+}
+
+/// A set with another limit is replaced, if its addresses fit into the new one.
+#[test]
+fn the_limit_of_a_set_follows_rfw_conf() {
+    for (maxelem, expected) in [(MAXELEM, MAXELEM), (2 * MAXELEM, MAXELEM)] {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any: 1.1.1.1 1.1.1.2 1.1.1.3 1.1.1.4 1.1.1.5 1.1.1.6");
+        let name = "rfw4:drop:in:any";
+        world.memory().sets.get_mut(name).unwrap().maxelem = maxelem;
+        world.restart();
+        assert_eq!(world.memory().sets[name].maxelem, expected);
+        world.settle();
+    }
 }
 
 /// A set outlived its rule because a foreign rule used it, and still had its old entries when rfw
