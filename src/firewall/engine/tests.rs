@@ -1654,8 +1654,98 @@ fn what_a_check_costs() {
         engine.distrusted.extend(is_distrusted.then_some(Family::V4));
         (engine.next_check, engine.next_sets_check) = (in_time(!is_early), in_time(is_due));
         world.set_faults(&[]);
-        assert_eq!(world.engine().tick(), None);
+        let engine = world.engine();
+        let before = engine.next_sets_check;
+        assert_eq!(engine.tick(), None);
+        assert_eq!(engine.next_sets_check > before, is_due, "{cost}");
         assert_eq!(world.cost(), cost);
+    }
+}
+
+/// A check that fails fast keeps no request waiting, and the next one tries everything again.
+#[test]
+fn checks_that_fail() {
+    for (sets, part) in [(false, Part::Rules(Family::V6)), (true, Part::Sets)] {
+        let mut world = World::new(sets, false);
+        world.put("+60 /drop/input/any/1.1.1.1");
+        world.settle();
+        world.set_faults(&[Fault { part: Some(part), ..Fault::always(Way::Reject) }]);
+        let engine = world.engine();
+        let now = Instant::now();
+        (engine.next_check, engine.next_sets_check) = (now, now);
+        assert_eq!(engine.tick(), None);
+        assert!(engine.outage.is_some() && engine.next_sets_check == now);
+        world.set_faults(&[]);
+        world.pass(70);
+        for (in_seconds, calls) in [(60, 0), (0, 1)] {
+            let engine = world.engine();
+            engine.next_check = Instant::now() + Duration::from_secs(in_seconds);
+            engine.expire();
+            assert_eq!(world.memory().writes(), calls, "in {in_seconds} s");
+        }
+        world.settle();
+    }
+}
+
+/// The sets of one family cannot be written: those of the other are repaired in the same check.
+#[test]
+fn one_family_of_sets_does_not_block_the_other() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any: 1.1.1.1 2001:db8::1");
+    world.settle();
+    empty_sets(&mut world);
+    let fault = Fault { family: Some(Family::V4), only_writes: true, ..Fault::always(Way::Reject) };
+    world.set_faults(&[fault]);
+    let engine = world.engine();
+    engine.begin();
+    assert!(engine.check().is_err());
+    assert_eq!(shown(&world.enforced()), "/drop/input/any/2001:db8::1 0");
+    world.set_faults(&[]);
+    world.settle();
+}
+
+/// The rule of a set stands for its addresses, unless only a few are asked for.
+#[test]
+fn what_a_listing_shows() {
+    assert_eq!(MAX_FEW, 8);
+    let mut world = World::new(true, false);
+    world.engine().settings.maxelem = 9;
+    let nets: Vec<_> = (0..9).map(|n| format!("1.1.1.{n}")).collect();
+    world.put(&format!("+ /drop/input/any: {} 2001:db8::1", nets.join(" ")));
+    world.put("+ /drop/forward/any/1.1.1.1/any/2.2.2.2");
+    world.settle();
+    let few: Vec<_> = (0..8).map(|n| format!("4 /drop/input/any/1.1.1.{n}")).collect();
+    let few = format!("{}, 1 /drop/forward/any/1.1.1.1/any/2.2.2.2", few.join(", "));
+    let table = [
+        (
+            "",
+            "4 rfw4:drop:in:any, 1 /drop/forward/any/1.1.1.1/any/2.2.2.2, 4 rfw6:drop:in:any",
+            "r r",
+        ),
+        ("1.1.1.8", "4 /drop/input/any/1.1.1.8", "r"),
+        ("1.1.1.0/29", &few, "r"),
+        ("1.1.1.0/28", "4 rfw4:drop:in:any, 1 /drop/forward/any/1.1.1.1/any/2.2.2.2", "r"),
+        ("2.2.2.2", "1 /drop/forward/any/1.1.1.1/any/2.2.2.2", "r"),
+        ("2001:db8::1", "4 /drop/input/any/2001:db8::1", " r"),
+        ("2001:db8::2", "", " r"),
+    ];
+    for (text, expected, cost) in table {
+        let (addr, mask) = text.split_once('/').unwrap_or((text, ""));
+        let host = addr.parse().ok().map(Net::host);
+        let filter = Filter {
+            net: host
+                .map(|net| mask.parse().ok().and_then(|m| Net::new(net.addr(), m)).unwrap_or(net)),
+            ..Filter::default()
+        };
+        for lies in [false, true] {
+            let lie = Fault::new(1, usize::from(lies), Way::Lie(Lie::FirstHalf));
+            world.set_faults(&[lie]);
+            let rules = world.engine().listing(&filter).unwrap();
+            let rules: Vec<_> =
+                rules.iter().map(|(number, tagged)| format!("{number} {}", tagged.rule)).collect();
+            assert_eq!(rules.join(", "), expected, "{text}");
+            assert!(lies || world.cost() == cost, "{text} {}", world.cost());
+        }
     }
 }
 
