@@ -37,6 +37,7 @@ use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const SECONDS_PER_DAY: u32 = 86_400;
+const NO_IPV6: &str = "IPv6 rules are not accepted: ";
 /// How long rfw waits for another instance to end; the message of [`take_lock`] names it, too.
 const LOCK_LIMIT: Duration = Duration::from_secs(15);
 const USAGE: &str = "\
@@ -161,6 +162,9 @@ fn check(file: &Path) -> Result<String, String> {
     if let Some((level, notice)) = notice {
         text += &format!("{}: {notice}\n", level.name());
     }
+    if let Err(reason) = ipv6 {
+        text += &format!("WARNING: {NO_IPV6}{reason}\n");
+    }
     Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count())))
 }
 
@@ -175,7 +179,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
     let lock = take_lock(&log, file_only)?;
     if let Err(reason) = &ipv6 {
-        log.warning(format_args!("IPv6 rules are not accepted: {reason}"));
+        log.warning(format_args!("{NO_IPV6}{reason}"));
     }
     let ipv6 = ipv6.is_ok();
     let tools = open_tools(&config, lock, ipv6);

@@ -527,6 +527,11 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
             }
             lab.write("rfw.log", "");
             lab.configure("local.server");
+            if prefix.is_empty() {
+                let (status, output) = lab.rfw("-t -f rfw.conf");
+                assert_eq!(status, 0, "{output}");
+                assert!(output.contains("WARNING: IPv6 rules are not accepted: "), "{output}");
+            }
             let mut rfw = lab.launch(prefix);
             rfw.await_ready();
             assert_eq!(ask("PUT /drop/input/any/2001:db8::1").status, 400);
@@ -555,6 +560,17 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
         );
         let (status, output) = lab.rfw("-f rfw.conf --logfile -");
         assert!(status == 1 && output.contains("can't initialize ip6tables"), "{output}");
+        for (damage, message) in [
+            ("rm lab/bin/ip6tables-restore", "bin/ip6tables-restore: No such file"),
+            ("chmod 644 lab/bin/ip6tables", "bin/ip6tables is not an executable file"),
+        ] {
+            lab.stand_in("");
+            sh(damage);
+            for arguments in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
+                let (status, output) = lab.rfw(arguments);
+                assert!(status == 1 && output.contains(message), "{damage}: {output}");
+            }
+        }
     });
 }
 
