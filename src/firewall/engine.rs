@@ -683,12 +683,12 @@ impl<K: Kernel> Engine<K> {
 
     /// Deletes the rules that are due. The state file needs no record of that: it holds the expiry.
     fn expire(&mut self) {
-        // After a failure, the next attempt comes with the next check.
-        if self.outage.is_some() && Instant::now() < self.next_check {
-            return;
-        }
+        let has_failed = self.outage.is_some() && Instant::now() < self.next_check;
         for family in Family::ALL {
-            self.expire_family(family);
+            // After a failure, the next attempt comes with the next check.
+            if !(has_failed && self.distrusted.contains(&family)) {
+                self.expire_family(family);
+            }
         }
     }
 
