@@ -8,7 +8,8 @@
 //!
 //! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
 //! is truncated: further lines could not restore the order of rules, nor be written to a full disk.
-//! A power cut leaves an incomplete tail, which was never acknowledged. A rule is written as its
+//! A power cut leaves an incomplete tail, which was never acknowledged: some file systems fill it with
+//! zeros. A rule is written as its
 //! path and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::file::{self, Access};
@@ -51,11 +52,12 @@ pub struct StateFile {
 }
 
 /// The result of reading a file.
-#[derive(PartialEq, Eq, Debug)]
+#[derive(Default, PartialEq, Eq, Debug)]
 pub struct Contents {
     /// How many bytes are valid; a power cut has left the rest.
     pub size: u64,
     pub records: usize,
+    pub is_version_1: bool,
     /// The line of an incomplete last change, and why it is dropped.
     pub tail: Option<LineError>,
     /// The first of the lines that are dropped.
@@ -99,6 +101,11 @@ impl StateFile {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it could only be opened for reading; it must be replaced before anything is appended.
+    pub fn is_read_only(&self) -> bool {
+        (&self.file).write(b"").is_err()
     }
 
     /// Whether nothing was ever written to it.
@@ -145,7 +152,7 @@ impl StateFile {
         }
         if !self.is_unchanged().map_err(|error| self.sentence(&error))? {
             let path = self.path.display();
-            return Err(format!("{path} was changed by someone else; restart rfw to read it."));
+            return Err(format!("{path} was changed or removed by someone else; restart rfw."));
         }
         let written = self.repair_tail().and_then(|()| {
             self.needs_repair = true;
@@ -240,10 +247,11 @@ impl StateFile {
         self.repair_tail()
     }
 
-    /// Sets the size at which the file is compacted next, from the part that the list needs.
+    /// Sets the size at which the file is compacted next, from the part that the list needs. One of
+    /// version 1 is compacted at once.
     pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
         let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
-        self.limit = limit_of(part.unwrap_or(0));
+        self.limit = if contents.is_version_1 { 0 } else { limit_of(part.unwrap_or(0)) };
     }
 }
 
@@ -275,10 +283,14 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
-/// Whether the locked file still has this name: another rfw may have replaced it.
+/// Whether the locked file still has this name: someone may have replaced or deleted it.
 fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
-    let (open, named) = (file.metadata()?, fs::metadata(path)?);
-    Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
+    let open = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(named) => Ok((open.dev(), open.ino()) == (named.dev(), named.ino())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn line_of(record: &Record) -> String {
@@ -297,22 +309,26 @@ struct OpenList {
 }
 
 fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Contents, LineError> {
-    let mut contents = Contents { size: 0, records: 0, tail: None, dropped: Vec::new() };
+    let mut contents = Contents::default();
     let mut list: Option<OpenList> = None;
     let mut bytes = Vec::new();
     for line in 1.. {
         bytes.clear();
         let at = |message| LineError { line, message };
         let length = source.take(MAX_LINE).read_until(b'\n', &mut bytes);
-        let length = length.map_err(|error| at(error.to_string()))? as u64;
-        if !bytes.ends_with(b"\n") && length < MAX_LINE {
+        let io_error = |error: io::Error| at(error.to_string());
+        let length = length.map_err(io_error)? as u64;
+        let is_cut = !bytes.ends_with(b"\n")
+            && (length < MAX_LINE
+                || bytes.ends_with(b"\0") && is_zeros(source).map_err(io_error)?);
+        if is_cut {
             let message = format!("the last line is incomplete ({length} bytes) and is dropped");
             contents.tail = (length > 0).then_some(at(message));
             break;
         }
         let text = String::from_utf8_lossy(&bytes);
         if line == 1 && HEADERS.contains(&&*text) {
-            contents.size = length;
+            (contents.size, contents.is_version_1) = (length, text != HEADER);
             continue;
         }
         match (parse_count(&text), parse_record(&text)) {
@@ -341,6 +357,18 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
         contents.tail = Some(LineError { line, message });
     }
     Ok(contents)
+}
+
+/// Whether a source has nothing but zeros to its end.
+fn is_zeros(source: &mut impl BufRead) -> io::Result<bool> {
+    loop {
+        let buffer = source.fill_buf()?;
+        let length = buffer.len();
+        if length == 0 || buffer.iter().any(|byte| *byte != 0) {
+            return Ok(length == 0);
+        }
+        source.consume(length);
+    }
 }
 
 fn damage(line: usize, text: &str, list: Option<&OpenList>) -> String {
@@ -475,11 +503,18 @@ mod tests {
 
     #[test]
     fn an_incomplete_tail_is_reported() {
+        let zeros = |line: &str, count| format!("{line}{}", "\0".repeat(count));
         let table = [
             ("+ 0 /dr", 2, "the last line is incomplete (7 bytes) and is dropped"),
             ("* 3\n+ 0 /drop/input/any/1.1.1.1\n", 2, "has 1 of its 3 changes; it was never"),
             ("* 3\n+ 0 /drop/input/any/1.1.1.1\n+", 2, "has 1 of its 3 changes; it was never"),
             ("* 3\n", 2, "has 0 of its 3 changes; it was never"),
+            // Some file systems fill what was not written with zeros.
+            (&zeros("", 511), 2, "the last line is incomplete (511 bytes)"),
+            (&zeros("", 512), 2, "the last line is incomplete"),
+            (&zeros("", 100_000), 2, "the last line is incomplete"),
+            (&zeros("+ 0 /dr", 100_000), 2, "the last line is incomplete"),
+            (&zeros("* 3\n", 100_000), 2, "has 0 of its 3 changes; it was never"),
         ];
         for (text, line, message) in table {
             let contents = read(&mut format!("{HEADER}{text}").as_bytes(), |_| ()).unwrap();
@@ -516,6 +551,7 @@ mod tests {
             "* 3\n+ 0 /drop/input/any/1.1.1.1\nx",
             &long,
             &longest,
+            &"\0".repeat(100_000),
         ];
         for line in table {
             let damaged = 2 + line.matches('\n').count();
@@ -599,7 +635,7 @@ mod tests {
         let size = (text.len() + list.len()) as u64;
         assert_eq!(
             (contents, state.offset()),
-            (Contents { size, records: 4, tail: None, dropped: Vec::new() }, size)
+            (Contents { size, records: 4, ..Contents::default() }, size)
         );
         // A change that the kernel rejects
         state.truncate_to(offset);
@@ -671,12 +707,12 @@ mod tests {
         };
         let mut other = OpenOptions::new().append(true).open(&path).unwrap();
         other.write_all(b"+").unwrap();
-        append("was changed by someone else; restart rfw to read it.");
+        append("was changed or removed by someone else; restart rfw.");
         other.set_len(HEADER.len() as u64).unwrap();
         fs::rename(&path, folder.0.join("old")).unwrap();
-        append("No such file");
+        append("was changed or removed");
         fs::write(&path, HEADER).unwrap();
-        append("was changed by someone else");
+        append("was changed or removed");
         fs::rename(folder.0.join("old"), &path).unwrap();
         state.append([put(A, 0)].into_iter(), false).unwrap();
         // A file that was replaced after it was opened
@@ -763,7 +799,7 @@ mod tests {
     fn when_the_file_is_compacted() {
         let folder = Folder::new("limit");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
-        let contents = |records| Contents { size: 0, records, tail: None, dropped: Vec::new() };
+        let contents = |records| Contents { records, ..Contents::default() };
         // The size, how many of the records are needed, the limit
         let table = [
             (1_000_000, 5, 10, 1_000_000),
@@ -777,6 +813,9 @@ mod tests {
             state.set_needed(rules, &contents(records));
             assert_eq!(state.limit, limit, "{size} {rules} {records}");
         }
+        state.set_needed(9, &Contents { records: 9, is_version_1: true, ..Contents::default() });
+        assert!(state.is_large());
+        state.limit = 65_536;
         for (size, is_large) in [(65_536, false), (65_537, true)] {
             state.size = size;
             assert_eq!(state.is_large(), is_large);

@@ -129,8 +129,9 @@ pub struct Engine<K> {
     pub(super) kernel: K,
     pub(super) list: List,
     pub(super) state: Option<StateFile>,
-    /// Whether the state file may hold rules that the list dropped at start. It is compacted before
-    /// the next change: if that deleted what replaces them, the next start would read them back.
+    /// Whether the state file must be compacted before the next change: it was opened on a read-only
+    /// disk, or may hold rules that the list dropped at start. If the change deleted what replaces
+    /// those, the next start would read them back.
     pub(super) state_is_stale: bool,
     pub(super) settings: Settings,
     pub(super) clock: Clock,

@@ -44,6 +44,7 @@ pub fn start<K: Kernel>(
     }
     engine.state_is_stale = drop_whitelisted(&mut engine.list, whitelist, &log);
     engine.state_is_stale |= engine.list.drop_rivals();
+    engine.state_is_stale |= engine.state.as_ref().is_some_and(StateFile::is_read_only);
     engine.list.drop_empty();
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;

@@ -79,6 +79,17 @@ fn a_reboot_brings_back_rules_order_and_expiry() {
 }
 
 #[test]
+fn a_file_of_version_1_becomes_version_2() {
+    once(|lab| {
+        lab.write("state", "rfw state 1\n+ 0 /drop/input/any/1.1.1.1\n");
+        let _rfw = lab.start(CONF);
+        ask("PUT /drop/input/any/1.1.1.1?tag=a");
+        await_true("version 2", 10, || lab.read("state").starts_with("rfw state 2\n"));
+        assert_eq!(lines(lab), "+ 0 /drop/input/any/1.1.1.1\n+ 0 /drop/input/any/1.1.1.1@a\n");
+    });
+}
+
+#[test]
 fn an_expiry_in_3000_years_stays() {
     both(|lab| {
         const LATE: &str = "99999999999";
@@ -265,8 +276,11 @@ fn a_disk_that_takes_nothing() {
             rfw.restart();
             assert_eq!(lab.kept().len(), kept);
             refused("read-only");
+            assert!(lab.log().contains("cannot be compacted: Read-only file system"));
+            sh("mount -o remount,rw disk");
+            works("writable again");
             rfw.kill();
-            sh("mount -o remount,rw disk; rm disk/state");
+            sh("rm disk/state");
         });
     });
 }
