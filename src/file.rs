@@ -28,8 +28,9 @@ pub fn check(file: &Path, data: &Metadata, access: Access) -> Result<(), String>
     if data.mode() & 0o022 != 0 {
         return Err(format!("other users can write to it; run {chmod} {name}"));
     }
-    // Group root may read it: systemd passes credentials with that mode (the mask of their ACL).
-    let may_read = if data.gid() == 0 { 0o004 } else { 0o044 };
+    // systemd's credentials have an ACL, whose mask shows as the rights of the group root.
+    let is_credential = file.starts_with("/run/credentials") && data.gid() == 0;
+    let may_read = if is_credential { 0o004 } else { 0o044 };
     if access == Access::Secret && data.mode() & may_read != 0 {
         return Err(format!("other users can read the secret in it; run {chmod} {name}"));
     }
@@ -48,9 +49,11 @@ pub fn read(file: &Path, access: Access) -> Result<Vec<u8>, String> {
     Ok(content)
 }
 
+/// Reads a text, without a byte order mark, which some editors write.
 pub fn read_text(file: &Path, access: Access) -> Result<String, String> {
     let content = read(file, access)?;
-    String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))
+    let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))?;
+    Ok(text.trim_start_matches('\u{feff}').into())
 }
 
 /// The user that runs this program. Without /proc it counts as root, and only root is trusted.
@@ -74,16 +77,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_byte_order_mark_is_dropped() {
+        let path = std::env::temp_dir().join(format!("rfw-file-mark-{}", std::process::id()));
+        fs::write(&path, "\u{feff}x").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(read_text(&path, Access::Secret), Ok("x".into()));
+        fs::remove_file(&path).unwrap();
+    }
+
     /// Owners are tested end to end, because only root can give a file away.
     #[test]
     fn modes() {
         let path = std::env::temp_dir().join(format!("rfw-file-{}", std::process::id()));
         fs::write(&path, "x").unwrap();
-        let is_group_root = fs::metadata(&path).unwrap().gid() == 0;
         let table = [
             (0o400, "", ""),
             (0o604, "", "read"),
-            (0o640, "", if is_group_root { "" } else { "read" }),
+            (0o640, "", "read"),
             (0o602, "go-w", "write"),
             (0o620, "go-w", "write"),
         ];

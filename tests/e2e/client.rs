@@ -210,7 +210,7 @@ fn credentials_come_from_a_file_or_the_environment() {
         for (text, mode, status) in [
             (SECRET, 0o600, 0),
             (SECRET, 0o400, 0),
-            (SECRET, 0o640, 0), // its group is root's
+            (SECRET, 0o640, 2),
             (SECRET, 0o604, 2),
             (SECRET, 0o660, 2),
             ("mu:s3cret:pass\n\n#x", 0o600, 2),
