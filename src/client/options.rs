@@ -164,6 +164,9 @@ impl Arguments {
             credentials: self.credentials.as_deref().map(user_and_password).transpose()?,
             timeout: self.timeout.unwrap_or(DEFAULT_TIMEOUT),
         };
+        if self.list.is_none() && self.query.iter().any(|part| part == "replace=true") {
+            return Err("--replace needs --list FILE".into());
+        }
         if let [command, file] = &*self.operands
             && command.eq_ignore_ascii_case("batch")
         {
@@ -397,6 +400,8 @@ mod tests {
             ("batch -", "batch "),
             ("Batch Cargo.toml --tag peer", "batch tag=peer"),
             ("batch - --list Cargo.toml", "batch takes no --list"),
+            ("batch - --replace", "--replace needs --list FILE"),
+            ("put /x --replace --tag a", "--replace needs --list FILE"),
             ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
         ];
         for (line, expected) in table {
