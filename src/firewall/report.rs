@@ -43,7 +43,7 @@ impl<K: Kernel> Engine<K> {
             missing.extend(plan.missing.into_iter().filter(|rule| !changed.contains(rule)));
             for TaggedRule { rule, expires, .. } in plan.unknown {
                 match expires.is_some_and(|second| second <= now) {
-                    _ if changed.contains(&rule) || self.is_other_form(&rule) => {}
+                    _ if changed.contains(&rule) || self.is_outdated(&rule) => {}
                     true => expired.push(rule),
                     false => unknown.push(rule),
                 }
@@ -61,13 +61,13 @@ impl<K: Kernel> Engine<K> {
         self.log_each(Level::Warning, "removed, because it is not in the list:", &unknown);
     }
 
-    /// Whether the list still holds the rule, but in the other form, after a start with or without
-    /// ipset.path.
-    fn is_other_form(&self, rule: &KernelRule) -> bool {
+    /// Whether the rule is from an earlier rfw.conf: a guard for another port or whitelist, or a rule
+    /// of the list in the other form, after a start with or without ipset.path.
+    fn is_outdated(&self, rule: &KernelRule) -> bool {
         self.is_starting
             && match rule.template() {
                 Some(_) => !self.settings.sets,
-                None => self.list.contains(&rule.rule),
+                None => rule.is_guard() || self.list.contains(&rule.rule),
             }
     }
 

@@ -1868,6 +1868,20 @@ fn a_repair_is_checked_again_soon() {
     }
 }
 
+/// The whitelist has grown since the rules were stored.
+#[test]
+fn a_start_drops_whitelisted_rules_from_list_and_file() {
+    let mut world = World::new(false, true);
+    world.put("+ /drop/input/any/1.1.1.1");
+    world.engine = None;
+    let path = world.folder.as_ref().unwrap().join("state");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{text}+ 0 /drop/input/any/192.0.2.0/24\n")).unwrap();
+    world.start().unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    world.settle();
+}
+
 /// The state file recorded that a drop replaced an accept, which came back when the drop expired.
 #[test]
 fn an_expired_target_does_not_take_another_one_with_it() {
