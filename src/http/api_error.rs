@@ -151,7 +151,7 @@ fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
         ListError::Empty => (
             400,
             "empty_list",
-            "The body names no address, so nothing was changed; send a list with curl -T FILE or \
+            "The body names no address that may be changed, so nothing was; send a list with curl -T FILE or \
              --data-binary @FILE (-d strips the newlines), or name an address in the path."
                 .into(),
         ),
