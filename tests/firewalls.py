@@ -400,7 +400,7 @@ def boot(case, state, cleaned):
         case.ask("PUT", "/drop/input/any/" + path)
     run("netfilter-persistent", "save")
     if cleaned:
-        run("sed", "-i", r'/--comment "\?rfw[:@" ]/d', "/etc/iptables/rules.v4", "/etc/iptables/rules.v6")
+        run("sed", "-Ei", r'/--comment ("rfw[:@"]|rfw[ :@])/d', "/etc/iptables/rules.v4", "/etc/iptables/rules.v6")
     case.ask("DELETE", "/drop/input/any/10.1.1.2")
     case.ask("PUT", "/drop/input/any/10.1.1.5")
     await_true("the expiry", 12, lambda: "10.1.1.3" not in case.blocked())
