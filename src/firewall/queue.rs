@@ -3,6 +3,7 @@
 //! A thread that submits a job while none is being committed becomes the leader: it takes the
 //! Mutex of the worker, commits all waiting jobs as one batch, distributes the results, and passes
 //! the lead to the next waiting thread. A long job is a batch of its own.
+//! If fewer jobs wait than the last batch had, it waits a moment for the rest.
 //! Short jobs overtake long ones, but after each batch of short jobs one long job has its turn.
 
 use crate::mutex::lock;
@@ -10,6 +11,12 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+
+/// How long a batch waits for more jobs: 1 to 2 ms, as long as a program needs.
+const GATHER_STEPS: usize = 20;
+const GATHER_STEP: Duration = Duration::from_micros(50);
 
 /// What a waiting thread gets.
 enum Turn<R> {
@@ -29,6 +36,8 @@ struct Waiting<J, R> {
     is_led: bool,
     /// Whether the last batch was of short jobs.
     was_short: bool,
+    /// How many jobs it had.
+    last: usize,
 }
 
 /// A worker, which one thread at a time may use, and the jobs that wait for it.
@@ -46,7 +55,7 @@ pub struct Done<R> {
 
 impl<W, J, R: Clone> Queue<W, J, R> {
     pub fn new(worker: W) -> Queue<W, J, R> {
-        let waiting = Waiting { jobs: VecDeque::new(), is_led: false, was_short: false };
+        let waiting = Waiting { jobs: VecDeque::new(), is_led: false, was_short: false, last: 0 };
         Queue { worker: Mutex::new(worker), waiting: Mutex::new(waiting) }
     }
 
@@ -83,6 +92,7 @@ impl<W, J, R: Clone> Queue<W, J, R> {
     }
 
     fn lead(&self, commit: &impl Fn(&mut W, Vec<J>) -> Done<R>) {
+        self.gather();
         let mut worker = lock(&self.worker);
         let (jobs, waiters) = self.take();
         let Done { results, outage } = commit(&mut worker, jobs);
@@ -94,6 +104,19 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         let mut waiting = lock(&self.waiting);
         let next = waiting.jobs.front();
         waiting.is_led = next.is_some_and(|next| next.waiter.send(Turn::Lead).is_ok());
+    }
+
+    /// Waits a moment until as many jobs wait as the last batch had: clients that were answered
+    /// together send their next requests together.
+    fn gather(&self) {
+        for _ in 0..GATHER_STEPS {
+            let waiting = lock(&self.waiting);
+            if waiting.jobs.len() >= waiting.last {
+                return;
+            }
+            drop(waiting);
+            thread::sleep(GATHER_STEP);
+        }
     }
 
     /// All short jobs, or one long one.
@@ -109,6 +132,7 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         } else if let Some(long) = waiting.jobs.iter().position(|job| job.is_long) {
             taken.extend(waiting.jobs.remove(long));
         }
+        waiting.last = taken.len();
         taken.into_iter().map(|job| (job.job, job.waiter)).unzip()
     }
 
