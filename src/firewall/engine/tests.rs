@@ -1868,6 +1868,48 @@ fn a_repair_is_checked_again_soon() {
     }
 }
 
+#[test]
+fn a_start_destroys_unused_sets() {
+    for sets in [false, true] {
+        let mut world = World::new(sets, false);
+        world.put("+ /drop/input/any/1.1.1.1");
+        for name in ["rfw4:drop:in:eth0", "rfw4:drop:in:eth1"] {
+            let set = FakeSet { maxelem: MAXELEM, entries: BTreeMap::new() };
+            world.memory().sets.insert(name.into(), set);
+        }
+        world.insert_foreign(Family::V4, Chain::Forward, 1, "-m set rfw4:drop:in:eth1 src");
+        world.restart();
+        let names: Vec<String> = world.memory().sets.keys().cloned().collect();
+        let own = ["rfw4:drop:in:any", "rfw4:drop:in:eth1"];
+        assert_eq!(names, if sets { &own[..] } else { &own[1..] });
+    }
+}
+
+/// What a request repairs along with its own rule is restored; its own rule is not.
+#[test]
+fn what_is_counted() {
+    // With sets, the damage, a change, the rules restored
+    let table: [(bool, Damage, &str, usize); 6] = [
+        (false, none, "", 0),
+        (false, flush, "", 2),
+        (false, flush, "+ /drop/input/any/1.1.1.1", 1),
+        (true, empty_sets, "", 2),
+        (true, empty_sets, "+ /drop/input/any/1.1.1.1", 1),
+        (true, flush, "", 1),
+    ];
+    for (sets, damage, change, restored) in table {
+        let mut world = World::new(sets, false);
+        world.engine().settings.guards.clear();
+        world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/1.1.1.2");
+        world.settle();
+        damage(&mut world);
+        world.is_damaged = true;
+        world.put(change);
+        world.settle();
+        assert_eq!(world.metrics.restored.to_string(), restored.to_string(), "{sets} {change}");
+    }
+}
+
 /// The whitelist has grown since the rules were stored.
 #[test]
 fn a_start_drops_whitelisted_rules_from_list_and_file() {
