@@ -684,10 +684,9 @@ impl<K: Kernel> Engine<K> {
 
     /// Deletes the rules that are due. The state file needs no record of that: it holds the expiry.
     fn expire(&mut self) {
-        let has_failed = self.outage.is_some() && Instant::now() < self.next_check;
         for family in Family::ALL {
-            // After a failure, the next attempt comes with the next check.
-            if !(has_failed && self.distrusted.contains(&family)) {
+            // Those of a distrusted family expire when a check has repaired it.
+            if !self.distrusted.contains(&family) {
                 self.expire_family(family);
             }
         }
@@ -709,7 +708,6 @@ impl<K: Kernel> Engine<K> {
                 self.list.undo(&batch);
                 let count = batch.len();
                 self.log.error(format_args!("{count} rules are due but remain: {error}"));
-                self.outage = Some(error);
             }
         }
     }
