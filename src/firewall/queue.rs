@@ -3,7 +3,7 @@
 //! A thread that submits a job while none is being committed becomes the leader: it takes the
 //! Mutex of the worker, commits all waiting jobs as one batch, distributes the results, and passes
 //! the lead to the next waiting thread. A long job is a batch of its own.
-//! If fewer jobs wait than the last batch had, it waits a moment for the rest.
+//! If fewer jobs wait than the last batch had, the leader waits a moment for the rest.
 //! Short jobs overtake long ones, but after each batch of short jobs one long job has its turn.
 
 use crate::mutex::lock;
