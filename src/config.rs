@@ -511,6 +511,7 @@ mod tests {
             ("non.restful # x", 4, "on a line of its own"),
             ("default.expire = 10m\t; x", 4, "on a line of its own"),
             ("auth.file = users # x", 4, "on a line of its own"),
+            ("default.expire = 3651d", 4, "at most 3650d"),
             ("[config]", 4, "once"),
             ("whitelist.file = b", 4, "already set in line 3"),
             ("non.restful\nnon.restful", 5, "already set in line 4"),

@@ -83,7 +83,9 @@ def blocks(segments, may_be_any):
 def seconds(text):
     number = re.fullmatch("([0-9]{1,9})([smhd]?)", text)
     need(number)
-    return int(number[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[number[2]]
+    result = int(number[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[number[2]]
+    need(result <= 3650 * 86400)
+    return result
 
 
 Meaning = collections.namedtuple("Meaning", "put chain target inp out source destination version expire")
@@ -279,7 +281,7 @@ class Requests:
                 path += "/" + address + self.mask(address)
         path += "/" if chance() < 0.05 else ""
         if chance() < 0.3:
-            number = self.some(["0", "60", "3600", "90s", "10m", "25h", "1d", "24d", "25d", "999999999", "999999999d", "1000000000", "", "-1", "1w", "1.5h", "+1", "1h2m", "7%64"])
+            number = self.some(["0", "60", "3600", "90s", "10m", "25h", "1d", "24d", "25d", "315360000", "315360001", "3650d", "3651d", "999999999d", "1000000000", "", "-1", "1w", "1.5h", "+1", "1h2m", "7%64"])
             path += self.some(["?expire=", "?expire=", "?expire=", "?wait=true&expire=", "?Expire=", "?x=1&expire="]) + number
             path += self.some(["", "", "", "", "&wait=true", "&wait=no", "&expire=5", "&modify=insert", "&"])
         target = path.encode()

@@ -4,11 +4,14 @@
 /// milliseconds in 31 bits (ip_set_timeout.h).
 pub const LONGEST_IN_SET: u32 = 2_147_483;
 
+/// The longest interval in seconds, ten years: anything longer is a mistake, or means 0.
+const LONGEST: u64 = 3_650 * 86_400;
+
 /// How to write an interval.
-pub const FORM: &str = "up to 9 digits and s, m, h or d, as in 10m";
+pub const FORM: &str = "up to 9 digits and s, m, h or d, as in 10m, at most 3650d";
 
 /// Parses `1*9DIGIT [ "s" / "m" / "h" / "d" ]`, in seconds without a unit, into
-/// seconds. `None` for anything else.
+/// seconds. `None` for anything else, and for more than [`LONGEST`].
 pub fn parse(text: &str) -> Option<u64> {
     let (digits, unit) = match text.as_bytes().last()? {
         b's' => (text.strip_suffix('s')?, 1),
@@ -18,7 +21,8 @@ pub fn parse(text: &str) -> Option<u64> {
         _ => (text, 1),
     };
     let plain = digits.len() <= 9 && super::is_number(digits);
-    digits.parse::<u64>().ok().filter(|_| plain)?.checked_mul(unit)
+    let number = digits.parse::<u64>().ok().filter(|_| plain)?;
+    number.checked_mul(unit).filter(|seconds| *seconds <= LONGEST)
 }
 
 #[cfg(test)]
@@ -34,7 +38,13 @@ mod tests {
             ("10m", Some(600)),
             ("25h", Some(90_000)),
             ("007d", Some(604_800)),
-            ("999999999d", Some(86_399_999_913_600)),
+            ("3650d", Some(315_360_000)),
+            ("3651d", None),
+            ("315360000", Some(315_360_000)),
+            ("315360001", None),
+            ("5256000m", Some(315_360_000)),
+            ("87600h", Some(315_360_000)),
+            ("999999999d", None),
             ("1000000000", None),
             ("", None),
             ("m", None),

@@ -101,7 +101,7 @@ const BAD_CONF: [(&str, &str, &[&str]); 36] = [
     ("whitelist.file =", "whitelist.file:", &["rfw.conf:2", "as in whitelist.file = ..."]),
     ("white.list", "white.list # mine", &["rfw.conf:2", "a comment must be on a line of its own"]),
     ("local.server", "local.server ; on", &["rfw.conf:4", "a comment must be"]),
-    ("local.server", "local.server|default.expire = 1234567890", &["rfw.conf:5", "up to 9 digits"]),
+    ("local.server", "local.server|default.expire = 3651d", &["rfw.conf:5", "at most 3650d"]),
     ("local.server", "local.server = yes", &["rfw.conf:4"]),
     ("local.server", "local.server =", &["rfw.conf:4"]),
     ("local.server", "local.server|local.server", &["rfw.conf:5", "local.server"]),

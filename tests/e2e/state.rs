@@ -89,8 +89,9 @@ fn a_file_of_version_1_becomes_version_2() {
     });
 }
 
+/// The limit of `expire` applies to requests: rules accepted by an older rfw remain.
 #[test]
-fn an_expiry_in_3000_years_stays() {
+fn an_expiry_of_more_than_ten_years_stays() {
     both(|lab| {
         const LATE: &str = "99999999999";
         lab.iptables(&format!("-I INPUT -s 1.1.1.1 -m comment --comment rfw:{LATE} -j DROP"));
