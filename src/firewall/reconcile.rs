@@ -111,20 +111,21 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
         return Plan::default();
     }
-    let listed: HashMap<KernelRule, Option<(u64, u64)>> =
-        chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
-    let (present, missing): (Vec<_>, Vec<_>) =
-        wanted.iter().enumerate().partition(|(_, tagged)| listed.contains_key(&tagged.rule));
-    let numbers = present.iter().map(|(number, tagged)| (tagged.key(), *number)).collect();
+    // A chain without a rule of rfw's, as after a reboot, has none to look up.
+    let known = if chain.own().next().is_none() { &[] } else { wanted };
+    let numbers: HashMap<_, usize> = known.iter().map(key).zip(0..).collect();
     let mut stays = rows_that_stay(chain, &numbers);
     if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
         stays.fill(None);
     }
-    let rules: HashSet<KernelRule> = present.iter().map(|(_, tagged)| tagged.rule).collect();
+    let rules: HashSet<KernelRule> = known.iter().map(|tagged| tagged.rule).collect();
+    let listed: HashMap<KernelRule, Option<(u64, u64)>> =
+        chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
+    let missing = wanted.iter().map(|tagged| tagged.rule);
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     Plan {
         edits: edits(chain, wanted, &stays, &listed),
-        missing: missing.iter().map(|(_, tagged)| tagged.rule).collect(),
+        missing: missing.filter(|rule| !listed.contains_key(rule)).collect(),
         unknown: unknown.filter(|tagged| !rules.contains(&tagged.rule)).collect(),
         overtaken_by: overtaken_by(chain),
     }
