@@ -8,9 +8,8 @@
 //!
 //! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
 //! is truncated: further lines could not restore the order of rules, nor be written to a full disk.
-//! A power cut leaves an incomplete tail, which was never acknowledged: some file systems fill it with
-//! zeros. A rule is written as its
-//! path and tag ([`crate::rule`]); version 1 had no tags.
+//! A power cut leaves an incomplete tail, which was never acknowledged; some file systems fill it
+//! with zeros. A rule is written as its path and tag ([`crate::rule`]); version 1 had no tags.
 
 use crate::file::{self, Access};
 use crate::rule::whitelist::LineError;
