@@ -48,6 +48,8 @@ pub struct StateFile {
     needs_repair: bool,
     /// Above this size it is compacted.
     limit: u64,
+    /// Whether it must be replaced before anything is appended.
+    is_outdated: bool,
 }
 
 /// The result of reading a file.
@@ -84,7 +86,8 @@ impl StateFile {
         // A symbolic link is kept: compaction replaces the file that it points to.
         let path = fs::canonicalize(path).map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
-        Ok(StateFile { path, file, size, needs_repair: false, limit: limit_of(size) })
+        let (limit, is_outdated) = (limit_of(size), (&file).write(b"").is_err());
+        Ok(StateFile { path, file, size, needs_repair: false, limit, is_outdated })
     }
 
     /// Checks that a file can be read, if it exists.
@@ -102,9 +105,14 @@ impl StateFile {
         &self.path
     }
 
-    /// Whether it could only be opened for reading; it must be replaced before anything is appended.
-    pub fn is_read_only(&self) -> bool {
-        (&self.file).write(b"").is_err()
+    /// Whether it must be replaced before anything is appended: it is of version 1, was opened on a
+    /// read-only disk, or holds rules that the list has dropped.
+    pub fn is_outdated(&self) -> bool {
+        self.is_outdated
+    }
+
+    pub fn set_outdated(&mut self) {
+        self.is_outdated = true;
     }
 
     /// Whether nothing was ever written to it.
@@ -118,6 +126,7 @@ impl StateFile {
         let failed = |error: io::Error| whole_file(format!("cannot read it: {error}"));
         self.file.rewind().map_err(failed)?;
         let mut contents = read(&mut BufReader::new((&self.file).take(self.size)), each)?;
+        self.is_outdated |= contents.is_version_1;
         if contents.tail.is_some() {
             self.file.seek(SeekFrom::Start(contents.size)).map_err(failed)?;
             contents.dropped = BufReader::new(&self.file)
@@ -242,15 +251,15 @@ impl StateFile {
         fs::rename(new, &self.path)?;
         // The old file has lost its name, even if the folder cannot be synced.
         (self.file, self.size, self.needs_repair) = (file, size, true);
-        self.limit = limit_of(size);
+        (self.limit, self.is_outdated) = (limit_of(size), false);
         self.repair_tail()
     }
 
-    /// Sets the size at which the file is compacted next, from the part that the list needs. One of
-    /// version 1 is compacted at once.
-    pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
-        let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
-        self.limit = if contents.is_version_1 { 0 } else { limit_of(part.unwrap_or(0)) };
+    /// Sets the size at which the file is compacted next, from the part of its records that the list
+    /// needs.
+    pub fn set_needed(&mut self, rules: usize, records: usize) {
+        let part = self.size.saturating_mul(rules as u64).checked_div(records as u64);
+        self.limit = limit_of(part.unwrap_or(0));
     }
 }
 
@@ -782,6 +791,19 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_version_1_is_outdated_until_it_is_replaced() {
+        let folder = Folder::new("version");
+        let path = folder.file(&format!("rfw state 1\n+ 0 {A}\n"));
+        let mut state = StateFile::open(&path).unwrap();
+        assert_eq!((replay(&mut state).0, state.is_outdated()), (format!("{A} 0"), true));
+        state.replace([].into_iter()).unwrap();
+        assert_eq!((replay(&mut state).0, state.is_outdated()), (String::new(), false));
+        state.set_outdated();
+        assert!(state.is_outdated());
+        assert_eq!(fs::read_to_string(&path).unwrap(), HEADER);
+    }
+
+    #[test]
     fn compaction_that_fails_leaves_the_file() {
         let folder = Folder::new("failed");
         let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
@@ -798,7 +820,6 @@ mod tests {
     fn when_the_file_is_compacted() {
         let folder = Folder::new("limit");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
-        let contents = |records| Contents { records, ..Contents::default() };
         // The size, how many of the records are needed, the limit
         let table = [
             (1_000_000, 5, 10, 1_000_000),
@@ -809,11 +830,9 @@ mod tests {
         ];
         for (size, rules, records, limit) in table {
             state.size = size;
-            state.set_needed(rules, &contents(records));
+            state.set_needed(rules, records);
             assert_eq!(state.limit, limit, "{size} {rules} {records}");
         }
-        state.set_needed(9, &Contents { records: 9, is_version_1: true, ..Contents::default() });
-        assert!(state.is_large());
         state.limit = 65_536;
         for (size, is_large) in [(65_536, false), (65_537, true)] {
             state.size = size;

@@ -129,10 +129,6 @@ pub struct Engine<K> {
     pub(super) kernel: K,
     pub(super) list: List,
     pub(super) state: Option<StateFile>,
-    /// Whether the state file must be compacted before the next change: it was opened on a read-only
-    /// disk, or may hold rules that the list dropped at start. If the change deleted what replaces
-    /// those, the next start would read them back.
-    pub(super) state_is_stale: bool,
     pub(super) settings: Settings,
     pub(super) clock: Clock,
     pub(super) log: Arc<Log>,
@@ -171,7 +167,6 @@ impl<K: Kernel> Engine<K> {
             kernel,
             list: List::new(settings.sets),
             state,
-            state_is_stale: false,
             settings,
             clock: Clock::start(),
             log,
@@ -232,7 +227,7 @@ impl<K: Kernel> Engine<K> {
         let families: Vec<Family> =
             self.kernel.families().iter().copied().filter(of_family).collect();
         self.settle(&families, None)?;
-        if self.state_is_stale {
+        if self.state.as_ref().is_some_and(StateFile::is_outdated) {
             self.compact().map_err(ApplyError::State)?;
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem);
@@ -728,7 +723,6 @@ impl<K: Kernel> Engine<K> {
         if let Some(state) = &mut self.state {
             state.replace(self.list.stored())?;
         }
-        self.state_is_stale = false;
         Ok(())
     }
 

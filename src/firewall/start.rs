@@ -42,9 +42,11 @@ pub fn start<K: Kernel>(
     for family in Family::ALL {
         while !engine.list.expire(family, now).is_empty() {}
     }
-    engine.state_is_stale = drop_whitelisted(&mut engine.list, whitelist, &log);
-    engine.state_is_stale |= engine.list.drop_rivals();
-    engine.state_is_stale |= engine.state.as_ref().is_some_and(StateFile::is_read_only);
+    let has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
+    if engine.list.drop_rivals() || has_dropped {
+        // If a change deleted what replaces the dropped rules, the next start would read them back.
+        engine.state.iter_mut().for_each(StateFile::set_outdated);
+    }
     engine.list.drop_empty();
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
@@ -60,7 +62,7 @@ pub fn start<K: Kernel>(
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
-    } else if engine.state_is_stale {
+    } else if engine.state.as_ref().is_some_and(StateFile::is_outdated) {
         engine.compact_or_log();
     }
     engine.is_starting = false;
@@ -105,7 +107,7 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
             Record::Put(rule, expires) => list.insert(&rule, expires),
             Record::Delete(rule) => list.remove(&rule),
         })?;
-        state.set_needed(list.count(), &contents);
+        state.set_needed(list.count(), contents.records);
         let Some(tail) = contents.tail else { return Ok(list) };
         log.warning(format_args!("{}", tail.at(state.path())));
         for line in contents.dropped {
