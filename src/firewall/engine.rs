@@ -301,7 +301,7 @@ impl<K: Kernel> Engine<K> {
         if self.settings.sets && self.distrusted.contains(&family) {
             self.repair_sets(family, batch)?;
         }
-        let listing = self.confirmed_rules(family)?;
+        let listing = self.confirmed_rules(family, None)?;
         self.rewrite_rules(family, &listing, batch)
     }
 
@@ -468,29 +468,36 @@ impl<K: Kernel> Engine<K> {
         listing: Option<Listing>,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
+        // One incomplete listing could hide what a failed batch left.
+        if self.distrusted.contains(&family) {
+            return self.repair(family, batch);
+        }
         let read = || self.kernel.read_rules(family, self.limit(0));
         let listing = listing.map_or_else(read, Ok)?;
         let mut repairs = self.plans(family, &listing);
         repairs.retain(|plan| !plan.edits.is_empty());
         if repairs.is_empty() {
             self.count_traffic(family, &listing);
+            return Ok(());
         }
         // A check may leave foreign rules in front for a while; a request may not.
         let may_wait = batch.is_none() && self.is_overtaken_often();
-        let is_correct =
-            repairs.is_empty() || may_wait && repairs.iter().all(Plan::is_only_overtaken);
-        // After an error, one incomplete listing could hide what a failed batch left, so a distrusted
-        // family is always repaired, which reads it twice.
-        match is_correct && !self.distrusted.contains(&family) {
-            true => Ok(()),
-            false => self.repair(family, batch),
+        if may_wait && repairs.iter().all(Plan::is_only_overtaken) {
+            return Ok(());
         }
+        let listing = self.confirmed_rules(family, Some(listing))?;
+        self.rewrite_rules(family, &listing, batch)
     }
 
-    /// Reads until two consecutive listings agree.
-    pub fn confirmed_rules(&self, family: Family) -> Result<Listing, ToolError> {
+    /// Reads until two consecutive listings agree; `first` was read before.
+    pub fn confirmed_rules(
+        &self,
+        family: Family,
+        first: Option<Listing>,
+    ) -> Result<Listing, ToolError> {
         let read = || self.kernel.read_rules(family, self.limit(0));
-        read_until_agreed(read()?, read, Listing::agrees_with, "iptables lists other rules")
+        let first = first.map_or_else(read, Ok)?;
+        read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
     }
 
     /// Reads the sets of a family and makes them match the list (goals 3 and 4).
@@ -742,7 +749,7 @@ impl<K: Kernel> Engine<K> {
         for family in self.kernel.families().iter().filter(is_asked) {
             let mut listing = self.kernel.read_rules(*family, self.limit(0))?;
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
-                listing = self.confirmed_rules(*family)?;
+                listing = self.confirmed_rules(*family, Some(listing))?;
             }
             for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
                 let KernelRule { rule, .. } = &tagged.rule;

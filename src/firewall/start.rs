@@ -74,13 +74,13 @@ fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, List
     let listings = thread::scope(|scope| {
         let read = |family: &Family| {
             let (family, thread) = (*family, thread::Builder::new());
-            (family, thread.spawn_scoped(scope, move || engine.confirmed_rules(family)))
+            (family, thread.spawn_scoped(scope, move || engine.confirmed_rules(family, None)))
         };
         let threads: Vec<_> = engine.kernel.families().iter().map(read).collect();
         let listings = threads.into_iter().map(|(family, thread)| {
             let listing = match thread.map(ScopedJoinHandle::join) {
                 Ok(Ok(listing)) => listing,
-                _ => engine.confirmed_rules(family),
+                _ => engine.confirmed_rules(family, None),
             };
             listing.map(|listing| (family, listing))
         });

@@ -1640,10 +1640,10 @@ fn what_a_check_costs() {
         // With sets, before the next check, distrusted, all addresses
         (false, true, false, false, ""),
         (false, false, false, false, "r r"),
-        (false, false, true, false, "rrr r"),
+        (false, false, true, false, "rr r"),
         (true, false, false, false, "Rr r"),
         (true, false, false, true, "RRRRr r"),
-        (true, false, true, false, "RRRRrrr r"),
+        (true, false, true, false, "RRRRrr r"),
     ];
     for (sets, is_early, is_distrusted, is_due, cost) in table {
         let mut world = World::new(sets, false);
