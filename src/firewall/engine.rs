@@ -26,7 +26,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Filter, Target};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -42,6 +42,9 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
 pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
+/// The extension for each rule that the kernel holds, in edits: to change one of 100,000,
+/// iptables-nft reads all, which takes up to 0.1 ms each while the processor's caches are in use.
+const EDITS_PER_RULE: usize = 5;
 /// The shortest pause after a check of the kernel, and the pause as a multiple of its processor time:
 /// checks use less than 5 % of one processor. A slow check delays requests, so the pause is also as
 /// long as the check.
@@ -302,19 +305,18 @@ impl<K: Kernel> Engine<K> {
             self.repair_sets(family, batch)?;
         }
         let listing = self.confirmed_rules(family, None)?;
-        self.rewrite_rules(family, &listing, batch)
+        self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
     pub fn rewrite_rules(
         &mut self,
         family: Family,
-        listing: &Listing,
+        mut plans: Vec<Plan>,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
-        let mut plans = self.plans(family, listing);
         let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
         self.has_repaired |= !edits.is_empty();
-        if let Err(error) = self.kernel.write_rules(family, &edits, self.limit(edits.len())) {
+        if let Err(error) = self.write_rules(family, &edits) {
             // The kernel may lack a set, too.
             self.distrusted.insert(family);
             return Err(error);
@@ -338,7 +340,7 @@ impl<K: Kernel> Engine<K> {
             let engine = &*self;
             let read = |family: &Family| {
                 let (family, thread) = (*family, thread::Builder::new());
-                let read = move || engine.kernel.read_rules(family, engine.limit(0));
+                let read = move || engine.read_rules(family);
                 // Without a thread, it is read below.
                 Some((family, thread.spawn_scoped(scope, read).ok()?))
             };
@@ -351,19 +353,55 @@ impl<K: Kernel> Engine<K> {
         });
         written?;
         for family in self.families_of(batch) {
+            let listing = listings.remove(&family).transpose()?;
             match self.rule_edits(batch, family) {
                 Some(edits) if !created.iter().any(|group| group.family == family) => {
-                    self.kernel.write_rules(family, &edits, self.limit(edits.len()))?;
+                    self.write_rules(family, &edits)?;
                     if relied.contains(&family) {
-                        let listing = listings.remove(&family).filter(|_| edits.is_empty());
-                        let listing = listing.transpose()?;
+                        let listing = listing.filter(|_| edits.is_empty());
                         self.check_rules(family, listing, Some(batch))?;
                     }
                 }
-                _ => self.repair(family, Some(batch))?,
+                _ => self.read_and_write(family, listing, batch)?,
             }
         }
         self.write_sets(batch, &[], last)
+    }
+
+    /// Reads the rules and makes them follow a batch. A listing that shows the list as it was before
+    /// proves as much as two that agree.
+    fn read_and_write(
+        &mut self,
+        family: Family,
+        listing: Option<Listing>,
+        batch: &Batch,
+    ) -> Result<(), ToolError> {
+        let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
+        let mut plans = self.plans(family, &listing);
+        if !self.are_expected(&plans, family, batch) {
+            let listing = self.confirmed_rules(family, Some(listing))?;
+            plans = self.plans(family, &listing);
+        }
+        self.rewrite_rules(family, plans, Some(batch))
+    }
+
+    /// Whether the rules that are missing and unknown are those that a batch inserts and deletes.
+    fn are_expected(&self, plans: &[Plan], family: Family, batch: &Batch) -> bool {
+        let (mut inserted, mut deleted) = (HashSet::new(), HashSet::new());
+        let created = batch.created.iter().filter(|group| group.family == family);
+        inserted.extend(created.filter_map(Group::set));
+        for difference in self.list.differences(batch) {
+            let Difference { group, before, after, .. } = difference;
+            if group.family == family && !self.list.is_in_set(&group) {
+                let rule = KernelRule::plain(difference.rule());
+                inserted.extend((before.is_none() && after.is_some()).then_some(rule));
+                deleted.extend((before.is_some() && after.is_none()).then_some(rule));
+            }
+        }
+        let missing = plans.iter().flat_map(|plan| &plan.missing);
+        let unknown = plans.iter().flat_map(|plan| &plan.unknown).map(|tagged| &tagged.rule);
+        missing.collect::<HashSet<_>>() == inserted.iter().collect()
+            && unknown.collect::<HashSet<_>>() == deleted.iter().collect()
     }
 
     /// Creates sets, and adds (`true`) or deletes (`false`) the addresses of a batch.
@@ -456,7 +494,7 @@ impl<K: Kernel> Engine<K> {
         self.front(family, chain).chain(self.list.rules(family, chain)).collect()
     }
 
-    fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
+    pub fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
         let plan = |chain: &Chain| plan(listing.chain(*chain), &self.wanted(family, *chain));
         Chain::ALL.iter().map(plan).collect()
     }
@@ -472,8 +510,7 @@ impl<K: Kernel> Engine<K> {
         if self.distrusted.contains(&family) {
             return self.repair(family, batch);
         }
-        let read = || self.kernel.read_rules(family, self.limit(0));
-        let listing = listing.map_or_else(read, Ok)?;
+        let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         let mut repairs = self.plans(family, &listing);
         repairs.retain(|plan| !plan.edits.is_empty());
         if repairs.is_empty() {
@@ -486,7 +523,15 @@ impl<K: Kernel> Engine<K> {
             return Ok(());
         }
         let listing = self.confirmed_rules(family, Some(listing))?;
-        self.rewrite_rules(family, &listing, batch)
+        self.rewrite_rules(family, self.plans(family, &listing), batch)
+    }
+
+    fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
+        self.kernel.read_rules(family, self.rules_limit(family, 0))
+    }
+
+    fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
+        self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.
@@ -495,7 +540,7 @@ impl<K: Kernel> Engine<K> {
         family: Family,
         first: Option<Listing>,
     ) -> Result<Listing, ToolError> {
-        let read = || self.kernel.read_rules(family, self.limit(0));
+        let read = || self.read_rules(family);
         let first = first.map_or_else(read, Ok)?;
         read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
     }
@@ -747,7 +792,7 @@ impl<K: Kernel> Engine<K> {
         let mut rules = Vec::new();
         let is_asked = |family: &&Family| filter.net.is_none_or(|net| net.family() == **family);
         for family in self.kernel.families().iter().filter(is_asked) {
-            let mut listing = self.kernel.read_rules(*family, self.limit(0))?;
+            let mut listing = self.read_rules(*family)?;
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
                 listing = self.confirmed_rules(*family, Some(listing))?;
             }
@@ -795,6 +840,11 @@ impl<K: Kernel> Engine<K> {
     pub fn has_time(&self) -> bool {
         let left = self.deadline.saturating_duration_since(Instant::now());
         left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)
+    }
+
+    fn rules_limit(&self, family: Family, edits: usize) -> Duration {
+        let held = self.list.count_rules(family).saturating_mul(EDITS_PER_RULE);
+        self.limit(held.saturating_add(edits))
     }
 
     /// The time limit of a program with this number of edits (goal 5).

@@ -53,7 +53,8 @@ pub fn start<K: Kernel>(
         if sets {
             engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
         }
-        let written = engine.rewrite_rules(*family, listing, None);
+        let plans = engine.plans(*family, listing);
+        let written = engine.rewrite_rules(*family, plans, None);
         written.map_err(|error| not_accepted(&error, "xt_comment"))?;
         let counts = engine.list.counts().filter(|(group, _)| group.family == *family);
         let count: usize = counts.map(|(_, count)| count).sum();
