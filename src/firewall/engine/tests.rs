@@ -1455,6 +1455,23 @@ fn a_false_listing_after_an_error() {
     }
 }
 
+/// A batch that reads the rules first deletes all of its own, though the listing lacks some.
+#[test]
+fn a_false_listing_while_many_rules_are_deleted() {
+    for kind in [Lie::Empty, Lie::FirstHalf, Lie::WithoutSecond, Lie::Twice] {
+        let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("3.3.3.{n}")).collect();
+        let list = |verb| format!("{verb} /drop/input/any: {}", nets.join(" "));
+        let mut world = World::new(false, false);
+        world.put(&format!("+ /drop/input/any/1.1.1.1; {}; + /drop/input/any/2.2.2.2", list("+")));
+        world.settle();
+        world.set_faults(&[Fault::new(1, 1, Way::Lie(kind))]);
+        world.put(&list("-"));
+        world.set_faults(&[]);
+        world.settle();
+        assert_eq!(world.memory().writes(), 0, "{kind:?}");
+    }
+}
+
 /// `iptables -F; ipset destroy` left rfw stuck until a restart.
 #[test]
 fn two_sets_destroyed_at_once() {
