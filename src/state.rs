@@ -86,7 +86,8 @@ impl StateFile {
         // A symbolic link is kept: compaction replaces the file that it points to.
         let path = fs::canonicalize(path).map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
-        let (limit, is_outdated) = (limit_of(size), (&file).write(b"").is_err());
+        let is_read_only = (&file).write(b"").is_err();
+        let (limit, is_outdated) = (limit_of(size), is_read_only);
         Ok(StateFile { path, file, size, needs_repair: false, limit, is_outdated })
     }
 
@@ -105,8 +106,8 @@ impl StateFile {
         &self.path
     }
 
-    /// Whether it must be replaced before anything is appended: it is of version 1, was opened on a
-    /// read-only disk, or holds rules that the list has dropped.
+    /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, or
+    /// does not hold the list.
     pub fn is_outdated(&self) -> bool {
         self.is_outdated
     }
@@ -126,7 +127,6 @@ impl StateFile {
         let failed = |error: io::Error| whole_file(format!("cannot read it: {error}"));
         self.file.rewind().map_err(failed)?;
         let mut contents = read(&mut BufReader::new((&self.file).take(self.size)), each)?;
-        self.is_outdated |= contents.is_version_1;
         if contents.tail.is_some() {
             self.file.seek(SeekFrom::Start(contents.size)).map_err(failed)?;
             contents.dropped = BufReader::new(&self.file)
@@ -256,10 +256,10 @@ impl StateFile {
     }
 
     /// Sets the size at which the file is compacted next, from the part of its records that the list
-    /// needs.
-    pub fn set_needed(&mut self, rules: usize, records: usize) {
-        let part = self.size.saturating_mul(rules as u64).checked_div(records as u64);
-        self.limit = limit_of(part.unwrap_or(0));
+    /// needs. One of version 1 is compacted at once.
+    pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
+        let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
+        self.limit = if contents.is_version_1 { 0 } else { limit_of(part.unwrap_or(0)) };
     }
 }
 
@@ -791,16 +791,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_version_1_is_outdated_until_it_is_replaced() {
-        let folder = Folder::new("version");
-        let path = folder.file(&format!("rfw state 1\n+ 0 {A}\n"));
-        let mut state = StateFile::open(&path).unwrap();
-        assert_eq!((replay(&mut state).0, state.is_outdated()), (format!("{A} 0"), true));
-        state.replace([].into_iter()).unwrap();
-        assert_eq!((replay(&mut state).0, state.is_outdated()), (String::new(), false));
+    fn an_outdated_file_is_replaced() {
+        let folder = Folder::new("outdated");
+        let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
+        assert!(!state.is_outdated());
         state.set_outdated();
         assert!(state.is_outdated());
-        assert_eq!(fs::read_to_string(&path).unwrap(), HEADER);
+        state.replace([].into_iter()).unwrap();
+        assert!(!state.is_outdated());
     }
 
     #[test]
@@ -820,6 +818,7 @@ mod tests {
     fn when_the_file_is_compacted() {
         let folder = Folder::new("limit");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
+        let contents = |records| Contents { records, ..Contents::default() };
         // The size, how many of the records are needed, the limit
         let table = [
             (1_000_000, 5, 10, 1_000_000),
@@ -830,9 +829,11 @@ mod tests {
         ];
         for (size, rules, records, limit) in table {
             state.size = size;
-            state.set_needed(rules, records);
+            state.set_needed(rules, &contents(records));
             assert_eq!(state.limit, limit, "{size} {rules} {records}");
         }
+        state.set_needed(9, &Contents { records: 9, is_version_1: true, ..Contents::default() });
+        assert!(state.is_large());
         state.limit = 65_536;
         for (size, is_large) in [(65_536, false), (65_537, true)] {
             state.size = size;

@@ -63,7 +63,7 @@ pub fn start<K: Kernel>(
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
-    } else if engine.state.as_ref().is_some_and(StateFile::is_outdated) {
+    } else if engine.state.as_ref().is_some_and(|state| state.is_outdated() || state.is_large()) {
         engine.compact_or_log();
     }
     engine.is_starting = false;
@@ -108,7 +108,7 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
             Record::Put(rule, expires) => list.insert(&rule, expires),
             Record::Delete(rule) => list.remove(&rule),
         })?;
-        state.set_needed(list.count(), contents.records);
+        state.set_needed(list.count(), &contents);
         let Some(tail) = contents.tail else { return Ok(list) };
         log.warning(format_args!("{}", tail.at(state.path())));
         for line in contents.dropped {
