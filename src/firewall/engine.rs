@@ -6,8 +6,9 @@
 //!    in none of them, or is removed from the kernel as soon as that can be changed.
 //! 2. After any error, only a listing shows what the kernel holds. Until it is read, the family is
 //!    distrusted.
-//! 3. One listing proves nothing: iptables and ipset exit with 0 after an incomplete one. Two
-//!    consecutive listings must agree before anything is inserted again or deleted.
+//! 3. One listing proves nothing: iptables and ipset exit with 0 after an incomplete one. If it
+//!    differs from the list by more than the batch in progress, two consecutive listings must agree
+//!    before anything is inserted or deleted.
 //! 4. There is one way to repair: read, compare, rewrite. After a batch fails, the repair runs
 //!    with its changes in the list, which retries them, and then without them.
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
@@ -42,8 +43,8 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
 pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
-/// The extension for each rule that the kernel holds, in edits: to change one of 100,000,
-/// iptables-nft reads all, which takes up to 0.1 ms each while the processor's caches are in use.
+/// The extension for each rule of the list, in edits: to change one of 100,000, iptables-nft reads
+/// all, which takes up to 0.1 ms each while the processor's caches are in use.
 const EDITS_PER_RULE: usize = 5;
 /// The shortest pause after a check of the kernel, and the pause as a multiple of its processor time:
 /// checks use less than 5 % of one processor. A slow check delays requests, so the pause is also as
@@ -191,7 +192,8 @@ impl<K: Kernel> Engine<K> {
     /// form a batch; a list is a batch of its own, because it is applied entirely or not at all.
     pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
         self.begin();
-        self.expire();
+        // The error is logged.
+        let _ = self.expire();
         let mut results = vec![Ok(Outcome::default()); changes.len()];
         for family in [Some(Family::V4), Some(Family::V6), None] {
             let slots = results.iter_mut().zip(changes);
@@ -335,7 +337,7 @@ impl<K: Kernel> Engine<K> {
             false => (&[true], &[false]),
         };
         let relied = self.relied_on(batch);
-        // Meanwhile, the rules of the sets are read.
+        // Meanwhile, the rules of the sets are read, unless they change.
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read = |family: &Family| {
@@ -344,7 +346,7 @@ impl<K: Kernel> Engine<K> {
                 // Without a thread, it is read below.
                 Some((family, thread.spawn_scoped(scope, read).ok()?))
             };
-            let relied = relied.iter().filter(|_| self.settings.sets);
+            let relied = relied.iter().filter(|_| self.settings.sets && created.is_empty());
             let reads: Vec<_> = relied.filter_map(read).collect();
             let written = self.write_sets(batch, created, first);
             let join =
@@ -353,30 +355,23 @@ impl<K: Kernel> Engine<K> {
         });
         written?;
         for family in self.families_of(batch) {
-            let listing = listings.remove(&family).transpose()?;
             match self.rule_edits(batch, family) {
                 Some(edits) if !created.iter().any(|group| group.family == family) => {
                     self.write_rules(family, &edits)?;
                     if relied.contains(&family) {
-                        let listing = listing.filter(|_| edits.is_empty());
-                        self.check_rules(family, listing, Some(batch))?;
+                        let listing = listings.remove(&family).filter(|_| edits.is_empty());
+                        self.check_rules(family, listing.transpose()?, Some(batch))?;
                     }
                 }
-                _ => self.read_and_write(family, listing, batch)?,
+                _ => self.read_and_write(family, batch)?,
             }
         }
         self.write_sets(batch, &[], last)
     }
 
-    /// Reads the rules and makes them follow a batch. A listing that shows the list as it was before
-    /// proves as much as two that agree.
-    fn read_and_write(
-        &mut self,
-        family: Family,
-        listing: Option<Listing>,
-        batch: &Batch,
-    ) -> Result<(), ToolError> {
-        let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
+    /// Reads the rules and makes them follow a batch (goal 3).
+    fn read_and_write(&mut self, family: Family, batch: &Batch) -> Result<(), ToolError> {
+        let listing = self.read_rules(family)?;
         let mut plans = self.plans(family, &listing);
         if !self.are_expected(&plans, family, batch) {
             let listing = self.confirmed_rules(family, Some(listing))?;
@@ -654,12 +649,13 @@ impl<K: Kernel> Engine<K> {
     pub fn tick(&mut self) -> Option<ToolError> {
         self.begin();
         self.follow_clock();
-        self.expire();
+        let expired = self.expire();
         if self.state.as_ref().is_some_and(StateFile::is_large) {
             self.compact_or_log();
         }
-        if Instant::now() < self.next_check {
-            return None;
+        let hung = expired.err().filter(|_| !self.has_time());
+        if hung.is_some() || Instant::now() < self.next_check {
+            return hung;
         }
         let watch = Stopwatch::start();
         let failure = self.check().err();
@@ -688,8 +684,9 @@ impl<K: Kernel> Engine<K> {
         let first = self.hung_checks.checked_rem(parts.len()).unwrap_or(0);
         parts.rotate_left(first);
         let mut result = Ok(());
-        for part in parts {
-            if self.has_time() {
+        for (number, part) in parts.into_iter().enumerate() {
+            // An expiry may have taken all the time.
+            if number == 0 || self.has_time() {
                 result = result.and(match part {
                     None => self.check_sets(),
                     Some(family) => self.check_rules(family, None, None),
@@ -730,19 +727,21 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Deletes the rules that are due. The state file needs no record of that: it holds the expiry.
-    fn expire(&mut self) {
+    fn expire(&mut self) -> Result<(), ToolError> {
+        let mut result = Ok(());
         for family in Family::ALL {
             // Those of a distrusted family expire when a check has repaired it.
             if !self.distrusted.contains(&family) {
-                self.expire_family(family);
+                result = result.and(self.expire_family(family));
             }
         }
+        result
     }
 
-    fn expire_family(&mut self, family: Family) {
+    fn expire_family(&mut self, family: Family) -> Result<(), ToolError> {
         let batch = self.list.expire(family, self.seconds());
         if batch.is_empty() {
-            return;
+            return Ok(());
         }
         match self.write_through(&batch) {
             Ok(()) => {
@@ -750,11 +749,13 @@ impl<K: Kernel> Engine<K> {
                 let rules: Vec<_> = rules.collect();
                 self.metrics.expired.add(rules.len());
                 self.log_each(Level::Info, "expired", &rules);
+                Ok(())
             }
             Err(error) => {
                 self.list.undo(&batch);
                 let count = batch.len();
                 self.log.error(format_args!("{count} rules are due but remain: {error}"));
+                Err(error)
             }
         }
     }
@@ -765,6 +766,7 @@ impl<K: Kernel> Engine<K> {
         let Some(seconds) = self.clock.follow(clock::wall()) else { return };
         self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
         self.list.shift(before, seconds);
+        self.state.iter_mut().for_each(StateFile::set_outdated);
         self.distrusted.extend(self.kernel.families());
         self.next_check = Instant::now();
         self.compact_or_log();

@@ -94,9 +94,13 @@ esac"#;
 
 /// Waits until rfw has checked the kernel twice more; the stand-ins must be `READS`.
 pub fn await_checks(lab: &Lab) {
-    let reads = || lab.read("reads-iptables").len();
+    await_reads(lab, "iptables", 2);
+}
+
+fn await_reads(lab: &Lab, program: &str, count: usize) {
+    let reads = || lab.read(&format!("reads-{program}")).len();
     let before = reads();
-    for more in [1, 2] {
+    for more in 1..=count {
         await_repair("rfw looks at the kernel", 15 + SLACK, || {
             !lab.others().is_empty() && reads() >= before + more
         });
@@ -320,12 +324,16 @@ fn one_empty_listing_of_the_sets_removed_all_their_rules() {
         in_forms(lab, &FORMS[2..], "", |_, _| {
             put_some();
             let before = held(lab);
-            // Once, and for the duration of three checks.
-            for once in ["[ -e $lab/lied ] || { /bin/touch $lab/lied; exit 0; }", "exit 0"] {
+            // Once, and for the duration of three checks, which read five times each until they fail.
+            let lies = [
+                ("[ -e $lab/lied ] || { /bin/touch $lab/lied; exit 0; }", "iptables", 2),
+                ("exit 0", "ipset", 15),
+            ];
+            for (once, program, reads) in lies {
                 lab.stand_in(&format!(
                     "{READS}\ncase \"$me $*\" in ipset*list*|ipset*save*) {once};; esac"
                 ));
-                await_checks(lab);
+                await_reads(lab, program, reads);
                 assert_eq!(held(lab), before, "{once}");
                 lab.stand_in(READS);
                 await_checks(lab);
