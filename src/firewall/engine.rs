@@ -27,7 +27,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Filter, Target};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -380,23 +380,16 @@ impl<K: Kernel> Engine<K> {
         self.rewrite_rules(family, plans, Some(batch))
     }
 
-    /// Whether the rules that are missing and unknown are those that a batch inserts and deletes.
+    /// Whether as many rules are missing and unknown as a batch inserts and deletes.
     fn are_expected(&self, plans: &[Plan], family: Family, batch: &Batch) -> bool {
-        let (mut inserted, mut deleted) = (HashSet::new(), HashSet::new());
-        let created = batch.created.iter().filter(|group| group.family == family);
-        inserted.extend(created.filter_map(Group::set));
-        for difference in self.list.differences(batch) {
-            let Difference { group, before, after, .. } = difference;
-            if group.family == family && !self.list.is_in_set(&group) {
-                let rule = KernelRule::plain(difference.rule());
-                inserted.extend((before.is_none() && after.is_some()).then_some(rule));
-                deleted.extend((before.is_some() && after.is_none()).then_some(rule));
-            }
-        }
-        let missing = plans.iter().flat_map(|plan| &plan.missing);
-        let unknown = plans.iter().flat_map(|plan| &plan.unknown).map(|tagged| &tagged.rule);
-        missing.collect::<HashSet<_>>() == inserted.iter().collect()
-            && unknown.collect::<HashSet<_>>() == deleted.iter().collect()
+        let created = batch.created.iter().filter(|group| group.family == family).count();
+        let is_rule = |d: &Difference| d.group.family == family && !self.list.is_in_set(&d.group);
+        let rules = self.list.differences(batch).filter(is_rule);
+        let inserted = rules.clone().filter(|d| d.before.is_none() && d.after.is_some()).count();
+        let deleted = rules.filter(|d| d.before.is_some() && d.after.is_none()).count();
+        let missing: usize = plans.iter().map(|plan| plan.missing.len()).sum();
+        let unknown: usize = plans.iter().map(|plan| plan.unknown.len()).sum();
+        missing == created.saturating_add(inserted) && unknown == deleted
     }
 
     /// Creates sets, and adds (`true`) or deletes (`false`) the addresses of a batch.
