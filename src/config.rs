@@ -118,7 +118,7 @@ impl Config {
     }
 
     /// One line for each feature: ON with its details, or OFF.
-    pub fn summary(&self, users: usize) -> String {
+    pub fn summary(&self, users: usize, ipv6: bool) -> String {
         let show = |named: &Named| named.path.display().to_string();
         let outward = self.outward.as_ref().map(|outward| {
             let address = SocketAddr::new(outward.ip, outward.port);
@@ -146,7 +146,8 @@ impl Config {
             Some(details) => format!("{name}: ON, {details}\n"),
             None => format!("{name}: OFF\n"),
         });
-        let (iptables, ip6tables) = (show(&self.iptables), show(&self.ip6tables));
+        let iptables = show(&self.iptables);
+        let ip6tables = if ipv6 { show(&self.ip6tables) } else { "OFF".into() };
         format!("{}iptables: {iptables}\nip6tables: {ip6tables}\n", lines.concat())
     }
 }
@@ -343,9 +344,13 @@ fn entry(line: &str) -> Result<(&str, &str), String> {
     let is_in = |keys: &str| keys.split_whitespace().any(|known| known == name);
     match (is_in(FLAGS), is_in(SETTINGS), value) {
         (true, _, None) if name == key => Ok((key, "")),
-        (true, ..) => Err(format!("{name} is a flag: it takes no value")),
+        (true, ..) => {
+            Err(format!("{name} is a flag: it takes no value; to turn it off, remove the line"))
+        }
         (_, true, _) if name != key => Err(format!("write it with =, as in {name} = ...")),
-        (_, true, None | Some("")) => Err(format!("{key} has no value")),
+        (_, true, None | Some("")) => {
+            Err(format!("{key} has no value; write one, or remove the line"))
+        }
         (_, true, Some(value)) => Ok((key, value)),
         _ => {
             let keys = FLAGS.split_whitespace().chain(SETTINGS.split_whitespace());
@@ -476,7 +481,8 @@ mod tests {
         let off = "outward.server: OFF\nlocal.server: ON, http://localhost:7390, without authentication\n\
                    sets: OFF\nstate file: OFF\nusers: OFF\ndefault.expire: OFF\n\
                    non.restful: OFF\niptables: /sbin/iptables\nip6tables: /sbin/ip6tables\n";
-        assert_eq!(parse(LEAST).unwrap().summary(0), off);
+        assert_eq!(parse(LEAST).unwrap().summary(0, true), off);
+        assert!(parse(LEAST).unwrap().summary(0, false).ends_with("\nip6tables: OFF\n"));
         let text = format!(
             "[config]\nwhitelist.file = w\nnon.restful\n{OUTWARD}outward.server.tls12\n\
             outward.server.ip = ::\noutward.server.clientca = ca\nipset.path = /s\n\
@@ -486,9 +492,9 @@ mod tests {
                   local.server: OFF\nsets: ON, /s, at most 1048576 addresses each\n\
                   state file: ON, /state\nusers: ON, 3\ndefault.expire: ON, 3600 s\n\
                   non.restful: ON, GET can change rules\n";
-        assert!(parse(&text).unwrap().summary(3).starts_with(on));
+        assert!(parse(&text).unwrap().summary(3, true).starts_with(on));
         let text = format!("{LEAST}{OUTWARD}local.server.authentication");
-        let summary = parse(&text).unwrap().summary(1);
+        let summary = parse(&text).unwrap().summary(1, true);
         let lines: Vec<_> = summary.lines().take(2).collect();
         let on = [
             "outward.server: ON, https://0.0.0.0:7393, TLS 1.3, no client CA",

@@ -162,10 +162,10 @@ fn check(file: &Path) -> Result<String, String> {
     if let Some((level, notice)) = notice {
         text += &format!("{}: {notice}\n", level.name());
     }
-    if let Err(reason) = ipv6 {
+    if let Err(reason) = &ipv6 {
         text += &format!("WARNING: {NO_IPV6}{reason}\n");
     }
-    Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count())))
+    Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count(), ipv6.is_ok())))
 }
 
 /// Starts rfw and runs until it is killed. The error is a sentence.

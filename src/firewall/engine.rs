@@ -537,7 +537,7 @@ impl<K: Kernel> Engine<K> {
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
         let now = self.seconds();
-        let mut restored = 0_usize;
+        let (mut restored, mut removed) = (0_usize, 0_usize);
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
             // A distrusted set is read twice, for the same reason as in `check_rules`.
@@ -552,8 +552,11 @@ impl<K: Kernel> Engine<K> {
                 (Some(actual), Some(header)) if self.is_usable(header, members) => {
                     let edits = sets::repair(&name, members, &actual, now);
                     let count = edits.len();
+                    let added =
+                        edits.iter().filter(|edit| matches!(edit, SetEdit::Add { .. })).count();
                     self.kernel.write_sets(&mut edits.into_iter(), self.limit(count))?;
-                    count
+                    removed = removed.saturating_add(count.saturating_sub(added));
+                    added
                 }
                 (actual, _) => {
                     self.make_set(&name, group, members, actual.is_some(), now)?;
@@ -562,9 +565,10 @@ impl<K: Kernel> Engine<K> {
             };
             restored = restored.saturating_add(count);
         }
-        self.has_repaired |= restored > 0;
+        self.has_repaired |= restored.max(removed) > 0;
         let changed = batch.map_or(0, Batch::len);
         self.report_restored(restored.saturating_sub(changed));
+        self.report_removed(removed.saturating_sub(changed));
         Ok(())
     }
 

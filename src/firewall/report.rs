@@ -81,14 +81,26 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    pub(super) fn report_removed(&self, count: usize) {
+        if count > 0 && !self.is_starting {
+            self.log.warning(format_args!(
+                "addresses removed from sets, because they are not in the list: {count}"
+            ));
+        }
+    }
+
     fn report_overtaken(&mut self, line: &str) {
         self.metrics.overtaken.add(1);
         self.overtaken.push_back(Instant::now());
         if self.overtaken.len() > MAX_OVERTAKEN {
             self.overtaken.pop_front();
         }
+        let limit = match self.is_overtaken_often() {
+            true => "; this happens so often that rfw waits a minute before it moves them again",
+            false => "",
+        };
         self.log.warning(format_args!(
-            "moved rfw's rules back to the front; someone else's rule was before them: {}",
+            "moved rfw's rules back to the front; someone else's rule was before them: {}{limit}",
             printable(line.as_bytes())
         ));
     }

@@ -94,6 +94,9 @@ impl ApiError {
             ApiError::State(sentence) => (507, "state_failed", not_applied(sentence)),
             ApiError::Whitelisted(conflict) => {
                 let message = match conflict {
+                    Conflict::Whitelisted(net) if net.addr().is_loopback() => {
+                        format!("This overlaps {net}, which is always whitelisted.")
+                    }
                     Conflict::Whitelisted(net) => {
                         format!(
                             "This overlaps {net} of the whitelist; edit white.list to change that."
