@@ -86,8 +86,9 @@ impl StateFile {
         // A symbolic link is kept: compaction replaces the file that it points to.
         let path = fs::canonicalize(path).map_err(failed)?;
         let size = file.metadata().map_err(failed)?.len();
-        let is_read_only = (&file).write(b"").is_err();
-        let (limit, is_outdated) = (limit_of(size), is_read_only);
+        // A file that is open only for reading refuses even an empty write.
+        let is_outdated = (&file).write(b"").is_err();
+        let limit = limit_of(size);
         Ok(StateFile { path, file, size, needs_repair: false, limit, is_outdated })
     }
 

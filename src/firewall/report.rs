@@ -95,12 +95,12 @@ impl<K: Kernel> Engine<K> {
         if self.overtaken.len() > MAX_OVERTAKEN {
             self.overtaken.pop_front();
         }
-        let limit = match self.is_overtaken_often() {
+        let notice = match self.is_overtaken_often() {
             true => "; this happens so often that rfw waits a minute before it moves them again",
             false => "",
         };
         self.log.warning(format_args!(
-            "moved rfw's rules back to the front; someone else's rule was before them: {}{limit}",
+            "moved rfw's rules back to the front; someone else's rule was before them: {}{notice}",
             printable(line.as_bytes())
         ));
     }
