@@ -289,7 +289,7 @@ impl<K: Kernel> Engine<K> {
         for _ in 0..MAX_REPAIRS {
             settled =
                 families.iter().try_for_each(|family| match self.distrusted.contains(family) {
-                    true => self.repair(*family, batch),
+                    true => self.check_rules(*family, None, batch, false),
                     false => Ok(()),
                 });
             if settled.is_ok() || !self.has_time() {
@@ -297,17 +297,6 @@ impl<K: Kernel> Engine<K> {
             }
         }
         settled
-    }
-
-    /// Reads the rules of a family and makes them match the list (goals 3 and 4). If they are
-    /// distrusted, so are the sets. These come first, because a rule cannot name a set that does
-    /// not exist.
-    pub fn repair(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
-        if self.settings.sets && self.distrusted.contains(&family) {
-            self.repair_sets(family, batch)?;
-        }
-        let listing = self.confirmed_rules(family, None)?;
-        self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
     pub fn rewrite_rules(
@@ -360,24 +349,13 @@ impl<K: Kernel> Engine<K> {
                     self.write_rules(family, &edits)?;
                     if relied.contains(&family) {
                         let listing = listings.remove(&family).filter(|_| edits.is_empty());
-                        self.check_rules(family, listing.transpose()?, Some(batch))?;
+                        self.check_rules(family, listing.transpose()?, Some(batch), false)?;
                     }
                 }
-                _ => self.read_and_write(family, batch)?,
+                _ => self.check_rules(family, None, Some(batch), true)?,
             }
         }
         self.write_sets(batch, &[], last)
-    }
-
-    /// Reads the rules and makes them follow a batch (goal 3).
-    fn read_and_write(&mut self, family: Family, batch: &Batch) -> Result<(), ToolError> {
-        let listing = self.read_rules(family)?;
-        let mut plans = self.plans(family, &listing);
-        if !self.are_expected(&plans, family, batch) {
-            let listing = self.confirmed_rules(family, Some(listing))?;
-            plans = self.plans(family, &listing);
-        }
-        self.rewrite_rules(family, plans, Some(batch))
     }
 
     /// Whether as many rules are missing and unknown as a batch inserts and deletes.
@@ -487,34 +465,45 @@ impl<K: Kernel> Engine<K> {
         Chain::ALL.iter().map(plan).collect()
     }
 
-    /// Repairs the rules if a listing differs from the list.
+    /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
+    /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
+    /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
+    /// exist.
     fn check_rules(
         &mut self,
         family: Family,
         listing: Option<Listing>,
         batch: Option<&Batch>,
+        is_pending: bool,
     ) -> Result<(), ToolError> {
-        // One incomplete listing could hide what a failed batch left.
-        if self.distrusted.contains(&family) {
-            return self.repair(family, batch);
+        let is_distrusted = self.distrusted.contains(&family);
+        if is_distrusted && self.settings.sets {
+            self.repair_sets(family, batch)?;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
-        let mut repairs = self.plans(family, &listing);
-        repairs.retain(|plan| !plan.edits.is_empty());
-        if repairs.is_empty() {
-            self.count_traffic(family, &listing);
-            return Ok(());
+        // One incomplete listing could hide what a failed batch left.
+        if !is_distrusted {
+            let plans = self.plans(family, &listing);
+            let pending = batch.filter(|_| is_pending);
+            if pending.is_some_and(|batch| self.are_expected(&plans, family, batch)) {
+                return self.rewrite_rules(family, plans, batch);
+            }
+            let is_right = |plan: &Plan| plan.edits.is_empty();
+            if pending.is_none() && plans.iter().all(is_right) {
+                self.count_traffic(family, &listing);
+                return Ok(());
+            }
+            // A check may leave foreign rules in front for a while; a request may not.
+            let may_wait = batch.is_none() && self.is_overtaken_often();
+            if may_wait && plans.iter().all(|plan| is_right(plan) || plan.is_only_overtaken()) {
+                return Ok(());
+            }
         }
-        // A check may leave foreign rules in front for a while; a request may not.
-        let may_wait = batch.is_none() && self.is_overtaken_often();
-        if may_wait && repairs.iter().all(Plan::is_only_overtaken) {
-            return Ok(());
-        }
-        let listing = self.confirmed_rules(family, Some(listing))?;
+        let listing = self.confirmed_rules(family, listing)?;
         self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
-    fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
+    pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
@@ -523,13 +512,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.
-    pub fn confirmed_rules(
-        &self,
-        family: Family,
-        first: Option<Listing>,
-    ) -> Result<Listing, ToolError> {
+    pub fn confirmed_rules(&self, family: Family, first: Listing) -> Result<Listing, ToolError> {
         let read = || self.read_rules(family);
-        let first = first.map_or_else(read, Ok)?;
         read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
     }
 
@@ -686,7 +670,7 @@ impl<K: Kernel> Engine<K> {
             if number == 0 || self.has_time() {
                 result = result.and(match part {
                     None => self.check_sets(),
-                    Some(family) => self.check_rules(family, None, None),
+                    Some(family) => self.check_rules(family, None, None, false),
                 });
             }
         }
@@ -793,7 +777,7 @@ impl<K: Kernel> Engine<K> {
         for family in self.kernel.families().iter().filter(is_asked) {
             let mut listing = self.read_rules(*family)?;
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
-                listing = self.confirmed_rules(*family, Some(listing))?;
+                listing = self.confirmed_rules(*family, listing)?;
             }
             for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
                 let KernelRule { rule, .. } = &tagged.rule;

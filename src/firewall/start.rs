@@ -73,15 +73,16 @@ pub fn start<K: Kernel>(
 /// Reads both families at once: with many rules, this takes most of the time.
 fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let listings = thread::scope(|scope| {
-        let read = |family: &Family| {
+        let read = |family| engine.confirmed_rules(family, engine.read_rules(family)?);
+        let start = |family: &Family| {
             let (family, thread) = (*family, thread::Builder::new());
-            (family, thread.spawn_scoped(scope, move || engine.confirmed_rules(family, None)))
+            (family, thread.spawn_scoped(scope, move || read(family)))
         };
-        let threads: Vec<_> = engine.kernel.families().iter().map(read).collect();
+        let threads: Vec<_> = engine.kernel.families().iter().map(start).collect();
         let listings = threads.into_iter().map(|(family, thread)| {
             let listing = match thread.map(ScopedJoinHandle::join) {
                 Ok(Ok(listing)) => listing,
-                _ => engine.confirmed_rules(family, None),
+                _ => read(family),
             };
             listing.map(|listing| (family, listing))
         });
