@@ -15,12 +15,13 @@
 
 use super::ipset::{SetEdit, SetHeader, replacement_name};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
-use super::list::{Batch, Difference, Entry, Group, List, Members, NoRoom, Outcome};
+use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
 use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
 use super::report::Traffic;
 use super::sets;
 use crate::clock::{self, Clock, Stopwatch};
+use crate::http::api_error::ApiError;
 use crate::log::{Level, Log};
 use crate::metrics::{Label, Metrics};
 use crate::rule::net::{Family, Net};
@@ -91,32 +92,21 @@ pub trait Kernel: Sync {
     ) -> Result<(), ToolError>;
 }
 
-/// Why a change is not in effect.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum ApplyError {
-    Tool(ToolError),
-    NoRoom(NoRoom),
-    /// The state file cannot be written; the sentence says what to do.
-    State(String),
-}
-
-impl From<ToolError> for ApplyError {
-    fn from(error: ToolError) -> ApplyError {
-        ApplyError::Tool(error)
-    }
-}
-
-impl ApplyError {
-    fn with_note(self, note: &str) -> ApplyError {
-        match self {
-            ApplyError::Tool(error) => ApplyError::Tool(error.with_note(note)),
-            error => error,
+impl From<ToolError> for ApiError {
+    fn from(error: ToolError) -> ApiError {
+        match error {
+            ToolError::Rejected(text) => ApiError::Iptables(text),
+            ToolError::Transient(sentence) => ApiError::Busy(sentence),
         }
     }
+}
 
-    pub fn is_transient(&self) -> bool {
-        matches!(self, ApplyError::Tool(error) if error.is_transient())
+/// Appends a sentence to the error of a program.
+pub fn with_note(mut error: ApiError, note: &str) -> ApiError {
+    if let ApiError::Iptables(text) | ApiError::Busy(text) = &mut error {
+        text.push_str(note);
     }
+    error
 }
 
 /// The part of rfw.conf that matters here.
@@ -190,7 +180,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Carries out changes in order and returns a result for each. Single changes to one family
     /// form a batch; a list is a batch of its own, because it is applied entirely or not at all.
-    pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApplyError>> {
+    pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApiError>> {
         self.begin();
         // The error is logged.
         let _ = self.expire();
@@ -208,10 +198,10 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// If the kernel rejects a batch, each half is attempted, so that only bad changes fail.
-    fn commit_batch(&mut self, changes: &[&Change]) -> Vec<Result<Outcome, ApplyError>> {
+    fn commit_batch(&mut self, changes: &[&Change]) -> Vec<Result<Outcome, ApiError>> {
         match self.attempt(changes) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
-            Err(error) if changes.len() > 1 && !error.is_transient() => {
+            Err(error) if changes.len() > 1 && !matches!(error, ApiError::Busy(_)) => {
                 let (first, second) = changes.split_at(changes.len() / 2);
                 let mut results = self.commit_batch(first);
                 results.extend(self.commit_batch(second));
@@ -222,7 +212,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Commits changes, all or none: list, disk, kernel (goal 1).
-    fn attempt(&mut self, changes: &[&Change]) -> Result<Vec<Outcome>, ApplyError> {
+    fn attempt(&mut self, changes: &[&Change]) -> Result<Vec<Outcome>, ApiError> {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
@@ -233,17 +223,16 @@ impl<K: Kernel> Engine<K> {
             self.kernel.families().iter().copied().filter(of_family).collect();
         self.settle(&families, None)?;
         if self.state.as_ref().is_some_and(StateFile::is_outdated) {
-            self.compact().map_err(ApplyError::State)?;
+            self.compact().map_err(ApiError::State)?;
         }
-        let batch = self.list.apply(changes, self.now(), self.settings.maxelem);
-        let batch = batch.map_err(ApplyError::NoRoom)?;
+        let batch = self.list.apply(changes, self.now(), self.settings.maxelem)?;
         let offset = self.state.as_ref().map(StateFile::offset);
         let is_list = changes.iter().any(|change| change.family().is_none());
         let written = match &mut self.state {
             Some(state) => state.append(self.list.records(&batch), is_list),
             None => Ok(()),
         };
-        let written = written.map_err(ApplyError::State);
+        let written = written.map_err(ApiError::State);
         let written = written.and_then(|()| Ok(self.write_through(&batch)?));
         if let Err(error) = written {
             self.list.undo(&batch);
@@ -254,7 +243,7 @@ impl<K: Kernel> Engine<K> {
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());
             });
-            return Err(if is_restored { error } else { error.with_note(UNRESTORED) });
+            return Err(if is_restored { error } else { with_note(error, UNRESTORED) });
         }
         Ok(batch.outcomes)
     }

@@ -5,6 +5,7 @@
 //! with sets each group is one set.
 
 use super::iptables::{KernelRule, TaggedRule};
+use crate::http::api_error::ApiError;
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
@@ -17,31 +18,24 @@ use std::num::NonZeroU64;
 const REAL_TIME: u64 = 1_767_225_600;
 /// The maximum number of rules in one family without sets: iptables-nft takes seconds to list more.
 const MAX_RULES: usize = 100_000;
-const TOO_MANY_RULES: NoRoom =
-    NoRoom::InList("rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.");
+const TOO_MANY_RULES: ApiError =
+    ApiError::Full("rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.");
 /// The maximum number of tags.
 const MAX_TAGS: usize = 64;
 /// The maximum number of sets, empty ones included: each makes every check slower.
 const MAX_SETS: usize = 1_024;
-const TOO_MANY_SETS: NoRoom =
-    NoRoom::InList("rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.");
-const SAME_NAME: NoRoom =
-    NoRoom::InList("Another set has the same name by chance; choose another tag.");
-const TOO_MANY_TAGS: NoRoom =
-    NoRoom::InList("rfw keeps at most 64 tags; delete those that are not used.");
-const SET_FULL: NoRoom = NoRoom::InSet("The set is full; raise ipset.maxelem in rfw.conf.");
+const TOO_MANY_SETS: ApiError =
+    ApiError::Full("rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.");
+const SAME_NAME: ApiError =
+    ApiError::Full("Another set has the same name by chance; choose another tag.");
+const TOO_MANY_TAGS: ApiError =
+    ApiError::Full("rfw keeps at most 64 tags; delete those that are not used.");
+const SET_FULL: ApiError = ApiError::SetFull("The set is full; raise ipset.maxelem in rfw.conf.");
 /// A list with more addresses than this fills an empty group in one step.
 const MANY: usize = 4_096;
 /// How many rules expire at once: iptables-nft takes 3 s to delete 20,000 in one transaction, but
 /// 38 s for 60,000.
 const MAX_EXPIRED: usize = 20_000;
-
-/// Why there is no room for a change; the sentence says what to do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum NoRoom {
-    InSet(&'static str),
-    InList(&'static str),
-}
 
 /// The effect of a change on one rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -299,14 +293,14 @@ impl List {
         changes: &[&Change],
         now: u64,
         maxelem: usize,
-    ) -> Result<Batch, NoRoom> {
+    ) -> Result<Batch, ApiError> {
         let mut batch = Batch::default();
         for change in changes {
             match self.carry_out(change, now, maxelem, &mut batch) {
                 Ok(outcome) => batch.outcomes.push(outcome),
-                Err(no_room) => {
+                Err(error) => {
                     self.undo(&batch);
-                    return Err(no_room);
+                    return Err(error);
                 }
             }
         }
@@ -329,7 +323,7 @@ impl List {
         now: u64,
         maxelem: usize,
         batch: &mut Batch,
-    ) -> Result<Outcome, NoRoom> {
+    ) -> Result<Outcome, ApiError> {
         let seconds = change.action.expire().filter(|seconds| *seconds > 0);
         let expires = seconds.and_then(|seconds| NonZeroU64::new(now.saturating_add(seconds)));
         let mut tally = Tally::default();
@@ -394,7 +388,7 @@ impl List {
     }
 
     /// Checks the limits before any work: a refused list must not cost memory.
-    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), NoRoom> {
+    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), ApiError> {
         let (held, limit, full) = match self.is_in_set(&group) {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
             false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
@@ -408,7 +402,7 @@ impl List {
     }
 
     /// Checks whether one more group is within the limits.
-    fn check_group(&self, group: Group) -> Result<(), NoRoom> {
+    fn check_group(&self, group: Group) -> Result<(), ApiError> {
         let tag = group.template.tag;
         if tag != Tag::NONE {
             let held = self.groups.iter().filter(|(_, members)| !members.is_empty());
@@ -678,10 +672,10 @@ impl List {
 }
 
 /// The rules of a change, group by group.
-fn for_each_group<E>(
+fn for_each_group(
     rules: &Rules,
-    mut each: impl FnMut(Group, &[Net]) -> Result<(), E>,
-) -> Result<(), E> {
+    mut each: impl FnMut(Group, &[Net]) -> Result<(), ApiError>,
+) -> Result<(), ApiError> {
     match rules {
         Rules::One(rule) => {
             let (group, net) = Group::of(rule);

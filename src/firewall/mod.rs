@@ -29,10 +29,10 @@ use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Change, Filter, Iface, Match, Rule, Rules, Target};
 use crate::state::StateFile;
-use engine::{ApplyError, Engine, Kernel, Settings};
+use engine::{Engine, Kernel, Settings, with_note};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
 use iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule};
-use list::{NoRoom, Outcome};
+use list::Outcome;
 use process::ToolError;
 use queue::{Done, Queue};
 use reconcile::Listing;
@@ -108,7 +108,7 @@ impl Kernel for Tools {
 }
 
 pub struct Firewall {
-    queue: Queue<Engine<Tools>, Change, Result<Outcome, ApplyError>>,
+    queue: Queue<Engine<Tools>, Change, Result<Outcome, ApiError>>,
     tools: Tools,
 }
 
@@ -147,15 +147,13 @@ impl Firewall {
         let note = if matches!(change.rules, Rules::List(..)) { NOT_APPLIED } else { "" };
         let result = self.queue.submit(change, is_long, |engine, changes| {
             let results = engine.commit(&changes);
-            let is_transient = |result: &&Result<_, ApplyError>| {
-                result.as_ref().is_err_and(ApplyError::is_transient)
-            };
-            let hung = results.iter().find(|result| is_transient(result) && !engine.has_time());
-            let outage = hung.cloned();
+            let is_hung =
+                |result: &&_| matches!(result, Err(ApiError::Busy(_))) && !engine.has_time();
+            let outage = results.iter().find(is_hung).cloned();
             Done { results, outage }
         });
         match result {
-            Some(result) => result.map_err(|error| api_error(error, note)),
+            Some(result) => result.map_err(|error| with_note(error, note)),
             None => Err(ApiError::Busy("The change was not carried out.".into())),
         }
     }
@@ -171,26 +169,19 @@ impl Firewall {
         filter: &Filter,
     ) -> Result<Vec<(usize, TaggedRule)>, ApiError> {
         let listing = self.queue.with(|engine| (engine.listing(filter), None));
-        let listing = listing.map_err(|error| api_error(error.into(), ""))?;
-        if filter.net.is_none() {
-            return Ok(listing);
-        }
-        let confirm = |listed: (usize, TaggedRule)| {
-            self.is_in_kernel(&listed.1).map(|is_held| is_held.then_some(listed)).transpose()
-        };
-        let held = listing.into_iter().filter_map(confirm).collect::<Result<_, _>>();
-        held.map_err(|error| api_error(error.into(), ""))
-    }
-
-    /// Whether the kernel holds a rule that comes from the list.
-    fn is_in_kernel(&self, tagged: &TaggedRule) -> Result<bool, ToolError> {
-        match tagged.rule.rule.template().filter(|_| tagged.counters.is_none()) {
-            None => Ok(true),
-            Some((template, net)) => {
+        let mut confirmed = Vec::new();
+        for (number, tagged) in listing? {
+            // A rule without counters comes from the list.
+            let listed = tagged.rule.rule.template().filter(|_| tagged.counters.is_none());
+            let is_held = listed.map_or(Ok(true), |(template, net)| {
                 let set = KernelRule::set(template, net.family()).to_string();
                 self.tools.ipset.contains(&set, net, SEND_LIMIT)
+            });
+            if is_held? {
+                confirmed.push((number, tagged));
             }
         }
+        Ok(confirmed)
     }
 
     /// Passes the entries of a set that a filter admits to `each`, as rules, until it returns
@@ -212,7 +203,7 @@ impl Firewall {
             let counters = Some(counters);
             !filter.admits(&rule.rule) || each(&TaggedRule { rule, expires, counters })
         });
-        read.map(|_| ()).map_err(|error| api_error(error.into(), ""))
+        Ok(read.map(|_| ())?)
     }
 
     /// Reports rules of rfw 0.2.2, and those in the other variant of iptables.
@@ -225,7 +216,7 @@ impl Firewall {
     pub fn tick(&self) {
         self.queue.with(|engine| {
             let outage = engine.tick();
-            ((), outage.map(|error| Err(ApplyError::Tool(error))))
+            ((), outage.map(|error| Err(error.into())))
         });
     }
 }
@@ -246,14 +237,4 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<TaggedRule> {
         guard(target, Match::Output { iface: Iface::ANY, destination })
     });
     inputs.chain(outputs).collect()
-}
-
-fn api_error(error: ApplyError, note: &str) -> ApiError {
-    match error {
-        ApplyError::Tool(ToolError::Rejected(text)) => ApiError::Iptables(text + note),
-        ApplyError::Tool(ToolError::Transient(sentence)) => ApiError::Busy(sentence + note),
-        ApplyError::NoRoom(NoRoom::InSet(sentence)) => ApiError::SetFull(sentence),
-        ApplyError::NoRoom(NoRoom::InList(sentence)) => ApiError::Full(sentence),
-        ApplyError::State(sentence) => ApiError::State(sentence),
-    }
 }

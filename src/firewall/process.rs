@@ -44,14 +44,6 @@ pub enum ToolError {
 }
 
 impl ToolError {
-    /// Appends a sentence.
-    pub fn with_note(self, note: &str) -> ToolError {
-        match self {
-            ToolError::Transient(sentence) => ToolError::Transient(sentence + note),
-            ToolError::Rejected(sentence) => ToolError::Rejected(sentence + note),
-        }
-    }
-
     pub fn is_transient(&self) -> bool {
         matches!(self, ToolError::Transient(_))
     }
