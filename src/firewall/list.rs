@@ -10,6 +10,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
 use crate::state::{Record, StoredRule};
+use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU64;
@@ -328,26 +329,27 @@ impl List {
         let expires = seconds.and_then(|seconds| NonZeroU64::new(now.saturating_add(seconds)));
         let mut tally = Tally::default();
         self.delete_others(change, batch, &mut tally);
-        for_each_group(&change.rules, |group, nets| match change.action {
-            Action::Delete => {
-                nets.iter().for_each(|net| tally.add(self.delete(group, *net, batch), 1));
-                Ok(())
-            }
-            Action::DeleteAnyTag => {
-                self.delete_alike(group, nets, batch, &mut tally);
-                Ok(())
-            }
-            Action::Put(_) | Action::Replace(_) => {
-                self.check_room(group, nets, maxelem)?;
-                if nets.len() > MANY && self.is_vacant(group) {
-                    self.fill(group, nets, expires, batch);
-                    tally.add(Verdict::Inserted, nets.len());
-                } else {
-                    nets.iter().for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+        for (group, nets) in groups_of(&change.rules) {
+            match change.action {
+                Action::Delete => {
+                    nets.iter().for_each(|net| tally.add(self.delete(group, *net, batch), 1));
                 }
-                Ok(())
+                Action::DeleteAnyTag => self.delete_alike(group, &nets, batch, &mut tally),
+                Action::Put(_) | Action::Replace(_) => {
+                    self.check_room(group, &nets, maxelem)?;
+                    if self.is_in_set(&group) && !self.groups.contains_key(&group) {
+                        batch.created.push(group);
+                    }
+                    if nets.len() > MANY && self.is_vacant(group) {
+                        self.fill(group, &nets, expires, batch);
+                        tally.add(Verdict::Inserted, nets.len());
+                    } else {
+                        nets.iter()
+                            .for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+                    }
+                }
             }
-        })?;
+        }
         Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
     }
 
@@ -444,9 +446,6 @@ impl List {
                 batch.push(rival, net, Some(entry));
             }
         }
-        if self.is_in_set(&group) && !self.groups.contains_key(&group) {
-            batch.created.push(group);
-        }
         let entry = self.new_entry(expires);
         self.set(group, net, Some(entry));
         batch.push(group, net, before);
@@ -462,9 +461,6 @@ impl List {
     /// Inserts many rules into an empty group at once, because a map that grows one by one is half
     /// empty.
     fn fill(&mut self, group: Group, nets: &[Net], expires: Option<NonZeroU64>, batch: &mut Batch) {
-        if self.is_in_set(&group) && !self.groups.contains_key(&group) {
-            batch.created.push(group);
-        }
         self.due.extend(expires.map(|second| (group.family, second)));
         // One allocation, and the first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
@@ -671,24 +667,23 @@ impl List {
     }
 }
 
-/// The rules of a change, group by group.
-fn for_each_group(
-    rules: &Rules,
-    mut each: impl FnMut(Group, &[Net]) -> Result<(), ApiError>,
-) -> Result<(), ApiError> {
+/// The groups of the rules that a change names, each with its addresses.
+fn groups_of(rules: &Rules) -> Vec<(Group, Cow<'_, [Net]>)> {
     match rules {
         Rules::One(rule) => {
             let (group, net) = Group::of(rule);
-            each(group, &[net])
+            vec![(group, vec![net].into())]
         }
         Rules::List(template, nets) => {
-            let mut families = nets.chunk_by(|a, b| a.family() == b.family());
-            families.try_for_each(|nets| {
-                let family = nets.first().map_or(Family::V4, Net::family);
-                each(Group { template: *template, family, second: None }, nets)
-            })
+            let group = |nets: &[Net]| Group {
+                template: *template,
+                family: nets.first().map_or(Family::V4, Net::family),
+                second: None,
+            };
+            let families = nets.chunk_by(|a, b| a.family() == b.family());
+            families.map(|nets| (group(nets), nets.into())).collect()
         }
-        Rules::Tagged(..) => Ok(()),
+        Rules::Tagged(..) => Vec::new(),
     }
 }
 
