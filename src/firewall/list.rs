@@ -129,20 +129,6 @@ impl Group {
     pub fn set(&self) -> Option<KernelRule> {
         self.second.is_none().then(|| KernelRule::set(self.template, self.family))
     }
-
-    /// Whether the groups differ at most in their tags.
-    fn is_alike(&self, other: &Group) -> bool {
-        *self
-            == Group {
-                template: RuleTemplate { tag: self.template.tag, ..other.template },
-                ..*other
-            }
-    }
-
-    /// The groups that differ only in their target.
-    fn rivals(self) -> impl Iterator<Item = Group> {
-        self.template.others().map(move |template| Group { template, ..self })
-    }
 }
 
 /// A rule of a group.
@@ -368,10 +354,9 @@ impl List {
             Rules::List(template, _) => group.template == *template && group.second.is_none(),
             Rules::One(_) => false,
         };
-        let groups = self.groups.iter().filter(|(group, _)| is_concerned(group));
-        let members = groups.flat_map(|(group, m)| m.keys().map(move |net| (*group, *net)));
-        let deleted: Vec<(Group, Net)> =
-            members.filter(|(_, net)| nets.binary_search(net).is_err()).collect();
+        let others = self.members_of(is_concerned);
+        let others = others.filter(|(_, net, _)| nets.binary_search(net).is_err());
+        let deleted: Vec<_> = others.map(|(group, net, _)| (*group, *net)).collect();
         for (group, net) in deleted {
             tally.add(self.delete(group, net, batch), 1);
         }
@@ -379,8 +364,11 @@ impl List {
 
     /// Deletes addresses from all groups that differ only in their tags.
     fn delete_alike(&mut self, group: Group, nets: &[Net], batch: &mut Batch, tally: &mut Tally) {
-        let alike: Vec<Group> =
-            self.groups.keys().filter(|other| group.is_alike(other)).copied().collect();
+        let is_alike = |other: &&Group| {
+            let template = RuleTemplate { tag: group.template.tag, ..other.template };
+            group == Group { template, ..**other }
+        };
+        let alike: Vec<Group> = self.groups.keys().filter(is_alike).copied().collect();
         for net in nets {
             let verdicts = alike.iter().map(|group| self.delete(*group, *net, batch));
             let deleted = verdicts.filter(|verdict| *verdict == Verdict::Deleted).count();
@@ -487,11 +475,9 @@ impl List {
             return batch;
         }
         let is_due = |entry: &Entry| entry.expires().is_some_and(|second| second <= now);
-        let groups = self.groups.iter().filter(|(group, _)| group.family == family);
-        let due = groups.flat_map(|(group, members)| members.iter().map(move |m| (group, m)));
-        let due = due.filter(|(_, (_, entry))| is_due(entry));
-        let due = due.map(|(group, (net, _))| (*group, *net)).take(MAX_EXPIRED);
-        let due: Vec<_> = due.collect();
+        let due = self.members_of(|group| group.family == family);
+        let due = due.filter(|(.., entry)| is_due(entry)).take(MAX_EXPIRED);
+        let due: Vec<_> = due.map(|(group, net, _)| (*group, *net)).collect();
         if due.len() < MAX_EXPIRED {
             self.due.retain(|due| !is_over(due));
         }
@@ -546,26 +532,21 @@ impl List {
 
     /// Every rule, the oldest first.
     pub fn stored(&self) -> impl Iterator<Item = StoredRule> {
-        let rules = self.groups.iter().flat_map(|(group, members)| {
-            members.iter().map(move |(net, entry)| (entry.serial, group, net, entry))
-        });
-        let mut rules: Vec<_> = rules.collect();
-        rules.sort_unstable_by_key(|(serial, ..)| *serial);
-        rules.into_iter().map(|(_, group, net, entry)| (group.rule(*net), entry.expires()))
+        let mut rules: Vec<_> = self.members_of(|_| true).collect();
+        rules.sort_by_cached_key(|(.., entry)| entry.serial);
+        rules.into_iter().map(|(group, net, entry)| (group.rule(*net), entry.expires()))
     }
 
     /// The rules of a chain that are not kept in sets, the newest first.
     pub fn rules(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
-        let groups = self.groups.iter().filter(|(group, _)| {
+        let rules = self.members_of(|group| {
             (group.family, group.template.chain) == (family, chain) && !self.is_in_set(group)
         });
-        let rules = groups.flat_map(|(group, members)| {
-            members.iter().map(|(net, entry)| (entry, group.rule(*net)))
-        });
         let mut rules: Vec<_> = rules.collect();
-        rules.sort_unstable_by_key(|(entry, _)| Reverse(entry.serial));
-        let tagged =
-            |(entry, rule): (&Entry, _)| TaggedRule::new(KernelRule::plain(rule), entry.expires());
+        rules.sort_unstable_by_key(|(.., entry)| Reverse(entry.serial));
+        let tagged = |(group, net, entry): (&Group, &Net, &Entry)| {
+            TaggedRule::new(KernelRule::plain(group.rule(*net)), entry.expires())
+        };
         rules.into_iter().map(tagged).collect()
     }
 
@@ -599,6 +580,17 @@ impl List {
         self.entry(group, &net).is_some()
     }
 
+    /// The members of the groups that are wanted.
+    fn members_of(
+        &self,
+        is_wanted: impl Fn(&Group) -> bool,
+    ) -> impl Iterator<Item = (&Group, &Net, &Entry)> {
+        let groups = self.groups.iter().filter(move |(group, _)| is_wanted(group));
+        groups.flat_map(|(group, members)| {
+            members.iter().map(move |(net, entry)| (group, net, entry))
+        })
+    }
+
     /// The number of all rules.
     pub fn count(&self) -> usize {
         self.groups.values().map(Members::len).sum()
@@ -628,7 +620,8 @@ impl List {
     /// The groups that must not hold an address that this one receives.
     fn rivals(&self, group: Group) -> impl Iterator<Item = Group> + use<> {
         let is_in_set = self.is_in_set(&group);
-        group.rivals().filter(move |_| is_in_set)
+        let others = group.template.others().filter(move |_| is_in_set);
+        others.map(move |template| Group { template, ..group })
     }
 
     /// Sets or removes a rule and returns the previous entry.
