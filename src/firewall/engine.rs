@@ -18,7 +18,6 @@ use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
 use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
-use super::report::Traffic;
 use super::sets;
 use crate::clock::{self, Clock, Stopwatch};
 use crate::http::api_error::ApiError;
@@ -135,8 +134,10 @@ pub struct Engine<K> {
     pub(super) next_sets_check: Instant,
     /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`].
     pub(super) overtaken: VecDeque<Instant>,
-    /// What the rules of each family and label have matched.
-    pub(super) traffic: BTreeMap<(Family, Label), Traffic>,
+    /// Packets and bytes that the rules of each label have matched, and the sums of their counters in
+    /// the last complete listing of each family.
+    pub(super) traffic: BTreeMap<Label, (u64, u64)>,
+    pub(super) listed: BTreeMap<Family, BTreeMap<Label, (u64, u64)>>,
     /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
     /// How many checks ended because a program hung.
@@ -171,6 +172,7 @@ impl<K: Kernel> Engine<K> {
             next_sets_check: now,
             overtaken: VecDeque::new(),
             traffic: BTreeMap::new(),
+            listed: BTreeMap::new(),
             outage: None,
             hung_checks: 0,
             has_repaired: false,

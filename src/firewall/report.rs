@@ -9,7 +9,7 @@ use crate::log::{Level, printable};
 use crate::metrics::{Label, Usage};
 use crate::rule::net::Family;
 use crate::rule::tag::Tag;
-use crate::rule::{Chain, Rule, RuleTemplate, Target};
+use crate::rule::{Chain, RuleTemplate, Target};
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
@@ -119,16 +119,18 @@ impl<K: Kernel> Engine<K> {
     pub(super) fn count_traffic(&mut self, family: Family, listing: &Listing) {
         let mut sums: BTreeMap<Label, (u64, u64)> = BTreeMap::new();
         for (_, tagged) in Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own()) {
+            let KernelRule { rule, .. } = &tagged.rule;
             if let (false, Some(counters)) = (tagged.rule.is_guard(), tagged.counters) {
-                let sum = sums.entry(label(&tagged.rule.rule)).or_default();
+                let sum = sums.entry((rule.chain(), rule.target, rule.tag)).or_default();
                 *sum = (sum.0.saturating_add(counters.0), sum.1.saturating_add(counters.1));
             }
         }
-        sums.keys().for_each(|label| {
-            self.traffic.entry((family, *label)).or_default();
-        });
-        for ((_, label), traffic) in self.traffic.iter_mut().filter(|((f, _), _)| *f == family) {
-            traffic.follow(sums.get(label).copied().unwrap_or_default());
+        let last = self.listed.insert(family, sums.clone()).unwrap_or_default();
+        for (label, (packets, bytes)) in sums {
+            let last = last.get(&label).copied().unwrap_or_default();
+            let total = self.traffic.entry(label).or_default();
+            total.0 = total.0.saturating_add(packets.saturating_sub(last.0));
+            total.1 = total.1.saturating_add(bytes.saturating_sub(last.1));
         }
     }
 
@@ -143,33 +145,12 @@ impl<K: Kernel> Engine<K> {
             let rules = &mut usage.entry((chain, target, tag)).or_default().rules;
             *rules = rules.saturating_add(count);
         }
-        self.traffic.retain(|(_, label), _| usage.contains_key(label));
-        for ((_, label), Traffic { total: (packets, bytes), .. }) in &self.traffic {
-            let usage = usage.entry(*label).or_default();
-            usage.packets = usage.packets.saturating_add(*packets);
-            usage.bytes = usage.bytes.saturating_add(*bytes);
+        for sums in self.listed.values_mut().chain([&mut self.traffic]) {
+            sums.retain(|label, _| usage.contains_key(label));
+        }
+        for (label, usage) in &mut usage {
+            (usage.packets, usage.bytes) = self.traffic.get(label).copied().unwrap_or_default();
         }
         self.metrics.set_usage(usage);
-    }
-}
-
-fn label(rule: &Rule) -> Label {
-    (rule.chain(), rule.target, rule.tag)
-}
-
-/// Packets and bytes that the rules of a label have matched.
-#[derive(Default)]
-pub struct Traffic {
-    /// The sum of their counters in the last listing.
-    last: (u64, u64),
-    total: (u64, u64),
-}
-
-impl Traffic {
-    fn follow(&mut self, sum: (u64, u64)) {
-        let add = |total: u64, new: u64, last: u64| total.saturating_add(new.saturating_sub(last));
-        let (total, last) = (self.total, self.last);
-        self.total = (add(total.0, sum.0, last.0), add(total.1, sum.1, last.1));
-        self.last = sum;
     }
 }
