@@ -5,13 +5,12 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Held by rfw and, as their standard output, by the programs that change rules, until the last of
 /// them ends. Thus rfw waits for a program that outlived a killed rfw before it reads the kernel.
-pub struct InstanceLock(File);
+pub struct InstanceLock(pub(super) File);
 
 impl InstanceLock {
     /// Waits while another rfw, or a program that a killed one started, holds the lock, and calls
@@ -48,11 +47,6 @@ impl InstanceLock {
             }
             thread::sleep(Duration::from_millis(1));
         }
-    }
-
-    /// The lock as the standard output of a program.
-    pub fn for_child(&self) -> io::Result<Stdio> {
-        Ok(self.0.try_clone()?.into())
     }
 }
 

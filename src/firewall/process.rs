@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,13 +70,9 @@ impl Programs {
         Programs { lock: Some(lock), unreaped: Mutex::default() }
     }
 
-    fn unreaped(&self) -> MutexGuard<'_, Vec<Child>> {
-        lock(&self.unreaped)
-    }
-
     /// Reaps the killed children that have ended; fails if too many still run.
     fn reap(&self) -> io::Result<()> {
-        let mut unreaped = self.unreaped();
+        let mut unreaped = lock(&self.unreaped);
         unreaped.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         if unreaped.len() >= MAX_UNREAPED {
             return Err(io::Error::other(format!("{MAX_UNREAPED} programs cannot be killed")));
@@ -125,7 +121,9 @@ impl Program {
         mut each: impl FnMut(&str) -> bool,
     ) -> Result<(), ToolError> {
         let (mut child, socket) = self.start(args, Task::List, limit)?;
-        let mut output = BufReader::with_capacity(MAX_LINE as usize, child.output(&socket));
+        let output =
+            ChildOutput { socket: &socket, child: &mut child.child, deadline: child.deadline };
+        let mut output = BufReader::with_capacity(MAX_LINE as usize, output);
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -147,7 +145,26 @@ impl Program {
         task: Task,
         limit: Duration,
     ) -> Result<(ChildProcess<'_>, UnixStream), ToolError> {
-        ChildProcess::start(self, args, task, limit)
+        let spawn = || -> io::Result<_> {
+            self.programs.reap()?;
+            let (socket, theirs) = pair()?;
+            let (stderr, their_stderr) = pair()?;
+            // It is read last; until then, output that does not fit is lost instead of blocking the
+            // child.
+            their_stderr.set_nonblocking(true)?;
+            let theirs = OwnedFd::from(theirs);
+            let mut command = Command::new(&self.path);
+            command.args(args).env_clear().stderr(OwnedFd::from(their_stderr));
+            match (task, &self.programs.lock) {
+                (Task::List, _) => command.stdin(Stdio::null()).stdout(theirs),
+                (Task::Change, Some(lock)) => command.stdin(theirs).stdout(lock.0.try_clone()?),
+                (Task::Change, None) => command.stdin(theirs).stdout(Stdio::null()),
+            };
+            let child = command.spawn()?;
+            let deadline = clock::after(limit);
+            Ok((ChildProcess { program: self, child, stderr, deadline }, socket))
+        };
+        spawn()
             .map_err(|error| ToolError::Transient(format!("{self} could not be started: {error}.")))
     }
 }
@@ -209,38 +226,7 @@ struct ChildProcess<'a> {
     deadline: Instant,
 }
 
-impl<'a> ChildProcess<'a> {
-    fn start(
-        program: &'a Program,
-        args: &[&str],
-        task: Task,
-        limit: Duration,
-    ) -> io::Result<(ChildProcess<'a>, UnixStream)> {
-        program.programs.reap()?;
-        let (socket, theirs) = pair()?;
-        let theirs = Stdio::from(OwnedFd::from(theirs));
-        let (stdin, stdout) = match task {
-            Task::Change => {
-                let lock =
-                    program.programs.lock.as_ref().map(InstanceLock::for_child).transpose()?;
-                (theirs, lock.unwrap_or_else(Stdio::null))
-            }
-            Task::List => (Stdio::null(), theirs),
-        };
-        let (stderr, theirs) = pair()?;
-        // It is read last; until then, output that does not fit is lost instead of blocking the
-        // child.
-        theirs.set_nonblocking(true)?;
-        let mut command = Command::new(&program.path);
-        command.args(args).env_clear().stdin(stdin).stdout(stdout).stderr(OwnedFd::from(theirs));
-        let child = command.spawn()?;
-        Ok((ChildProcess { program, child, stderr, deadline: clock::after(limit) }, socket))
-    }
-
-    fn output<'b>(&'b mut self, socket: &'b UnixStream) -> ChildOutput<'b> {
-        ChildOutput { socket, child: &mut self.child, deadline: self.deadline }
-    }
-
+impl ChildProcess<'_> {
     /// Reads the child's standard error, waits for its end and interprets both.
     fn finish(mut self) -> Result<(), ToolError> {
         let mut stderr = Vec::new();
@@ -282,7 +268,7 @@ impl<'a> ChildProcess<'a> {
             return "was killed".into();
         }
         let id = self.child.id();
-        self.program.programs.unreaped().push(self.child);
+        lock(&self.program.programs.unreaped).push(self.child);
         format!("cannot be killed (process {id})")
     }
 
@@ -296,19 +282,19 @@ impl<'a> ChildProcess<'a> {
 }
 
 fn interpret(program: &Program, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
-    match status.code() {
-        Some(0) => Ok(()),
-        None => Err(ToolError::Transient(format!("{program} was killed by a signal ({status})."))),
+    Err(match status.code() {
+        Some(0) => return Ok(()),
+        None => ToolError::Transient(format!("{program} was killed by a signal ({status}).")),
         // iptables(8): 4 is a resource problem. iptables-nft uses it also when the kernel rejects
         // a rule, and then prints a message.
         Some(4) if stderr.is_empty() || stderr.contains("xtables lock") => {
-            Err(ToolError::Transient(format!("{program}: another program holds the xtables lock.")))
+            ToolError::Transient(format!("{program}: another program holds the xtables lock."))
         }
         Some(_) if stderr.is_empty() => {
-            Err(ToolError::Rejected(format!("{program} failed without a message ({status}).")))
+            ToolError::Rejected(format!("{program} failed without a message ({status})."))
         }
-        Some(_) => Err(ToolError::Rejected(stderr)),
-    }
+        Some(_) => ToolError::Rejected(stderr),
+    })
 }
 
 /// What a child writes to a socket. It ends when the child closes the socket, or when the child
@@ -444,15 +430,15 @@ mod tests {
         let limit = Duration::from_secs(5);
         let sleep = || Command::new("sleep").arg("9").spawn().unwrap();
         let sh = || program.run(&["-c", "exit 0"], limit, |_| Ok(()));
-        programs.unreaped().extend((1..MAX_UNREAPED).map(|_| sleep()));
+        lock(&programs.unreaped).extend((1..MAX_UNREAPED).map(|_| sleep()));
         assert_eq!(sh(), Ok(()));
-        programs.unreaped().push(sleep());
+        lock(&programs.unreaped).push(sleep());
         let sentence =
             format!("/bin/sh could not be started: {MAX_UNREAPED} programs cannot be killed.");
         assert_eq!(sh(), Err(ToolError::Transient(sentence)));
-        programs.unreaped().iter_mut().for_each(|child| child.kill().unwrap());
+        lock(&programs.unreaped).iter_mut().for_each(|child| child.kill().unwrap());
         let from = Instant::now();
-        while programs.reap().is_err() || !programs.unreaped().is_empty() {
+        while programs.reap().is_err() || !lock(&programs.unreaped).is_empty() {
             assert!(from.elapsed() < limit, "not reaped");
         }
         assert_eq!(sh(), Ok(()));
