@@ -34,7 +34,7 @@ use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
 use iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule};
 use list::Outcome;
 use process::ToolError;
-use queue::{Done, Queue};
+use queue::Queue;
 use reconcile::Listing;
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,7 +150,7 @@ impl Firewall {
             let is_hung =
                 |result: &&_| matches!(result, Err(ApiError::Busy(_))) && !engine.has_time();
             let outage = results.iter().find(is_hung).cloned();
-            Done { results, outage }
+            (results, outage)
         });
         match result {
             Some(result) => result.map_err(|error| with_note(error, note)),

@@ -46,13 +46,6 @@ pub struct Queue<W, J, R> {
     waiting: Mutex<Waiting<J, R>>,
 }
 
-/// The results of a batch, one for each job, and if a program hung, the result of all jobs that
-/// were submitted meanwhile: no client waits for a time limit twice.
-pub struct Done<R> {
-    pub results: Vec<R>,
-    pub outage: Option<R>,
-}
-
 impl<W, J, R: Clone> Queue<W, J, R> {
     pub fn new(worker: W) -> Queue<W, J, R> {
         let waiting = Waiting { jobs: VecDeque::new(), is_led: false, was_short: false, last: 0 };
@@ -60,12 +53,13 @@ impl<W, J, R: Clone> Queue<W, J, R> {
     }
 
     /// Commits a job, in this thread or another one, and returns its result; `None` if `commit`
-    /// returned none for it.
+    /// returned none for it. `commit` returns the result of each job and, if a program hung, an
+    /// outage, as in [`Queue::with`].
     pub fn submit(
         &self,
         job: J,
         is_long: bool,
-        commit: impl Fn(&mut W, Vec<J>) -> Done<R>,
+        commit: impl Fn(&mut W, Vec<J>) -> (Vec<R>, Option<R>),
     ) -> Option<R> {
         let (waiter, turns) = mpsc::channel();
         let mut waiting = lock(&self.waiting);
@@ -83,24 +77,29 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         }
     }
 
-    /// Uses the worker for other work, which also returns an outage, as in [`Done`].
+    /// Uses the worker. An outage, which `work` also returns if a program hung, is the result of all
+    /// jobs that were submitted meanwhile: no client waits for a time limit twice.
     pub fn with<T>(&self, work: impl FnOnce(&mut W) -> (T, Option<R>)) -> T {
         let mut worker = lock(&self.worker);
         let (result, outage) = work(&mut worker);
-        self.give_up(outage);
+        if let Some(outage) = outage {
+            for job in mem::take(&mut lock(&self.waiting).jobs) {
+                let _ = job.waiter.send(Turn::Result(outage.clone()));
+            }
+        }
         result
     }
 
-    fn lead(&self, commit: &impl Fn(&mut W, Vec<J>) -> Done<R>) {
+    fn lead(&self, commit: &impl Fn(&mut W, Vec<J>) -> (Vec<R>, Option<R>)) {
         self.gather();
-        let mut worker = lock(&self.worker);
-        let (jobs, waiters) = self.take();
-        let Done { results, outage } = commit(&mut worker, jobs);
-        for (waiter, result) in waiters.iter().zip(results) {
-            let _ = waiter.send(Turn::Result(result));
-        }
-        self.give_up(outage);
-        drop(worker);
+        self.with(|worker| {
+            let (jobs, waiters) = self.take();
+            let (results, outage) = commit(worker, jobs);
+            for (waiter, result) in waiters.iter().zip(results) {
+                let _ = waiter.send(Turn::Result(result));
+            }
+            ((), outage)
+        });
         let mut waiting = lock(&self.waiting);
         let next = waiting.jobs.front();
         waiting.is_led = next.is_some_and(|next| next.waiter.send(Turn::Lead).is_ok());
@@ -134,13 +133,6 @@ impl<W, J, R: Clone> Queue<W, J, R> {
         }
         waiting.last = taken.len();
         taken.into_iter().map(|job| (job.job, job.waiter)).unzip()
-    }
-
-    fn give_up(&self, outage: Option<R>) {
-        let Some(result) = outage else { return };
-        for job in mem::take(&mut lock(&self.waiting).jobs) {
-            let _ = job.waiter.send(Turn::Result(result.clone()));
-        }
     }
 }
 
@@ -189,7 +181,7 @@ mod tests {
                 let with_result = jobs.iter().take_while(|job| !job.starts_with('N'));
                 let results = with_result.map(|job| format!("{job} done")).collect();
                 let is_hung = jobs.iter().any(|job| job.starts_with('X'));
-                Done { results, outage: is_hung.then(|| "outage".to_string()) }
+                (results, is_hung.then(|| "outage".to_string()))
             });
             if result != Some(format!("{job} done")) {
                 let result = result.unwrap_or("none".into());
