@@ -452,8 +452,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     pub fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
-        let plan = |chain: &Chain| plan(listing.chain(*chain), &self.wanted(family, *chain));
-        Chain::ALL.iter().map(plan).collect()
+        let chains = listing.0.iter().zip(Chain::ALL);
+        chains.map(|(listing, chain)| plan(listing, &self.wanted(family, chain))).collect()
     }
 
     /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
@@ -770,7 +770,7 @@ impl<K: Kernel> Engine<K> {
             if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
                 listing = self.confirmed_rules(*family, listing)?;
             }
-            for (number, tagged) in Chain::ALL.iter().flat_map(|c| listing.chain(*c).own()) {
+            for (number, tagged) in listing.own() {
                 let KernelRule { rule, .. } = &tagged.rule;
                 let is_set = tagged.rule.template().is_some();
                 if is_set && filter.covers(rule.chain(), rule.tag) {

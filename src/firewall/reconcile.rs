@@ -50,28 +50,20 @@ fn without_counters(line: &str) -> String {
     words.join(" ")
 }
 
-/// The rules of all built-in chains of one family.
+/// The rules of all built-in chains of one family, in the order of [`Chain::ALL`].
 #[derive(Clone, Default, Debug)]
-pub struct Listing([ChainListing; Chain::ALL.len()]);
+pub struct Listing(pub [ChainListing; Chain::ALL.len()]);
 
 impl Listing {
-    pub fn chain(&self, chain: Chain) -> &ChainListing {
-        let [input, forward, output] = &self.0;
-        match chain {
-            Chain::Input => input,
-            Chain::Forward => forward,
-            Chain::Output => output,
+    pub fn push(&mut self, chain: Chain, row: Row, line: &str) {
+        if let Some(chain) = self.0.get_mut(chain as usize) {
+            chain.push(row, line);
         }
     }
 
-    pub fn push(&mut self, chain: Chain, row: Row, line: &str) {
-        let [input, forward, output] = &mut self.0;
-        let chain = match chain {
-            Chain::Input => input,
-            Chain::Forward => forward,
-            Chain::Output => output,
-        };
-        chain.push(row, line);
+    /// rfw's rules, each with its number in its chain.
+    pub fn own(&self) -> impl Iterator<Item = (usize, &TaggedRule)> {
+        self.0.iter().flat_map(ChainListing::own)
     }
 
     /// Whether another listing shows the same rules; counters may differ. Of foreign rules, only
@@ -121,13 +113,15 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let rules: HashSet<KernelRule> = known.iter().map(|tagged| tagged.rule).collect();
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
         chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
+    let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some());
+    let is_overtaken = from_foreign.any(Option::is_some);
     let missing = wanted.iter().map(|tagged| tagged.rule);
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     Plan {
         edits: edits(chain, wanted, &stays, &listed),
         missing: missing.filter(|rule| !listed.contains_key(rule)).collect(),
         unknown: unknown.filter(|tagged| !rules.contains(&tagged.rule)).collect(),
-        overtaken_by: overtaken_by(chain),
+        overtaken_by: chain.first_foreign.clone().filter(|_| is_overtaken),
     }
 }
 
@@ -190,12 +184,6 @@ fn edits(
     }
     edits.extend(insertions.into_iter().rev());
     edits
-}
-
-fn overtaken_by(chain: &ChainListing) -> Option<String> {
-    let foreign = chain.rows.iter().position(Option::is_none)?;
-    let is_before_own = chain.rows.iter().skip(foreign).any(Option::is_some);
-    chain.first_foreign.clone().filter(|_| is_before_own)
 }
 
 #[cfg(test)]
@@ -412,7 +400,8 @@ mod tests {
         const B: &str = "-A FORWARD -s 2.2.2.2/32 -m comment --comment rfw -c 5 7 -j DROP";
         const C: &str = "-A OUTPUT -d 3.3.3.3/32 -m comment --comment rfw:7 -c 5 7 -j DROP";
         let both = listing(&["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG", C]);
-        let own = |chain| both.chain(chain).own().map(|(number, t)| format!("{number} {}", t.rule));
+        let own =
+            |chain| both.0[chain as usize].own().map(|(number, t)| format!("{number} {}", t.rule));
         assert_eq!(own(Chain::Input).collect::<Vec<_>>(), ["2 /drop/input/any/1.1.1.1"]);
         assert_eq!(own(Chain::Forward).collect::<Vec<_>>(), ["1 /drop/forward/any/2.2.2.2"]);
         assert_eq!(own(Chain::Output).collect::<Vec<_>>(), ["1 /drop/output/any/3.3.3.3"]);

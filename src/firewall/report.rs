@@ -118,7 +118,7 @@ impl<K: Kernel> Engine<K> {
     /// rules were deleted, adds nothing.
     pub(super) fn count_traffic(&mut self, family: Family, listing: &Listing) {
         let mut sums: BTreeMap<Label, (u64, u64)> = BTreeMap::new();
-        for (_, tagged) in Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own()) {
+        for (_, tagged) in listing.own() {
             let KernelRule { rule, .. } = &tagged.rule;
             if let (false, Some(counters)) = (tagged.rule.is_guard(), tagged.counters) {
                 let sum = sums.entry((rule.chain(), rule.target, rule.tag)).or_default();

@@ -126,7 +126,7 @@ fn adopt<K: Kernel>(
 ) -> Result<List, ToolError> {
     let mut list = List::new(sets);
     let now = engine.clock.now().as_secs();
-    for chain in listings.iter().flat_map(|(_, l)| Chain::ALL.map(|chain| l.chain(chain))) {
+    for chain in listings.iter().flat_map(|(_, listing)| &listing.0) {
         let own: Vec<&TaggedRule> = chain.own().map(|(_, tagged)| tagged).collect();
         for TaggedRule { rule, expires, .. } in own.into_iter().rev() {
             let Some(template) = rule.template() else {
@@ -164,8 +164,7 @@ fn try_kernel<K: Kernel>(
     listing: &Listing,
 ) -> Result<(), String> {
     let sets = engine.settings.sets;
-    let mut own = Chain::ALL.iter().flat_map(|chain| listing.chain(*chain).own());
-    if own.any(|(_, tagged)| !sets || tagged.rule.template().is_some()) {
+    if listing.own().any(|(_, tagged)| !sets || tagged.rule.template().is_some()) {
         return Ok(());
     }
     let (in_iface, out_iface) = (Iface::parse("rfw0").unwrap_or(Iface::ANY), Iface::ANY);
