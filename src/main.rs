@@ -242,7 +242,7 @@ fn open_tools(config: &Config, lock: InstanceLock, ipv6: bool) -> Tools {
     let mut families = vec![iptables(Family::V4, &config.iptables)];
     families.extend(ipv6.then(|| iptables(Family::V6, &config.ip6tables)));
     let path = config.ipset.as_ref().map_or(DEFAULT_PATH.into(), |ipset| ipset.path.clone());
-    Tools::new(families, Ipset::new(path, programs))
+    Tools { iptables: families, ipset: Ipset::new(path, programs) }
 }
 
 fn start_firewall(

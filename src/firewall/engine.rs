@@ -71,7 +71,7 @@ const UNRESTORED: &str = " Any part of it that took effect is undone as soon as 
 
 /// The kernel, in six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
-    fn families(&self) -> &[Family];
+    fn families(&self) -> Vec<Family>;
     fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError>;
     /// All edits or none.
     fn write_rules(
@@ -221,8 +221,7 @@ impl<K: Kernel> Engine<K> {
         // A distrusted family is repaired before the list changes; later, the change would be
         // written twice.
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
-        let families: Vec<Family> =
-            self.kernel.families().iter().copied().filter(of_family).collect();
+        let families: Vec<Family> = self.kernel.families().into_iter().filter(of_family).collect();
         self.settle(&families, None)?;
         if self.state.as_ref().is_some_and(StateFile::is_outdated) {
             self.compact().map_err(ApiError::State)?;
@@ -270,7 +269,7 @@ impl<K: Kernel> Engine<K> {
 
     fn families_of(&self, batch: &Batch) -> Vec<Family> {
         let has = |family: &Family| batch.groups.iter().any(|group| group.family == *family);
-        self.kernel.families().iter().copied().filter(has).collect()
+        self.kernel.families().into_iter().filter(has).collect()
     }
 
     /// Repairs the families that are distrusted. A repair that failed may have taken effect; the
@@ -651,7 +650,7 @@ impl<K: Kernel> Engine<K> {
     /// family. A part that fails does not keep the others from being checked. After a hang no time
     /// is left for them, so the next check begins with another part.
     fn check(&mut self) -> Result<(), ToolError> {
-        let families = self.kernel.families().iter().copied().map(Some);
+        let families = self.kernel.families().into_iter().map(Some);
         let mut parts: Vec<Option<Family>> = iter::once(None).chain(families).collect();
         let first = self.hung_checks.checked_rem(parts.len()).unwrap_or(0);
         parts.rotate_left(first);
@@ -682,7 +681,7 @@ impl<K: Kernel> Engine<K> {
             header.is_some_and(|header| sets::has_right_size(members, header.entries, now))
         };
         let mut result = Ok(());
-        for family in self.kernel.families().to_vec() {
+        for family in self.kernel.families() {
             // Those of a distrusted family are repaired with its rules.
             let is_trusted = !self.distrusted.contains(&family);
             let may_go_on = result.is_ok() || self.has_time();
@@ -764,11 +763,11 @@ impl<K: Kernel> Engine<K> {
     pub fn listing(&mut self, filter: &Filter) -> Result<Vec<(usize, TaggedRule)>, ToolError> {
         self.begin();
         let mut rules = Vec::new();
-        let is_asked = |family: &&Family| filter.net.is_none_or(|net| net.family() == **family);
-        for family in self.kernel.families().iter().filter(is_asked) {
-            let mut listing = self.read_rules(*family)?;
-            if self.plans(*family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
-                listing = self.confirmed_rules(*family, listing)?;
+        let is_asked = |family: &Family| filter.net.is_none_or(|net| net.family() == *family);
+        for family in self.kernel.families().into_iter().filter(is_asked) {
+            let mut listing = self.read_rules(family)?;
+            if self.plans(family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
+                listing = self.confirmed_rules(family, listing)?;
             }
             for (number, tagged) in listing.own() {
                 let KernelRule { rule, .. } = &tagged.rule;

@@ -46,17 +46,12 @@ const NOT_APPLIED: &str = " The list was not applied.";
 /// The programs that read and write the kernel's rules and sets.
 #[derive(Clone)]
 pub struct Tools {
-    families: Vec<Family>,
-    iptables: Vec<Iptables>,
-    ipset: Ipset,
+    /// One for each family that this host filters.
+    pub iptables: Vec<Iptables>,
+    pub ipset: Ipset,
 }
 
 impl Tools {
-    pub fn new(iptables: Vec<Iptables>, ipset: Ipset) -> Tools {
-        let families = iptables.iter().map(|iptables| iptables.family).collect();
-        Tools { families, iptables, ipset }
-    }
-
     fn iptables(&self, family: Family) -> Result<&Iptables, ToolError> {
         let found = self.iptables.iter().find(|iptables| iptables.family == family);
         found.ok_or_else(|| ToolError::Rejected(format!("This host has no {family}.")))
@@ -64,8 +59,8 @@ impl Tools {
 }
 
 impl Kernel for Tools {
-    fn families(&self) -> &[Family] {
-        &self.families
+    fn families(&self) -> Vec<Family> {
+        self.iptables.iter().map(|iptables| iptables.family).collect()
     }
 
     fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError> {
@@ -124,9 +119,9 @@ impl Firewall {
         log: Arc<Log>,
         metrics: Arc<Metrics>,
     ) -> Result<Firewall, String> {
-        let families = tools.families.iter();
+        let families = tools.families().into_iter();
         let guards = guarded.map_or(Vec::new(), |port| {
-            families.flat_map(|family| guards(whitelist, *family, port)).collect()
+            families.flat_map(|family| guards(whitelist, family, port)).collect()
         });
         let maxelem = sets.unwrap_or_default();
         let settings = Settings { guards, sets: sets.is_some(), maxelem };
@@ -138,9 +133,9 @@ impl Firewall {
     /// none of it.
     pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
         let change = change.into_change();
-        let is_missing = |family: &&Family| !self.tools.families.contains(family);
-        let mut missing = Family::ALL.iter().filter(is_missing);
-        if missing.any(|family| change.rules.has(*family)) {
+        let families = self.tools.families();
+        let mut missing = Family::ALL.into_iter().filter(|family| !families.contains(family));
+        if missing.any(|family| change.rules.has(family)) {
             return Err(ApiError::NoIpv6);
         }
         let is_long = change.family().is_none();

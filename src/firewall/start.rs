@@ -74,11 +74,9 @@ pub fn start<K: Kernel>(
 fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let listings = thread::scope(|scope| {
         let read = |family| engine.confirmed_rules(family, engine.read_rules(family)?);
-        let start = |family: &Family| {
-            let (family, thread) = (*family, thread::Builder::new());
-            (family, thread.spawn_scoped(scope, move || read(family)))
-        };
-        let threads: Vec<_> = engine.kernel.families().iter().map(start).collect();
+        let start =
+            |family| (family, thread::Builder::new().spawn_scoped(scope, move || read(family)));
+        let threads: Vec<_> = engine.kernel.families().into_iter().map(start).collect();
         let listings = threads.into_iter().map(|(family, thread)| {
             let listing = match thread.map(ScopedJoinHandle::join) {
                 Ok(Ok(listing)) => listing,

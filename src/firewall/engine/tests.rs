@@ -323,8 +323,8 @@ impl FakeKernel {
 }
 
 impl Kernel for FakeKernel {
-    fn families(&self) -> &[Family] {
-        &Family::ALL
+    fn families(&self) -> Vec<Family> {
+        Family::ALL.to_vec()
     }
 
     fn read_rules(&self, family: Family, limit: Duration) -> Result<Listing, ToolError> {
