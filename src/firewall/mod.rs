@@ -221,15 +221,10 @@ fn guards(whitelist: &Whitelist, family: Family, port: u16) -> Vec<TaggedRule> {
     let nets = whitelist.nets().iter().filter(|net| net.family() == family);
     let accepted = nets.map(|net| (Target::Accept, *net));
     let all = accepted.chain([(Target::Drop, Net::any(family))]);
-    let kind = RuleKind::Guard(port);
-    let guard = |target, matches| {
-        TaggedRule::new(KernelRule { rule: Rule { target, matches, tag: Tag::NONE }, kind }, None)
-    };
-    let inputs = all
-        .clone()
-        .map(|(target, source)| guard(target, Match::Input { iface: Iface::ANY, source }));
-    let outputs = all.map(|(target, destination)| {
-        guard(target, Match::Output { iface: Iface::ANY, destination })
+    let (iface, tag, kind) = (Iface::ANY, Tag::NONE, RuleKind::Guard(port));
+    let guards = all.flat_map(|(target, net)| {
+        let both = [Match::Input { iface, source: net }, Match::Output { iface, destination: net }];
+        both.map(|matches| KernelRule { rule: Rule { target, matches, tag }, kind })
     });
-    inputs.chain(outputs).collect()
+    guards.map(|rule| TaggedRule::new(rule, None)).collect()
 }
