@@ -327,7 +327,7 @@ impl<K: Kernel> Engine<K> {
             };
             let relied = relied.iter().filter(|_| self.settings.sets && created.is_empty());
             let reads: Vec<_> = relied.filter_map(read).collect();
-            let written = self.write_sets(batch, created, first);
+            let written = self.write_sets(batch, first);
             let join =
                 |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));
             (written, reads.into_iter().filter_map(join).collect::<BTreeMap<_, _>>())
@@ -345,7 +345,7 @@ impl<K: Kernel> Engine<K> {
                 _ => self.check_rules(family, None, Some(batch), true)?,
             }
         }
-        self.write_sets(batch, &[], last)
+        self.write_sets(batch, last)
     }
 
     /// Whether as many rules are missing and unknown as a batch inserts and deletes.
@@ -360,13 +360,8 @@ impl<K: Kernel> Engine<K> {
         missing == created.saturating_add(inserted) && unknown == deleted
     }
 
-    /// Creates sets, and adds (`true`) or deletes (`false`) the addresses of a batch.
-    fn write_sets(
-        &self,
-        batch: &Batch,
-        created: &[Group],
-        parts: &[bool],
-    ) -> Result<(), ToolError> {
+    /// Creates the sets of a batch and adds its addresses (`true`), or deletes them (`false`).
+    fn write_sets(&self, batch: &Batch, parts: &[bool]) -> Result<(), ToolError> {
         let (now, maxelem) = (self.seconds(), self.settings.maxelem);
         let is_kept = |group: &&Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
@@ -374,7 +369,8 @@ impl<K: Kernel> Engine<K> {
         let named = batch.groups.iter().filter(is_kept);
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
-        let creations = named.iter().filter(|(group, _)| created.contains(group));
+        let is_created = |group| parts.contains(&true) && batch.created.contains(group);
+        let creations = named.iter().filter(|(group, _)| is_created(group));
         // A set of that name may be there, because someone else's rule uses it.
         let creations = creations.flat_map(|(group, name)| {
             let (family, entries) =
@@ -383,9 +379,7 @@ impl<K: Kernel> Engine<K> {
         });
         let changes = parts.iter().flat_map(|is_put| {
             let part = self.list.differences(batch).filter(|d| d.after.is_some() == *is_put);
-            part.filter_map(|difference| {
-                Some(sets::edit(named.get(&difference.group)?, &difference, now))
-            })
+            part.filter_map(|d| Some(sets::edit(named.get(&d.group)?, d.net, d.after, now)))
         });
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
     }
@@ -574,11 +568,7 @@ impl<K: Kernel> Engine<K> {
         }
         let (family, entries, maxelem) = (group.family, members.len(), self.settings.maxelem);
         let create = [SetEdit::Create { name: new, family, entries, maxelem }, SetEdit::Flush(new)];
-        let add = |(net, entry): (&Net, &Entry)| SetEdit::Add {
-            name: new,
-            net: *net,
-            timeout: sets::timeout(entry.expires(), now),
-        };
+        let add = |(net, entry): (&Net, &Entry)| sets::edit(new, *net, Some(*entry), now);
         let swap = replaces.then_some(SetEdit::Swap(new, name));
         let mut edits = create.into_iter().chain(members.iter().map(add)).chain(swap);
         self.kernel.write_sets(&mut edits, self.limit(entries))?;

@@ -4,7 +4,7 @@
 //! own clock. Within a few seconds of an expiry, either may come first.
 
 use super::ipset::SetEdit;
-use super::list::{Difference, Entry, Members};
+use super::list::{Entry, Members};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
 
@@ -29,10 +29,9 @@ fn is_right(actual: u32, expires: Option<u64>, now: u64) -> bool {
     }
 }
 
-/// The edit of a set that makes it follow the list.
-pub fn edit<'a>(name: &'a str, difference: &Difference, now: u64) -> SetEdit<'a> {
-    let net = difference.net;
-    match difference.after {
+/// The edit after which a set has this entry for an address, or none.
+pub fn edit<'a>(name: &'a str, net: Net, entry: Option<Entry>, now: u64) -> SetEdit<'a> {
+    match entry {
         Some(entry) => SetEdit::Add { name, net, timeout: timeout(entry.expires(), now) },
         None => SetEdit::Delete { name, net },
     }
@@ -64,7 +63,7 @@ pub fn repair<'a>(
 ) -> Vec<SetEdit<'a>> {
     let delete = |(net, left): &(Net, u32)| {
         let is_due = *left > 0 && u64::from(*left) <= TOLERANCE;
-        (!is_due).then_some(SetEdit::Delete { name, net: *net })
+        (!is_due).then_some(edit(name, *net, None, now))
     };
     let mut edits = Vec::new();
     let mut actual = actual.iter().peekable();
@@ -75,7 +74,7 @@ pub fn repair<'a>(
         let held = actual.next_if(|(held, _)| held == net);
         let expires = entry.expires();
         if !is_due(expires, now) && !held.is_some_and(|(_, left)| is_right(*left, expires, now)) {
-            edits.push(SetEdit::Add { name, net: *net, timeout: timeout(expires, now) });
+            edits.push(edit(name, *net, Some(*entry), now));
         }
     }
     edits.extend(actual.filter_map(delete));
