@@ -159,7 +159,7 @@ impl StateFile {
         if records.peek().is_none() {
             return Ok(());
         }
-        if !self.is_unchanged().map_err(|error| self.sentence(&error))? {
+        if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
             let path = self.path.display();
             return Err(format!("{path} was changed or removed by someone else; restart rfw."));
         }
@@ -181,14 +181,14 @@ impl StateFile {
             }
             Err(error) => {
                 let _ = self.repair_tail();
-                Err(self.sentence(&error))
+                Err(self.failed("written", &error))
             }
         }
     }
 
-    fn sentence(&self, error: &io::Error) -> String {
+    fn failed(&self, to_be: &str, error: &io::Error) -> String {
         let path = self.path.display();
-        format!("{path} cannot be written: {error}; make room there, or check its disk.")
+        format!("{path} cannot be {to_be}: {error}; make room there, or check its disk.")
     }
 
     /// Removes the records that were appended since an offset. If that fails, the next change does
@@ -228,11 +228,9 @@ impl StateFile {
         self.limit = limit_of(self.size);
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
-        let replaced = self.write_new(new.as_ref(), rules);
-        replaced.map_err(|error| {
+        self.write_new(new.as_ref(), rules).map_err(|error| {
             let _ = fs::remove_file(&new);
-            let path = self.path.display();
-            format!("{path} cannot be compacted: {error}; make room there, or check its disk.")
+            self.failed("compacted", &error)
         })
     }
 
