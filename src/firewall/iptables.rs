@@ -344,17 +344,13 @@ impl Iptables {
             count < MAX_LISTED
         })?;
         let program = &self.iptables;
-        match (count, policies) {
-            (MAX_LISTED.., _) => {
-                let message = format!("{program} lists {MAX_LISTED} rules or more.");
-                Err(ToolError::Transient(message))
-            }
-            (_, policies) if policies < Chain::ALL.len() => {
-                let message = format!("{program} exited with 0 after an incomplete listing.");
-                Err(ToolError::Transient(message))
-            }
-            _ => Ok(()),
+        if count < MAX_LISTED && policies >= Chain::ALL.len() {
+            return Ok(());
         }
+        Err(ToolError::Transient(match count {
+            MAX_LISTED.. => format!("{program} lists {MAX_LISTED} rules or more."),
+            _ => format!("{program} exited with 0 after an incomplete listing."),
+        }))
     }
 }
 
