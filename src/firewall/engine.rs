@@ -140,8 +140,8 @@ pub struct Engine<K> {
     pub(super) listed: BTreeMap<Family, BTreeMap<Label, (u64, u64)>>,
     /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
-    /// How many checks ended because a program hung.
-    pub(super) hung_checks: usize,
+    /// The parts of a check, in order: the sets (`None`) and the rules of each family.
+    pub(super) parts: Vec<Option<Family>>,
     /// Whether anything was repaired since the last check.
     pub(super) has_repaired: bool,
     /// While rfw starts, no request waits, so a program may take longer.
@@ -158,6 +158,7 @@ impl<K: Kernel> Engine<K> {
         metrics: Arc<Metrics>,
     ) -> Engine<K> {
         let now = Instant::now();
+        let parts = iter::once(None).chain(kernel.families().into_iter().map(Some)).collect();
         Engine {
             kernel,
             list: List::new(settings.sets),
@@ -174,7 +175,7 @@ impl<K: Kernel> Engine<K> {
             traffic: BTreeMap::new(),
             listed: BTreeMap::new(),
             outage: None,
-            hung_checks: 0,
+            parts,
             has_repaired: false,
             is_starting: true,
         }
@@ -636,16 +637,12 @@ impl<K: Kernel> Engine<K> {
         failure.filter(|_| !self.has_time())
     }
 
-    /// Compares the kernel with the list and repairs it: the sets (`None`), then the rules of each
-    /// family. A part that fails does not keep the others from being checked. After a hang no time
-    /// is left for them, so the next check begins with another part.
+    /// Compares the kernel with the list and repairs it. A part that fails does not keep the others
+    /// from being checked. After a hang no time is left for them, so the next check begins with
+    /// another part.
     fn check(&mut self) -> Result<(), ToolError> {
-        let families = self.kernel.families().into_iter().map(Some);
-        let mut parts: Vec<Option<Family>> = iter::once(None).chain(families).collect();
-        let first = self.hung_checks.checked_rem(parts.len()).unwrap_or(0);
-        parts.rotate_left(first);
         let mut result = Ok(());
-        for (number, part) in parts.into_iter().enumerate() {
+        for (number, part) in self.parts.clone().into_iter().enumerate() {
             // An expiry may have taken all the time.
             if number == 0 || self.has_time() {
                 result = result.and(match part {
@@ -654,7 +651,9 @@ impl<K: Kernel> Engine<K> {
                 });
             }
         }
-        self.hung_checks = self.hung_checks.wrapping_add(usize::from(!self.has_time()));
+        if !self.has_time() {
+            self.parts.rotate_left(1);
+        }
         result
     }
 
@@ -692,33 +691,23 @@ impl<K: Kernel> Engine<K> {
         let mut result = Ok(());
         for family in Family::ALL {
             // Those of a distrusted family expire when a check has repaired it.
-            if !self.distrusted.contains(&family) {
-                result = result.and(self.expire_family(family));
+            if self.distrusted.contains(&family) {
+                continue;
             }
-        }
-        result
-    }
-
-    fn expire_family(&mut self, family: Family) -> Result<(), ToolError> {
-        let batch = self.list.expire(family, self.seconds());
-        if batch.is_empty() {
-            return Ok(());
-        }
-        match self.write_through(&batch) {
-            Ok(()) => {
-                let rules = self.list.differences(&batch).map(|d| KernelRule::plain(d.rule()));
-                let rules: Vec<_> = rules.collect();
-                self.metrics.expired.add(rules.len());
-                self.log_each(Level::Info, "expired", &rules);
-                Ok(())
-            }
-            Err(error) => {
+            let batch = self.list.expire(family, self.seconds());
+            if let Err(error) = self.write_through(&batch) {
                 self.list.undo(&batch);
                 let count = batch.len();
                 self.log.error(format_args!("{count} rules are due but remain: {error}"));
-                Err(error)
+                result = result.and(Err(error));
+                continue;
             }
+            let rules: Vec<_> =
+                self.list.differences(&batch).map(|d| KernelRule::plain(d.rule())).collect();
+            self.metrics.expired.add(rules.len());
+            self.log_each(Level::Info, "expired", &rules);
         }
+        result
     }
 
     /// If the wall clock was set, all expiries move with it: in the list, the kernel and the file.
