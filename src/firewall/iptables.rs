@@ -12,7 +12,7 @@ use super::ipset::set_name;
 use super::process::{Program, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
-use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target, is_number};
+use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -175,19 +175,17 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule
 
 /// The options of a rule in a listing, each with its value.
 struct RuleOptions<'a> {
-    /// Those that were not taken yet.
+    /// Those that were not taken yet. The side of `--match-set` is one of its own.
     rest: Vec<(&'a str, &'a str)>,
     /// The values of `-m`.
     extensions: Vec<&'a str>,
-    /// The name and the side of `--match-set`.
-    set: Option<(&'a str, &'a str)>,
     counters: Option<(u64, u64)>,
 }
 
 impl<'a> RuleOptions<'a> {
     fn parse(spec: &'a str) -> Option<RuleOptions<'a>> {
         let (rest, extensions) = (Vec::new(), Vec::new());
-        let mut options = RuleOptions { rest, extensions, set: None, counters: None };
+        let mut options = RuleOptions { rest, extensions, counters: None };
         let mut words = spec.split(' ');
         while let Some(option) = words.next() {
             let value = words.next()?;
@@ -196,7 +194,9 @@ impl<'a> RuleOptions<'a> {
                     options.counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?));
                 }
                 ("-m", name) => options.extensions.push(name),
-                ("--match-set", name) => options.set = Some((name, words.next()?)),
+                ("--match-set", name) => {
+                    options.rest.extend([(option, name), ("side", words.next()?)]);
+                }
                 ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
                 _ => options.rest.push((option, value)),
             }
@@ -209,30 +209,28 @@ impl<'a> RuleOptions<'a> {
         Some(self.rest.swap_remove(at).1)
     }
 
-    /// The kind and the expiry of a rule, from the rest of its comment.
+    /// The kind and the expiry of a rule, from its extensions and the rest of its comment. If the
+    /// order of the extensions were different, a `-D` that rfw writes would not match the rule.
     fn kind(&mut self, comment: &str, chain: Chain) -> Option<(RuleKind, Option<u64>)> {
-        let port = self.take(if chain == Chain::Output { "--sport" } else { "--dport" });
-        let (kind, expires) = match (comment, self.take("-p"), port, self.set) {
-            ("", None, None, None) => (RuleKind::Plain, None),
-            ("", None, None, Some((_, "src"))) => (RuleKind::Set(Side::Source), None),
-            ("", None, None, Some((_, "dst"))) => (RuleKind::Set(Side::Destination), None),
-            (":guard", Some("tcp"), Some(port), None) => {
-                (RuleKind::Guard(port.parse().ok()?), None)
-            }
-            (second, None, None, None) => {
-                let second = second.strip_prefix(':').filter(|second| is_number(second))?;
+        match (self.extensions.as_slice(), comment) {
+            (["comment"], "") => Some((RuleKind::Plain, None)),
+            (["comment"], second) => {
+                let second = second.strip_prefix(':')?;
                 let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
-                (RuleKind::Plain, Some(expires))
+                Some((RuleKind::Plain, Some(expires)))
             }
-            _ => return None,
-        };
-        // If the order were different, a `-D` that rfw writes would not match the rule.
-        let expected: &[&str] = match kind {
-            RuleKind::Plain => &["comment"],
-            RuleKind::Guard(_) => &["tcp", "comment"],
-            RuleKind::Set(_) => &["set", "comment"],
-        };
-        (self.extensions == expected).then_some((kind, expires))
+            (["tcp", "comment"], ":guard") => {
+                let port = self.take(if chain == Chain::Output { "--sport" } else { "--dport" })?;
+                let port = port.parse().ok().filter(|_| self.take("-p") == Some("tcp"))?;
+                Some((RuleKind::Guard(port), None))
+            }
+            (["set", "comment"], "") => match self.take("side")? {
+                "src" => Some((RuleKind::Set(Side::Source), None)),
+                "dst" => Some((RuleKind::Set(Side::Destination), None)),
+                _ => None,
+            },
+            _ => None,
+        }
     }
 
     fn matches(&mut self, chain: Chain, family: Family) -> Option<Match> {
@@ -273,7 +271,7 @@ fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> 
         // The name says everything that the rule says.
         RuleKind::Set(side) => {
             let never = [(Chain::Input, Side::Destination), (Chain::Output, Side::Source)];
-            let is_named = options.set.is_some_and(|(name, _)| name == rule.to_string());
+            let is_named = options.take("--match-set")? == rule.to_string();
             is_named && !never.contains(&(chain, side)) && rule.rule.addresses().next().is_none()
         }
     };
