@@ -312,22 +312,19 @@ impl<K: Kernel> Engine<K> {
     /// is in the kernel: for a moment it is in both rather than in neither.
     fn write(&mut self, batch: &Batch) -> Result<(), ToolError> {
         let created = &batch.created;
-        let (first, last): (&[bool], &[bool]) = match created.is_empty() {
-            true => (&[true, false], &[]),
-            false => (&[true], &[false]),
-        };
+        let parts = [true, false];
+        let (first, last) = parts.split_at(if created.is_empty() { 2 } else { 1 });
         let relied = self.relied_on(batch);
         // Meanwhile, the rules of the sets are read, unless they change.
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
-            let read = |family: &Family| {
-                let (family, thread) = (*family, thread::Builder::new());
+            let read = |family| {
                 let read = move || engine.read_rules(family);
                 // Without a thread, it is read below.
-                Some((family, thread.spawn_scoped(scope, read).ok()?))
+                Some((family, thread::Builder::new().spawn_scoped(scope, read).ok()?))
             };
             let relied = relied.iter().filter(|_| self.settings.sets && created.is_empty());
-            let reads: Vec<_> = relied.filter_map(read).collect();
+            let reads: Vec<_> = relied.copied().filter_map(read).collect();
             let written = self.write_sets(batch, first);
             let join =
                 |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));
@@ -509,10 +506,13 @@ impl<K: Kernel> Engine<K> {
         let (mut restored, mut removed) = (0_usize, 0_usize);
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
-            // A distrusted set is read twice, for the same reason as in `check_rules`.
-            let expected = (!self.distrusted.contains(&family)).then_some((members, now));
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
-            let actual = self.confirmed_set(&name, expected)?;
+            let mut actual = self.read_set(&name)?;
+            let edits = actual.as_ref().map(|actual| sets::repair(&name, members, actual, now));
+            // A distrusted set is read twice, for the same reason as in `check_rules`.
+            if self.distrusted.contains(&family) || edits.is_some_and(|edits| !edits.is_empty()) {
+                actual = self.confirmed_set(&name, actual)?;
+            }
             let header = headers.iter().find(|header| header.name == name);
             let count = match (actual, header) {
                 (Some(_), None) => {
@@ -585,26 +585,22 @@ impl<K: Kernel> Engine<K> {
         let _ = self.kernel.write_sets(&mut edit, self.limit(0));
     }
 
-    /// The contents of a set, from two consecutive listings that agree or from one that shows what
-    /// is expected. `None` if the set does not exist.
+    /// Each address of a set, with its timeout; `None` if the set does not exist.
+    pub fn read_set(&self, name: &str) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
+        self.kernel.read_set(name, self.limit(0))
+    }
+
+    /// The same, from two consecutive listings that agree; `first` was read before.
     pub fn confirmed_set(
         &self,
         name: &str,
-        expected: Option<(&Members, u64)>,
+        first: Option<Vec<(Net, u32)>>,
     ) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
-        let read = || self.kernel.read_set(name, self.limit(0));
-        let first = read()?;
-        let is_expected = |(members, now): (&Members, u64)| {
-            first.as_ref().is_none_or(|first| sets::repair(name, members, first, now).is_empty())
-        };
-        if expected.is_some_and(is_expected) {
-            return Ok(first);
-        }
         let nets = |listing: &Option<Vec<(Net, u32)>>| {
             listing.as_ref().map(|entries| entries.iter().map(|(net, _)| *net).collect::<Vec<_>>())
         };
         let agree = |a: &Option<_>, b: &Option<_>| nets(a) == nets(b);
-        read_until_agreed(first, read, agree, "ipset lists other addresses")
+        read_until_agreed(first, || self.read_set(name), agree, "ipset lists other addresses")
     }
 
     /// To be called every second. The error is that of a program that hung.
