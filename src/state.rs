@@ -172,18 +172,13 @@ impl StateFile {
             records.try_for_each(|record| out.write_all(line_of(&record).as_bytes()))?;
             out.into_inner().map_err(io::IntoInnerError::into_error)?;
             self.file.sync_data()?;
-            self.file.metadata()
+            (self.size, self.needs_repair) = (self.file.metadata()?.len(), false);
+            Ok(())
         });
-        match written {
-            Ok(data) => {
-                (self.size, self.needs_repair) = (data.len(), false);
-                Ok(())
-            }
-            Err(error) => {
-                let _ = self.repair_tail();
-                Err(self.failed("written", &error))
-            }
-        }
+        written.map_err(|error| {
+            let _ = self.repair_tail();
+            self.failed("written", &error)
+        })
     }
 
     fn failed(&self, to_be: &str, error: &io::Error) -> String {

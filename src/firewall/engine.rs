@@ -298,11 +298,9 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), ToolError> {
         let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
         self.has_repaired |= !edits.is_empty();
-        if let Err(error) = self.write_rules(family, &edits) {
-            // The kernel may lack a set, too.
-            self.distrusted.insert(family);
-            return Err(error);
-        }
+        // If this fails, the kernel may lack a set, too.
+        self.distrusted.insert(family);
+        self.write_rules(family, &edits)?;
         self.distrusted.remove(&family);
         self.report_rules(plans, batch);
         Ok(())

@@ -283,13 +283,9 @@ impl List {
     ) -> Result<Batch, ApiError> {
         let mut batch = Batch::default();
         for change in changes {
-            match self.carry_out(change, now, maxelem, &mut batch) {
-                Ok(outcome) => batch.outcomes.push(outcome),
-                Err(error) => {
-                    self.undo(&batch);
-                    return Err(error);
-                }
-            }
+            let outcome = self.carry_out(change, now, maxelem, &mut batch);
+            let outcome = outcome.inspect_err(|_| self.undo(&batch))?;
+            batch.outcomes.push(outcome);
         }
         // Within one change no rule occurs twice, but in several it may.
         if changes.len() > 1 {

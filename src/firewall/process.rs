@@ -236,13 +236,11 @@ impl ChildProcess<'_> {
             .take(MAX_STDERR)
             .read_to_end(&mut stderr)
             .and_then(|_| io::copy(&mut output, &mut io::sink()));
-        let status = match read.and_then(|_| self.wait()) {
-            Ok(status) => status,
-            Err(error) => return Err(self.unreadable(&error)),
-        };
+        let program = self.program;
+        let status = read.and_then(|_| self.wait()).map_err(|error| self.unreadable(&error))?;
         let text = String::from_utf8_lossy(&stderr);
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        interpret(self.program, status, text)
+        interpret(program, status, text)
     }
 
     /// Waits for a child that has closed its end of a socket and is about to exit.
