@@ -718,10 +718,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Rewrites the state file. The error is a sentence.
     pub fn compact(&mut self) -> Result<(), String> {
-        if let Some(state) = &mut self.state {
-            state.replace(self.list.stored())?;
-        }
-        Ok(())
+        self.state.as_mut().map_or(Ok(()), |state| state.replace(self.list.stored()))
     }
 
     pub fn compact_or_log(&mut self) {

@@ -249,13 +249,8 @@ impl List {
         self.set(group, net, None);
     }
 
-    /// Removes the groups that are empty.
-    pub fn drop_empty(&mut self) {
-        self.groups.retain(|_, members| !members.is_empty());
-    }
-
     /// In sets, an address has one target: removes all but the newest. Returns whether it removed
-    /// any, as after a switch from rules to sets.
+    /// any, as after a switch from rules to sets. Empty sets are removed, too.
     pub fn drop_rivals(&mut self) -> bool {
         let mut older = Vec::new();
         for (group, members) in &self.groups {
@@ -270,6 +265,7 @@ impl List {
         for (group, net) in &older {
             self.set(*group, *net, None);
         }
+        self.groups.retain(|_, members| !members.is_empty());
         !older.is_empty()
     }
 
@@ -1010,7 +1006,7 @@ pub(super) mod tests {
         assert_eq!(list.sets().count(), 2);
         list.undo(&batch);
         assert_eq!(list.sets().count(), 1, "an empty set stays, a new one does not");
-        list.drop_empty();
+        list.drop_rivals();
         assert_eq!(list.sets().count(), 0);
         let targets =
             ["drop", "reject", "accept"].map(|t| format!("+/{t}/input/any/{{1.1.1.1,::1}}"));

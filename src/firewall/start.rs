@@ -47,7 +47,6 @@ pub fn start<K: Kernel>(
         // If a change deleted what replaces the dropped rules, the next start would read them back.
         engine.state.iter_mut().for_each(StateFile::set_outdated);
     }
-    engine.list.drop_empty();
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
         if sets {
