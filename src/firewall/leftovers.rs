@@ -27,19 +27,15 @@ fn old_rule(line: &str) -> Option<TaggedRule> {
 pub fn report(iptables: &Iptables, log: &Log) {
     // 0.2.2 supported only IPv4.
     if iptables.family == Family::V4 {
-        report_old_rules(iptables, log);
+        let mut old = Vec::new();
+        let _ = iptables.read(LIMIT, |_, tagged, line| {
+            old.extend(if tagged.is_none() { old_rule(line) } else { None });
+        });
+        if let Some(sentence) = warning(old, &iptables.iptables) {
+            log.warning(format_args!("{sentence}"));
+        }
     }
     report_other_variant(iptables, log);
-}
-
-fn report_old_rules(iptables: &Iptables, log: &Log) {
-    let mut old = Vec::new();
-    let _ = iptables.read(LIMIT, |_, tagged, line| {
-        old.extend(if tagged.is_none() { old_rule(line) } else { None });
-    });
-    if let Some(sentence) = warning(old, &iptables.iptables) {
-        log.warning(format_args!("{sentence}"));
-    }
 }
 
 /// An administrator's own rules may look the same, above all those that accept an address. These
