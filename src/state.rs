@@ -48,8 +48,9 @@ pub struct StateFile {
     needs_repair: bool,
     /// Above this size it is compacted.
     limit: u64,
-    /// Whether it must be replaced before anything is appended.
-    is_outdated: bool,
+    /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, or
+    /// does not hold the list.
+    pub is_outdated: bool,
 }
 
 /// The result of reading a file.
@@ -105,16 +106,6 @@ impl StateFile {
 
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, or
-    /// does not hold the list.
-    pub fn is_outdated(&self) -> bool {
-        self.is_outdated
-    }
-
-    pub fn set_outdated(&mut self) {
-        self.is_outdated = true;
     }
 
     /// Whether nothing was ever written to it.
@@ -788,11 +779,11 @@ mod tests {
     fn an_outdated_file_is_replaced() {
         let folder = Folder::new("outdated");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
-        assert!(!state.is_outdated());
-        state.set_outdated();
-        assert!(state.is_outdated());
+        assert!(!state.is_outdated);
+        state.is_outdated = true;
+        assert!(state.is_outdated);
         state.replace([].into_iter()).unwrap();
-        assert!(!state.is_outdated());
+        assert!(!state.is_outdated);
     }
 
     #[test]

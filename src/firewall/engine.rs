@@ -224,7 +224,7 @@ impl<K: Kernel> Engine<K> {
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> = self.kernel.families().into_iter().filter(of_family).collect();
         self.settle(&families, None)?;
-        if self.state.as_ref().is_some_and(StateFile::is_outdated) {
+        if self.state.as_ref().is_some_and(|state| state.is_outdated) {
             self.compact().map_err(ApiError::State)?;
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem)?;
@@ -710,7 +710,7 @@ impl<K: Kernel> Engine<K> {
         let Some(seconds) = self.clock.follow(clock::wall()) else { return };
         self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
         self.list.shift(before, seconds);
-        self.state.iter_mut().for_each(StateFile::set_outdated);
+        self.state.iter_mut().for_each(|state| state.is_outdated = true);
         self.distrusted.extend(self.kernel.families());
         self.next_check = Instant::now();
         self.compact_or_log();

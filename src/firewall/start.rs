@@ -45,7 +45,7 @@ pub fn start<K: Kernel>(
     let has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
     if engine.list.drop_rivals() || has_dropped {
         // If a change deleted what replaces the dropped rules, the next start would read them back.
-        engine.state.iter_mut().for_each(StateFile::set_outdated);
+        engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
@@ -62,7 +62,7 @@ pub fn start<K: Kernel>(
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
-    } else if engine.state.as_ref().is_some_and(|state| state.is_outdated() || state.is_large()) {
+    } else if engine.state.as_ref().is_some_and(|state| state.is_outdated || state.is_large()) {
         engine.compact_or_log();
     }
     engine.is_starting = false;
