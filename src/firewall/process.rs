@@ -238,9 +238,21 @@ impl ChildProcess<'_> {
             .and_then(|_| io::copy(&mut output, &mut io::sink()));
         let program = self.program;
         let status = read.and_then(|_| self.wait()).map_err(|error| self.unreadable(&error))?;
-        let text = String::from_utf8_lossy(&stderr);
-        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        interpret(program, status, text)
+        let stderr = String::from_utf8_lossy(&stderr);
+        let stderr = stderr.split_whitespace().collect::<Vec<_>>().join(" ");
+        Err(match status.code() {
+            Some(0) => return Ok(()),
+            None => ToolError::Transient(format!("{program} was killed by a signal ({status}).")),
+            // iptables(8): 4 is a resource problem. iptables-nft uses it also when the kernel rejects
+            // a rule, and then prints a message.
+            Some(4) if stderr.is_empty() || stderr.contains("xtables lock") => {
+                ToolError::Transient(format!("{program}: another program holds the xtables lock."))
+            }
+            Some(_) if stderr.is_empty() => {
+                ToolError::Rejected(format!("{program} failed without a message ({status})."))
+            }
+            Some(_) => ToolError::Rejected(stderr),
+        })
     }
 
     /// Waits for a child that has closed its end of a socket and is about to exit.
@@ -277,22 +289,6 @@ impl ChildProcess<'_> {
             (_, end) => format!("{program} could not be read and {end}: {error}."),
         })
     }
-}
-
-fn interpret(program: &Program, status: ExitStatus, stderr: String) -> Result<(), ToolError> {
-    Err(match status.code() {
-        Some(0) => return Ok(()),
-        None => ToolError::Transient(format!("{program} was killed by a signal ({status}).")),
-        // iptables(8): 4 is a resource problem. iptables-nft uses it also when the kernel rejects
-        // a rule, and then prints a message.
-        Some(4) if stderr.is_empty() || stderr.contains("xtables lock") => {
-            ToolError::Transient(format!("{program}: another program holds the xtables lock."))
-        }
-        Some(_) if stderr.is_empty() => {
-            ToolError::Rejected(format!("{program} failed without a message ({status})."))
-        }
-        Some(_) => ToolError::Rejected(stderr),
-    })
 }
 
 /// What a child writes to a socket. It ends when the child closes the socket, or when the child
