@@ -209,10 +209,7 @@ impl Firewall {
     /// To be called every second: follows the wall clock, deletes rules that are due, and checks
     /// that the kernel matches the list.
     pub fn tick(&self) {
-        self.queue.with(|engine| {
-            let outage = engine.tick();
-            ((), outage.map(|error| Err(error.into())))
-        });
+        self.queue.with(|engine| ((), engine.tick().map(|error| Err(error.into()))));
     }
 }
 
