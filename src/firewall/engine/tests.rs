@@ -1470,6 +1470,18 @@ fn a_false_listing_while_many_rules_are_deleted() {
         world.settle();
         assert_eq!(world.memory().writes(), 0, "{kind:?}");
     }
+    // The listing lacks exactly the rules that are to be deleted.
+    let list = |verb, block| {
+        let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("{block}.{n}")).collect();
+        format!("{verb} /drop/input/any: {}", nets.join(" "))
+    };
+    let mut world = World::new(false, false);
+    world.engine().settings.guards.clear();
+    world.put(&format!("{}; {}", list("+", "3.3.3"), list("+", "4.4.4")));
+    world.settle();
+    world.set_faults(&[Fault::new(1, 1, Way::Lie(Lie::FirstHalf))]);
+    world.put(&list("-", "3.3.3"));
+    world.settle();
 }
 
 /// If the disk was full when the clock was set, the file kept the old expiries, and took changes.
