@@ -138,16 +138,14 @@ impl StateFile {
         self.size
     }
 
-    /// Writes and syncs records, all or none; with `is_list`, also if the power is cut. The error is
-    /// a sentence that says what to do.
+    /// Writes and syncs records, all or none, also if the power is cut. The error is a sentence that
+    /// says what to do.
     pub fn append(
         &mut self,
-        records: impl Iterator<Item = Record> + Clone,
-        is_list: bool,
+        mut records: impl Iterator<Item = Record> + Clone,
     ) -> Result<(), String> {
-        let count = if is_list { records.clone().count() } else { 0 };
-        let mut records = records.peekable();
-        if records.peek().is_none() {
+        let count = records.clone().count();
+        if count == 0 {
             return Ok(());
         }
         if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
@@ -157,7 +155,7 @@ impl StateFile {
         let written = self.repair_tail().and_then(|()| {
             self.needs_repair = true;
             let mut out = BufWriter::new(&self.file);
-            if is_list {
+            if count > 1 {
                 writeln!(out, "* {count}")?;
             }
             records.try_for_each(|record| out.write_all(line_of(&record).as_bytes()))?;
@@ -616,10 +614,10 @@ mod tests {
         assert!(state.is_new() && state.path() == fs::canonicalize(&path).unwrap());
         state.replace([("/drop/input/any/3.3.3.3".parse().unwrap(), Some(5))].into_iter()).unwrap();
         assert!(!state.is_new());
-        state.append([].into_iter(), true).unwrap();
-        state.append([put(A, 0)].into_iter(), false).unwrap();
+        state.append([].into_iter()).unwrap();
+        state.append([put(A, 0)].into_iter()).unwrap();
         let offset = state.offset();
-        state.append([put(B, 9), delete(A)].into_iter(), true).unwrap();
+        state.append([put(B, 9), delete(A)].into_iter()).unwrap();
         let text = format!("{HEADER}+ 5 /drop/input/any/3.3.3.3\n+ 0 {A}\n");
         let list = format!("* 2\n+ 9 {B}\n- {A}\n");
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{text}{list}"));
@@ -636,7 +634,7 @@ mod tests {
         assert_eq!((offset, state.offset()), (text.len() as u64, text.len() as u64));
         state.truncate_to(offset + 1);
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
-        state.append([put(C, 1)].into_iter(), false).unwrap();
+        state.append([put(C, 1)].into_iter()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{text}+ 1 {C}\n"));
     }
 
@@ -653,7 +651,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), complete);
         let (rules, contents) = replay(&mut state);
         assert_eq!((rules, contents.tail), (format!("{A} 0"), None));
-        state.append([put(C, 0)].into_iter(), false).unwrap();
+        state.append([put(C, 0)].into_iter()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{complete}+ 0 {C}\n"));
     }
 
@@ -664,25 +662,25 @@ mod tests {
         let mut state = StateFile::open(&path).unwrap();
         // From a disk that became read-only
         let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
-        let error = state.append([put(A, 0)].into_iter(), false).unwrap_err();
+        let error = state.append([put(A, 0)].into_iter()).unwrap_err();
         assert!(error.contains("cannot be written: Bad file descriptor"), "{error}");
         // Half of it was written, and could not be removed.
         state.file = file;
         (&state.file).write_all(b"+ 0 /dr").unwrap();
         assert!(state.needs_repair);
-        state.append([put(B, 0)].into_iter(), false).unwrap();
+        state.append([put(B, 0)].into_iter()).unwrap();
         assert!(!state.needs_repair);
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {B}\n"));
         // A change that the kernel rejected and that could not be removed either
         let offset = state.offset();
-        state.append([put(A, 0)].into_iter(), false).unwrap();
+        state.append([put(A, 0)].into_iter()).unwrap();
         let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
         state.truncate_to(state.size);
         assert!(!state.needs_repair, "nothing to truncate");
         state.truncate_to(offset);
         assert!(state.needs_repair);
         state.file = file;
-        state.append([put(C, 0)].into_iter(), false).unwrap();
+        state.append([put(C, 0)].into_iter()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {B}\n+ 0 {C}\n"));
     }
 
@@ -694,7 +692,7 @@ mod tests {
         let locked = StateFile::open(&path).map(|_| ()).unwrap_err().message;
         assert!(locked.contains("another rfw uses it"), "{locked}");
         let mut append = |text| {
-            let result = state.append([put(A, 0)].into_iter(), false);
+            let result = state.append([put(A, 0)].into_iter());
             let message = result.unwrap_err();
             assert!(message.contains(text), "{message}");
         };
@@ -707,7 +705,7 @@ mod tests {
         fs::write(&path, HEADER).unwrap();
         append("was changed or removed");
         fs::rename(folder.0.join("old"), &path).unwrap();
-        state.append([put(A, 0)].into_iter(), false).unwrap();
+        state.append([put(A, 0)].into_iter()).unwrap();
         // A file that was replaced after it was opened
         let other = folder.0.join("other");
         fs::write(&other, HEADER).unwrap();
@@ -771,7 +769,7 @@ mod tests {
         assert!(!folder.0.join("state.new").exists());
         assert_eq!((state.offset(), state.needs_repair), (text.len() as u64, false));
         assert!(StateFile::open(&path).is_err(), "the new one is locked");
-        state.append([delete(A)].into_iter(), false).unwrap();
+        state.append([delete(A)].into_iter()).unwrap();
         assert_eq!(replay(&mut state).0, format!("{C} 7"));
     }
 

@@ -229,9 +229,8 @@ impl<K: Kernel> Engine<K> {
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem)?;
         let offset = self.state.as_ref().map(StateFile::offset);
-        let is_list = changes.iter().any(|change| change.family().is_none());
         let written = match &mut self.state {
-            Some(state) => state.append(self.list.records(&batch), is_list),
+            Some(state) => state.append(self.list.records(&batch)),
             None => Ok(()),
         };
         let written = written.map_err(ApiError::State);
