@@ -500,41 +500,46 @@ impl<K: Kernel> Engine<K> {
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
         let now = self.seconds();
-        let (mut restored, mut removed) = (0_usize, 0_usize);
+        let (mut missing, mut unknown, mut written) = (0_usize, 0_usize, Ok(()));
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
             let mut actual = self.read_set(&name)?;
-            let edits = actual.as_ref().map(|actual| sets::repair(&name, members, actual, now));
+            let plan = actual.as_ref().map(|actual| sets::plan(&name, members, actual, now));
             // A distrusted set is read twice, for the same reason as in `check_rules`.
-            if self.distrusted.contains(&family) || edits.is_some_and(|edits| !edits.is_empty()) {
+            if self.distrusted.contains(&family) || plan.is_some_and(|plan| !plan.edits.is_empty())
+            {
                 actual = self.confirmed_set(&name, actual)?;
             }
             let header = headers.iter().find(|header| header.name == name);
-            let count = match (actual, header) {
+            written = match (actual, header) {
                 (Some(_), None) => {
                     return Err(ToolError::Transient("ipset lists other sets each time.".into()));
                 }
                 (Some(actual), Some(header)) if self.is_usable(header, members) => {
-                    let edits = sets::repair(&name, members, &actual, now);
-                    let count = edits.len();
-                    let added =
-                        edits.iter().filter(|edit| matches!(edit, SetEdit::Add { .. })).count();
-                    self.kernel.write_sets(&mut edits.into_iter(), self.limit(count))?;
-                    removed = removed.saturating_add(count.saturating_sub(added));
-                    added
+                    let plan = sets::plan(&name, members, &actual, now);
+                    missing = missing.saturating_add(plan.missing);
+                    unknown = unknown.saturating_add(plan.unknown);
+                    let limit = self.limit(plan.edits.len());
+                    self.kernel.write_sets(&mut plan.edits.into_iter(), limit)
                 }
                 (actual, _) => {
-                    self.make_set(&name, group, members, actual.is_some(), now)?;
-                    members.len()
+                    missing = missing.saturating_add(members.len());
+                    self.make_set(&name, group, members, actual.is_some(), now)
                 }
             };
-            restored = restored.saturating_add(count);
+            if written.is_err() {
+                break;
+            }
         }
-        self.has_repaired |= restored.max(removed) > 0;
+        if written.is_err() {
+            self.distrusted.insert(family);
+            return written;
+        }
+        self.has_repaired |= missing.max(unknown) > 0;
         let changed = batch.map_or(0, Batch::len);
-        self.report_restored(restored.saturating_sub(changed));
-        self.report_removed(removed.saturating_sub(changed));
+        self.report_restored(missing.saturating_sub(changed));
+        self.report_removed(unknown.saturating_sub(changed));
         Ok(())
     }
 
@@ -550,15 +555,17 @@ impl<K: Kernel> Engine<K> {
             && (header.maxelem == maxelem || members.len() > maxelem)
     }
 
-    /// Creates a set with its addresses. A set that replaces another one is completed first.
+    /// Creates a set with its addresses. If one of that name is in use, the new one is completed
+    /// before it replaces that.
     fn make_set(
         &self,
         name: &str,
         group: &Group,
         members: &Members,
-        replaces: bool,
+        exists: bool,
         now: u64,
     ) -> Result<(), ToolError> {
+        let replaces = exists && !self.destroy_set(name);
         let replacement = replacement_name(name);
         let new = if replaces { &replacement } else { name };
         if replaces {
@@ -576,15 +583,15 @@ impl<K: Kernel> Engine<K> {
         Ok(())
     }
 
-    /// Destroys a set that nothing uses. If that fails, the next start does it.
-    fn destroy_set(&self, name: &str) {
+    /// Destroys a set, if nothing uses it. If that fails, the next start does it.
+    fn destroy_set(&self, name: &str) -> bool {
         let mut edit = iter::once(SetEdit::Destroy(name));
-        let _ = self.kernel.write_sets(&mut edit, self.limit(0));
+        self.kernel.write_sets(&mut edit, self.limit(0)).is_ok()
     }
 
     /// Each address of a set, with its timeout; `None` if the set does not exist.
     pub fn read_set(&self, name: &str) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
-        self.kernel.read_set(name, self.limit(0))
+        self.kernel.read_set(name, self.limit(self.list.count()))
     }
 
     /// The same, from two consecutive listings that agree; `first` was read before.
@@ -668,9 +675,7 @@ impl<K: Kernel> Engine<K> {
             let is_trusted = !self.distrusted.contains(&family);
             let may_go_on = result.is_ok() || self.has_time();
             if is_trusted && (is_due || !self.sets(family).all(is_right)) && may_go_on {
-                let repaired = self.repair_sets(family, None);
-                self.distrusted.extend(repaired.is_err().then_some(family));
-                result = result.and(repaired);
+                result = result.and(self.repair_sets(family, None));
             }
         }
         if is_due && result.is_ok() {

@@ -53,33 +53,40 @@ fn is_due(expires: Option<u64>, now: u64) -> bool {
     expires.is_some_and(|second| second <= now.saturating_add(TOLERANCE))
 }
 
-/// The edits that make a set match the list, deletions first, because it may be full. `actual`
-/// is its addresses with their timeouts, sorted.
-pub fn repair<'a>(
-    name: &'a str,
-    members: &Members,
-    actual: &[(Net, u32)],
-    now: u64,
-) -> Vec<SetEdit<'a>> {
+/// How to make a set match the list.
+#[derive(Default)]
+pub struct SetPlan<'a> {
+    /// Deletions first, because the set may be full.
+    pub edits: Vec<SetEdit<'a>>,
+    /// How many addresses the set lacks; for others, only the timeout is corrected.
+    pub missing: usize,
+    /// How many addresses are not in the list.
+    pub unknown: usize,
+}
+
+/// Plans the repair of a set. `actual` is its addresses with their timeouts, sorted.
+pub fn plan<'a>(name: &'a str, members: &Members, actual: &[(Net, u32)], now: u64) -> SetPlan<'a> {
     let delete = |(net, left): &(Net, u32)| {
         let is_due = *left > 0 && u64::from(*left) <= TOLERANCE;
         (!is_due).then_some(edit(name, *net, None, now))
     };
-    let mut edits = Vec::new();
+    let (mut deletions, mut additions, mut missing) = (Vec::new(), Vec::new(), 0_usize);
     let mut actual = actual.iter().peekable();
     for (net, entry) in members {
         while let Some(unknown) = actual.next_if(|(held, _)| held < net) {
-            edits.extend(delete(unknown));
+            deletions.extend(delete(unknown));
         }
         let held = actual.next_if(|(held, _)| held == net);
         let expires = entry.expires();
         if !is_due(expires, now) && !held.is_some_and(|(_, left)| is_right(*left, expires, now)) {
-            edits.push(edit(name, *net, Some(*entry), now));
+            missing = missing.saturating_add(usize::from(held.is_none()));
+            additions.push(edit(name, *net, Some(*entry), now));
         }
     }
-    edits.extend(actual.filter_map(delete));
-    edits.sort_by_key(|edit| matches!(edit, SetEdit::Add { .. }));
-    edits
+    deletions.extend(actual.filter_map(delete));
+    let unknown = deletions.len();
+    deletions.append(&mut additions);
+    SetPlan { edits: deletions, missing, unknown }
 }
 
 #[cfg(test)]
@@ -161,7 +168,13 @@ mod tests {
             let actual: Vec<_> =
                 parse(actual).into_iter().map(|(net, left)| (net, left as u32)).collect();
             let (.., members) = list.sets().next().unwrap();
-            let edits = repair("s", members, &actual, NOW);
+            let SetPlan { edits, missing, unknown } = plan("s", members, &actual, NOW);
+            let lacks = |net: &Net| !actual.iter().any(|(held, _)| held == net);
+            let is_missing =
+                |edit: &&SetEdit| matches!(edit, SetEdit::Add { net, .. } if lacks(net));
+            assert_eq!(missing, edits.iter().filter(is_missing).count());
+            let is_deletion = |edit: &&SetEdit| matches!(edit, SetEdit::Delete { .. });
+            assert_eq!(unknown, edits.iter().filter(is_deletion).count());
             let short =
                 |edit: &SetEdit| edit.to_string().replace(" s ", " ").replace("timeout ", "");
             let edits: Vec<String> = edits.iter().map(short).collect();

@@ -416,6 +416,12 @@ fn sets_that_others_change_destroy_or_use() {
             are_right() && lab.rules() == rules
         });
 
+        let create = "ipset create rfw4:drop:in:any hash:ip";
+        sh(&format!("until {iptables} -w -F && ipset destroy && {create}; do :; done"));
+        await_repair("a set of another type is replaced", 3 + SLACK, || {
+            are_right() && lab.rules() == rules
+        });
+
         // Someone else's rule uses the set.
         lab.iptables("-A OUTPUT -m set --match-set rfw4:drop:in:any dst -j DROP");
         let others = lab.others();
