@@ -132,8 +132,8 @@ pub struct Engine<K> {
     pub(super) deadline: Instant,
     pub(super) next_check: Instant,
     pub(super) next_sets_check: Instant,
-    /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`].
-    pub(super) overtaken: VecDeque<Instant>,
+    /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`] per family.
+    pub(super) overtaken: BTreeMap<Family, VecDeque<Instant>>,
     /// Packets and bytes that the rules of each label have matched, and the sums of their counters in
     /// the last complete listing of each family.
     pub(super) traffic: BTreeMap<Label, (u64, u64)>,
@@ -171,7 +171,7 @@ impl<K: Kernel> Engine<K> {
             deadline: clock::after(START_LIMIT),
             next_check: now,
             next_sets_check: now,
-            overtaken: VecDeque::new(),
+            overtaken: BTreeMap::new(),
             traffic: BTreeMap::new(),
             listed: BTreeMap::new(),
             outage: None,
@@ -301,7 +301,8 @@ impl<K: Kernel> Engine<K> {
         self.distrusted.insert(family);
         self.write_rules(family, &edits)?;
         self.distrusted.remove(&family);
-        self.report_rules(plans, batch);
+        self.has_repaired |= !edits.is_empty();
+        self.report_rules(family, plans, batch);
         Ok(())
     }
 
@@ -473,7 +474,7 @@ impl<K: Kernel> Engine<K> {
                 return Ok(());
             }
             // A check may leave foreign rules in front for a while; a request may not.
-            let may_wait = batch.is_none() && self.is_overtaken_often();
+            let may_wait = batch.is_none() && self.is_overtaken_often(family);
             if may_wait && plans.iter().all(|plan| is_right(plan) || plan.is_only_overtaken()) {
                 return Ok(());
             }

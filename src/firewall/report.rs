@@ -22,15 +22,17 @@ const OVERTAKEN_PAUSE: Duration = Duration::from_secs(60);
 const MAX_LOGGED: usize = 1_000;
 
 impl<K: Kernel> Engine<K> {
-    pub(super) fn is_overtaken_often(&self) -> bool {
+    pub(super) fn is_overtaken_often(&self, family: Family) -> bool {
         let is_within = |at: Option<&Instant>, window| at.is_some_and(|at| at.elapsed() < window);
-        self.overtaken.len() >= MAX_OVERTAKEN
-            && is_within(self.overtaken.front(), OVERTAKEN_WINDOW)
-            && is_within(self.overtaken.back(), OVERTAKEN_PAUSE)
+        self.overtaken.get(&family).is_some_and(|times| {
+            times.len() >= MAX_OVERTAKEN
+                && is_within(times.front(), OVERTAKEN_WINDOW)
+                && is_within(times.back(), OVERTAKEN_PAUSE)
+        })
     }
 
     /// Logs what was repaired, except what the batch in progress changes.
-    pub(super) fn report_rules(&mut self, plans: Vec<Plan>, batch: Option<&Batch>) {
+    pub(super) fn report_rules(&mut self, family: Family, plans: Vec<Plan>, batch: Option<&Batch>) {
         let mut changed: HashSet<KernelRule> = HashSet::new();
         if let Some(batch) = batch {
             changed.extend(batch.created.iter().filter_map(Group::set));
@@ -49,7 +51,7 @@ impl<K: Kernel> Engine<K> {
                 }
             }
             if let Some(line) = plan.overtaken_by {
-                self.report_overtaken(&line);
+                self.report_overtaken(family, &line);
             }
         }
         self.report_restored(missing.len());
@@ -89,13 +91,14 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn report_overtaken(&mut self, line: &str) {
+    fn report_overtaken(&mut self, family: Family, line: &str) {
         self.metrics.overtaken.add(1);
-        self.overtaken.push_back(Instant::now());
-        if self.overtaken.len() > MAX_OVERTAKEN {
-            self.overtaken.pop_front();
+        let times = self.overtaken.entry(family).or_default();
+        times.push_back(Instant::now());
+        if times.len() > MAX_OVERTAKEN {
+            times.pop_front();
         }
-        let notice = match self.is_overtaken_often() {
+        let notice = match self.is_overtaken_often(family) {
             true => "; this happens so often that rfw waits a minute before it moves them again",
             false => "",
         };

@@ -1574,7 +1574,7 @@ fn overtaken_at_once_ten_times_then_once_a_minute() {
     assert!(is_first(&mut world));
     // A minute after the last time
     let earlier = |world: &mut World, seconds| {
-        for at in &mut world.engine().overtaken {
+        for at in world.engine().overtaken.values_mut().flatten() {
             *at = at.checked_sub(Duration::from_secs(seconds)).unwrap();
         }
     };
