@@ -244,7 +244,11 @@ impl<K: Kernel> Engine<K> {
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());
             });
-            return Err(if is_restored { error } else { with_note(error, UNRESTORED) });
+            if is_restored {
+                return Err(error);
+            }
+            self.next_check = Instant::now();
+            return Err(with_note(error, UNRESTORED));
         }
         Ok(batch.outcomes)
     }
@@ -296,7 +300,6 @@ impl<K: Kernel> Engine<K> {
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
         let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
-        self.has_repaired |= !edits.is_empty();
         // If this fails, the kernel may lack a set, too.
         self.distrusted.insert(family);
         self.write_rules(family, &edits)?;
@@ -635,7 +638,12 @@ impl<K: Kernel> Engine<K> {
         };
         self.next_check = clock::after(pause.max(PAUSE));
         self.outage = failure.clone();
-        failure.filter(|_| !self.has_time())
+        self.hung(failure)
+    }
+
+    /// The error of a program that hung, for the requests that wait for the same program.
+    fn hung(&self, error: Option<ToolError>) -> Option<ToolError> {
+        error.filter(|error| error.is_transient() && !self.has_time())
     }
 
     /// Compares the kernel with the list and repairs it. A part that fails does not keep the others
@@ -695,9 +703,10 @@ impl<K: Kernel> Engine<K> {
             }
             let batch = self.list.expire(family, self.seconds());
             if let Err(error) = self.write_through(&batch) {
-                self.list.undo(&batch);
+                // The list no longer has them, so a check deletes those that remain.
+                self.next_check = Instant::now();
                 let count = batch.len();
-                self.log.error(format_args!("{count} rules are due but remain: {error}"));
+                self.log.error(format_args!("{count} rules are due and may remain: {error}"));
                 result = result.and(Err(error));
                 continue;
             }
