@@ -75,7 +75,7 @@ impl StateFile {
         let file = options.read(true).append(true).create(true).mode(0o600).open(path);
         // The list can still be read from a read-only disk.
         let file = file.or_else(|error| match error.kind() {
-            ErrorKind::ReadOnlyFilesystem => File::open(path),
+            ErrorKind::ReadOnlyFilesystem => File::open(path).map_err(|_| error),
             _ => Err(error),
         });
         let file = file.map_err(failed)?;
@@ -208,8 +208,6 @@ impl StateFile {
     /// Replaces the file by one with these rules, the oldest first. The error is a sentence; the file
     /// is then unchanged, or replaced but not certain to survive a power cut.
     pub fn replace(&mut self, rules: impl Iterator<Item = StoredRule>) -> Result<(), String> {
-        // After a failure, it is not attempted again immediately.
-        self.limit = limit_of(self.size);
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
         self.write_new(new.as_ref(), rules).map_err(|error| {
@@ -790,11 +788,9 @@ mod tests {
         let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
         let mut state = StateFile::open(&path).unwrap();
         fs::create_dir(folder.0.join("state.new")).unwrap();
-        (state.size, state.limit) = (100_000, 0);
         let error = state.replace([].into_iter()).unwrap_err();
         assert!(error.contains("cannot be compacted: "), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {A}\n"));
-        assert!(!state.is_large(), "it is not tried again at once");
     }
 
     #[test]

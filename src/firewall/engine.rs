@@ -55,6 +55,8 @@ const PAUSE_FACTOR: u32 = 20;
 const FAILED_PAUSE: Duration = Duration::from_secs(10);
 /// The shortest time between two checks of every address in sets; each check compares their sizes.
 const SETS_PAUSE: Duration = Duration::from_secs(30);
+/// The pause after a failure to rewrite the state file.
+const COMPACTION_PAUSE: Duration = Duration::from_secs(60);
 /// How many times a listing is read until it agrees with the previous one.
 const MAX_READS: usize = 5;
 /// How many times a repair is attempted: the sets and rules of two families may each report a
@@ -131,6 +133,7 @@ pub struct Engine<K> {
     /// When the batch in progress must have ended.
     pub(super) deadline: Instant,
     pub(super) next_check: Instant,
+    pub(super) next_compaction: Instant,
     pub(super) next_sets_check: Instant,
     /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`] per family.
     pub(super) overtaken: BTreeMap<Family, VecDeque<Instant>>,
@@ -170,6 +173,7 @@ impl<K: Kernel> Engine<K> {
             distrusted: BTreeSet::new(),
             deadline: clock::after(START_LIMIT),
             next_check: now,
+            next_compaction: now,
             next_sets_check: now,
             overtaken: BTreeMap::new(),
             traffic: BTreeMap::new(),
@@ -615,11 +619,9 @@ impl<K: Kernel> Engine<K> {
     pub fn tick(&mut self) -> Option<ToolError> {
         self.begin();
         self.follow_clock();
+        self.compact_if_needed();
         let expired = self.expire();
-        if self.state.as_ref().is_some_and(StateFile::is_large) {
-            self.compact_or_log();
-        }
-        let hung = expired.err().filter(|_| !self.has_time());
+        let hung = self.hung(expired.err());
         if hung.is_some() || Instant::now() < self.next_check {
             return hung;
         }
@@ -727,7 +729,7 @@ impl<K: Kernel> Engine<K> {
         self.state.iter_mut().for_each(|state| state.is_outdated = true);
         self.distrusted.extend(self.kernel.families());
         self.next_check = Instant::now();
-        self.compact_or_log();
+        self.next_compaction = Instant::now();
     }
 
     /// Rewrites the state file. The error is a sentence.
@@ -735,9 +737,15 @@ impl<K: Kernel> Engine<K> {
         self.state.as_mut().map_or(Ok(()), |state| state.replace(self.list.stored()))
     }
 
-    pub fn compact_or_log(&mut self) {
+    /// Rewrites the state file if it is large or outdated. After a failure, it waits a minute.
+    pub fn compact_if_needed(&mut self) {
+        let is_needed = |state: &StateFile| state.is_outdated || state.is_large();
+        if Instant::now() < self.next_compaction || !self.state.as_ref().is_some_and(is_needed) {
+            return;
+        }
         if let Err(sentence) = self.compact() {
             self.log.error(format_args!("{sentence}"));
+            self.next_compaction = clock::after(COMPACTION_PAUSE);
         }
     }
 

@@ -62,9 +62,8 @@ pub fn start<K: Kernel>(
     destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
     if is_new {
         engine.compact()?;
-    } else if engine.state.as_ref().is_some_and(|state| state.is_outdated || state.is_large()) {
-        engine.compact_or_log();
     }
+    engine.compact_if_needed();
     engine.is_starting = false;
     Ok(engine)
 }
