@@ -282,7 +282,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Repairs the families that are distrusted. A repair that failed may have taken effect; the
     /// next attempt sees that.
-    fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
+    pub fn settle(&mut self, families: &[Family], batch: Option<&Batch>) -> Result<(), ToolError> {
         let mut settled = Ok(());
         for _ in 0..MAX_REPAIRS {
             settled =

@@ -18,7 +18,7 @@ use std::num::NonZeroU64;
 /// Unix seconds of 2026-01-01. No correct clock shows less.
 const REAL_TIME: u64 = 1_767_225_600;
 /// The maximum number of rules in one family without sets: iptables-nft takes seconds to list more.
-const MAX_RULES: usize = 100_000;
+pub const MAX_RULES: usize = 100_000;
 const TOO_MANY_RULES: ApiError =
     ApiError::Full("rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.");
 /// The maximum number of tags.

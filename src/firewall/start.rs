@@ -4,7 +4,7 @@
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use super::ipset::SetEdit;
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
-use super::list::List;
+use super::list::{List, MAX_RULES};
 use super::process::ToolError;
 use super::reconcile::Listing;
 use crate::log::{Log, printable};
@@ -47,13 +47,21 @@ pub fn start<K: Kernel>(
         // If a change deleted what replaces the dropped rules, the next start would read them back.
         engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
+    if let Some(family) = Family::ALL.iter().find(|f| engine.list.count_rules(**f) > MAX_RULES) {
+        return Err(format!(
+            "the list has more than {MAX_RULES} {family} rules; set ipset.path in rfw.conf to keep \
+             them in sets"
+        ));
+    }
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
         if sets {
             engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
         }
         let plans = engine.plans(*family, listing);
-        let written = engine.rewrite_rules(*family, plans, None);
+        // Someone else may have changed the rules since they were listed.
+        let written =
+            engine.rewrite_rules(*family, plans, None).or_else(|_| engine.settle(&[*family], None));
         written.map_err(|error| not_accepted(&error, "xt_comment"))?;
         let counts = engine.list.counts().filter(|(group, _)| group.family == *family);
         let count: usize = counts.map(|(_, count)| count).sum();
