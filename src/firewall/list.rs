@@ -225,7 +225,7 @@ pub struct List {
     /// The serial number of the newest rule.
     last_serial: u64,
     /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted,
-    /// none is due then.
+    /// none is due then; when most are like that, they are collected anew.
     due: BTreeSet<(Family, NonZeroU64)>,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,
@@ -292,6 +292,9 @@ impl List {
                 let group = groups.get(step.group as usize)?;
                 Some(self.entry(*group, &step.net)?.serial)
             });
+        }
+        if self.due.len() > self.count().saturating_mul(2).max(MANY) {
+            self.due = self.expiries();
         }
         Ok(batch)
     }
@@ -501,8 +504,12 @@ impl List {
         for entry in self.groups.values_mut().flat_map(Members::values_mut) {
             entry.expires = entry.expires.and_then(shifted);
         }
-        let due = self.due.iter().filter_map(|(family, second)| Some((*family, shifted(*second)?)));
-        self.due = due.collect();
+        self.due = self.expiries();
+    }
+
+    fn expiries(&self) -> BTreeSet<(Family, NonZeroU64)> {
+        let members = self.members_of(|_| true);
+        members.filter_map(|(group, _, entry)| Some((group.family, entry.expires?))).collect()
     }
 
     /// The rules that a batch changed or confirmed.
@@ -1028,6 +1035,17 @@ pub(super) mod tests {
         // Without sets there are none.
         let list = self::list(false, &[A]);
         assert_eq!((list.sets().count(), list.sets), (0, false));
+    }
+
+    /// A rule that is refreshed again and again leaves no second behind for each time.
+    #[test]
+    fn refreshing_one_rule_does_not_fill_the_memory() {
+        let mut list = list(false, &[]);
+        for second in 1..=4 * MANY {
+            apply(&mut list, &[&format!("+/drop/input/any/1.1.1.1 {second}")]);
+        }
+        check(&list);
+        assert!(list.due.len() <= MANY + 1, "{} seconds", list.due.len());
     }
 
     #[test]
