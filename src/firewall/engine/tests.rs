@@ -137,6 +137,12 @@ struct Memory {
     calls: Vec<(Part, Call)>,
     /// The longest time that a call was allowed.
     limit: Duration,
+    /// How long each call of a part takes.
+    delay: Option<(Part, Duration)>,
+    /// After this number of listings, someone flushes all chains once.
+    flush_after_reads: usize,
+    /// `ipset save` hangs: the set is large, and the host busy.
+    are_sets_unreadable: bool,
 }
 
 #[derive(Clone, Default)]
@@ -164,6 +170,8 @@ impl Memory {
         limit: Duration,
     ) -> Option<Way> {
         self.calls.push((part, call));
+        let slow = self.delay.filter(|(slow, _)| *slow == part);
+        slow.iter().for_each(|(_, delay)| thread::sleep(*delay));
         self.limit = self.limit.max(limit);
         if limit.is_zero() {
             return Some(Way::Interrupt);
@@ -341,6 +349,10 @@ impl Kernel for FakeKernel {
                 FakeRow::Foreign(line) => listing.push(chain, None, &line),
             }
         }
+        if memory.flush_after_reads == 1 {
+            memory.chains.clear();
+        }
+        memory.flush_after_reads = memory.flush_after_reads.saturating_sub(1);
         Ok(listing)
     }
 
@@ -388,6 +400,9 @@ impl Kernel for FakeKernel {
     fn read_set(&self, name: &str, limit: Duration) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
         let mut memory = self.lock();
         let way = memory.begin(Part::Sets, Call::Read, family_of_set(name), limit);
+        if memory.are_sets_unreadable {
+            return interrupted();
+        }
         let now = clock::wall().as_secs();
         let left = |expires: &Option<u64>| match expires {
             None => Some(0),
@@ -2336,4 +2351,242 @@ fn check_random(seeds: std::ops::Range<u64>) {
 #[test]
 fn random_sequences() {
     check_random(0..40);
+}
+
+/// A batch of single changes is in the file without `* COUNT`. A move between sets is two records:
+/// if rfw is killed, or the power cut, between the two writes, the address is in neither set.
+#[test]
+fn a_move_between_sets_that_reaches_the_file_by_half() {
+    let mut world = World::new(true, true);
+    world.put("+ /accept/input/any/1.1.1.1");
+    let path = world.folder.clone().unwrap().join("state");
+    let before = fs::read_to_string(&path).unwrap();
+    world.put("+ /drop/input/any/1.1.1.1");
+    let after = fs::read_to_string(&path).unwrap();
+    let appended: Vec<&str> = after.strip_prefix(&before).unwrap().lines().collect();
+    world.engine = None;
+    // What a kill between two writes, or a power cut, leaves: complete lines.
+    fs::write(&path, format!("{before}{}\n", appended[0])).unwrap();
+    world.start().unwrap();
+    assert_eq!(shown(&world.enforced()), "/accept/input/any/1.1.1.1 0", "{appended:?}");
+}
+
+/// An expiry that took effect but failed: rfw inserts the expired rules again, and says that
+/// someone else had removed them.
+#[test]
+fn an_expired_rule_is_inserted_again() {
+    let mut world = World::new(false, false);
+    world.put("+60 /drop/input/any/1.1.1.1");
+    world.settle();
+    world.pass(70);
+    world.set_faults(&[Fault::new(1, 1, Way::DoAndInterrupt)]);
+    let engine = world.engine();
+    // iptables was killed after its time limit.
+    engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
+    assert!(engine.expire().is_err());
+    assert!(world.enforced().is_empty(), "the kernel does not hold it any more");
+    world.set_faults(&[]);
+    let engine = world.engine();
+    engine.next_check = Instant::now();
+    assert_eq!(engine.tick(), None);
+    assert!(world.enforced().is_empty(), "inserted again: {}", shown(&world.enforced()));
+    assert_eq!(world.metrics.restored.to_string(), "0");
+}
+
+/// One failed expiry (the xtables lock was held, say), and all due rules stay until the next check:
+/// with many rules or addresses, that is minutes later.
+#[test]
+fn an_expiry_that_failed_once_waits_for_a_late_check() {
+    let mut world = World::new(false, false);
+    world.put("+60 /drop/input/any/1.1.1.1; +60 /drop/input/any/1.1.1.2");
+    world.settle();
+    world.pass(70);
+    // As after a check that took 5 s of processor time
+    world.engine().next_check = Instant::now() + Duration::from_secs(100);
+    world.set_faults(&[Fault::always(Way::Interrupt)]);
+    world.engine().tick();
+    world.set_faults(&[]);
+    let engine = world.engine();
+    assert!(engine.next_check < Instant::now() + 2 * PAUSE);
+    engine.next_check = Instant::now();
+    engine.tick();
+    assert!(world.enforced().is_empty(), "{}", shown(&world.enforced()));
+}
+
+/// The same for a change that was refused and took effect: "undone as soon as possible".
+#[test]
+fn a_refused_change_waits_for_a_late_check() {
+    let mut world = World::new(false, true);
+    world.engine().next_check = Instant::now() + Duration::from_secs(100);
+    let faults = [Fault::new(1, 1, Way::DoAndInterrupt), Fault::new(2, usize::MAX, Way::Interrupt)];
+    world.set_faults(&faults);
+    assert!(world.commit(&parse("+ /drop/input/any/1.1.1.1")[0])[0].is_err());
+    world.set_faults(&[]);
+    world.engine().tick();
+    assert!(world.enforced().is_empty(), "{}", shown(&world.enforced()));
+}
+
+/// A repair that fails is attempted every second, whatever it costs.
+#[test]
+fn a_repair_that_fails_is_not_attempted_every_second() {
+    let mut world = World::new(false, false);
+    world.put("+ /drop/input/any/1.1.1.1");
+    world.settle();
+    flush(&mut world);
+    world.set_faults(&[Fault { only_writes: true, ..Fault::always(Way::Interrupt) }]);
+    world.memory().delay = Some((Part::Rules(Family::V4), Duration::from_millis(50)));
+    let engine = world.engine();
+    engine.next_check = Instant::now();
+    engine.tick();
+    assert!(engine.outage.is_some());
+    let pause = engine.next_check.saturating_duration_since(Instant::now());
+    assert!(pause > Duration::from_secs(1), "{pause:?} after a failed check of 0.1 s");
+}
+
+/// Timeouts that are corrected count as rules that someone else had removed: here on a router that
+/// booted in 1970, with a set from the state file, when the clock is set.
+#[test]
+fn a_timeout_that_is_corrected_was_not_removed_by_someone() {
+    let mut world = World::new(true, true);
+    world.put("+600 /drop/input/any/1.1.1.1");
+    world.settle();
+    let engine = world.engine();
+    // The start at a time when the clock showed 1970
+    engine.clock.follow(Duration::from_secs(1_000));
+    engine.begin();
+    engine.is_starting = true;
+    engine.distrusted.extend(Family::ALL);
+    engine.settle(&Family::ALL, None).unwrap();
+    engine.is_starting = false;
+    world.settle();
+    assert_eq!(world.metrics.restored.to_string(), "0");
+}
+
+/// If the state file could not be rewritten when the clock was set, nothing but a change rewrites it:
+/// after a restart, rules are gone early or stay.
+#[test]
+fn a_file_with_old_expiries_is_rewritten_when_there_is_room() {
+    let mut world = World::new(false, true);
+    world.put("+600 /drop/input/any/1.1.1.1");
+    let folder = world.folder.clone().unwrap();
+    let obstacle = folder.join("state.new");
+    fs::create_dir(&obstacle).unwrap();
+    let engine = world.engine();
+    // The clock is set forward by 1,000 s.
+    engine.clock.follow(clock::wall() - Duration::from_secs(1_000));
+    engine.tick();
+    fs::remove_dir(&obstacle).unwrap();
+    // A minute later
+    let engine = world.engine();
+    engine.next_compaction = Instant::now();
+    engine.tick();
+    let expires = world.engine().list.stored().next().unwrap().1.unwrap();
+    let state = fs::read_to_string(folder.join("state")).unwrap();
+    assert!(state.contains(&format!("+ {expires} ")), "{expires} {state}");
+}
+
+/// What waits for a check gets the error of a program that hung, but not one that ip6tables reported
+/// while iptables was slow: 503, not 500.
+#[test]
+fn what_waits_for_a_check_is_not_rejected() {
+    let mut world = World::new(false, false);
+    let engine = world.engine();
+    let (hung, rejected) =
+        (ToolError::Transient("hung".into()), ToolError::Rejected("rejected".into()));
+    engine.begin();
+    assert_eq!(engine.hung(Some(hung.clone())), None);
+    engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
+    assert_eq!(engine.hung(Some(rejected)), None);
+    assert_eq!(engine.hung(Some(hung.clone())), Some(hung));
+}
+
+/// Someone changes the rules between the listing and the first write of a start.
+#[test]
+fn a_start_survives_a_flush_between_listing_and_write() {
+    let mut world = World::new(false, true);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/1.1.1.2; - /drop/input/any/1.1.1.2");
+    // The next start must move a rule that a flush removes meanwhile.
+    world.memory().chain(Family::V4, Chain::Input).reverse();
+    world.memory().flush_after_reads = 4;
+    let started = world.start();
+    assert_eq!(started, Ok(()));
+}
+
+/// A check that cannot read a large set in time changes nothing, but from then on every change is
+/// refused, and no rule expires.
+#[test]
+fn a_set_that_a_check_cannot_read_still_takes_changes() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1; +60 /drop/forward/any/1.1.1.1/any/2.2.2.2");
+    world.settle();
+    world.memory().are_sets_unreadable = true;
+    world.put("+ /drop/input/any/1.1.1.2");
+    assert!(world.tick(), "the check fails");
+    let results = world.engine().commit(&parse("+ /drop/input/any/1.1.1.3")[0]);
+    assert!(results[0].is_ok(), "{results:?}");
+}
+
+/// The time limit of ipset does not grow with the set, as that of iptables does with its rules.
+#[test]
+fn the_time_to_read_a_set_grows_with_it() {
+    let mut world = World::new(true, false);
+    world.engine().settings.maxelem = 10_000;
+    let nets: Vec<String> = (0..10_000).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
+    world.put(&format!("+ /drop/input/any: {}", nets.join(" ")));
+    world.settle();
+    world.memory().limit = Duration::ZERO;
+    let engine = world.engine();
+    (engine.next_check, engine.next_sets_check) = (Instant::now(), Instant::now());
+    engine.tick();
+    let limit = world.memory().limit;
+    assert!(limit > TOOL_LIMIT, "{limit:?} for a set of 10,000");
+}
+
+/// Foreign rules come first in both families, once a minute, as while Docker restarts a container: the
+/// check moves IPv4, which begins the minute anew, so that IPv6 waits for good.
+#[test]
+fn a_family_that_is_overtaken_does_not_starve_the_other() {
+    let mut world = World::new(false, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/2001:db8::1");
+    world.settle();
+    for _ in 0..10 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+        world.tick();
+    }
+    for _ in 0..20 {
+        // Another minute
+        for at in world.engine().overtaken.values_mut().flatten() {
+            *at = at.checked_sub(Duration::from_secs(31)).unwrap();
+        }
+        for family in Family::ALL {
+            world.insert_foreign(family, Chain::Input, 1, "-j DOCKER");
+        }
+        world.tick();
+        for at in world.engine().overtaken.values_mut().flatten() {
+            *at = at.checked_sub(Duration::from_secs(30)).unwrap();
+        }
+        world.tick();
+    }
+    // 20 minutes later
+    let foreign = world.chain(Family::V6, Chain::Input);
+    let foreign = foreign.iter().take_while(|row| matches!(row, FakeRow::Foreign(_))).count();
+    assert!(foreign <= 1, "{foreign} foreign rules in front, for {foreign} minutes");
+}
+
+/// Sets may hold more addresses than rfw and iptables can keep as rules. Without ipset.path, they
+/// became rules: no listing was complete after that, and no start succeeded.
+#[test]
+fn a_start_refuses_more_rules_than_it_can_keep() {
+    let mut world = World::new(false, true);
+    world.engine = None;
+    let path = world.folder.clone().unwrap().join("state");
+    let line = |n: u32| {
+        format!("+ 0 /drop/input/any/{}\n", std::net::Ipv4Addr::from_bits(0x1400_0000 + n))
+    };
+    let lines: String = (0..=100_000).map(line).collect();
+    fs::write(&path, format!("rfw state 2\n{lines}")).unwrap();
+    world.set_faults(&[]);
+    let error = world.start().unwrap_err();
+    assert!(error.contains("more than 100000 IPv4 rules; set ipset.path"), "{error}");
+    assert_eq!(world.memory().writes(), 0);
 }
