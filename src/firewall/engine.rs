@@ -244,7 +244,7 @@ impl<K: Kernel> Engine<K> {
             if let (Some(state), Some(offset)) = (&mut self.state, offset) {
                 state.truncate_to(offset);
             }
-            let is_restored = self.has_time() && self.settle(&families, None).is_ok();
+            let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());
             });

@@ -378,26 +378,28 @@ impl List {
             true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
             false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
         };
+        if self.members(&group).is_none_or(Members::is_empty) {
+            self.check_tag(group.template.tag)?;
+        }
         if !self.groups.contains_key(&group) {
-            self.check_group(group)?;
+            self.check_set(group)?;
         }
         let room = limit.saturating_sub(held);
         let new = || nets.iter().filter(|net| self.entry(group, net).is_none()).count();
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
 
-    /// Checks whether one more group is within the limits.
-    fn check_group(&self, group: Group) -> Result<(), ApiError> {
-        let tag = group.template.tag;
-        if tag != Tag::NONE {
-            let held = self.groups.iter().filter(|(_, members)| !members.is_empty());
-            let mut tags: BTreeSet<Tag> = held.map(|(group, _)| group.template.tag).collect();
-            tags.remove(&Tag::NONE);
-            tags.insert(tag);
-            if tags.len() > MAX_TAGS {
-                return Err(TOO_MANY_TAGS);
-            }
-        }
+    /// Checks whether one more group with this tag is within the limit.
+    fn check_tag(&self, tag: Tag) -> Result<(), ApiError> {
+        let held = self.groups.iter().filter(|(_, members)| !members.is_empty());
+        let mut tags: BTreeSet<Tag> = held.map(|(group, _)| group.template.tag).collect();
+        tags.insert(tag);
+        tags.remove(&Tag::NONE);
+        if tag != Tag::NONE && tags.len() > MAX_TAGS { Err(TOO_MANY_TAGS) } else { Ok(()) }
+    }
+
+    /// Checks whether one more set is within the limits.
+    fn check_set(&self, group: Group) -> Result<(), ApiError> {
         let Some(set) = group.set().filter(|_| self.sets).map(|set| set.to_string()) else {
             return Ok(());
         };
@@ -1200,6 +1202,10 @@ pub(super) mod tests {
             let delete = change(&format!("-/drop/input/any/1.1.1.1@t{n}"));
             assert!(list.apply(&[&put(n), &delete], NOW, 9).is_ok(), "{n}");
         }
+        for n in 0..MAX_TAGS {
+            assert!(list.apply(&[&put(n)], NOW, 9).is_ok(), "{n}");
+        }
+        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW, 9).err(), Some(TOO_MANY_TAGS));
     }
 
     #[test]

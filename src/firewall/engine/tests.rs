@@ -1674,6 +1674,7 @@ fn what_a_change_costs() {
         (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r w"),
         (false, &few, "w"),
         (false, &many, "rw"),
+        (false, "=60 /drop/input/any: 3.3.3.1 3.3.3.2", "rw"),
         (false, &large, "w"),
         (true, "+ /drop/output/any/5.5.5.5", "Wr"),
         (true, "+60 /drop/output/any/1.1.1.1", "Wr"),
