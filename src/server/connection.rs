@@ -1,7 +1,7 @@
 //! The whole life of a request, from top to bottom.
 
 use super::Server;
-use super::limiter::{ConnectionLimiter, Limits, Slot};
+use super::limiter::{Client, ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
 use crate::firewall::iptables::TaggedRule;
@@ -20,7 +20,6 @@ use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
 use crate::rule::{Action, Filter, Iface};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,22 +51,21 @@ const EVICTED: ApiError = ApiError::Http(408, "The body arrived too slowly while
 pub struct Connection<'a> {
     pub server: &'a Server,
     pub listener: &'a Listener,
-    pub peer: IpAddr,
-    pub slot: Slot,
+    pub client: Arc<Client>,
 }
 
 impl Connection<'_> {
     /// Serves request after request.
     pub fn serve(&self, mut stream: HttpStream) {
         while self.exchange(&mut stream) {}
-        if !self.slot.is_evicted() {
+        if !self.client.is_evicted() {
             stream.close();
         }
     }
 
     /// Serves one request; returns whether another may follow.
     fn exchange(&self, stream: &mut HttpStream) -> bool {
-        self.slot.start_patience();
+        self.client.start_patience();
         stream.set_deadline(HEAD_TIME);
         if stream.has_received() {
             // Others first: otherwise, pipelined requests would delay single ones.
@@ -77,17 +75,17 @@ impl Connection<'_> {
             Ok(request) => request,
             Err(error) => {
                 if let Some(reason) = tls::describe_handshake_error(&error) {
-                    self.server.log.handshake(self.peer, &reason);
+                    self.server.log.handshake(self.client.ip, &reason);
                 }
                 return false;
             }
         };
         let started = Instant::now();
-        self.slot.start_patience(); // now for the response
-        if let (Ok(request), true) = (&mut request, self.slot.is_wanted()) {
+        self.client.start_patience(); // now for the response
+        if let (Ok(request), true) = (&mut request, self.listener.limiter.is_wanted()) {
             request.keep_alive = false;
         }
-        let mut subject = format!("{} -", self.peer);
+        let mut subject = format!("{} -", self.client.ip);
         let mut response = ResponseWriter::new(stream, request.as_ref().ok());
         let result = match &request {
             Ok(request) => self.carry_out(request, &mut response, &mut subject),
@@ -123,7 +121,7 @@ impl Connection<'_> {
                 let allowed = allow(&principal, intent, subject)?;
                 let change = Permitted::delete_tag(allowed, chain);
                 let apply = || self.server.firewall.apply(&principal, change);
-                let tally = self.slot.work(apply)?.tally;
+                let tally = self.client.work(apply)?.tally;
                 response.end(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
@@ -133,7 +131,7 @@ impl Connection<'_> {
                 let permitted = self.server.whitelist.permit(rule, allowed, &own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
-                let outcome = self.slot.work(apply)?;
+                let outcome = self.client.work(apply)?;
                 let json = api::outcome_json(&rule, allowed.tag(), &outcome);
                 self.send_outcome(json, rule.ifaces().into(), response, subject);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
@@ -168,8 +166,9 @@ impl Connection<'_> {
         let users = self.listener.authentication.then_some(&server.users);
         let authorization = request.authorization.as_deref();
         let now = Instant::now();
-        let principal = auth::authenticate(self.peer, authorization, users, &server.throttle, now)
-            .inspect_err(|_| server.metrics.refused_logins.add(1))?;
+        let principal =
+            auth::authenticate(self.client.ip, authorization, users, &server.throttle, now)
+                .inspect_err(|_| server.metrics.refused_logins.add(1))?;
         *subject = principal.to_string();
         let command = Command::parse(request, server.grammar)?;
         if request.body != Body::Length(0) && !matches!(command, Command::ChangeAll(..)) {
@@ -185,14 +184,13 @@ impl Connection<'_> {
         mut list: List,
         response: &mut ResponseWriter<'_>,
     ) -> Result<(Tally, ListReport), ApiError> {
-        let turn = self.await_turn(&self.server.uploads)?;
+        let _turn = self.await_turn(&self.server.uploads)?;
         let received = response.receive(request, |bytes| {
-            [&turn, &self.slot].iter().for_each(|slot| slot.progress(bytes.len()));
+            self.client.progress(bytes.len());
             list.push(bytes).map_err(ApiError::List)
         });
-        let is_evicted = turn.is_evicted() || self.slot.is_evicted();
-        received.map_err(|error| if is_evicted { EVICTED } else { error })?;
-        self.work(Some(&turn), || {
+        received.map_err(|error| if self.client.is_evicted() { EVICTED } else { error })?;
+        self.client.work(|| {
             let (change, report) = list.finish().map_err(ApiError::List)?;
             Ok((self.server.firewall.apply(principal, change)?.tally, report))
         })
@@ -211,7 +209,7 @@ impl Connection<'_> {
             None => json,
             Some(note) => {
                 let event = format_args!("{subject}: {note}");
-                self.server.log.refusal(self.peer, Level::Warning, event);
+                self.server.log.refusal(self.client.ip, Level::Warning, event);
                 api::with_note(&json, &note)
             }
         };
@@ -227,21 +225,26 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, ApiError> {
         let server = self.server;
-        let is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
-        let mut turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
-        let mut listing = self.read_listing(turn.as_ref(), principal, filter)?;
-        if turn.is_none() && listing.len() > SHORT_LISTING {
+        let mut count = server.metrics.rules_in(filter);
+        let (mut listing, _turn) = loop {
+            let is_long = count > SHORT_LISTING;
+            let turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
+            let listing = self.client.work(|| {
+                let _reading = lock(&server.reading); // so that a change waits for at most one
+                server.firewall.list(principal, filter)
+            })?;
+            count = listing.len();
+            if is_long || count <= SHORT_LISTING {
+                break (listing, turn);
+            }
             // The list has grown since it was counted.
-            drop(listing);
-            turn = Some(self.await_turn(&server.listings)?);
-            listing = self.read_listing(turn.as_ref(), principal, filter)?;
-        }
+        };
         listing.shrink_to_fit(); // nearly half of it may be unused
         let mut before = "[";
         let mut push = |number: usize, tagged: &TaggedRule| {
             let json = api::listed_json(number, tagged);
             let is_sent = response.push(before) && response.push(&json);
-            turn.iter().chain([&self.slot]).for_each(|slot| slot.progress(json.len()));
+            self.client.progress(json.len());
             before = ",\n";
             is_sent
         };
@@ -263,30 +266,9 @@ impl Connection<'_> {
         Ok("listed".into())
     }
 
-    /// Reads one listing at a time, so that a change waits for at most one.
-    fn read_listing(
-        &self,
-        turn: Option<&Slot>,
-        principal: &Principal,
-        filter: &Filter,
-    ) -> Result<Vec<(usize, TaggedRule)>, ApiError> {
-        self.work(turn, || {
-            let _reading = lock(&self.server.reading);
-            self.server.firewall.list(principal, filter)
-        })
-    }
-
     fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, ApiError> {
         let busy = || ApiError::Busy("Too many lists are being transferred.".into());
-        self.slot.acquire(limiter).ok_or_else(busy)
-    }
-
-    /// Does work that the client waits for, during which none of its slots is evicted.
-    fn work<T>(&self, turn: Option<&Slot>, work: impl FnOnce() -> T) -> T {
-        match turn {
-            Some(turn) => turn.work(|| self.slot.work(work)),
-            None => self.slot.work(work),
-        }
+        self.client.acquire(limiter).ok_or_else(busy)
     }
 
     /// One line for every change, made or refused, and for wrong credentials; other
@@ -304,7 +286,7 @@ impl Connection<'_> {
         let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
         let event = format_args!("{subject} \"{line}\" {result} {took:.1} ms");
         match result.starts_with(['4', '5']) {
-            true => self.server.log.refusal(self.peer, level, event),
+            true => self.server.log.refusal(self.client.ip, level, event),
             false => self.server.log.write(level, event),
         }
     }

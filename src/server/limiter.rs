@@ -7,15 +7,15 @@
 //! works for it. Connections of an address that holds more than its share, a quarter of the slots,
 //! are evicted before all others. Of the lists and listings that wait, those of the address with the
 //! fewest slots go first; connections wait in order of arrival, because a listener admits one at a
-//! time. While others wait for a slot, a connection is closed after its response
-//! ([`Slot::is_wanted`]), so that every client gets a turn. A connection that has waited for
+//! time. While others wait for a slot, a connection is closed after its response, so that every
+//! client gets a turn ([`ConnectionLimiter::is_wanted`]). A connection that has waited for
 //! [`MAX_WAIT`] is refused.
 
 use crate::clock;
 use crate::mutex::lock;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a connection waits for a slot.
@@ -45,23 +45,20 @@ enum State {
     Evicted,
 }
 
-struct Holder {
-    ip: IpAddr,
-    socket: Arc<TcpStream>,
-    state: State,
+/// A connection, with the state that all its slots share.
+pub struct Client {
+    pub ip: IpAddr,
+    pub socket: Arc<TcpStream>,
+    state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct Table {
-    /// By slot number.
-    holders: BTreeMap<u64, Holder>,
-    /// How many of them are evicted.
-    evicting: usize,
-    /// How many slots each address holds.
-    held: HashMap<IpAddr, usize>,
-    /// The waiting connections, in order of arrival: their slot numbers and addresses.
-    queue: Vec<(u64, IpAddr)>,
-    next_number: u64,
+    holders: Vec<Arc<Client>>,
+    /// Those that were evicted and are still closing.
+    evicted: Vec<Arc<Client>>,
+    /// The waiting connections, in order of arrival.
+    queue: Vec<Arc<Client>>,
 }
 
 pub struct ConnectionLimiter {
@@ -73,9 +70,7 @@ pub struct ConnectionLimiter {
 /// A slot, released when it is dropped.
 pub struct Slot {
     limiter: Arc<ConnectionLimiter>,
-    number: u64,
-    ip: IpAddr,
-    socket: Arc<TcpStream>,
+    client: Arc<Client>,
 }
 
 impl ConnectionLimiter {
@@ -83,106 +78,99 @@ impl ConnectionLimiter {
         Arc::new(ConnectionLimiter { limits, table: Mutex::default(), changed: Condvar::new() })
     }
 
-    /// Waits for a slot; `None` after the deadline, or if the connection `is_gone`.
-    pub fn acquire(
-        self: &Arc<ConnectionLimiter>,
-        socket: &Arc<TcpStream>,
-        ip: IpAddr,
-        deadline: Instant,
-        is_gone: impl Fn() -> bool,
-    ) -> Option<Slot> {
-        let mut table = self.lock();
-        let number = table.next_number;
-        table.next_number = number.wrapping_add(1);
-        table.queue.push((number, ip));
+    /// Waits for a slot; `None` after the deadline, or if the client is evicted meanwhile.
+    pub fn acquire(self: &Arc<Self>, client: &Arc<Client>, deadline: Instant) -> Option<Slot> {
+        let mut table = lock(&self.table);
+        table.queue.push(client.clone());
         let has_slot = loop {
-            if table.make_room(number, ip, &self.limits) {
-                table.insert(number, ip, socket.clone());
+            if table.make_room(client, &self.limits) {
                 break true;
             }
-            if Instant::now() >= deadline || is_gone() {
+            if Instant::now() >= deadline || client.is_evicted() {
                 break false;
             }
             let waited = self.changed.wait_timeout(table, self.limits.poll);
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
-        table.queue.retain(|(waiting, _)| *waiting != number);
+        table.queue.retain(|waiting| !Arc::ptr_eq(waiting, client));
         self.changed.notify_one();
-        let socket = socket.clone();
-        has_slot.then(|| Slot { limiter: self.clone(), number, ip, socket })
+        has_slot.then(|| {
+            client.update(|state| *state = State::Working);
+            table.holders.push(client.clone());
+            Slot { limiter: self.clone(), client: client.clone() }
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        lock(&self.table)
+    /// Whether connections wait for a slot, or an evicted one is still closing.
+    pub fn is_wanted(&self) -> bool {
+        let table = lock(&self.table);
+        !table.queue.is_empty() || !table.evicted.is_empty()
     }
 }
 
 impl Table {
-    /// Whether there is a slot, perhaps by eviction, and this number is next: the first in the
+    /// Whether there is a slot, perhaps by eviction, and this client is next: the first in the
     /// queue from the address that holds the fewest slots.
-    fn make_room(&mut self, number: u64, ip: IpAddr, limits: &Limits) -> bool {
-        let next = self.queue.iter().min_by_key(|(_, ip)| self.held_by(ip));
-        if next.is_some_and(|(next, _)| *next != number) {
+    fn make_room(&mut self, client: &Arc<Client>, limits: &Limits) -> bool {
+        let next = self.queue.iter().min_by_key(|waiting| self.held_by(waiting.ip));
+        if next.is_some_and(|next| !Arc::ptr_eq(next, client)) {
             return false;
         }
-        if self.holders.len().saturating_sub(self.evicting) >= limits.slots {
-            let share = limits.slots.div_ceil(4).max(self.held_by(&ip).saturating_add(1));
+        if self.holders.len() >= limits.slots {
+            let share = limits.slots.div_ceil(4).max(self.held_by(client.ip).saturating_add(1));
             self.evict(share, limits.patience);
         }
-        let all = self.holders.len();
-        all.saturating_sub(self.evicting) < limits.slots
-            && all < limits.slots.saturating_add(limits.evicting)
+        let all = self.holders.len().saturating_add(self.evicted.len());
+        self.holders.len() < limits.slots && all < limits.slots.saturating_add(limits.evicting)
     }
 
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
     fn evict(&mut self, share: usize, patience: Duration) {
+        let mut held = HashMap::with_capacity(self.holders.len());
+        for ip in self.addresses() {
+            let count = held.entry(ip).or_insert(0_usize);
+            *count = count.saturating_add(1);
+        }
         let mut victim = None;
-        for (number, holder) in &self.holders {
-            let State::Waiting(since, _) = holder.state else { continue };
-            let (is_greedy, waited) = (self.held_by(&holder.ip) > share, since.elapsed());
+        for (at, holder) in self.holders.iter().enumerate() {
+            let State::Waiting(since, _) = *lock(&holder.state) else { continue };
+            let (is_greedy, waited) = (held.get(&holder.ip) > Some(&share), since.elapsed());
             let patience = if is_greedy { MIN_PATIENCE } else { patience };
             if waited >= patience {
-                victim = victim.max(Some((is_greedy, waited, *number)));
+                victim = victim.max(Some((is_greedy, waited, at)));
             }
         }
-        if let Some((.., number)) = victim
-            && let Some(holder) = self.holders.get_mut(&number)
-        {
-            let _ = holder.socket.shutdown(Shutdown::Both);
-            holder.state = State::Evicted;
-            self.evicting = self.evicting.saturating_add(1);
+        if let Some(victim) = victim.and_then(|(.., at)| self.holders.get(at)) {
+            victim.update(|state| {
+                // Unless it has just sent or received something.
+                if matches!(state, State::Waiting(since, _) if since.elapsed() >= MIN_PATIENCE) {
+                    let _ = victim.socket.shutdown(Shutdown::Both);
+                    *state = State::Evicted;
+                }
+            });
         }
+        self.evicted.extend(self.holders.extract_if(.., |holder| holder.is_evicted()));
     }
 
-    fn held_by(&self, ip: &IpAddr) -> usize {
-        self.held.get(ip).copied().unwrap_or_default()
+    fn held_by(&self, ip: IpAddr) -> usize {
+        self.addresses().filter(|holder| *holder == ip).count()
     }
 
-    fn insert(&mut self, number: u64, ip: IpAddr, socket: Arc<TcpStream>) {
-        self.holders.insert(number, Holder { ip, socket, state: State::Working });
-        let held = self.held_by(&ip);
-        self.held.insert(ip, held.saturating_add(1));
-    }
-
-    fn remove(&mut self, number: u64) {
-        let Some(Holder { ip, state, .. }) = self.holders.remove(&number) else { return };
-        if matches!(state, State::Evicted) {
-            self.evicting = self.evicting.saturating_sub(1);
-        }
-        match self.held_by(&ip) {
-            0..=1 => self.held.remove(&ip),
-            held => self.held.insert(ip, held.saturating_sub(1)),
-        };
+    /// The address of each slot.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.holders.iter().chain(&self.evicted).map(|holder| holder.ip)
     }
 }
 
-impl Slot {
-    /// Waits for a slot of another limiter; `None` after [`MAX_WAIT`], or if this slot's connection
-    /// is evicted meanwhile.
-    pub fn acquire(&self, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
-        let deadline = clock::after(MAX_WAIT);
-        let slot = limiter.acquire(&self.socket, self.ip, deadline, || self.is_evicted())?;
-        slot.start_patience();
+impl Client {
+    pub fn new(ip: IpAddr, socket: TcpStream) -> Arc<Client> {
+        Arc::new(Client { ip, socket: socket.into(), state: Mutex::new(State::Working) })
+    }
+
+    /// Waits for a slot to transfer a list, at most for [`MAX_WAIT`].
+    pub fn acquire(self: &Arc<Client>, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
+        let slot = limiter.acquire(self, clock::after(MAX_WAIT))?;
+        self.start_patience();
         Some(slot)
     }
 
@@ -209,31 +197,25 @@ impl Slot {
         result
     }
 
-    /// Whether others wait for a slot, or an evicted connection is still closing.
-    pub fn is_wanted(&self) -> bool {
-        let table = self.limiter.lock();
-        table.evicting > 0 || !table.queue.is_empty()
-    }
-
     /// Whether the connection was evicted: its socket is shut down.
     pub fn is_evicted(&self) -> bool {
-        let mut is_evicted = true;
-        self.update(|_| is_evicted = false);
-        is_evicted
+        matches!(*lock(&self.state), State::Evicted)
     }
 
     /// Changes the state, except that an evicted connection remains evicted.
     fn update(&self, change: impl FnOnce(&mut State)) {
-        match self.limiter.lock().holders.get_mut(&self.number) {
-            Some(holder) if !matches!(holder.state, State::Evicted) => change(&mut holder.state),
-            _ => {}
+        let mut state = lock(&self.state);
+        if !matches!(*state, State::Evicted) {
+            change(&mut state);
         }
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.limiter.lock().remove(self.number);
+        let mut table = lock(&self.limiter.table);
+        table.holders.retain(|holder| !Arc::ptr_eq(holder, &self.client));
+        table.evicted.retain(|holder| !Arc::ptr_eq(holder, &self.client));
         self.limiter.changed.notify_one();
     }
 }
@@ -267,20 +249,24 @@ mod tests {
         /// Connects from 0.0.0.N and waits for a slot, at most for `wait`.
         fn acquire(&mut self, n: u32, wait: Duration) -> bool {
             let client = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
-            let socket = Arc::new(self.listener.accept().unwrap().0);
-            let deadline = Instant::now() + wait;
-            let slot = self.limiter.acquire(&socket, IpAddr::V4(n.into()), deadline, || false);
+            let socket = self.listener.accept().unwrap().0;
+            let accepted = Client::new(IpAddr::V4(n.into()), socket);
+            let slot = self.limiter.acquire(&accepted, Instant::now() + wait);
             slot.map(|slot| self.held.push((slot, client))).is_some()
+        }
+
+        fn client(&self, at: usize) -> &Arc<Client> {
+            &self.held[at].0.client
         }
 
         /// Sets for how long rfw has waited for a client.
         fn set_waited(&self, at: usize, millis: u64) {
             let since = Instant::now() - Duration::from_millis(millis);
-            self.held[at].0.update(|state| *state = State::Waiting(since, 0));
+            self.client(at).update(|state| *state = State::Waiting(since, 0));
         }
 
         fn evicted(&self) -> Vec<usize> {
-            (0..self.held.len()).filter(|at| self.held[*at].0.is_evicted()).collect()
+            (0..self.held.len()).filter(|at| self.client(*at).is_evicted()).collect()
         }
     }
 
@@ -333,29 +319,28 @@ mod tests {
     /// First come, first served, but an address that holds a slot comes after one that holds none.
     #[test]
     fn every_waiting_connection_gets_a_turn() {
-        let mut test = Test::new(1, 0);
-        assert!(test.acquire(1, Duration::ZERO));
-        assert!(!test.held[0].0.is_wanted());
+        let mut test = Test::new(2, 0);
+        assert!(test.acquire(1, Duration::ZERO) && test.acquire(1, Duration::ZERO));
+        assert!(!test.limiter.is_wanted());
         let (limiter, order) = (test.limiter.clone(), Mutex::new(Vec::new()));
-        let socket = test.held[0].0.socket.clone();
         thread::scope(|scope| {
             for (at, n) in [1, 2, 3].into_iter().enumerate() {
-                let (limiter, socket, order) = (&limiter, &socket, &order);
+                let (limiter, order) = (&limiter, &order);
+                let socket = test.client(0).socket.try_clone().unwrap();
                 scope.spawn(move || {
                     let deadline = Instant::now() + Duration::from_secs(20);
-                    let ip = IpAddr::V4(n.into());
-                    let slot = limiter.acquire(socket, ip, deadline, || false).unwrap();
+                    let client = Client::new(IpAddr::V4(n.into()), socket);
+                    let slot = limiter.acquire(&client, deadline).unwrap();
                     order.lock().unwrap().push(n);
                     drop(slot);
                 });
-                while limiter.lock().queue.len() <= at {
+                while lock(&limiter.table).queue.len() <= at {
                     thread::yield_now();
                 }
             }
-            assert!(test.held[0].0.is_wanted());
-            // With another slot, this address comes after the others.
-            limiter.lock().held.insert(IpAddr::V4(1.into()), 2);
-            test.held.clear();
+            assert!(test.limiter.is_wanted());
+            // With its other slot, this address comes after the others.
+            test.held.pop();
         });
         assert_eq!(*order.lock().unwrap(), [2, 3, 1]);
     }
@@ -368,7 +353,7 @@ mod tests {
             let mut test = Test::new(1, 1);
             assert!(test.acquire(1, Duration::ZERO));
             test.set_waited(0, 30_000);
-            pieces.iter().for_each(|bytes| test.held[0].0.progress(*bytes));
+            pieces.iter().for_each(|bytes| test.client(0).progress(*bytes));
             assert_eq!(test.acquire(2, Duration::ZERO), !is_progress, "{pieces:?}");
         }
     }
@@ -381,17 +366,17 @@ mod tests {
         // With `evicting: 0`, the newcomer is admitted only after the evicted connection has closed.
         assert!(!test.acquire(2, Duration::ZERO));
         assert_eq!(test.evicted(), [0]);
-        assert!(test.held[0].0.is_wanted());
+        assert!(test.limiter.is_wanted());
         drop(test.held.remove(0));
         assert!(test.acquire(2, Duration::ZERO));
-        assert!(!test.held[0].0.is_wanted() && test.limiter.lock().held.len() == 1);
+        assert!(!test.limiter.is_wanted() && lock(&test.limiter.table).holders.len() == 1);
         // An evicted connection stops waiting for a slot of another limiter.
         let other = Test::new(0, 0); // it has none
         test.set_waited(0, 30_000);
         assert!(!test.acquire(3, Duration::ZERO));
         let before = Instant::now();
-        assert!(test.held[0].0.acquire(&other.limiter).is_none());
-        assert!(before.elapsed() < MAX_WAIT && other.limiter.lock().queue.is_empty());
+        assert!(test.client(0).acquire(&other.limiter).is_none());
+        assert!(before.elapsed() < MAX_WAIT && lock(&other.limiter.table).queue.is_empty());
     }
 
     /// A connection is not evicted before it is served; with a slot for a transfer, it is served.
@@ -399,9 +384,10 @@ mod tests {
     fn patience_begins_when_a_connection_is_served() {
         let mut test = Test::new(1, 1);
         assert!(test.acquire(1, Duration::ZERO));
-        test.held[0].0.update(|state| assert!(matches!(state, State::Working)));
-        let transfer = test.held[0].0.acquire(&Test::new(1, 1).limiter).unwrap();
-        transfer.update(|state| assert!(matches!(state, State::Waiting(..))));
+        let is_working = || matches!(*lock(&test.client(0).state), State::Working);
+        assert!(is_working());
+        let _transfer = test.client(0).acquire(&Test::new(1, 1).limiter).unwrap();
+        assert!(!is_working());
     }
 
     #[test]
@@ -410,7 +396,7 @@ mod tests {
         assert!(test.acquire(1, Duration::ZERO));
         test.set_waited(0, 30_000);
         let slot = test.held.remove(0).0;
-        assert!(slot.work(|| !test.acquire(2, Duration::ZERO)));
+        assert!(slot.client.work(|| !test.acquire(2, Duration::ZERO)));
         assert!(!test.acquire(2, Duration::ZERO), "patience begins after the work");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Server;
 use super::connection::Connection;
-use super::limiter::{ConnectionLimiter, Limits, MAX_WAIT};
+use super::limiter::{Client, ConnectionLimiter, Limits, MAX_WAIT};
 use crate::clock;
 use crate::config::{Config, Local};
 use crate::http::api_error::ApiError;
@@ -45,14 +45,7 @@ pub struct Listener {
     tls: Option<Acceptor>,
     /// Whether clients must authenticate.
     pub authentication: bool,
-    limiter: Arc<ConnectionLimiter>,
-}
-
-/// A connection that waits for a slot until its deadline.
-struct Arrival {
-    socket: Arc<TcpStream>,
-    peer: IpAddr,
-    deadline: Instant,
+    pub limiter: Arc<ConnectionLimiter>,
 }
 
 impl Listener {
@@ -118,7 +111,9 @@ impl Listener {
         let (arrive, arrivals) = mpsc::sync_channel(MAX_ARRIVALS);
         let (dispatcher, shared) = (listener.clone(), server.clone());
         thread::spawn(move || {
-            arrivals.into_iter().for_each(|arrival| dispatcher.dispatch(&shared, arrival));
+            for (client, deadline) in arrivals {
+                dispatcher.dispatch(&shared, client, deadline);
+            }
         });
         loop {
             match socket.accept() {
@@ -126,7 +121,7 @@ impl Listener {
                     let peer = address.ip().to_canonical();
                     if listener.tls.is_none() || server.whitelist.admits(peer) {
                         let deadline = clock::after(MAX_WAIT);
-                        let _ = arrive.send(Arrival { socket: socket.into(), peer, deadline });
+                        let _ = arrive.send((Client::new(peer, socket), deadline));
                     } else {
                         server.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
                     }
@@ -162,23 +157,24 @@ impl Listener {
         }
     }
 
-    /// Waits for a slot, then serves the connection in a new thread.
-    fn dispatch(self: &Arc<Listener>, server: &Arc<Server>, arrival: Arrival) {
-        let Arrival { socket, peer, deadline } = arrival;
-        if has_left(&socket).unwrap_or(true) {
+    /// Waits for a slot until the deadline, then serves the connection in a new thread.
+    fn dispatch(self: &Arc<Self>, server: &Arc<Server>, client: Arc<Client>, deadline: Instant) {
+        let peer = client.ip;
+        if has_left(&client.socket).unwrap_or(true) {
             return;
         }
-        let Some(slot) = self.limiter.acquire(&socket, peer, deadline, || false) else {
-            return self.refuse(socket);
+        let Some(slot) = self.limiter.acquire(&client, deadline) else {
+            return self.refuse(client.socket.clone());
         };
         let (listener, shared) = (self.clone(), server.clone());
         let serve = move || {
             shared.metrics.connections.add(1);
             shared.metrics.open_connections.add(1);
-            if let Ok(stream) = HttpStream::new(socket, listener.tls.as_ref()) {
-                let connection = Connection { server: &shared, listener: &listener, peer, slot };
+            if let Ok(stream) = HttpStream::new(client.socket.clone(), listener.tls.as_ref()) {
+                let connection = Connection { server: &shared, listener: &listener, client };
                 connection.serve(stream);
             }
+            drop(slot);
             shared.metrics.open_connections.decrement();
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
