@@ -94,13 +94,28 @@ pub fn parse(
 ) -> Result<Command, String> {
     let mut arguments = Arguments { credentials, ..Arguments::default() };
     while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("{arg} needs a value"));
         match arg.as_str() {
             "-h" | "--help" => return Ok(Command::Help),
             "-V" | "--version" => return Ok(Command::Version),
-            option if option.starts_with('-') && option != "-" => {
-                arguments.set(option, || args.next().ok_or(format!("{option} needs a value")))?;
+            "--server" => arguments.servers.push(Server::parse(&value()?)?),
+            "--servers" => arguments.servers.extend(read_servers(&value()?)?),
+            "--list" => arguments.list = Some(value()?),
+            "--tag" => arguments.query.push(format!("tag={}", value()?)),
+            "--replace" => arguments.query.push("replace=true".into()),
+            "--credentials" => {
+                let text = file::read_text(Path::new(&value()?), Access::Secret)?;
+                arguments.credentials = Some(text);
             }
-            _ => arguments.operands.push(arg),
+            "--cacert" => arguments.ca = Some(read(&value()?)?),
+            "--cert" => arguments.chain = Some(read(&value()?)?),
+            "--key" => arguments.key = Some(file::read(Path::new(&value()?), Access::Secret)?),
+            "--timeout" => arguments.timeout = Some(seconds(&value()?)?),
+            option if option.starts_with('-') && option != "-" => {
+                let hint = nearest::option_hint(option, USAGE);
+                return Err(format!("unknown option {option}{hint}; rfwc -h shows all options"));
+            }
+            operand => arguments.operands.push(operand.into()),
         }
     }
     arguments.command()
@@ -122,33 +137,6 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn set(
-        &mut self,
-        option: &str,
-        value: impl FnOnce() -> Result<String, String>,
-    ) -> Result<(), String> {
-        match option {
-            "--server" => self.servers.push(Server::parse(&value()?)?),
-            "--servers" => self.servers.extend(read_servers(&value()?)?),
-            "--list" => self.list = Some(value()?),
-            "--tag" => self.query.push(format!("tag={}", value()?)),
-            "--replace" => self.query.push("replace=true".into()),
-            "--credentials" => {
-                let text = file::read_text(Path::new(&value()?), Access::Secret)?;
-                self.credentials = Some(text);
-            }
-            "--cacert" => self.ca = Some(read(&value()?)?),
-            "--cert" => self.chain = Some(read(&value()?)?),
-            "--key" => self.key = Some(file::read(Path::new(&value()?), Access::Secret)?),
-            "--timeout" => self.timeout = Some(seconds(&value()?)?),
-            _ => {
-                let hint = nearest::option_hint(option, USAGE);
-                return Err(format!("unknown option {option}{hint}; rfwc -h shows all options"));
-            }
-        }
-        Ok(())
-    }
-
     fn command(mut self) -> Result<Command, String> {
         if self.servers.is_empty() {
             self.servers.push(Server::parse(DEFAULT_SERVER)?);
