@@ -176,7 +176,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
     for warning in &config.warnings {
         log.warning(format_args!("{}", warning.at(&options.file)));
     }
-    let (log, whitelist) = (Arc::new(log), Arc::new(whitelist));
+    let log = Arc::new(log);
     let lock = take_lock(&log, file_only)?;
     if let Err(reason) = &ipv6 {
         log.warning(format_args!("{NO_IPV6}{reason}"));

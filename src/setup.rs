@@ -51,7 +51,14 @@ impl Setup {
             program.path = find(&program.path);
         }
         let ipv6 = check_ipv6(&config.ip6tables.path);
-        source.check_programs(&config, ipv6.is_ok())?;
+        source.check_iptables(&config, ipv6.is_ok(), |path, _| {
+            check_program(path)?;
+            check_program(&restore_path(path))?;
+            prerequisites::check_version(path)
+        })?;
+        if let Some(ipset) = &config.ipset {
+            check_program(&ipset.path).map_err(|error| source.locate(ipset, error))?;
+        }
         Ok(Setup { config, whitelist, users, acceptor, ipv6 })
     }
 }
@@ -87,16 +94,6 @@ impl Source<'_> {
                 Part::ClientCa => clientca.as_ref().unwrap_or(certfile),
             };
             self.locate(named, format!("{} {problem}", named.path.display()))
-        })
-    }
-
-    fn check_programs(&self, config: &Config, ipv6: bool) -> Result<(), String> {
-        self.check_iptables(config, ipv6, |path, _| {
-            check_tables(path)?;
-            prerequisites::check_version(path)
-        })?;
-        config.ipset.as_ref().map_or(Ok(()), |ipset| {
-            check_program(&ipset.path).map_err(|error| self.locate(ipset, error))
         })
     }
 
@@ -139,10 +136,6 @@ pub fn check_start(file: &Path, config: &Config, ipv6: bool) -> Result<(), Strin
 fn find(program: &Path) -> PathBuf {
     let paths = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
     paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]).clone()
-}
-
-fn check_tables(iptables: &Path) -> Result<(), String> {
-    check_program(iptables).and_then(|()| check_program(&restore_path(iptables)))
 }
 
 /// Checks whether this host has IPv6 and ip6tables. A kernel without IPv6 has no such file in /proc.

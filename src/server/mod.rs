@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 /// What all listeners share.
 pub struct Server {
     pub firewall: Firewall,
-    pub whitelist: Arc<Whitelist>,
+    pub whitelist: Whitelist,
     pub log: Arc<Log>,
     pub metrics: Arc<Metrics>,
     pub grammar: Grammar,
