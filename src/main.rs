@@ -301,7 +301,9 @@ fn open_log(options: &Options) -> io::Result<(Log, bool)> {
     let file = (name != Path::new("-")).then(open);
     let file_only = !options.verbose && matches!(file, Some(Ok(_)));
     if !file_only {
-        log.add(stderr()?, if options.verbose { Level::Debug } else { options.level })?;
+        // Without the lock of `io::stderr`, which a blocked writer would keep.
+        let stderr = io::stderr().as_fd().try_clone_to_owned()?.into();
+        log.add(stderr, if options.verbose { Level::Debug } else { options.level })?;
     }
     match file {
         Some(Ok(file)) => log.add(file, options.level)?,
@@ -309,9 +311,4 @@ fn open_log(options: &Options) -> io::Result<(Log, bool)> {
         None => {}
     }
     Ok((log, file_only))
-}
-
-/// Standard error without the lock of [`io::stderr`], which a blocked writer would keep.
-fn stderr() -> io::Result<File> {
-    io::stderr().as_fd().try_clone_to_owned().map(File::from)
 }

@@ -44,6 +44,7 @@ const HEAD_TIME: Duration = Duration::from_secs(9);
 /// How many bytes of a request line are logged.
 const MAX_LOGGED: usize = 300;
 
+const HOST: ApiError = ApiError::Http(400, "The Host must be localhost, 127.0.0.1 or [::1].");
 const NO_BODY: ApiError = ApiError::Http(413, "This request takes no body; send none.");
 const EVICTED: ApiError = ApiError::Http(408, "The body arrived too slowly while others waited.");
 
@@ -162,7 +163,11 @@ impl Connection<'_> {
         subject: &mut String,
     ) -> Result<(Principal, Command), ApiError> {
         let server = self.server;
-        self.listener.check_host(request)?;
+        // The local server accepts only the names of this host. A web page in a local browser whose
+        // name resolves to 127.0.0.1 (DNS rebinding) sends another name.
+        if self.listener.tls.is_none() && !request.is_for_localhost() {
+            return Err(HOST);
+        }
         let users = self.listener.authentication.then_some(&server.users);
         let authorization = request.authorization.as_deref();
         let now = Instant::now();

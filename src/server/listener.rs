@@ -6,7 +6,6 @@ use super::limiter::{Client, ConnectionLimiter, Limits, MAX_WAIT};
 use crate::clock;
 use crate::config::{Config, Local};
 use crate::http::api_error::ApiError;
-use crate::http::request::Request;
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::http::tls::Acceptor;
@@ -42,7 +41,7 @@ pub struct Listener {
     /// `None` while this host does not have the address.
     socket: Option<TcpListener>,
     /// The outward server speaks TLS, and to whitelisted peers only.
-    tls: Option<Acceptor>,
+    pub tls: Option<Acceptor>,
     /// Whether clients must authenticate.
     pub authentication: bool,
     pub limiter: Arc<ConnectionLimiter>,
@@ -93,15 +92,6 @@ impl Listener {
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
-    }
-
-    /// The local server accepts only the names of this host. A web page in a local browser whose
-    /// name resolves to 127.0.0.1 (DNS rebinding) sends another name.
-    pub fn check_host(&self, request: &Request) -> Result<(), ApiError> {
-        match self.tls.is_some() || request.is_for_localhost() {
-            true => Ok(()),
-            false => Err(ApiError::Http(400, "The Host must be localhost, 127.0.0.1 or [::1].")),
-        }
     }
 
     /// Accepts connections until rfw ends, and passes on those that are permitted.
