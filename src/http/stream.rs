@@ -3,7 +3,7 @@
 use super::api_error::ApiError;
 use super::deadline::DeadlineSocket;
 use super::request::{Request, head_length};
-use super::tls::{self, Acceptor, Session};
+use super::tls::{Acceptor, Session};
 use crate::clock;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -112,7 +112,9 @@ impl HttpStream {
     pub fn close(mut self) {
         self.set_deadline(LINGER);
         if let Io::Tls(session) = self.input.get_mut() {
-            tls::close(session);
+            // With close_notify, the peer can tell the end from a cut (RFC 8446, 6.1).
+            session.conn.send_close_notify();
+            let _ = session.conn.complete_io(&mut session.sock);
         }
         let socket = self.socket();
         if socket.stream.shutdown(Shutdown::Write).is_ok() {

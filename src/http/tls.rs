@@ -131,12 +131,6 @@ fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
     Ok(roots)
 }
 
-/// Sends close_notify: the peer can tell the end from a cut (RFC 8446, 6.1).
-pub fn close(session: &mut Session) {
-    session.conn.send_close_notify();
-    let _ = session.conn.complete_io(&mut session.sock);
-}
-
 /// The client's side of one TLS connection.
 pub struct Link(StreamOwned<ClientConnection, DeadlineSocket>);
 
