@@ -33,8 +33,7 @@ pub type Sink<'a> = dyn FnMut(&[u8]) -> io::Result<()> + 'a;
 
 /// A connection to a server, plain or TLS.
 trait Wire: Read + Write {}
-impl Wire for DeadlineSocket {}
-impl Wire for tls::Link {}
+impl<T: Read + Write> Wire for T {}
 
 /// A connection for successive requests.
 pub struct Connection {
