@@ -13,13 +13,9 @@ pub const FORM: &str = "up to 9 digits and s, m, h or d, as in 10m, at most 3650
 /// Parses `1*9DIGIT [ "s" / "m" / "h" / "d" ]`, in seconds without a unit, into
 /// seconds. `None` for anything else, and for more than [`LONGEST`].
 pub fn parse(text: &str) -> Option<u64> {
-    let (digits, unit) = match text.as_bytes().last()? {
-        b's' => (text.strip_suffix('s')?, 1),
-        b'm' => (text.strip_suffix('m')?, 60),
-        b'h' => (text.strip_suffix('h')?, 3_600),
-        b'd' => (text.strip_suffix('d')?, 86_400),
-        _ => (text, 1),
-    };
+    let units = [('s', 1), ('m', 60), ('h', 3_600), ('d', 86_400)];
+    let split = |(letter, seconds)| Some((text.strip_suffix(letter)?, seconds));
+    let (digits, unit) = units.into_iter().find_map(split).unwrap_or((text, 1));
     let plain = digits.len() <= 9 && super::is_number(digits);
     let number = digits.parse::<u64>().ok().filter(|_| plain)?;
     number.checked_mul(unit).filter(|seconds| *seconds <= LONGEST)
