@@ -215,8 +215,10 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), Too
             Err(error) => {
                 log.warning(format_args!(
                     "the set {name} remains, though rfw does not use it ({error}); if someone \
-                     else's rule uses it, delete that rule (iptables-save | grep {name} shows \
-                     it), and rfw destroys the set at its next start"
+                     else's rule uses it, or one of rfw's in the other variant of iptables, its \
+                     addresses stay in effect there until a change to this set removes them; delete \
+                     that rule (iptables-save | grep {name} shows it), and rfw destroys the set at \
+                     its next start"
                 ));
             }
         }
