@@ -23,8 +23,8 @@ const HEADER: &str = "rfw state 2\n";
 const HEADERS: [&str; 2] = [HEADER, "rfw state 1\n"];
 /// The longest line in bytes; the longest path is far shorter.
 const MAX_LINE: u64 = 512;
-/// The maximum number of dropped lines that are reported.
-const MAX_DROPPED: usize = 1_000;
+/// How many bytes of dropped lines are reported: a file system may append megabytes of zeros.
+const MAX_DROPPED: u64 = 64 * 1024;
 /// A file below this size in bytes is not compacted.
 const SMALL: u64 = 64 * 1024;
 
@@ -121,11 +121,8 @@ impl StateFile {
         let mut contents = read(&mut BufReader::new((&self.file).take(self.size)), each)?;
         if contents.tail.is_some() {
             self.file.seek(SeekFrom::Start(contents.size)).map_err(failed)?;
-            contents.dropped = BufReader::new(&self.file)
-                .split(b'\n')
-                .map_while(Result::ok)
-                .take(MAX_DROPPED)
-                .collect();
+            let dropped = BufReader::new((&self.file).take(MAX_DROPPED)).split(b'\n');
+            contents.dropped = dropped.map_while(Result::ok).collect();
             (self.size, self.needs_repair) = (contents.size, true);
             // If that fails, the next change does it or is refused.
             let _ = self.repair_tail();
@@ -704,6 +701,8 @@ mod tests {
         append("was changed or removed");
         fs::rename(folder.0.join("old"), &path).unwrap();
         state.append([put(A, 0)].into_iter()).unwrap();
+        // An error is not the absence of the file.
+        assert!(is_same_file(&state.file, &path.join("below")).is_err());
         // A file that was replaced after it was opened
         let other = folder.0.join("other");
         fs::write(&other, HEADER).unwrap();
