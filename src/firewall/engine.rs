@@ -143,6 +143,8 @@ pub struct Engine<K> {
     pub(super) listed: BTreeMap<Family, BTreeMap<Label, (u64, u64)>>,
     /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
+    /// The same for the last attempt to rewrite the state file.
+    compaction_failure: Option<String>,
     /// The parts of a check, in order: the sets (`None`) and the rules of each family.
     pub(super) parts: Vec<Option<Family>>,
     /// Whether anything was repaired since the last check.
@@ -179,6 +181,7 @@ impl<K: Kernel> Engine<K> {
             traffic: BTreeMap::new(),
             listed: BTreeMap::new(),
             outage: None,
+            compaction_failure: None,
             parts,
             has_repaired: false,
             is_starting: true,
@@ -269,7 +272,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         if written.is_err() {
-            // The caller undoes the batch in the list, and the next repair what reached the kernel.
+            // The next repair undoes or completes what reached the kernel.
             self.distrusted.extend(families);
         }
         written
@@ -689,7 +692,7 @@ impl<K: Kernel> Engine<K> {
                 result = result.and(self.repair_sets(family, None));
             }
         }
-        if is_due && result.is_ok() {
+        if is_due {
             self.next_sets_check = clock::after(pause_after(&watch).max(SETS_PAUSE));
         }
         result
@@ -743,10 +746,14 @@ impl<K: Kernel> Engine<K> {
         if Instant::now() < self.next_compaction || !self.state.as_ref().is_some_and(is_needed) {
             return;
         }
-        if let Err(sentence) = self.compact() {
+        let failure = self.compact().err();
+        if let Some(sentence) = failure.as_ref().filter(|_| failure != self.compaction_failure) {
             self.log.error(format_args!("{sentence}"));
+        }
+        if failure.is_some() {
             self.next_compaction = clock::after(COMPACTION_PAUSE);
         }
+        self.compaction_failure = failure;
     }
 
     /// rfw's rules except the guards, from the kernel, each with its number among all rules of its
