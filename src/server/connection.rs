@@ -82,8 +82,8 @@ impl Connection<'_> {
             }
         };
         let started = Instant::now();
-        self.client.start_patience(); // now for the response
-        if let (Ok(request), true) = (&mut request, self.listener.limiter.is_wanted()) {
+        let is_wanted = self.client.work(|| self.listener.limiter.is_wanted());
+        if let (Ok(request), true) = (&mut request, is_wanted) {
             request.keep_alive = false;
         }
         let mut subject = format!("{} -", self.client.ip);
