@@ -3,7 +3,7 @@
 //! ```text
 //! file   = "rfw state 2" LF *( change / list )
 //! change = ( "+" SP expires SP rule / "-" SP rule ) LF   ; Unix seconds; 0 means never
-//! list   = "*" SP count LF count(change)                 ; all of them or none
+//! list   = "*" SP count LF count(change)   ; changes made together: all of them or none
 //! ```
 //!
 //! Changes are appended and synced before the kernel is changed. A change that the kernel rejects
