@@ -225,7 +225,7 @@ pub struct List {
     /// The serial number of the newest rule.
     last_serial: u64,
     /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted,
-    /// none is due then; when most are like that, they are collected anew.
+    /// none is due then; when most are like that, this set is rebuilt.
     due: BTreeSet<(Family, NonZeroU64)>,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,

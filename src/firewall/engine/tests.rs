@@ -1499,24 +1499,33 @@ fn a_false_listing_while_many_rules_are_deleted() {
     world.settle();
 }
 
-/// If the disk was full when the clock was set, the file kept the old expiries, and took changes.
+/// If the disk was full when the clock was set, the file kept the old expiries, took changes, and was
+/// rewritten by nothing but a change.
 #[test]
 fn the_clock_is_set_while_the_disk_is_full() {
-    let mut world = World::new(false, true);
-    world.put("+600 /drop/input/any/1.1.1.1");
-    let folder = world.folder.clone().unwrap();
-    let obstacle = folder.join("state.new");
-    fs::create_dir(&obstacle).unwrap();
-    let engine = world.engine();
-    engine.clock.follow(clock::wall() - Duration::from_secs(1_000));
-    engine.tick();
-    let change = &parse("+ /drop/input/any/2.2.2.2")[0];
-    assert!(matches!(engine.commit(change)[0], Err(ApiError::State(_))));
-    fs::remove_dir(&obstacle).unwrap();
-    assert!(engine.commit(change)[0].is_ok());
-    let expires = engine.list.stored().next().unwrap().1.unwrap();
-    let state = fs::read_to_string(folder.join("state")).unwrap();
-    assert!(state.contains(&format!("+ {expires} ")), "{expires} {state}");
+    for by_a_change in [true, false] {
+        let mut world = World::new(false, true);
+        world.put("+600 /drop/input/any/1.1.1.1");
+        let folder = world.folder.clone().unwrap();
+        let obstacle = folder.join("state.new");
+        fs::create_dir(&obstacle).unwrap();
+        let engine = world.engine();
+        engine.clock.follow(clock::wall() - Duration::from_secs(1_000));
+        engine.tick();
+        let change = &parse("+ /drop/input/any/2.2.2.2")[0];
+        assert!(matches!(engine.commit(change)[0], Err(ApiError::State(_))));
+        fs::remove_dir(&obstacle).unwrap();
+        if by_a_change {
+            assert!(engine.commit(change)[0].is_ok());
+        } else {
+            // A minute later
+            engine.next_compaction = Instant::now();
+            engine.tick();
+        }
+        let expires = engine.list.stored().next().unwrap().1.unwrap();
+        let state = fs::read_to_string(folder.join("state")).unwrap();
+        assert!(state.contains(&format!("+ {expires} ")), "{expires} {state}");
+    }
 }
 
 /// `iptables -F; ipset destroy` left rfw stuck until a restart.
@@ -2463,29 +2472,6 @@ fn a_timeout_that_is_corrected_was_not_removed_by_someone() {
     assert_eq!(world.metrics.restored.to_string(), "0");
 }
 
-/// If the state file could not be rewritten when the clock was set, nothing but a change rewrites it:
-/// after a restart, rules are gone early or stay.
-#[test]
-fn a_file_with_old_expiries_is_rewritten_when_there_is_room() {
-    let mut world = World::new(false, true);
-    world.put("+600 /drop/input/any/1.1.1.1");
-    let folder = world.folder.clone().unwrap();
-    let obstacle = folder.join("state.new");
-    fs::create_dir(&obstacle).unwrap();
-    let engine = world.engine();
-    // The clock is set forward by 1,000 s.
-    engine.clock.follow(clock::wall() - Duration::from_secs(1_000));
-    engine.tick();
-    fs::remove_dir(&obstacle).unwrap();
-    // A minute later
-    let engine = world.engine();
-    engine.next_compaction = Instant::now();
-    engine.tick();
-    let expires = world.engine().list.stored().next().unwrap().1.unwrap();
-    let state = fs::read_to_string(folder.join("state")).unwrap();
-    assert!(state.contains(&format!("+ {expires} ")), "{expires} {state}");
-}
-
 /// What waits for a check gets the error of a program that hung, but not one that ip6tables reported
 /// while iptables was slow: 503, not 500.
 #[test]
@@ -2544,7 +2530,7 @@ fn the_time_to_read_a_set_grows_with_it() {
 }
 
 /// Foreign rules come first in both families, once a minute, as while Docker restarts a container: the
-/// check moves IPv4, which begins the minute anew, so that IPv6 waits for good.
+/// check moves IPv4, which restarts the minute, so that IPv6 waits for good.
 #[test]
 fn a_family_that_is_overtaken_does_not_starve_the_other() {
     let mut world = World::new(false, false);
