@@ -24,7 +24,7 @@ const HEADERS: [&str; 2] = [HEADER, "rfw state 1\n"];
 /// The longest line in bytes; the longest path is far shorter.
 const MAX_LINE: u64 = 512;
 /// How many bytes of dropped lines are reported: a file system may append megabytes of zeros.
-const MAX_DROPPED: u64 = 64 * 1024;
+const MAX_DROPPED: u64 = 65_536;
 /// A file below this size in bytes is not compacted.
 const SMALL: u64 = 64 * 1024;
 
