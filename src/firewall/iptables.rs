@@ -355,6 +355,8 @@ impl Iptables {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::process::Command;
 
     fn read(line: &str) -> String {
         let family = if line.contains("::") { Family::V6 } else { Family::V4 };
@@ -366,6 +368,34 @@ mod tests {
                 format!("{rule} {tag} {:?}", counters.unwrap_or_default())
             }
         }
+    }
+
+    /// A listing that lacks a policy, or that does not end, is an error.
+    #[test]
+    fn listings_that_are_not_complete() {
+        let path = std::env::temp_dir().join(format!("rfw-iptables-{}", std::process::id()));
+        for (policies, rules, error) in [
+            (3, 0, ""),
+            (3, MAX_LISTED - 1, ""),
+            (3, MAX_LISTED, "lists 300000 rules or more"),
+            (2, MAX_LISTED - 1, "incomplete listing"),
+            (0, 0, "incomplete listing"),
+        ] {
+            let script = format!(
+                "#!/bin/sh\nPATH=/usr/bin:/bin; yes -- '-P INPUT ACCEPT' | head -n {policies}\n\
+                 yes -- '-A INPUT -j ACCEPT' | head -n {rules}\n"
+            );
+            // Another program writes it: a file that a child of another test has open does not run.
+            let write = ["-c", "printf %s \"$1\" >\"$2\" && chmod 700 \"$2\"", "sh", &script];
+            assert!(Command::new("/bin/sh").args(write).arg(&path).status().unwrap().success());
+            let iptables = Iptables::new(Family::V4, path.clone(), Arc::default());
+            let mut count = 0;
+            let read = iptables.read(Duration::from_secs(60), |_, _, _| count += 1);
+            let text = read.err().map_or(String::new(), |error| error.to_string());
+            assert!(text.contains(error) && text.is_empty() == error.is_empty(), "{text}");
+            assert_eq!(count, rules);
+        }
+        fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -1518,7 +1518,8 @@ fn the_clock_is_set_while_the_disk_is_full() {
         if by_a_change {
             assert!(engine.commit(change)[0].is_ok());
         } else {
-            // A minute later
+            engine.tick();
+            assert!(engine.state.as_ref().unwrap().is_outdated, "not before a minute has passed");
             engine.next_compaction = Instant::now();
             engine.tick();
         }
