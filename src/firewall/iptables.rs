@@ -356,7 +356,6 @@ impl Iptables {
 mod tests {
     use super::*;
     use std::fs;
-    use std::process::Command;
 
     fn read(line: &str) -> String {
         let family = if line.contains("::") { Family::V6 } else { Family::V4 };
@@ -386,8 +385,16 @@ mod tests {
                  yes -- '-A INPUT -j ACCEPT' | head -n {rules}\n"
             );
             // Another program writes it: a file that a child of another test has open does not run.
-            let write = ["-c", "printf %s \"$1\" >\"$2\" && chmod 700 \"$2\"", "sh", &script];
-            assert!(Command::new("/bin/sh").args(write).arg(&path).status().unwrap().success());
+            let name = path.to_str().unwrap();
+            let write = [
+                "-c",
+                "PATH=/usr/bin:/bin; printf %s \"$1\" >\"$2\" && chmod 700 \"$2\"",
+                "sh",
+                &script,
+                name,
+            ];
+            let sh = Program::new("/bin/sh".into(), Arc::default());
+            sh.run(&write, Duration::from_secs(60), |_| Ok(())).unwrap();
             let iptables = Iptables::new(Family::V4, path.clone(), Arc::default());
             let mut count = 0;
             let read = iptables.read(Duration::from_secs(60), |_, _, _| count += 1);
