@@ -514,29 +514,29 @@ impl<K: Kernel> Engine<K> {
         let (mut missing, mut unknown, mut written) = (0_usize, 0_usize, Ok(()));
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
+            let planned = |actual: &Vec<_>| sets::plan(&name, members, actual, now);
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
-            let mut actual = self.read_set(&name)?;
-            let plan = actual.as_ref().map(|actual| sets::plan(&name, members, actual, now));
+            let first = self.read_set(&name)?;
+            let mut plan = first.as_ref().map(planned);
             // A distrusted set is read twice, for the same reason as in `check_rules`.
-            if self.distrusted.contains(&family) || plan.is_some_and(|plan| !plan.edits.is_empty())
-            {
-                actual = self.confirmed_set(&name, actual)?;
+            let is_right = plan.as_ref().is_none_or(|plan| plan.edits.is_empty());
+            if self.distrusted.contains(&family) || !is_right {
+                plan = self.confirmed_set(&name, first)?.as_ref().map(planned);
             }
             let header = headers.iter().find(|header| header.name == name);
-            written = match (actual, header) {
+            written = match (plan, header) {
                 (Some(_), None) => {
                     return Err(ToolError::Transient("ipset lists other sets each time.".into()));
                 }
-                (Some(actual), Some(header)) if self.is_usable(header, members) => {
-                    let plan = sets::plan(&name, members, &actual, now);
+                (Some(plan), Some(header)) if self.is_usable(header, members) => {
                     missing = missing.saturating_add(plan.missing);
                     unknown = unknown.saturating_add(plan.unknown);
                     let limit = self.limit(plan.edits.len());
                     self.kernel.write_sets(&mut plan.edits.into_iter(), limit)
                 }
-                (actual, _) => {
+                (plan, _) => {
                     missing = missing.saturating_add(members.len());
-                    self.make_set(&name, group, members, actual.is_some(), now)
+                    self.make_set(&name, group, members, plan.is_some(), now)
                 }
             };
             if written.is_err() {

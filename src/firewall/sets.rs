@@ -54,7 +54,6 @@ fn is_due(expires: Option<u64>, now: u64) -> bool {
 }
 
 /// How to make a set match the list.
-#[derive(Default)]
 pub struct SetPlan<'a> {
     /// Deletions first, because the set may be full.
     pub edits: Vec<SetEdit<'a>>,
