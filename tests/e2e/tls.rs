@@ -85,7 +85,7 @@ fn curl_over_https() {
         for secret in ["s3cret", "bXU6"] {
             assert!(!files.contains(secret), "{files}");
         }
-        assert!(files.contains("mu") && files.contains("401") && files.contains("2001:db8::1"));
+        assert!(files.contains("mu") && files.contains(" 401 ") && files.contains("2001:db8::1"));
     });
 }
 
