@@ -69,6 +69,8 @@ const MAX_DELETIONS: usize = 64;
 /// If more rules than this are inserted at once, the guards are moved instead of counted over: to
 /// find the position of each rule, iptables-nft takes time that grows with their square.
 const MAX_NUMBERED: usize = 1_000;
+/// EMSGSIZE in the words of glibc ("long") and musl ("large").
+const TOO_LONG: &str = "Message too l";
 const UNRESTORED: &str = " Any part of it that took effect is undone as soon as possible.";
 
 /// The kernel, in six verbs. Each fails after `limit`.
@@ -497,8 +499,18 @@ impl<K: Kernel> Engine<K> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
+    /// In one transaction, or in several if they are too many for one, as in a rootless container:
+    /// without CAP_NET_ADMIN on the host, iptables-nft cannot enlarge its socket's buffer.
     fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
-        self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
+        let limit = self.rules_limit(family, edits.len());
+        match self.kernel.write_rules(family, edits, limit) {
+            Err(ToolError::Rejected(text)) if edits.len() > 1 && text.contains(TOO_LONG) => {
+                let (first, second) = edits.split_at(edits.len() / 2);
+                self.write_rules(family, first)?;
+                self.write_rules(family, second)
+            }
+            written => written,
+        }
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.

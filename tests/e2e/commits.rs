@@ -30,7 +30,7 @@ fn addresses(count: usize) -> String {
 
 /// Runs a batch whose restore of one family hangs, perhaps after a slow one of the other family.
 fn hung_batch(lab: &Lab, form: Form, faults: &[(&str, &str)]) {
-    let count = lab.at_once(5_000);
+    let count = 5_000;
     let lines = addresses(count);
     lab.stand_in(NEXT);
     let due = "/drop/forward/any/1.1.1.1/any/2.2.2.2";

@@ -587,6 +587,37 @@ fn an_iptables_that_hangs_does_not_keep_ipv6_from_being_repaired() {
     });
 }
 
+/// In a rootless container, iptables-nft takes some 380 rules per transaction. Those that had been
+/// inserted one by one were lost after a flush or a reboot, and rfw did not start any more.
+#[test]
+fn a_rootless_container_keeps_all_rules() {
+    once(|lab| {
+        let records: String = (0..1000)
+            .map(|n| format!("+ 0 /drop/input/any/10.0.{}.{}\n", n / 250, n % 250))
+            .collect();
+        lab.write("state", &format!("rfw state 2\n{records}"));
+        lab.write("list", &records.replace("+ 0 /drop/input/any/10.0", "10.1"));
+        lab.configure("local.server\nstate.file = state");
+        let (rfw, iptables) = (env!("CARGO_BIN_EXE_rfw"), lab.real("iptables"));
+        lab.write(
+            "script",
+            &format!(
+                "ip link set lo up
+                 await() {{ until [ $({iptables} -S INPUT | grep -c rfw) = $1 ]; do sleep 0.1; done; }}
+                 {rfw} -f rfw.conf --logfile - 2> log &
+                 trap 'kill $!' EXIT
+                 await 1000
+                 {iptables} -F
+                 await 1000
+                 curl -s --retry 9 --retry-connrefused -T list http://127.0.0.1:7390/drop/input/any
+                 await 2000"
+            ),
+        );
+        let said = sh("cd lab; timeout 60 unshare -rn sh -e script || cat log");
+        assert!(said.contains("\"inserted\":1000"), "{said}");
+    });
+}
+
 #[test]
 fn children_have_an_empty_environment() {
     once(|lab| {

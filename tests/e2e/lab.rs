@@ -125,7 +125,7 @@ pub fn has_users(test: &str) -> bool {
     !is_in_user_namespace() || skip(test, "not as root")
 }
 
-fn is_in_user_namespace() -> bool {
+pub fn is_in_user_namespace() -> bool {
     !fs::read_to_string("/proc/self/uid_map").unwrap().contains("4294967295")
 }
 
@@ -257,15 +257,11 @@ impl Lab {
         self.ipset("destroy");
     }
 
-    /// How many of these rules iptables-nft can write at once: fewer in a user namespace.
-    pub fn at_once(&self, wanted: usize) -> usize {
-        if is_in_user_namespace() { wanted.min(250) } else { wanted }
-    }
-
     /// Inserts many rules of rfw, as from a previous run: 10.0.0.1, 10.0.1.1 and so on. Returns how
     /// many.
     pub fn seed(&self, wanted: usize, comment: &str) -> usize {
-        let count = self.at_once(wanted);
+        // In a user namespace, iptables-nft takes fewer at once.
+        let count = if is_in_user_namespace() { wanted.min(250) } else { wanted };
         let tail = format!("-m comment --comment {comment} -j DROP\n");
         let line = |n| format!("-A INPUT -s 10.{}.{}.1 {tail}", n / 256, n % 256);
         let lines: String = (0..count).map(line).collect();

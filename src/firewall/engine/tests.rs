@@ -134,6 +134,8 @@ struct Memory {
     faults: Vec<Fault>,
     /// A rule or entry with this address is always rejected.
     bad: Option<Net>,
+    /// With more edits than this, a transaction is too long; 0 means no limit.
+    max_edits: usize,
     calls: Vec<(Part, Call)>,
     /// The longest time that a call was allowed.
     limit: Duration,
@@ -370,6 +372,9 @@ impl Kernel for FakeKernel {
         match way {
             Some(Way::Reject | Way::PartAndReject(_)) => return rejected("failed"),
             Some(Way::Interrupt | Way::PartAndInterrupt(_)) => return interrupted(),
+            _ if memory.max_edits > 0 && edits.len() > memory.max_edits => {
+                return rejected("sendmsg() failed: Message too long line 9 failed.");
+            }
             _ => {}
         }
         let before = memory.chains.clone();
@@ -2577,4 +2582,27 @@ fn a_start_refuses_more_rules_than_it_can_keep() {
     let error = world.start().unwrap_err();
     assert!(error.contains("more than 100000 IPv4 rules; set ipset.path"), "{error}");
     assert_eq!(world.memory().writes(), 0);
+}
+
+/// In a rootless container, iptables-nft takes some 380 rules per transaction: those that were
+/// inserted one by one were lost after a flush or a reboot, and rfw did not start any more.
+#[test]
+fn rules_that_one_transaction_cannot_hold_are_restored() {
+    let mut world = World::new(false, true);
+    let nets: Vec<String> = (0..50).map(|n| format!("4.4.4.{n}")).collect();
+    world.put(&format!("+60 /drop/input/any: {}; + /drop/input/any/1.1.1.1", nets.join(" ")));
+    world.settle();
+    world.memory().max_edits = 7;
+    flush(&mut world);
+    world.tick();
+    assert_eq!(world.enforced().len(), 51);
+    flush(&mut world);
+    world.start().unwrap();
+    assert_eq!(world.enforced().len(), 51);
+    let nets: Vec<String> = (0..50).map(|n| format!("5.5.5.{n}")).collect();
+    world.put(&format!("+60 /accept/input/any: {}", nets.join(" ")));
+    assert_eq!(world.enforced().len(), 101);
+    world.pass(70);
+    world.settle();
+    assert_eq!(shown(&world.enforced()), "/drop/input/any/1.1.1.1 0");
 }
