@@ -169,7 +169,11 @@ impl StateFile {
 
     fn failed(&self, to_be: &str, error: &io::Error) -> String {
         let path = self.path.display();
-        format!("{path} cannot be {to_be}: {error}; make room there, or check its disk.")
+        let advice = match error.kind() {
+            ErrorKind::ResourceBusy => "mount its folder instead of the file",
+            _ => "make room there, or check its disk",
+        };
+        format!("{path} cannot be {to_be}: {error}; {advice}.")
     }
 
     /// Removes the records that were appended since an offset. If that fails, the next change does

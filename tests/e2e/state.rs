@@ -286,6 +286,18 @@ fn a_disk_that_takes_nothing() {
     });
 }
 
+/// As a container may have it: the file can be written, but not replaced.
+#[test]
+fn a_file_that_is_a_mount_point() {
+    once(|lab| {
+        lab.write("state", "");
+        sh("mount --bind lab/state lab/state");
+        lab.configure("local.server\nstate.file = state");
+        let (status, said) = lab.rfw("-f rfw.conf --logfile -");
+        assert!(status == 1 && said.contains("; mount its folder instead of the file."), "{said}");
+    });
+}
+
 #[test]
 fn a_change_that_the_kernel_rejects_is_not_kept() {
     both(|lab| {
