@@ -104,14 +104,6 @@ impl From<ToolError> for ApiError {
     }
 }
 
-/// Appends a sentence to the error of a program.
-pub fn with_note(mut error: ApiError, note: &str) -> ApiError {
-    if let ApiError::Iptables(text) | ApiError::Busy(text) = &mut error {
-        text.push_str(note);
-    }
-    error
-}
-
 /// The part of rfw.conf that matters here.
 pub struct Settings {
     /// The rules for the port of rfw's own server, in the order of each chain.
@@ -257,7 +249,7 @@ impl<K: Kernel> Engine<K> {
                 return Err(error);
             }
             self.next_check = Instant::now();
-            return Err(with_note(error, UNRESTORED));
+            return Err(error.with_note(UNRESTORED));
         }
         Ok(batch.outcomes)
     }

@@ -29,7 +29,7 @@ use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Change, Filter, Iface, Match, Rule, Rules, Target};
 use crate::state::StateFile;
-use engine::{Engine, Kernel, Settings, with_note};
+use engine::{Engine, Kernel, Settings};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
 use iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule};
 use list::Outcome;
@@ -148,7 +148,7 @@ impl Firewall {
             (results, outage)
         });
         match result {
-            Some(result) => result.map_err(|error| with_note(error, note)),
+            Some(result) => result.map_err(|error| error.with_note(note)),
             None => Err(ApiError::Busy("The change was not carried out.".into())),
         }
     }

@@ -114,6 +114,14 @@ impl ApiError {
         }
     }
 
+    /// Appends a sentence to the message of a program.
+    pub fn with_note(mut self, note: &str) -> ApiError {
+        if let ApiError::Iptables(text) | ApiError::Busy(text) = &mut self {
+            text.push_str(note);
+        }
+        self
+    }
+
     /// Further members of the JSON response, each after a comma.
     pub fn extra(&self) -> String {
         match self {
