@@ -168,7 +168,8 @@ impl Listener {
             shared.metrics.open_connections.decrement();
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
-            server.log.warning(format_args!("cannot serve {peer}: {error}"));
+            let event = format_args!("cannot serve {peer}: {error}");
+            server.log.refusal(peer, Level::Warning, event);
         }
     }
 
