@@ -493,16 +493,20 @@ impl<K: Kernel> Engine<K> {
 
     /// In one transaction, or in several if they are too many for one, as in a rootless container:
     /// without CAP_NET_ADMIN on the host, iptables-nft cannot enlarge its socket's buffer.
-    fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
-        let limit = self.rules_limit(family, edits.len());
-        match self.kernel.write_rules(family, edits, limit) {
-            Err(ToolError::Rejected(text)) if edits.len() > 1 && text.contains(TOO_LONG) => {
-                let (first, second) = edits.split_at(edits.len() / 2);
-                self.write_rules(family, first)?;
-                self.write_rules(family, second)
+    fn write_rules(&self, family: Family, mut edits: &[RuleEdit]) -> Result<(), ToolError> {
+        let mut size = edits.len();
+        while !edits.is_empty() {
+            let (piece, rest) = edits.split_at(size.min(edits.len()));
+            let limit = self.rules_limit(family, piece.len());
+            match self.kernel.write_rules(family, piece, limit) {
+                Err(ToolError::Rejected(text)) if size > 1 && text.contains(TOO_LONG) => size /= 2,
+                written => {
+                    written?;
+                    edits = rest;
+                }
             }
-            written => written,
         }
+        Ok(())
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.
