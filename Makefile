@@ -32,7 +32,7 @@ SECONDS ?= 450
 # Prefer rustup's Rust; ordinary users have no sbin in their PATH.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers static \
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers debian static \
     static-test run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
@@ -114,6 +114,10 @@ firewalls: $(rfw) $(firewalls) ## run the real Docker, ufw, firewalld and netfil
 peers: $(rfw) $(peers) ## compare rfw, fail2ban, firewalld and CrowdSec in a table (as root); ROWS=; 10 minutes
 	contrib/deps.sh peers
 	/usr/bin/python3 tests/peers.py $(rfw) $(peers) $(ROWS)
+
+debian: ## run end-to-end tests with the iptables of Debian 11 and 13 (as root, on Debian); TESTS=; 25 minutes
+	contrib/deps.sh debian
+	tests/debian.sh $(TESTS)
 
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer
