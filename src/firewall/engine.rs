@@ -205,11 +205,15 @@ impl<K: Kernel> Engine<K> {
         results
     }
 
-    /// If the kernel rejects a batch, each half is attempted, so that only bad changes fail.
+    /// If the kernel rejects a batch, each half is attempted, so that only bad changes fail. If the
+    /// disk does, all fail: each attempt may rewrite the whole state file.
     fn commit_batch(&mut self, changes: &[&Change]) -> Vec<Result<Outcome, ApiError>> {
         match self.attempt(changes) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
-            Err(error) if changes.len() > 1 && !matches!(error, ApiError::Busy(_)) => {
+            Err(error @ (ApiError::Busy(_) | ApiError::State(_))) => {
+                vec![Err(error); changes.len()]
+            }
+            Err(_) if changes.len() > 1 => {
                 let (first, second) = changes.split_at(changes.len() / 2);
                 let mut results = self.commit_batch(first);
                 results.extend(self.commit_batch(second));

@@ -2145,6 +2145,25 @@ fn a_state_file_that_cannot_be_written() {
     }
 }
 
+/// A batch that the disk refused was attempted in halves: with a large list and a state file to be
+/// rewritten, 100 changes kept all requests waiting for 19 s.
+#[test]
+fn a_batch_that_the_disk_refuses_is_attempted_once() {
+    let mut world = World::new(false, true);
+    let path = world.folder.as_ref().unwrap().join("state");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{text}x")).unwrap();
+    let changes = (1..9).map(|number| format!("+ /drop/input/any/1.1.1.{number}"));
+    let results = world.commit(&parse(&changes.collect::<Vec<_>>().join(", "))[0]);
+    assert!(results.iter().all(|result| matches!(result, Err(ApiError::State(_)))), "{results:?}");
+    fs::write(&path, text).unwrap();
+    world.put("+ /drop/input/any/2.2.2.2");
+    let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
+    let net = Net::parse("2.2.2.2").unwrap();
+    let (_, entry) = world.engine().list.overlapping(template, net).next().unwrap();
+    assert_eq!(entry.serial.get(), 9, "each attempt numbers all rules anew");
+}
+
 // ---------------------------------------------------------------------------------------------
 // Random sequences
 
