@@ -67,7 +67,7 @@ pub fn start<K: Kernel>(
         let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));
     }
-    destroy_leftovers(&engine, &log).map_err(|error| no_sets(&error))?;
+    destroy_leftovers(&engine, &log);
     if is_new {
         engine.compact()?;
     }
@@ -201,13 +201,9 @@ fn try_kernel<K: Kernel>(
 }
 
 /// Destroys those of rfw's sets that none of its rules uses. Their addresses are not enforced, so
-/// they are not rules.
-fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), ToolError> {
-    let headers = match engine.kernel.read_headers(START_TOOL_LIMIT) {
-        // Without sets, ipset may be missing.
-        Err(_) if !engine.settings.sets => return Ok(()),
-        headers => headers?,
-    };
+/// they are not rules. If they cannot be listed, as without ipset, the next start does it.
+fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) {
+    let Ok(headers) = engine.kernel.read_headers(START_TOOL_LIMIT) else { return };
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
     for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
         match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
@@ -223,7 +219,6 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) -> Result<(), Too
             }
         }
     }
-    Ok(())
 }
 
 fn not_accepted(error: &ToolError, module: &str) -> String {

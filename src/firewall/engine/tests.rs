@@ -2145,6 +2145,21 @@ fn a_state_file_that_cannot_be_written() {
     }
 }
 
+/// When all rules were in the kernel, a start still failed if rfw could not look for sets that
+/// nothing uses.
+#[test]
+fn a_start_does_not_depend_on_leftovers() {
+    for way in READ_WAYS {
+        let mut world = World::new(true, true);
+        world.put("+ /drop/input/any: 1.1.1.1 2001:db8::1");
+        // The headers and the set of each family, and the headers again
+        world.set_faults(&[Fault { part: Some(Part::Sets), ..Fault::new(5, 1, way) }]);
+        assert_eq!(world.start(), Ok(()), "{way:?}");
+        assert_eq!(world.cost().matches('R').count(), 5, "{}", world.cost());
+        world.settle();
+    }
+}
+
 /// A batch that the disk refused was attempted in halves: with a large list and a state file to be
 /// rewritten, 100 changes kept all requests waiting for 19 s.
 #[test]
