@@ -144,7 +144,7 @@ pub struct Engine<K> {
     compaction_failure: Option<String>,
     /// The parts of a check, in order: the sets (`None`) and the rules of each family.
     pub(super) parts: Vec<Option<Family>>,
-    /// Whether anything was repaired since the last check.
+    /// Whether anything was repaired since the last check, apart from what a batch changed.
     pub(super) has_repaired: bool,
     /// While rfw starts, no request waits, so a program may take longer.
     pub(super) is_starting: bool,
@@ -313,7 +313,7 @@ impl<K: Kernel> Engine<K> {
         self.distrusted.insert(family);
         self.write_rules(family, &edits)?;
         self.distrusted.remove(&family);
-        self.has_repaired |= !edits.is_empty();
+        self.has_repaired |= batch.is_none() && !edits.is_empty();
         self.report_rules(family, plans, batch);
         Ok(())
     }

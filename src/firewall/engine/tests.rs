@@ -2179,6 +2179,21 @@ fn a_batch_that_the_disk_refuses_is_attempted_once() {
     assert_eq!(entry.serial.get(), 9, "each attempt numbers all rules anew");
 }
 
+/// While many rules expired or were deleted each second, rfw read all rules each second, too,
+/// whatever that cost.
+#[test]
+fn a_batch_that_reads_the_rules_first_is_not_a_repair() {
+    let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("3.3.3.{n}")).collect();
+    let mut world = World::new(false, false);
+    world.put(&format!("+60 /drop/input/any: {0}; + /drop/output/any: {0}", nets.join(" ")));
+    world.settle();
+    world.put(&format!("- /drop/output/any: {}", nets.join(" ")));
+    assert!(!world.engine().has_repaired);
+    world.pass(70);
+    assert_eq!(world.engine().expire(), Ok(()));
+    assert!(!world.engine().has_repaired);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Random sequences
 
