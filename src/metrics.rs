@@ -105,7 +105,7 @@ impl Metrics {
         let counters = [
             ("batches", "Batches of changes.", &self.batches),
             ("kernel_failures", "Changes and checks that failed.", &self.kernel_failures),
-            ("restored_rules", "Rules restored after others removed them.", &self.restored),
+            ("restored_rules", "Missing rules that were restored.", &self.restored),
             ("overtaken", "Times that foreign rules preceded rfw's.", &self.overtaken),
             ("expired_rules", "Rules deleted at their expiry.", &self.expired),
             ("refused_logins", "Requests with wrong or missing credentials.", &self.refused_logins),

@@ -77,8 +77,8 @@ impl<K: Kernel> Engine<K> {
         if count > 0 && !self.is_starting {
             self.metrics.restored.add(count);
             self.log.warning(format_args!(
-                "rules restored that someone else had removed: {count}; to remove a rule for \
-                 good, DELETE it"
+                "rules restored that another program or a failed change had removed: {count}; to \
+                 remove a rule for good, DELETE it"
             ));
         }
     }

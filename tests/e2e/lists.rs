@@ -706,7 +706,7 @@ fn a_slow_body_is_refused_and_delays_no_one() {
 }
 
 /// Request; what iptables does instead of a change; whether the first family is undone at once.
-const FAULTS: [(&str, &str, bool); 6] = [
+const FAULTS: [(&str, &str, bool); 7] = [
     ("PUT", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("DELETE", "case $me in ip6*) echo 'ip6tables: Bad luck.' >&2; exit 1;; esac", true),
     ("PUT", "case $me in ipt*) echo 'iptables: Bad luck.' >&2; exit 1;; esac", true),
@@ -715,6 +715,7 @@ const FAULTS: [(&str, &str, bool); 6] = [
     ("PUT", "case $me in ip6*) /bin/sed /::3/s/DROP/NOCHAIN/ | $real \"$@\"; exit $?;; esac", true),
     // Everything fails after the first family, even the undo, which succeeds a second later.
     ("PUT", "[ -e $lab/once ] && exit 1; /bin/touch $lab/once", false),
+    ("DELETE", "[ -e $lab/again ] && exit 1; /bin/touch $lab/again", false),
 ];
 
 #[test]
@@ -738,6 +739,9 @@ fn if_the_second_family_fails_the_first_is_undone() {
             lab.stand_in("");
             await_repair("all is as before", 3 + SLACK, || lab.rules() == rules);
         }
+        // What rfw itself had deleted
+        await_true("it is logged", 3, || lab.log().contains("WARNING rules restored"));
+        assert!(!lab.log().contains("that someone else had removed"), "{}", lab.log());
         assert_eq!(list("PUT /drop/input/any", before).sums(), "exists 4");
         assert_eq!(list("DELETE /drop/input/any", after).sums(), "deleted 2 absent 2");
     });
