@@ -52,6 +52,12 @@ pub fn list_addresses() -> Result<Vec<Net>> {
     Ok(nets)
 }
 
+/// Whether root is an ordinary user of the host, as in a rootless container. A kernel without user
+/// namespaces lacks this file.
+pub fn is_rootless() -> bool {
+    read("/proc/self/uid_map").is_ok_and(|map| !map.contains("4294967295"))
+}
+
 /// A note if this host lacks one of the interfaces that a rule names.
 pub fn missing_interface(named: [Iface; 2]) -> Option<String> {
     let mut named = named.into_iter().filter(|iface| *iface != Iface::ANY).peekable();

@@ -69,9 +69,6 @@ const MAX_DELETIONS: usize = 64;
 /// If more rules than this are inserted at once, the guards are moved instead of counted over: to
 /// find the position of each rule, iptables-nft takes time that grows with their square.
 const MAX_NUMBERED: usize = 1_000;
-/// So many edits fit in one transaction, even in a rootless container: without CAP_NET_ADMIN on the host,
-/// iptables-nft cannot enlarge its socket's buffer, and not every version says that it is too small.
-const FEW_EDITS: usize = 200;
 const UNRESTORED: &str = " Any part of it that took effect is undone as soon as possible.";
 
 /// The kernel, in six verbs. Each fails after `limit`.
@@ -113,6 +110,8 @@ pub struct Settings {
     pub sets: bool,
     /// The maximum number of addresses in a set.
     pub maxelem: usize,
+    /// The maximum number of edits in one transaction.
+    pub max_edits: usize,
 }
 
 pub struct Engine<K> {
@@ -125,8 +124,6 @@ pub struct Engine<K> {
     pub(super) metrics: Arc<Metrics>,
     /// The families whose rules and sets must be read before they are changed (goal 2).
     pub(super) distrusted: BTreeSet<Family>,
-    /// Those whose last transaction was rejected and had more than [`FEW_EDITS`].
-    rejected: BTreeSet<Family>,
     /// When the batch in progress must have ended.
     pub(super) deadline: Instant,
     pub(super) next_check: Instant,
@@ -170,7 +167,6 @@ impl<K: Kernel> Engine<K> {
             log,
             metrics,
             distrusted: BTreeSet::new(),
-            rejected: BTreeSet::new(),
             deadline: clock::after(START_LIMIT),
             next_check: now,
             next_compaction: now,
@@ -499,16 +495,10 @@ impl<K: Kernel> Engine<K> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
-    /// In one transaction, or in several if the last one was rejected and may have been too long.
-    fn write_rules(&mut self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
-        let size = if self.rejected.remove(&family) { FEW_EDITS } else { edits.len().max(1) };
-        let written = edits.chunks(size).try_for_each(|edits| {
+    fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
+        edits.chunks(self.settings.max_edits).try_for_each(|edits| {
             self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
-        });
-        if size > FEW_EDITS && matches!(written, Err(ToolError::Rejected(_))) {
-            self.rejected.insert(family);
-        }
-        written
+        })
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.

@@ -20,6 +20,7 @@ pub mod sets;
 pub mod start;
 
 use crate::clock;
+use crate::host;
 use crate::http::api_error::ApiError;
 use crate::http::auth::Principal;
 use crate::log::Log;
@@ -41,6 +42,9 @@ use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
 const SEND_LIMIT: Duration = Duration::from_secs(70);
+/// How many edits iptables-nft takes at once in a rootless container: without CAP_NET_ADMIN on the host,
+/// it cannot enlarge its socket's buffer.
+const ROOTLESS_EDITS: usize = 200;
 const NOT_APPLIED: &str = " The list was not applied.";
 
 /// The programs that read and write the kernel's rules and sets.
@@ -124,7 +128,8 @@ impl Firewall {
             families.flat_map(|family| guards(whitelist, family, port)).collect()
         });
         let maxelem = sets.unwrap_or_default();
-        let settings = Settings { guards, sets: sets.is_some(), maxelem };
+        let max_edits = if host::is_rootless() { ROOTLESS_EDITS } else { usize::MAX };
+        let settings = Settings { guards, sets: sets.is_some(), maxelem, max_edits };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }

@@ -134,8 +134,8 @@ struct Memory {
     faults: Vec<Fault>,
     /// A rule or entry with this address is always rejected.
     bad: Option<Net>,
-    /// With more edits than this, a transaction is too long; 0 means no limit.
-    max_edits: usize,
+    /// With more edits than this, a transaction is too long.
+    max_edits: Option<usize>,
     calls: Vec<(Part, Call)>,
     /// The longest time that a call was allowed.
     limit: Duration,
@@ -372,7 +372,7 @@ impl Kernel for FakeKernel {
         match way {
             Some(Way::Reject | Way::PartAndReject(_)) => return rejected("failed"),
             Some(Way::Interrupt | Way::PartAndInterrupt(_)) => return interrupted(),
-            _ if memory.max_edits > 0 && edits.len() > memory.max_edits => {
+            _ if memory.max_edits.is_some_and(|max| edits.len() > max) => {
                 return rejected("line 9 failed");
             }
             _ => {}
@@ -599,7 +599,8 @@ impl World {
         let state = self.folder.as_ref().map(|folder| open(folder).map_err(|e| e.message).unwrap());
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
-        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM };
+        let max_edits = self.memory().max_edits.unwrap_or(usize::MAX);
+        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM, max_edits };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
@@ -2641,12 +2642,12 @@ fn rules_that_one_transaction_cannot_hold_are_restored() {
     let nets: Vec<String> = (0..1000).map(|n| format!("4.4.{}.{}", n / 250, n % 250)).collect();
     world.put(&format!("+60 /drop/input/any: {}; + /drop/input/any/1.1.1.1", nets.join(" ")));
     world.settle();
-    world.memory().max_edits = 380;
-    flush(&mut world);
-    world.settle();
-    assert_eq!(world.enforced().len(), 1001);
+    world.memory().max_edits = Some(200);
     flush(&mut world);
     world.start().unwrap();
+    assert_eq!(world.enforced().len(), 1001);
+    flush(&mut world);
+    world.tick();
     assert_eq!(world.enforced().len(), 1001);
     let nets: Vec<String> = (0..1000).map(|n| format!("5.5.{}.{}", n / 250, n % 250)).collect();
     world.put(&format!("+60 /accept/input/any: {}", nets.join(" ")));
