@@ -472,15 +472,20 @@ fn garbage_gets_an_alert_and_is_closed() {
     });
 }
 
-/// The commands of rfwgen in rfw 0.2.2, except that its CA had 4096 bits.
+/// Begins a script: newer versions of openssl make a certificate of version 1 only with `req` and `$v1`.
+const V1: &str = "
+v1=; if openssl req -help 2>&1 | grep -q -e -x509v1; then v1=-x509v1; fi
+printf '[req]\ndistinguished_name=n\n[n]\n' > /run/lab/no.conf";
+
+/// The commands of rfwgen in rfw 0.2.2, except that its CA had 4096 bits, and for `$v1`.
 const OLD_RFWGEN: &str = "
 cd lab; mkdir -p keys/offline keys/client keys/server_127.0.0.1; cd keys
-openssl req -new -newkey rsa:2048 -days 7305 -nodes -x509 -sha1 -keyout offline/ca.key -out client/ca.crt OPTIONS \
+openssl req -new $v1 -newkey rsa:2048 -days 7305 -nodes -x509 -sha1 -keyout offline/ca.key -out client/ca.crt OPTIONS \
     -subj '/C=IE/ST=Universe/L=Internet/O=rfw root CA 2014-07-01 12:00:00' 2>&1
 cd server_127.0.0.1; openssl genrsa -out server.key 2048 2>&1
 openssl req -new -subj '/C=IE/ST=Universe/L=Internet/O=Server 127.0.0.1/CN=127.0.0.1' -key server.key -out server.csr
-openssl x509 -req -days 7305 -in server.csr -CA ../client/ca.crt -CAkey ../offline/ca.key -set_serial 01 \
-    -out server.crt 2>&1
+sign='-days 7305 -in server.csr -CA ../client/ca.crt -CAkey ../offline/ca.key -set_serial 01 -out server.crt'
+if [ $v1 ]; then openssl req -x509 $v1 -config ../../no.conf $sign; else openssl x509 -req $sign; fi 2>&1
 chmod 600 server.key";
 
 /// rustls rejects version 1 certificates. With the CA of 0.2.2, rfwgen makes one that existing
@@ -489,12 +494,12 @@ chmod 600 server.key";
 fn certificates_of_rfw_0_2_2() {
     once(|lab| {
         // The default configuration of openssl gives the CA its extensions.
-        lab.write("no.conf", "[req]\ndistinguished_name=n\n[n]\n");
-        sh(&OLD_RFWGEN.replace("OPTIONS", "-config /run/lab/no.conf"));
+        let old_rfwgen = |options| sh(&format!("{V1}{}", OLD_RFWGEN.replace("OPTIONS", options)));
+        old_rfwgen("-config ../no.conf");
         sh("openssl x509 -in lab/keys/client/ca.crt -noout -text | grep 'Version: 1 '");
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
         sh(&format!("cd lab/keys; '{script}' -f 127.0.0.1 < /dev/null; rm -r ../keys"));
-        sh(&OLD_RFWGEN.replace("OPTIONS", ""));
+        old_rfwgen("");
         sh("cp lab/keys/client/ca.crt lab/clients.crt");
         lab.configure(CONF);
         let (status, said) = lab.rfw("-t -f rfw.conf");
@@ -511,13 +516,20 @@ fn certificates_of_rfw_0_2_2() {
     });
 }
 
-/// Makes a new server certificate with these dates (YYYYMMDDHHMMSSZ).
+/// Makes a new server certificate with these dates (YYYYMMDDHHMMSSZ), of version 1 if `ext` is empty.
 fn make_certificate(from: &str, to: &str) {
     sh(&format!(
-        "cd lab; : > index; printf '[ca]\ndefault_ca=x\n[x]\ndatabase=index\nnew_certs_dir=.
+        "{V1}
+         cd lab; key=keys/server_127.0.0.1/server.key crt=keys/server_127.0.0.1/server.crt
+         if [ $v1 ] && [ ! -s ext ]; then
+             openssl req -x509 $v1 -config no.conf -key $key -subj /CN=x -out $crt -CA keys/client/ca.crt \
+                 -CAkey keys/offline/ca.key -not_before {from} -not_after {to}
+             exit
+         fi
+         : > index; printf '[ca]\ndefault_ca=x\n[x]\ndatabase=index\nnew_certs_dir=.
          default_md=sha256\npolicy=p\nrand_serial=yes\n[p]\ncommonName=supplied\n' > ca.conf
-         openssl req -new -key keys/server_127.0.0.1/server.key -subj /CN=x -out csr
-         openssl ca -batch -notext -config ca.conf -in csr -out keys/server_127.0.0.1/server.crt \
+         openssl req -new -key $key -subj /CN=x -out csr
+         openssl ca -batch -notext -config ca.conf -in csr -out $crt \
              -extfile ext -startdate {from} -enddate {to} \
              -cert keys/client/ca.crt -keyfile keys/offline/ca.key 2>&1"
     ));
