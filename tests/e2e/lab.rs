@@ -469,12 +469,14 @@ impl Rfw<'_> {
     /// Waits until it responds (`None`) or exits (its exit status).
     pub fn await_start(&mut self, seconds: u64) -> Option<i32> {
         let mut ended = None;
+        let conf = self.lab.read("rfw.conf");
+        let is_local = conf.lines().any(|line| line == "local.server");
         await_true("rfw answers", seconds, || {
             ended = self.child.try_wait().unwrap();
             let local = || Conn::to(LOCAL).and_then(|mut conn| conn.try_ask("GET /", ""));
             ended.is_some()
-                || local().is_ok()
-                || curl("-k", "GET /", "https://127.0.0.1:7393").ends_with("401")
+                || is_local && local().is_ok()
+                || !is_local && curl("-k", "GET /", "https://127.0.0.1:7393").ends_with("401")
         });
         ended.map(|status| status.code().expect("an exit status"))
     }
