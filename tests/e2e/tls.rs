@@ -104,6 +104,11 @@ fn s_client(options: &str) -> String {
     version.unwrap_or("refused").into()
 }
 
+/// Waits until this many handshakes that failed for a reason are logged: the client knows it earlier.
+fn await_handshakes(lab: &Lab, reason: &str, count: usize) {
+    await_true(reason, SLACK, || lab.read("rfw.log").matches(reason).count() >= count);
+}
+
 #[test]
 fn protocol_versions() {
     once(|lab| {
@@ -117,6 +122,7 @@ fn protocol_versions() {
             let warning = "WARNING 127.0.0.1: TLS handshake failed: the client supports only \
                            older versions of TLS; rfw accepts TLS 1.3, and TLS 1.2 if \
                            outward.server.tls12 is set\n";
+            await_handshakes(lab, warning, logged);
             let log = lab.log();
             assert_eq!(log.matches(warning).count(), logged, "{options}\n{log}");
             assert_eq!(log.matches("WARNING").count(), logged, "{options}\n{log}");
@@ -169,6 +175,7 @@ fn failed_handshakes_are_logged() {
         for (options, reason) in rows {
             lab.clear_log();
             curl(options, "GET /", SERVER);
+            await_handshakes(lab, reason, 1);
             let log = lab.log();
             let found = log.matches("WARNING 127.0.0.1: TLS handshake failed: the client").count();
             assert!(found == 1 && log.contains(reason), "{reason}\n{log}");
@@ -185,6 +192,7 @@ fn failed_handshakes_are_logged() {
         for _ in 0..10 {
             s_client("-tls1_2");
         }
+        await_handshakes(lab, "TLS handshake failed", 10);
         let log = lab.log();
         for (reason, count) in [
             ("the client rejects the server's certificate (UnknownCA); give it the CA's", 1),
