@@ -511,7 +511,7 @@ impl Rfw<'_> {
     /// waits for its turn or for a program.
     pub fn await_queued(&self) {
         await_true("all is read, and all threads sleep", 10 + SLACK, || {
-            let unread = sh("ss -Htn sport = :7390 | awk '{ sum += $2 } END { print sum }'");
+            let unread = sh("ss -Htn sport = :7390 | awk '{ sum += $2 } END { print sum + 0 }'");
             let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat"));
             let mut tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
             unread.trim() == "0"

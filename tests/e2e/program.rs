@@ -415,6 +415,7 @@ fn loglevel_and_standard_error() {
             assert_eq!(ask("DELETE /drop/input/any/1.2.3.4").brief(), "200 absent", "{options}");
             let is_shown = || lab.read("stderr").contains("/drop/input/any/1.2.3.4");
             await_true(options, SLACK, || is_shown() || !shown);
+            rfw.await_queued(); // its log is idle, too
             rfw.kill();
             assert_eq!(is_shown(), shown, "{options}: {}", lab.read("stderr"));
         }
