@@ -106,7 +106,7 @@ fn expiry() {
             ("PUT /drop/input/any/2.2.2.2?expire=3", "200 inserted"),
             ("PUT /drop/output/any/2001:db8::2?expire=3", "200 inserted"),
             ("PUT /drop/input/any/3.3.3.3?expire=0", "200 inserted"),
-            ("PUT /drop/input/any/4.4.4.4?expire=2", "200 inserted"),
+            ("PUT /drop/input/any/4.4.4.4?expire=3", "200 inserted"),
             ("PUT /drop/input/any/4.4.4.4?expire=0", "200 refreshed"),
             ("PUT /drop/input/any/5.5.5.5?expire=1h", "200 inserted"),
             ("PUT /drop/input/any/5.5.5.5?expire=3", "200 refreshed"),
@@ -118,7 +118,8 @@ fn expiry() {
         });
         let left = ["INPUT -s 4.4.4.4/32 -j DROP [rfw]", "INPUT -s 3.3.3.3/32 -j DROP [rfw]"];
         assert_eq!(lab.rules(), left);
-        await_true("a line in the log", SLACK, || lab.read("rfw.log").contains("2.2.2.2"));
+        let expired = " INFO expired /drop/input/any/2.2.2.2\n";
+        await_true("a line in the log", SLACK, || lab.read("rfw.log").contains(expired));
     });
 }
 
@@ -137,7 +138,8 @@ fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
         lab.iptables("-D INPUT 1");
         await_repair("two rules come back", 3 + SLACK, || lab.rules() == rules);
         assert_eq!(lab.others(), others);
-        await_true("a warning", SLACK, || lab.read("rfw.log").contains(" WARNING "));
+        let warning = " WARNING rules restored ";
+        await_true("a warning", SLACK, || lab.read("rfw.log").contains(warning));
 
         lab.iptables("-F");
         lab.ip6tables("-F");

@@ -329,7 +329,7 @@ fn a_lenient_list_skips_invalid_lines() {
             list("PUT /drop/input/any?lenient=true&lenient=true", "x").brief(),
             "400 bad_query"
         );
-        let log = lab.read("rfw.log");
+        let log = lab.log();
         assert!(log.contains(" 2 wrong, 1 whitelisted "), "{log}");
     });
 }

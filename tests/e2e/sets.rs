@@ -374,7 +374,8 @@ fn a_flush_brings_back_a_rule_for_each_set() {
         };
         flush();
         await_repair("eight rules come back", 3 + SLACK, || lab.rules() == rules);
-        await_true("a warning", SLACK, || lab.read("rfw.log").contains(" WARNING "));
+        let warning = " WARNING rules restored ";
+        await_true("a warning", SLACK, || lab.read("rfw.log").contains(warning));
         lab.iptables("-D INPUT 1");
         lab.ip6tables("-D FORWARD 1");
         await_repair("two rules come back in order", 3 + SLACK, || lab.rules() == rules);

@@ -87,7 +87,9 @@ fn curl_over_https() {
         for secret in ["s3cret", "bXU6"] {
             assert!(!files.contains(secret), "{files}");
         }
-        assert!(files.contains("mu") && files.contains(" 401 ") && files.contains("2001:db8::1"));
+        for word in [" 127.0.0.1 mu \"PUT /", "\" 401 unauthorized ", "2001:db8::1"] {
+            assert!(files.contains(word), "{word}: {files}");
+        }
     });
 }
 
