@@ -687,11 +687,14 @@ fn a_slow_body_is_refused_and_delays_no_one() {
                     conn.send(format!("{HEAD}Content-Length: {}\r\n\r\n", body.len()));
                     let mut writer = conn.writer();
                     scope.spawn(move || {
-                        for piece in body.as_bytes().chunks(rate.max(1)).filter(|_| rate > 0) {
+                        let pieces = body.as_bytes().chunks(rate.max(1)).filter(|_| rate > 0);
+                        for (piece, quarters) in pieces.zip(1..) {
                             if writer.write_all(piece).is_err() {
                                 break;
                             }
-                            thread::sleep(Duration::from_millis(250));
+                            // Delays do not add up: a slower client would be refused.
+                            let due = quarters * Duration::from_millis(250);
+                            thread::sleep(due.saturating_sub(from.elapsed()));
                         }
                     });
                     let answer = conn.answer().unwrap();
