@@ -799,7 +799,7 @@ fn one_list_to_many_servers() {
         urls.push("http://127.0.0.1:1".into());
         lab.write("servers", &format!("# all\n\n{}  # the last\n", urls.join("\n")));
         let (status, out, err) =
-            rfwc("--timeout 5 --servers servers put /drop/input/any --list list");
+            rfwc("--timeout 10 --servers servers put /drop/input/any --list list");
         let mut results: Vec<_> = out.lines().map(String::from).collect();
         results.sort();
         let words = |at: usize| match at {

@@ -404,11 +404,11 @@ fn sets_that_others_change_destroy_or_use() {
         let are_right = || entries(lab) == entries_are;
         await_repair("an address that no request has put is removed", 3 + SLACK, are_right);
         let removed = "WARNING addresses removed from sets, because they are not in the list: 1";
-        await_true("the log says so", 3, || lab.log().contains(removed));
+        await_true("the log says so", SLACK, || lab.log().contains(removed));
         assert!(!lab.log().contains("restored"), "{}", lab.log());
         lab.ipset("flush rfw4:drop:in:any");
         await_repair("a flushed set is filled", 3 + SLACK, are_right);
-        await_true("the log says so", 3, || lab.log().contains("WARNING rules restored"));
+        await_true("the log says so", SLACK, || lab.log().contains("WARNING rules restored"));
 
         let destroy = "ipset destroy rfw4:accept:in:any";
         let iptables = lab.iptables_path(); // rfw may restore its rule before the set is gone
