@@ -344,7 +344,7 @@ mod tests {
             ("echo noise; echo noise >&2", Ok(())),
             ("test -z \"$HOME$LANG$USER\"", Ok(())),
             ("exec >&- 2>&-; sleep 0.1; exit 0", Ok(())),
-            ("sleep 3 & exit 0", Ok(())),
+            ("sleep 9 & exit 0", Ok(())),
             ("echo 'No  such' >&2; echo rule >&2; exit 1", rejected("No such rule")),
             ("exit 2", rejected("/bin/sh failed without a message (exit status: 2).")),
             ("exit 4", locked()),
@@ -354,9 +354,9 @@ mod tests {
         ];
         for (script, end) in table {
             let input = if script.starts_with("read") { "hello" } else { "" };
-            assert_eq!(sh(script, input, 2_000), end, "{script}");
+            assert_eq!(sh(script, input, 5_000), end, "{script}");
         }
-        let unread = sh("exit 0", &"x".repeat(4 << 20), 2_000).unwrap_err();
+        let unread = sh("exit 0", &"x".repeat(4 << 20), 5_000).unwrap_err();
         assert!(unread.is_transient() && unread.to_string().contains("its input"), "{unread}");
     }
 
@@ -386,7 +386,7 @@ mod tests {
                 seen.push(line.trim_end().len());
                 seen.len() < most
             };
-            let limit = Duration::from_secs(2);
+            let limit = Duration::from_secs(5);
             let end = program("/bin/sh").read_lines(&["-c", script], limit, each);
             (seen, end)
         };
