@@ -97,7 +97,7 @@ def odd_decisions():
     rows = [
         # type, scope, value, origin, duration, action; tag and seconds
         ("ban", "Ip", "198.51.100.10", "CAPI", "23h59m59.9s", "add", ("capi", 86400)),
-        ("ban", "Ip", "198.51.100.11", "Lists: a/b, and many more", "5.5s", "add", ("lists--a-b--and-many", 6)),
+        ("ban", "Ip", "198.51.100.11", "Lists: a/b, and many more", "15.5s", "add", ("lists--a-b--and-many", 16)),
         ("ban", "Ip", "198.51.100.12", "-", "1m0s", "add", ("0", 61)),
         ("ban", "Ip", "198.51.100.13", "crowdsec", "350.2ms", "add", None),  # gone within two seconds
         ("ban", "Ip", "198.51.100.14", "crowdsec", "-1s", "add", None),
