@@ -89,9 +89,10 @@ fn run<F: Fn(&Lab)>(variants: &[&str], body: F) {
 fn run_inside(name: &str, variant: &str) {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
     // When one of these ends, so does everything that it started. sh waits for orphans, as process 1 must.
+    let sh = "umask 022; \"$@\"; exit $?";
     let out = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "unshare", if root { "-nmp" } else { "-rnmp" }])
-        .args(["--fork", "--kill-child", "--mount-proc", "sh", "-c", "\"$@\"; exit $?", "sh"])
+        .args(["--fork", "--kill-child", "--mount-proc", "sh", "-c", sh, "sh"])
         .args(["timeout", "-s", "KILL", TEST_SECONDS])
         .arg(env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])

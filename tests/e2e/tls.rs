@@ -27,7 +27,7 @@ pub fn keys(lab: &Lab) {
 
 fn rfwgen(lab: &Lab, server: &str) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
-    sh(&format!("umask 022; cd {}; '{script}' {server} keys < /dev/null", lab.dir.display()));
+    sh(&format!("cd {}; '{script}' {server} keys < /dev/null", lab.dir.display()));
 }
 
 /// The first bytes of a TLS client: its ClientHello, one record.
