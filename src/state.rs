@@ -728,6 +728,7 @@ mod tests {
         StateFile::check(&missing).unwrap();
         assert!(!missing.exists());
         fs::write(&missing, "").unwrap();
+        fs::set_permissions(&missing, fs::Permissions::from_mode(0o600)).unwrap();
         StateFile::check(&missing).unwrap();
         fs::write(&missing, "x\n").unwrap();
         assert_eq!(StateFile::check(&missing).unwrap_err().line, 1);
