@@ -423,12 +423,14 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The families in which a batch relies on rules that it does not write: rules that exist
-    /// already, the rules of sets, and the guards, which must precede an ACCEPT rule.
+    /// already, the rules of sets, the guards, which must precede an ACCEPT rule, and foreign rules,
+    /// which a check may leave in front.
     fn relied_on(&self, batch: &Batch) -> BTreeSet<Family> {
         let has_guards = !self.settings.guards.is_empty();
         let is_relied = |Difference { group, before, after, .. }: &Difference| {
             let is_accept = has_guards && group.template.target == Target::Accept;
-            after.is_some() && (is_accept || self.list.is_in_set(group) || before == after)
+            let is_listed = self.list.is_in_set(group) || before == after;
+            after.is_some() && (is_accept || is_listed || self.is_overtaken_often(group.family))
         };
         let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
         relied.filter(|family| self.kernel.families().contains(family)).collect()

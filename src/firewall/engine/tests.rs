@@ -2616,6 +2616,23 @@ fn a_family_that_is_overtaken_does_not_starve_the_other() {
     assert!(foreign <= 1, "{foreign} foreign rules in front, for {foreign} minutes");
 }
 
+/// After ten moves, a check leaves foreign rules in front for a minute: a block that was answered with
+/// 200 had no effect until then.
+#[test]
+fn a_block_behind_foreign_rules_waits_for_no_check() {
+    let mut world = World::new(false, false);
+    for n in 0..12 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j ACCEPT");
+        world.put(&format!("+ /drop/input/any/1.1.1.{n}"));
+        world.tick();
+    }
+    world.insert_foreign(Family::V4, Chain::Input, 1, "-j ACCEPT");
+    world.tick();
+    assert!(matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Foreign(_)));
+    world.put("+ /drop/input/any/2.2.2.2");
+    assert!(matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Own(_)));
+}
+
 /// Sets may hold more addresses than rfw and iptables can keep as rules. Without ipset.path, they
 /// became rules: no listing was complete after that, and no start succeeded.
 #[test]
