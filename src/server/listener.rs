@@ -35,6 +35,10 @@ const READ_TIME: Duration = Duration::from_millis(1);
 /// The pause between attempts to bind an address that this host does not have yet.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How long a port may still be in use at the start: when rfw is killed, the kernel may release its lock
+/// before its sockets.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
 /// A socket, and the differences between the outward and the local server.
 pub struct Listener {
     address: SocketAddr,
@@ -72,16 +76,22 @@ impl Listener {
         tls: Option<Acceptor>,
         authentication: bool,
     ) -> Result<Listener, String> {
-        let socket = match TcpListener::bind(address) {
-            Ok(socket) => Some(socket),
-            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => None,
-            Err(error) => {
-                let key = if tls.is_some() { "outward.server" } else { "local.server" };
-                let (ip, port) = (address.ip(), address.port());
-                return Err(format!(
-                    "cannot listen on {ip} port {port} ({key}): {error}; choose another port, or \
-                     stop the program that uses this one"
-                ));
+        let until = clock::after(CLOSE_TIME);
+        let socket = loop {
+            match TcpListener::bind(address) {
+                Ok(socket) => break Some(socket),
+                Err(error) if error.kind() == ErrorKind::AddrNotAvailable => break None,
+                Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < until => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => {
+                    let key = if tls.is_some() { "outward.server" } else { "local.server" };
+                    let (ip, port) = (address.ip(), address.port());
+                    return Err(format!(
+                        "cannot listen on {ip} port {port} ({key}): {error}; choose another port, \
+                         or stop the program that uses this one"
+                    ));
+                }
             }
         };
         let limiter = ConnectionLimiter::new(CONNECTIONS);

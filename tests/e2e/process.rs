@@ -2,9 +2,11 @@
 //! flood their output or are killed are in `commits` and `faults`.
 
 use crate::lab::*;
+use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rfw");
@@ -46,6 +48,20 @@ fn a_second_rfw_waits_and_says_so() {
         first.kill();
         second.await_ready();
         assert_eq!(ask("PUT /drop/input/any/1.2.3.4").brief(), "200 exists");
+    });
+}
+
+/// The second one got the lock of the first, which was killed, while the kernel had not yet closed its
+/// sockets: "Address already in use".
+#[test]
+fn a_port_that_was_about_to_be_free_ended_the_start() {
+    once(|lab| {
+        let port = TcpListener::bind(LOCAL).unwrap();
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&[]);
+        thread::sleep(Duration::from_millis(300)); // less than it waits
+        drop(port);
+        rfw.await_ready();
     });
 }
 
