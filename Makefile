@@ -121,7 +121,8 @@ debian: ## run end-to-end tests with the iptables of Debian 11 and 13 (as root, 
 
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer
-packages_mqtt := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
+packages_mqtt = mosquitto mosquitto-clients libmosquitto1 \
+    $(filter-out libc6 libelogind0,$(filter lib%,$(shell apt-cache depends mosquitto)))
 packages_firewalls := docker.io containerd runc libdevmapper1.02.1 libseccomp2 busybox-static \
     ufw firewalld python3-firewall python3-dbus python3-gi gir1.2-glib-2.0 libgirepository-1.0-1 libglib2.0-0 \
     python3-nftables nftables libnftables1 libnftnl11 libjansson4 libedit2 libbsd0 \
