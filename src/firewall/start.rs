@@ -76,22 +76,22 @@ pub fn start<K: Kernel>(
     Ok(engine)
 }
 
-/// Reads both families at once: with many rules, this takes most of the time.
+/// Reads both families at once: with many rules, this takes most of the time. One that fails is read
+/// again when the other is not: iptables-legacy holds the xtables lock of both while it reads.
 fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
-    let listings = thread::scope(|scope| {
-        let read = |family| engine.confirmed_rules(family, engine.read_rules(family)?);
-        let start =
-            |family| (family, thread::Builder::new().spawn_scoped(scope, move || read(family)));
-        let threads: Vec<_> = engine.kernel.families().into_iter().map(start).collect();
-        let listings = threads.into_iter().map(|(family, thread)| {
-            let listing = match thread.map(ScopedJoinHandle::join) {
-                Ok(Ok(listing)) => listing,
-                _ => read(family),
-            };
-            listing.map(|listing| (family, listing))
-        });
-        listings.collect::<Result<Vec<_>, ToolError>>()
+    let read = |family| engine.confirmed_rules(family, engine.read_rules(family)?);
+    let read_at_once: Vec<_> = thread::scope(|scope| {
+        let spawn = |family| thread::Builder::new().spawn_scoped(scope, move || read(family));
+        let families = engine.kernel.families().into_iter();
+        let threads: Vec<_> = families.map(|family| (family, spawn(family).ok())).collect();
+        let join = |thread: Option<ScopedJoinHandle<'_, _>>| thread?.join().ok();
+        threads.into_iter().map(|(family, thread)| (family, join(thread))).collect()
     });
+    let listings = read_at_once.into_iter().map(|(family, listing)| match listing {
+        Some(Ok(listing)) => Ok((family, listing)),
+        _ => Ok((family, read(family)?)),
+    });
+    let listings = listings.collect::<Result<Vec<_>, ToolError>>();
     listings.map_err(|error| {
         let advice = match error.is_transient() {
             true => "find out which program that is, or what holds it up, and start rfw again",

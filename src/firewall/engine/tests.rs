@@ -2633,6 +2633,20 @@ fn a_block_behind_foreign_rules_waits_for_no_check() {
     assert!(matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Own(_)));
 }
 
+/// iptables-legacy holds the xtables lock while it lists many rules, and ip6tables-legacy waits for it for
+/// five seconds: rfw did not start.
+#[test]
+fn a_start_survives_one_listing_that_fails() {
+    let mut world = World::new(false, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/2001:db8::1");
+    for family in Family::ALL {
+        let fault = Fault::new(1, 1, Way::Interrupt);
+        world.set_faults(&[Fault { part: Some(Part::Rules(family)), ..fault }]);
+        assert_eq!(world.start(), Ok(()), "{family}");
+    }
+    world.settle();
+}
+
 /// Sets may hold more addresses than rfw and iptables can keep as rules. Without ipset.path, they
 /// became rules: no listing was complete after that, and no start succeeded.
 #[test]
