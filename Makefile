@@ -32,8 +32,8 @@ SECONDS ?= 450
 # Prefer rustup's Rust; ordinary users have no sbin in their PATH.
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers debian static \
-    static-test run install uninstall deb deb-test clean deps help
+.PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers \
+    debian static static-test run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
 

@@ -9,7 +9,6 @@ cd "$(dirname "$0")/.."
 # shellcheck disable=SC1091 # the file of this host
 host=$(. /etc/os-release && echo "$VERSION_CODENAME")
 folder=${CARGO_TARGET_DIR:-target}/debian
-libraries='libxtables12 libip4tc2 libip6tc2 libnftnl11'
 program=$(cargo test --locked --test e2e --no-run 2>&1 | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
 
 make_root() { # RELEASE ROOT
@@ -18,9 +17,8 @@ make_root() { # RELEASE ROOT
 		"$host" "$2" >"$2.log"
 	echo "deb http://deb.debian.org/debian $1 main" >"$2/etc/apt/sources.list.d/$1.list"
 	chroot "$2" apt-get -qq update
-	# shellcheck disable=SC2086 # a list of words
 	DEBIAN_FRONTEND=noninteractive chroot "$2" apt-get -qq install -y --allow-downgrades -t "$1" \
-		iptables ipset $libraries >>"$2.log"
+		iptables ipset libxtables12 libip4tc2 libip6tc2 libnftnl11 >>"$2.log"
 	touch "$2/ready"
 }
 

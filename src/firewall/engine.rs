@@ -102,7 +102,7 @@ impl From<ToolError> for ApiError {
     }
 }
 
-/// The part of rfw.conf that matters here.
+/// What matters here of rfw.conf and of this host.
 pub struct Settings {
     /// The rules for the port of rfw's own server, in the order of each chain.
     pub guards: Vec<TaggedRule>,
@@ -429,8 +429,8 @@ impl<K: Kernel> Engine<K> {
         let has_guards = !self.settings.guards.is_empty();
         let is_relied = |Difference { group, before, after, .. }: &Difference| {
             let is_accept = has_guards && group.template.target == Target::Accept;
-            let is_listed = self.list.is_in_set(group) || before == after;
-            after.is_some() && (is_accept || is_listed || self.is_overtaken_often(group.family))
+            let is_there = self.list.is_in_set(group) || before == after;
+            after.is_some() && (is_accept || is_there || self.is_overtaken_often(group.family))
         };
         let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
         relied.filter(|family| self.kernel.families().contains(family)).collect()

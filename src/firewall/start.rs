@@ -87,9 +87,9 @@ fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, List
         let join = |thread: Option<ScopedJoinHandle<'_, _>>| thread?.join().ok();
         threads.into_iter().map(|(family, thread)| (family, join(thread))).collect()
     });
-    let listings = read_at_once.into_iter().map(|(family, listing)| match listing {
-        Some(Ok(listing)) => Ok((family, listing)),
-        _ => Ok((family, read(family)?)),
+    let listings = read_at_once.into_iter().map(|(family, listing)| {
+        let listing = listing.and_then(Result::ok).map_or_else(|| read(family), Ok);
+        Ok((family, listing?))
     });
     let listings = listings.collect::<Result<Vec<_>, ToolError>>();
     listings.map_err(|error| {

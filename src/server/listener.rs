@@ -34,7 +34,6 @@ const STACK: usize = 256 * 1024;
 const READ_TIME: Duration = Duration::from_millis(1);
 /// The pause between attempts to bind an address that this host does not have yet.
 const RETRY: Duration = Duration::from_secs(1);
-
 /// How long a port may still be in use at the start: when rfw is killed, the kernel may release its lock
 /// before its sockets.
 const CLOSE_TIME: Duration = Duration::from_secs(2);

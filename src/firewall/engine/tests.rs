@@ -2177,7 +2177,7 @@ fn a_batch_that_the_disk_refuses_is_attempted_once() {
     let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
     let net = Net::parse("2.2.2.2").unwrap();
     let (_, entry) = world.engine().list.overlapping(template, net).next().unwrap();
-    assert_eq!(entry.serial.get(), 9, "each attempt numbers all rules anew");
+    assert_eq!(entry.serial.get(), 9, "each attempt takes new serial numbers");
 }
 
 /// While many rules expired or were deleted each second, rfw read all rules each second, too,
