@@ -1,12 +1,12 @@
 //! Checks that iptables can do what rfw needs, without privileges and without changing a rule.
 
+use super::engine::START_TOOL_LIMIT;
 use super::process::{Program, ToolError};
 use crate::rule::net::Family;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(5);
 /// The first version with `iptables-restore -w`.
 const OLDEST: &[u32] = &[1, 6, 2];
 
@@ -19,9 +19,9 @@ pub struct Version {
 
 impl Version {
     /// The error is a sentence.
-    pub fn of(iptables: &Program) -> Result<Version, String> {
+    pub fn of(iptables: &Program, limit: Duration) -> Result<Version, String> {
         let mut version = None;
-        let read = iptables.read_lines(&["--version"], LIMIT, |line| {
+        let read = iptables.read_lines(&["--version"], limit, |line| {
             version = Version::parse(line);
             version.is_none()
         });
@@ -40,7 +40,7 @@ impl Version {
 /// Checks the version. The error is a sentence.
 pub fn check_version(iptables: &Path) -> Result<(), String> {
     let iptables = Program::new(iptables.into(), Arc::default());
-    match Version::of(&iptables)?.numbers.as_slice() < OLDEST {
+    match Version::of(&iptables, START_TOOL_LIMIT)?.numbers.as_slice() < OLDEST {
         true => Err(format!(
             "{iptables} is too old: rfw needs version 1.6.2 or newer, with iptables-restore -w"
         )),
@@ -64,7 +64,7 @@ pub fn check_extensions(iptables: &Path, family: Family, sets: bool) -> Result<(
     }
     for (extension, args) in extensions {
         // Without a command, iptables loads the extension and fails.
-        let message = match iptables.read_lines(&args, LIMIT, |_| true) {
+        let message = match iptables.read_lines(&args, START_TOOL_LIMIT, |_| true) {
             Ok(()) => continue,
             Err(ToolError::Transient(sentence)) => return Err(sentence),
             Err(ToolError::Rejected(message)) => message,

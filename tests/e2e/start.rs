@@ -301,9 +301,18 @@ fn an_outdated_iptables() {
         assert_refused(lab, &["too old"]);
         lab.stand_in("[ \"$1\" != --version ] || exit 0");
         assert_refused(lab, &["is not iptables"]);
-        lab.stand_in("[ \"$1\" != -j ] || exec /bin/sleep 99");
+        lab.stand_in("[ \"$1\" != -j ] || kill -9 $$");
         let (status, text) = lab.rfw("-t -f rfw.conf");
-        assert!(status == 1 && text.contains("hung and was killed"), "{text}");
+        assert!(status == 1 && text.contains("was killed by a signal"), "{text}");
+    });
+}
+
+/// As while a slow host boots, when the network must not start without the rules.
+#[test]
+fn an_iptables_that_takes_seconds_to_start() {
+    once(|lab| {
+        lab.stand_in("[ \"$1\" != --version ] || /bin/sleep 6");
+        lab.start("local.server");
     });
 }
 
