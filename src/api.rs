@@ -11,6 +11,7 @@ use crate::rule::net::Net;
 use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
+use std::collections::BTreeMap;
 
 /// What a client requests. [`allow`] checks whether the user may do it.
 #[derive(PartialEq, Eq, Debug)]
@@ -42,17 +43,8 @@ pub struct Grammar {
     pub ipv6: bool,
 }
 
-/// The query parameters.
-#[derive(Default)]
-struct Query {
-    expire: Option<String>,
-    modify: Option<String>,
-    wait: Option<String>,
-    tag: Option<String>,
-    replace: Option<String>,
-    ip: Option<String>,
-    lenient: Option<String>,
-}
+/// The query parameters, by name.
+struct Query<'a>(BTreeMap<&'a str, String>);
 
 impl Command {
     /// Parses method, path and query.
@@ -62,9 +54,6 @@ impl Command {
         let segments = segments.ok_or(ApiError::Rule(RuleError::Shape))?;
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
         let query = Query::parse(request.query.as_deref())?;
-        if query.lenient.is_some() && segments.len() != 3 {
-            return Err(ApiError::Query("The parameter 'lenient' requires a list.".into()));
-        }
         match *segments {
             [] => query.only_get(request, Command::Help),
             ["metrics"] => query.only_get(request, Command::Metrics),
@@ -73,22 +62,20 @@ impl Command {
                 query.list(request, Some(Chain::parse(chain).ok_or(ApiError::NotFound)?))
             }
             [_, _, _] => {
-                let options = ListOptions { lenient: query.lenient.is_some(), ipv6: grammar.ipv6 };
+                let lenient = query.get("lenient").is_some();
                 let template = RuleTemplate::parse(&segments);
-                let intent = query.intent(request, template.as_ref().err(), grammar)?;
+                let intent = query.intent(request, template.as_ref().err(), true, grammar)?;
                 let template = template.map_err(ApiError::Rule)?;
                 if request.body == Body::Length(0) {
                     return Err(ApiError::List(ListError::Empty));
                 }
                 grammar.check_expire(intent.action, true)?;
+                let options = ListOptions { lenient, ipv6: grammar.ipv6 };
                 Ok(Command::ChangeAll(template, intent, options))
             }
             _ => {
                 let rule = parse_rule(&segments, request.body != Body::Length(0));
-                let intent = query.intent(request, rule.as_ref().err(), grammar)?;
-                if matches!(intent.action, Action::Replace(_)) {
-                    return Err(ApiError::Query("The parameter 'replace' requires a list.".into()));
-                }
+                let intent = query.intent(request, rule.as_ref().err(), false, grammar)?;
                 let rule = rule.map_err(ApiError::Rule)?;
                 if rule.addresses().next().is_none() && matches!(intent.action, Action::Put(_)) {
                     return Err(ApiError::Rule(RuleError::NoAddress));
@@ -123,122 +110,115 @@ impl Grammar {
     }
 }
 
-impl Query {
-    fn parse(query: Option<&str>) -> Result<Query, ApiError> {
-        let mut parsed = Query::default();
+impl<'a> Query<'a> {
+    fn parse(query: Option<&'a str>) -> Result<Query<'a>, ApiError> {
+        let mut values = BTreeMap::new();
         let query = query.filter(|query| !query.is_empty());
         for pair in query.into_iter().flat_map(|query| query.split('&')) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let invalid = |problem| ApiError::Query(format!("The parameter '{name}' {problem}."));
-            let field = match name {
-                "expire" => &mut parsed.expire,
-                "modify" => &mut parsed.modify,
-                "wait" => &mut parsed.wait,
-                "tag" => &mut parsed.tag,
-                "replace" => &mut parsed.replace,
-                "ip" => &mut parsed.ip,
-                "lenient" => &mut parsed.lenient,
-                _ => return Err(invalid("is unknown; GET / shows all parameters")),
-            };
             let value = decode(value).ok_or_else(|| invalid("has an invalid %XX escape"))?;
-            if field.replace(value).is_some() {
+            if matches!(name, "wait" | "replace" | "lenient") && value != "true" {
+                return Err(invalid("must be true"));
+            }
+            if values.insert(name, value).is_some() {
                 return Err(invalid("occurs twice"));
             }
         }
-        let flags =
-            [("wait", &parsed.wait), ("replace", &parsed.replace), ("lenient", &parsed.lenient)];
-        for (name, value) in flags {
-            if value.as_ref().is_some_and(|value| value != "true") {
-                return Err(ApiError::Query(format!("The parameter '{name}' must be true.")));
-            }
+        Ok(Query(values))
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    /// Refuses all parameters but those that a request takes, and `wait`.
+    fn check_names(&self, is_taken: impl Fn(&str) -> bool) -> Result<(), ApiError> {
+        match self.0.keys().find(|name| **name != "wait" && !is_taken(name)) {
+            None => Ok(()),
+            Some(name) => Err(ApiError::Query(format!(
+                "This request does not take the parameter '{name}'; GET / shows all requests."
+            ))),
         }
-        Ok(parsed)
     }
 
     fn only_get(&self, request: &Request, command: Command) -> Result<Command, ApiError> {
-        let others = [&self.expire, &self.modify, &self.tag, &self.replace, &self.ip];
-        match request.method.as_str() {
-            "GET" if others.iter().all(|value| value.is_none()) => Ok(command),
-            "GET" => Err(ApiError::Query("This path takes no parameters.".into())),
-            _ => Err(ApiError::Method("GET")),
+        if request.method != "GET" {
+            return Err(ApiError::Method("GET"));
         }
+        self.check_names(|_| false)?;
+        Ok(command)
     }
 
     /// Lists or deletes rules of one chain or of all.
-    fn list(self, request: &Request, chain: Option<Chain>) -> Result<Command, ApiError> {
-        let (is_delete, accepted) = match request.method.as_str() {
-            "GET" => (false, "the parameters 'ip' and 'tag'"),
-            "DELETE" => (true, "the parameter 'tag'"),
+    fn list(&self, request: &Request, chain: Option<Chain>) -> Result<Command, ApiError> {
+        let is_delete = match request.method.as_str() {
+            "GET" => false,
+            "DELETE" => true,
             _ => return Err(ApiError::Method("GET, DELETE")),
         };
-        let others = [&self.expire, &self.modify, &self.replace];
-        if others.iter().any(|value| value.is_some()) || is_delete && self.ip.is_some() {
-            let message = format!("{} takes only {accepted} on this path.", request.method);
-            return Err(ApiError::Query(message));
-        }
-        let tag = self.tag.as_deref();
+        self.check_names(|name| name == "tag" || name == "ip" && !is_delete)?;
+        let tag = self.get("tag");
         if is_delete {
             let tag = tag.ok_or(ApiError::Query("Name the tag to delete: ?tag=NAME.".into()))?;
             let intent = Intent { action: Action::Delete, tag: parse_tag(tag)? };
             return Ok(Command::DeleteTag(intent, chain));
         }
         let tag = tag.map(|tag| if tag.is_empty() { Ok(Tag::NONE) } else { parse_tag(tag) });
-        let net = self.ip.map(|ip| Net::parse(&ip).ok_or(RuleError::Address(ip)));
+        let net = self.get("ip").map(|ip| Net::parse(ip).ok_or(RuleError::Address(ip.into())));
         let net = net.transpose().map_err(ApiError::Rule)?;
         Ok(Command::List(Filter { chain, tag: tag.transpose()?, net }))
     }
 
     /// The action and tag for the rules of a path, which may be invalid.
     fn intent(
-        self,
+        &self,
         request: &Request,
         path_error: Option<&RuleError>,
+        is_list: bool,
         grammar: Grammar,
     ) -> Result<Intent, ApiError> {
         if path_error == Some(&RuleError::Unknown) {
             return Err(ApiError::NotFound);
         }
         let is_put = self.is_put(request, grammar)?;
-        let invalid = |message: &str| Err(ApiError::Query(message.into()));
-        if self.ip.is_some() {
-            return invalid("The parameter 'ip' requires GET /list.");
-        }
-        let is_any_tag = self.tag.as_deref() == Some("*") && !is_put;
-        let tag = match self.tag.as_deref() {
-            Some(tag) if !is_any_tag => parse_tag(tag)?,
-            _ => Tag::NONE,
-        };
-        let action = match (is_put, self.replace) {
-            (true, None) => Action::Put,
-            (true, Some(_)) => Action::Replace,
-            (false, Some(_)) => return invalid("The parameter 'replace' requires PUT."),
-            (false, None) if self.expire.is_some() => {
-                return invalid("The parameter 'expire' requires PUT.");
+        self.check_names(|name| match name {
+            "tag" => true,
+            "expire" => is_put,
+            "replace" => is_put && is_list,
+            "lenient" => is_list,
+            "modify" => request.method == "GET",
+            _ => false,
+        })?;
+        let tag = match self.get("tag") {
+            Some("*") if !is_put => {
+                return Ok(Intent { action: Action::DeleteAnyTag, tag: Tag::NONE });
             }
-            (false, None) if is_any_tag => return Ok(Intent { action: Action::DeleteAnyTag, tag }),
-            (false, None) => return Ok(Intent { action: Action::Delete, tag }),
+            Some(tag) => parse_tag(tag)?,
+            None => Tag::NONE,
         };
-        let seconds = match self.expire {
+        if !is_put {
+            return Ok(Intent { action: Action::Delete, tag });
+        }
+        let seconds = match self.get("expire") {
             None => grammar.default_expire,
-            Some(text) => interval::parse(&text).ok_or(ApiError::Expire(text))?,
+            Some(text) => interval::parse(text).ok_or(ApiError::Expire(text.into()))?,
         };
+        let action = if self.get("replace").is_some() { Action::Replace } else { Action::Put };
         Ok(Intent { action: action(seconds), tag })
     }
 
     fn is_put(&self, request: &Request, grammar: Grammar) -> Result<bool, ApiError> {
-        match (request.method.as_str(), self.modify.as_deref()) {
-            ("PUT", None) => Ok(true),
-            ("DELETE", None) => Ok(false),
-            ("GET", Some("insert")) if grammar.non_restful => Ok(true),
-            ("GET", Some("delete")) if grammar.non_restful => Ok(false),
-            ("GET", _) if grammar.non_restful => {
+        match (request.method.as_str(), self.get("modify")) {
+            ("PUT", _) => Ok(true),
+            ("DELETE", _) => Ok(false),
+            _ if !grammar.non_restful => Err(ApiError::Method("PUT, DELETE")),
+            ("GET", Some("insert")) => Ok(true),
+            ("GET", Some("delete")) => Ok(false),
+            ("GET", _) => {
                 Err(ApiError::Query("GET requires modify=insert or modify=delete.".into()))
             }
-            ("PUT" | "DELETE", Some(_)) => {
-                Err(ApiError::Query("The parameter 'modify' requires GET.".into()))
-            }
-            _ if grammar.non_restful => Err(ApiError::Method("GET, PUT, DELETE")),
-            _ => Err(ApiError::Method("PUT, DELETE")),
+            _ => Err(ApiError::Method("GET, PUT, DELETE")),
         }
     }
 }
