@@ -59,7 +59,8 @@ impl Command {
             ["metrics"] => query.only_get(request, Command::Metrics),
             ["list"] => query.list(request, None),
             ["list", chain] => {
-                query.list(request, Some(Chain::parse(chain).ok_or(ApiError::NotFound)?))
+                let chain = Chain::parse(chain).ok_or(ApiError::Rule(RuleError::Unknown))?;
+                query.list(request, Some(chain))
             }
             [_, _, _] => {
                 let lenient = query.get("lenient").is_some();
@@ -179,7 +180,7 @@ impl<'a> Query<'a> {
         grammar: Grammar,
     ) -> Result<Intent, ApiError> {
         if path_error == Some(&RuleError::Unknown) {
-            return Err(ApiError::NotFound);
+            return Err(ApiError::Rule(RuleError::Unknown));
         }
         let is_put = self.is_put(request, grammar)?;
         self.check_names(|name| match name {

@@ -23,7 +23,6 @@ pub enum ApiError {
     TooManyGuesses(Duration),
     /// The user lacks the right to make this change.
     Forbidden(Forbidden),
-    NotFound,
     /// The path supports only these methods.
     Method(&'static str),
     Rule(RuleError),
@@ -64,7 +63,7 @@ impl ApiError {
                 (429, code(429), "Too many wrong credentials; wait for a minute.".into())
             }
             ApiError::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
-            ApiError::NotFound | ApiError::Rule(RuleError::Unknown) => {
+            ApiError::Rule(RuleError::Unknown) => {
                 (404, code(404), "No such action or chain; GET / shows all paths.".into())
             }
             ApiError::Method(allow) => {
@@ -351,7 +350,6 @@ mod tests {
             (ApiError::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
             (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
             (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_requests", "Too many wrong"),
-            (ApiError::NotFound, 404, "not_found", "No such action"),
             (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (ApiError::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
             (ApiError::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
@@ -466,7 +464,7 @@ mod tests {
             (ApiError::Method("PUT, DELETE"), "Allow: PUT, DELETE\r\n"),
             (ApiError::Busy(String::new()), "Retry-After: 1\r\n"),
             (ApiError::TooManyGuesses(Duration::from_millis(7_900)), "Retry-After: 8\r\n"),
-            (ApiError::NotFound, ""),
+            (ApiError::Rule(RuleError::Unknown), ""),
         ];
         for (error, field) in table {
             assert_eq!(error.header(), field);
