@@ -54,9 +54,8 @@ pub struct Client {
 
 #[derive(Default)]
 struct Table {
+    /// The connections that have a slot, or were evicted from one and are still closing.
     holders: Vec<Arc<Client>>,
-    /// Those that were evicted and are still closing.
-    evicted: Vec<Arc<Client>>,
     /// The waiting connections, in order of arrival.
     queue: Vec<Arc<Client>>,
 }
@@ -104,31 +103,31 @@ impl ConnectionLimiter {
     /// Whether connections wait for a slot, or an evicted one is still closing.
     pub fn is_wanted(&self) -> bool {
         let table = lock(&self.table);
-        !table.queue.is_empty() || !table.evicted.is_empty()
+        !table.queue.is_empty() || table.holders.iter().any(|holder| holder.is_evicted())
     }
 }
 
 impl Table {
     /// Whether there is a slot, perhaps by eviction, and this client is next: the first in the
     /// queue from the address that holds the fewest slots.
-    fn make_room(&mut self, client: &Arc<Client>, limits: &Limits) -> bool {
+    fn make_room(&self, client: &Arc<Client>, limits: &Limits) -> bool {
         let next = self.queue.iter().min_by_key(|waiting| self.held_by(waiting.ip));
         if next.is_some_and(|next| !Arc::ptr_eq(next, client)) {
             return false;
         }
-        if self.holders.len() >= limits.slots {
+        if self.active() >= limits.slots {
             let share = limits.slots.div_ceil(4).max(self.held_by(client.ip).saturating_add(1));
             self.evict(share, limits.patience);
         }
-        let all = self.holders.len().saturating_add(self.evicted.len());
-        self.holders.len() < limits.slots && all < limits.slots.saturating_add(limits.evicting)
+        self.active() < limits.slots
+            && self.holders.len() < limits.slots.saturating_add(limits.evicting)
     }
 
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
-    fn evict(&mut self, share: usize, patience: Duration) {
+    fn evict(&self, share: usize, patience: Duration) {
         let mut held = HashMap::with_capacity(self.holders.len());
-        for ip in self.addresses() {
-            let count = held.entry(ip).or_insert(0_usize);
+        for holder in &self.holders {
+            let count = held.entry(holder.ip).or_insert(0_usize);
             *count = count.saturating_add(1);
         }
         let mut victim = None;
@@ -149,16 +148,15 @@ impl Table {
                 }
             });
         }
-        self.evicted.extend(self.holders.extract_if(.., |holder| holder.is_evicted()));
+    }
+
+    /// How many holders are not evicted.
+    fn active(&self) -> usize {
+        self.holders.iter().filter(|holder| !holder.is_evicted()).count()
     }
 
     fn held_by(&self, ip: IpAddr) -> usize {
-        self.addresses().filter(|holder| *holder == ip).count()
-    }
-
-    /// The address of each slot.
-    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.holders.iter().chain(&self.evicted).map(|holder| holder.ip)
+        self.holders.iter().filter(|holder| holder.ip == ip).count()
     }
 }
 
@@ -215,7 +213,6 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut table = lock(&self.limiter.table);
         table.holders.retain(|holder| !Arc::ptr_eq(holder, &self.client));
-        table.evicted.retain(|holder| !Arc::ptr_eq(holder, &self.client));
         self.limiter.changed.notify_one();
     }
 }
