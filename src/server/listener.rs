@@ -135,24 +135,17 @@ impl Listener {
 
     /// Binds the address as soon as this host has it: rfw starts before the network.
     fn await_address(&self, log: &Log) -> TcpListener {
-        let mut last_error = None;
+        let url = self.url();
+        log.warning(format_args!(
+            "cannot listen at {url}: this host does not have the address; rfw tries again every \
+             second, until it has and the port is free"
+        ));
         loop {
-            match TcpListener::bind(self.address) {
-                Ok(socket) => {
-                    log.info(format_args!("{} is open", self.url()));
-                    return socket;
-                }
-                Err(error) if last_error == Some(error.kind()) => {}
-                Err(error) => {
-                    log.warning(format_args!(
-                        "cannot listen at {}: {error}; rfw tries again every second until this \
-                         host has the address and the port is free",
-                        self.url()
-                    ));
-                    last_error = Some(error.kind());
-                }
-            }
             thread::sleep(RETRY);
+            if let Ok(socket) = TcpListener::bind(self.address) {
+                log.info(format_args!("{url} is open"));
+                return socket;
+            }
         }
     }
 
