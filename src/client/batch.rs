@@ -61,7 +61,7 @@ impl Line {
 pub fn run(fleet: &Fleet, source: Box<dyn Read>, query: &[String]) -> ExitCode {
     let total = fleet.servers.len();
     let per_server = MAX_CONNECTIONS.checked_div(total).unwrap_or_default().clamp(1, CONNECTIONS);
-    let report = Mutex::new(Report::new(total, false));
+    let report = Mutex::new(Report::default());
     let queues: Vec<_> = fleet.servers.iter().map(|server| (server, Queue::default())).collect();
     let result = thread::scope(|scope| {
         let mut threads = queues.iter().cycle().take(per_server.saturating_mul(total));
@@ -123,7 +123,7 @@ fn work(fleet: &Fleet, server: &Server, queue: &Queue, report: &Mutex<Report>) {
         if let Err(Failure { message, .. }) = result {
             for Line { number, job, .. } in iter::once(&line).chain(&waiting).map(AsRef::as_ref) {
                 let message = format!("line {number}: {} {}: {message}", job.method, job.path);
-                lock(report).record(server, &Err(message), false);
+                lock(report).record(server, &Err(message));
             }
         }
         done = Some(line);

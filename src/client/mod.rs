@@ -41,27 +41,16 @@ pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    ExitCode::from(u8::from(!is_written(&print(text.as_bytes()))))
-}
-
-/// Writes to standard output.
-fn print(bytes: &[u8]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(bytes).and_then(|()| out.flush())
-}
-
-/// Reports on standard error if the output could not be written.
-fn is_written(result: &io::Result<()>) -> bool {
-    if let Err(error) = result {
-        let _ = writeln!(io::stderr(), "rfwc: cannot write to standard output: {error}");
-    }
-    result.is_ok()
+    let mut report = Report::default();
+    report.print_result(text.as_bytes());
+    report.finish()
 }
 
 fn send(fleet: &Fleet, job: &Job) -> ExitCode {
     let total = fleet.servers.len();
     let bar = total > 1 && io::stderr().is_terminal();
-    let report = Mutex::new(Report::new(total, bar));
+    let body_only = total == 1 && job.method == "GET";
+    let report = Mutex::new(Report { total, bar, body_only, ..Report::default() });
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some(server) = fleet.servers.get(next.fetch_add(1, Relaxed)) {
@@ -81,7 +70,7 @@ fn send(fleet: &Fleet, job: &Job) -> ExitCode {
 
 /// Sends the request to one server and reports the result.
 fn send_to_one(request: Request<'_>, report: &Mutex<Report>) {
-    let Request { fleet, server, job } = request;
+    let Request { fleet, server, .. } = request;
     let name = format!("{}: ", server.name);
     let is_only_server = fleet.servers.len() == 1;
     let mut partial = Vec::new();
@@ -111,41 +100,36 @@ fn send_to_one(request: Request<'_>, report: &Mutex<Report>) {
         report.print_result(&[name.as_bytes(), &partial].concat());
     }
     let result = result.map_err(|failure| failure.message);
-    report.record(server, &result, is_only_server && job.method == "GET");
+    report.record(server, &result);
 }
 
 /// The progress, and the only writer of standard output and standard error meanwhile.
+#[derive(Default)]
 struct Report {
     total: usize,
     done: usize,
     /// The servers that failed.
     failed: Vec<String>,
-    /// Whether one of their errors was printed on standard error.
-    has_printed_error: bool,
     /// Whether to draw a progress bar.
     bar: bool,
+    /// Whether standard output is for the body of a response only. An error then goes to standard
+    /// error, as a comment in the list of servers.
+    body_only: bool,
     /// The first error in writing the results.
-    written: io::Result<()>,
+    write_error: Option<io::Error>,
 }
 
 impl Report {
-    fn new(total: usize, bar: bool) -> Report {
-        let (failed, written) = (Vec::new(), Ok(()));
-        Report { total, done: 0, failed, has_printed_error: false, bar, written }
-    }
-
-    /// Records and prints the result of a server. If standard output is for the body only, an error
-    /// goes to standard error, as a comment in the list of servers.
-    fn record(&mut self, server: &Server, result: &Result<String, String>, body_only: bool) {
+    /// Records and prints the result of a server.
+    fn record(&mut self, server: &Server, result: &Result<String, String>) {
         let (Ok(message) | Err(message)) = result;
         // A server must not control the terminal.
         let line = format!("{}: {}\n", server.name, message.replace(char::is_control, "?"));
         if result.is_err() && !self.failed.contains(&server.name) {
             self.failed.push(server.name.clone());
         }
-        if body_only && result.is_err() {
+        if self.body_only && result.is_err() {
             let _ = write!(io::stderr(), "# {line}");
-            self.has_printed_error = true;
         } else if !message.is_empty() {
             self.print_result(line.as_bytes());
         }
@@ -157,25 +141,26 @@ impl Report {
     /// status.
     fn finish(&self) -> ExitCode {
         self.clear();
-        let is_shown =
-            io::stderr().is_terminal() && (self.has_printed_error || io::stdout().is_terminal());
+        let is_shown = io::stderr().is_terminal() && (self.body_only || io::stdout().is_terminal());
         for name in self.failed.iter().filter(|_| !is_shown) {
             let _ = writeln!(io::stderr(), "{name}");
         }
-        let written = is_written(&self.written);
-        ExitCode::from(u8::from(!written || !self.failed.is_empty()))
+        if let Some(error) = &self.write_error {
+            let _ = writeln!(io::stderr(), "rfwc: cannot write to standard output: {error}");
+        }
+        ExitCode::from(u8::from(self.write_error.is_some() || !self.failed.is_empty()))
     }
 
     fn print_result(&mut self, bytes: &[u8]) {
-        let printed = self.print(bytes);
-        if self.written.is_ok() {
-            self.written = printed;
+        if let Err(error) = self.print(bytes) {
+            self.write_error.get_or_insert(error);
         }
     }
 
     fn print(&self, bytes: &[u8]) -> io::Result<()> {
         self.clear();
-        print(bytes)
+        let mut out = io::stdout().lock();
+        out.write_all(bytes).and_then(|()| out.flush())
     }
 
     fn draw(&self) {
