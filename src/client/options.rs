@@ -166,7 +166,7 @@ impl Arguments {
         let mut job = Job::parse(&self.operands, &self.query)?;
         match self.list {
             Some(_) if job.method == "GET" => return Err("get takes no --list".into()),
-            Some(file) => job.list = read_list(&file)?,
+            Some(file) => job.list = read(&file)?,
             None => {}
         }
         Ok(Command::Send(fleet, job))
@@ -245,14 +245,6 @@ fn read_servers(file: &str) -> Result<Vec<Server>, String> {
     }
 }
 
-fn read_list(file: &str) -> Result<Vec<u8>, String> {
-    let list = read(file)?;
-    match list.len() as u64 > MAX_BODY {
-        true => Err(format!("{file}: a list may have at most {MAX_BODY} bytes (64 MiB)")),
-        false => Ok(list),
-    }
-}
-
 /// Opens a file; `-` is standard input.
 fn open(file: &str) -> Result<Box<dyn Read>, String> {
     match file {
@@ -267,7 +259,7 @@ fn user_and_password(text: &str) -> Result<Credentials, String> {
     Credentials::new(user, password).ok_or("the credentials must be one line, USER:PASSWORD".into())
 }
 
-/// Reads a whole file, or enough of it to detect that it is too long for a list.
+/// Reads a whole file, or enough of it for rfw to refuse it as too long for a list.
 fn read(file: &str) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let read = open(file)?.take(MAX_BODY.saturating_add(1)).read_to_end(&mut bytes);
