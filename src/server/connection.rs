@@ -231,22 +231,21 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, ApiError> {
         let server = self.server;
-        let mut count = server.metrics.rules_in(filter);
+        let mut is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
         let (mut listing, _turn) = loop {
-            let is_long = count > SHORT_LISTING;
             let turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
             let listing = self.client.work(|| {
                 let _reading = lock(&server.reading); // so that a change waits for at most one
                 server.firewall.list(principal, filter)
             })?;
-            count = listing.len();
-            if is_long || count <= SHORT_LISTING {
+            if is_long || listing.len() <= SHORT_LISTING {
                 break (listing, turn);
             }
-            // The list has grown since it was counted.
+            is_long = true; // it has grown since it was counted
         };
         listing.shrink_to_fit(); // nearly half of it may be unused
-        let mut before = "[";
+        response.push("[");
+        let mut before = "";
         let mut push = |number: usize, tagged: &TaggedRule| {
             let json = api::listed_json(number, tagged);
             let is_sent = response.push(before) && response.push(&json);
@@ -268,7 +267,7 @@ impl Connection<'_> {
                 return Ok("listed in part".into());
             }
         }
-        response.end(if before == "[" { "[]\n" } else { "]\n" });
+        response.end("]\n");
         Ok("listed".into())
     }
 
