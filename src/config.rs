@@ -87,11 +87,8 @@ impl Config {
             |value: &str| value.parse().ok().filter(|count: &u32| is_number(value) && *count > 0);
         let maxelem =
             entries.get("ipset.maxelem", 1_048_576, "a number, 1 to 4294967295", count)?;
-        let ipset = entries.line("ipset.path").map(|line| {
-            let parse = |value: &str| Some(PathBuf::from(value)).filter(|path| path.is_absolute());
-            let path = entries.get("ipset.path", PathBuf::new(), "an absolute path", parse)?;
-            Ok(Named { path, line })
-        });
+        let ipset =
+            entries.line("ipset.path").map(|_| entries.program("ipset.path", PathBuf::new()));
         let iptables = entries.program("iptables.path", "/sbin/iptables".into())?;
         let default_expire = entries.get("default.expire", 0, interval::FORM, interval::parse)?;
         if ipset.is_some() && default_expire > u64::from(LONGEST_IN_SET) {
@@ -539,7 +536,7 @@ mod tests {
             ),
             ("ipset.maxelem = 0", 4, "4294967295"),
             ("ipset.maxelem = +1", 4, "4294967295"),
-            ("ipset.path = ipset", 4, "absolute"),
+            ("ipset.path = ./ipset", 4, "absolute"),
             ("default.expire = 2147484\nipset.path = /s", 4, "at most 2147483 s"),
             ("iptables.path = sbin/iptables", 4, "absolute"),
             ("ip6tables.path = ./x", 4, "absolute"),

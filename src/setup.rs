@@ -47,7 +47,8 @@ impl Setup {
         }
         let acceptor = config.outward.as_ref().map(|outward| source.acceptor(outward));
         let acceptor = acceptor.transpose()?;
-        for program in [&mut config.iptables, &mut config.ip6tables] {
+        let Config { iptables, ip6tables, ipset, .. } = &mut config;
+        for program in [iptables, ip6tables].into_iter().chain(ipset) {
             program.path = find(&program.path);
         }
         let ipv6 = check_ipv6(&config.ip6tables.path);

@@ -748,7 +748,8 @@ fn an_invalid_configuration() {
     once(|lab| {
         let rows = [
             ("ipset.path = /nowhere/ipset", "1 rfw.conf:5"),
-            ("ipset.path = ipset", "1 rfw.conf:5"),
+            ("ipset.path = bin/ipset", "1 rfw.conf:5"),
+            ("ipset.path = ipset", "0"),
             ("ipset.path", "1 rfw.conf:5"),
             ("ipset.maxelem = 0", "1 rfw.conf:5"),
             ("ipset.maxelem = many", "1 rfw.conf:5"),
