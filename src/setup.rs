@@ -11,6 +11,7 @@ use crate::rule::net::Family;
 use crate::rule::whitelist::{LineError, Whitelist};
 use crate::state::StateFile;
 use std::fs;
+use std::iter;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -52,11 +53,9 @@ impl Setup {
             program.path = find(&program.path);
         }
         let ipv6 = check_ipv6(&config.ip6tables.path);
-        source.check_iptables(&config, ipv6.is_ok(), |path, _| {
-            check_program(path)?;
-            check_program(&restore_path(path))?;
-            prerequisites::check_version(path)
-        })?;
+        for (_, named) in families(&config, ipv6.is_ok()) {
+            check_iptables(&named.path).map_err(|error| source.locate(named, error))?;
+        }
         if let Some(ipset) = &config.ipset {
             check_program(&ipset.path).map_err(|error| source.locate(ipset, error))?;
         }
@@ -97,25 +96,6 @@ impl Source<'_> {
             self.locate(named, format!("{} {problem}", named.path.display()))
         })
     }
-
-    /// Checks the iptables of each family. If rfw.conf does not name ip6tables, rfw can do without
-    /// it.
-    fn check_iptables(
-        &self,
-        config: &Config,
-        ipv6: bool,
-        check: impl Fn(&Path, Family) -> Result<(), String>,
-    ) -> Result<(), String> {
-        let Config { iptables, ip6tables, .. } = config;
-        let located = |family, named: &Named| {
-            check(&named.path, family).map_err(|error| self.locate(named, error))
-        };
-        located(Family::V4, iptables)?;
-        match ip6tables.line > 0 || ipv6 {
-            true => located(Family::V6, ip6tables),
-            false => Ok(()),
-        }
-    }
 }
 
 /// Checks what a start tries itself, the state file and the extensions of iptables: for `-t`, and to
@@ -127,9 +107,24 @@ pub fn check_start(file: &Path, config: &Config, ipv6: bool) -> Result<(), Strin
         checked.map_err(|error| source.locate(state, error.at(&state.path)))?;
     }
     let sets = config.ipset.is_some();
-    source.check_iptables(config, ipv6, |path, family| {
-        prerequisites::check_extensions(path, family, sets)
-    })
+    for (family, named) in families(config, ipv6) {
+        let checked = prerequisites::check_extensions(&named.path, family, sets);
+        checked.map_err(|error| source.locate(named, error))?;
+    }
+    Ok(())
+}
+
+/// The iptables of each family. If rfw.conf does not name ip6tables, rfw can do without it.
+fn families(config: &Config, ipv6: bool) -> impl Iterator<Item = (Family, &Named)> {
+    let Config { iptables, ip6tables, .. } = config;
+    let has_ip6tables = ipv6 || ip6tables.line > 0;
+    iter::once((Family::V4, iptables)).chain(has_ip6tables.then_some((Family::V6, ip6tables)))
+}
+
+fn check_iptables(path: &Path) -> Result<(), String> {
+    check_program(path)?;
+    check_program(&restore_path(path))?;
+    prerequisites::check_version(path)
 }
 
 /// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set
