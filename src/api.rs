@@ -596,12 +596,12 @@ mod tests {
             r#"{"result":"applied","deleted":0,"absent":0,"whitelisted_count":0,"whitelisted":[]}
 "#
         );
-        let lines = vec![(2, RuleError::All("\"".into()))];
+        let lines = vec![(2, RuleError::NoIface("\"".into()))];
         report.invalid = Some(Invalid { count: 3, entries: 9, lines });
         report.ipv6_skipped = 7;
         let json = tally_json(Action::Delete, &tally, &report);
         assert!(json.contains(r#","ipv6_skipped":7,"wrong_count":3,"whitelisted_count":21,"#));
-        let end = r#"],"wrong":[{"line":2,"message":"'all' is not an interface; write any for every interface, as in \"."}]}
+        let end = r#"],"wrong":[{"line":2,"message":"The path names no interface; write any for every interface, as in \"."}]}
 "#;
         assert!(json.ends_with(end), "{json}");
         assert_eq!(with_note("{\"a\":{}}\n", "\""), "{\"a\":{},\"note\":\"\\\"\"}\n");

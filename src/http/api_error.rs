@@ -201,13 +201,9 @@ fn describe_rule_error(error: &RuleError) -> (u16, &'static str, String) {
                 quoted(name)
             ),
         ),
-        RuleError::All(path) => (
-            "bad_interface",
-            format!("'all' is not an interface; write any for every interface, as in {path}."),
-        ),
         RuleError::NoIface(path) => (
             "bad_interface",
-            format!("The path has an address in place of the interface; write {path}."),
+            format!("The path names no interface; write any for every interface, as in {path}."),
         ),
         RuleError::FileName(path) => (
             "bad_interface",
@@ -360,9 +356,8 @@ mod tests {
                 "bad_interface",
                 "'x' is not an interface",
             ),
-            (ApiError::Rule(RuleError::All(x())), 400, "bad_interface", "as in x."),
             (ApiError::Rule(RuleError::FileName(x())), 400, "bad_interface", "the list to x,"),
-            (ApiError::Rule(RuleError::NoIface(x())), 400, "bad_interface", "interface; write x."),
+            (ApiError::Rule(RuleError::NoIface(x())), 400, "bad_interface", "as in x."),
             (ApiError::Rule(RuleError::Address(x())), 400, "bad_address", "'x' is not an address"),
             (ApiError::Rule(RuleError::AnyAddress), 400, "bad_address", "only FORWARD accepts"),
             (ApiError::Rule(RuleError::Families), 400, "bad_address", "Both addresses"),

@@ -326,9 +326,7 @@ pub enum RuleError {
     /// Too few or too many segments.
     Shape,
     Iface(String),
-    /// `all` instead of `any`; the text is the path with `any`.
-    All(String),
-    /// In a list, an address in place of the interface; the text is the path with `any`.
+    /// `all` or, in a list, an address in place of the interface; the text is the path with `any`.
     NoIface(String),
     /// In a list, a file name; the text is the path without it.
     FileName(String),
@@ -447,7 +445,7 @@ fn take_template(rest: &mut Iter<'_, &str>) -> Result<RuleTemplate, RuleError> {
     let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
     if rest.as_slice().first().is_some_and(|name| name.eq_ignore_ascii_case("all")) {
         let path = format!("/{}/{}/any", target.name(), chain.name());
-        return Err(RuleError::All(path.to_ascii_lowercase()));
+        return Err(RuleError::NoIface(path.to_ascii_lowercase()));
     }
     let iface = take_iface(rest)?;
     let (in_iface, out_iface, side) = match chain {
@@ -610,8 +608,8 @@ mod tests {
             ("/drop/prerouting/any/1.2.3.4", Unknown),
             ("/drop/input/+/1.2.3.4", Iface(text("+"))),
             ("/drop/input/ANY/1.2.3.4", Iface(text("ANY"))),
-            ("/drop/input/all/1.2.3.4", All(text("/drop/input/any"))),
-            ("/Reject/FORWARD/All/1.2.3.4", All(text("/reject/forward/any"))),
+            ("/drop/input/all/1.2.3.4", NoIface(text("/drop/input/any"))),
+            ("/Reject/FORWARD/All/1.2.3.4", NoIface(text("/reject/forward/any"))),
             ("/drop/forward/any/1.2.3.4/all", Iface(text("all"))),
             ("/drop/input//1.2.3.4", Iface(text(""))),
             ("/drop/input/-i/1.2.3.4", Iface(text("-i"))),
