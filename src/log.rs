@@ -230,10 +230,9 @@ impl<const MAX: usize> Limiter<MAX> {
 
     /// Removes the addresses whose window has ended; returns how many of each were not logged.
     fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
-        let is_over =
-            |_: &_, (since, _): &mut (Instant, _)| now.saturating_duration_since(*since) >= WINDOW;
-        let over = self.0.extract_if(is_over);
-        let suppressed = over.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX)));
+        let ended =
+            self.0.extract_if(|_, (since, _)| now.saturating_duration_since(*since) >= WINDOW);
+        let suppressed = ended.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX)));
         suppressed.filter(|(_, count)| *count > 0).collect()
     }
 }
