@@ -102,6 +102,10 @@ impl From<ToolError> for ApiError {
     }
 }
 
+/// When rfw began to read a set, and each of its addresses with its timeout; `None` if the set does
+/// not exist.
+type SetListing = (Instant, Option<Vec<(Net, u32)>>);
+
 /// What matters here of rfw.conf and of this host.
 pub struct Settings {
     /// The rules for the port of rfw's own server, in the order of each chain.
@@ -516,14 +520,16 @@ impl<K: Kernel> Engine<K> {
         let (mut missing, mut unknown, mut written) = (0_usize, 0_usize, Ok(()));
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
-            let planned = |actual: &Vec<_>| sets::plan(&name, members, actual, now);
+            let planned = |(_, actual): &SetListing| {
+                Some(sets::plan(&name, members, actual.as_ref()?, now))
+            };
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
             let first = self.read_set(&name)?;
-            let mut plan = first.as_ref().map(planned);
+            let mut plan = planned(&first);
             // A distrusted set is read twice, for the same reason as in `check_rules`.
             let is_right = plan.as_ref().is_none_or(|plan| plan.edits.is_empty());
             if self.distrusted.contains(&family) || !is_right {
-                plan = self.confirmed_set(&name, first)?.as_ref().map(planned);
+                plan = planned(&self.confirmed_set(&name, first)?);
             }
             let header = headers.iter().find(|header| header.name == name);
             written = match (plan, header) {
@@ -602,21 +608,17 @@ impl<K: Kernel> Engine<K> {
         self.kernel.write_sets(&mut edit, self.limit(0)).is_ok()
     }
 
-    /// Each address of a set, with its timeout; `None` if the set does not exist.
-    pub fn read_set(&self, name: &str) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
-        self.kernel.read_set(name, self.limit(self.list.count()))
+    /// Each address of a set, with its timeout.
+    pub fn read_set(&self, name: &str) -> Result<SetListing, ToolError> {
+        let started = Instant::now();
+        Ok((started, self.kernel.read_set(name, self.limit(self.list.count()))?))
     }
 
     /// The same, from two consecutive listings that agree; `first` was read before.
-    pub fn confirmed_set(
-        &self,
-        name: &str,
-        first: Option<Vec<(Net, u32)>>,
-    ) -> Result<Option<Vec<(Net, u32)>>, ToolError> {
-        let nets = |listing: &Option<Vec<(Net, u32)>>| {
-            listing.as_ref().map(|entries| entries.iter().map(|(net, _)| *net).collect::<Vec<_>>())
+    pub fn confirmed_set(&self, name: &str, first: SetListing) -> Result<SetListing, ToolError> {
+        let agree = |(_, later): &SetListing, (started, earlier): &SetListing| {
+            sets::agree(earlier, later, started.elapsed())
         };
-        let agree = |a: &Option<_>, b: &Option<_>| nets(a) == nets(b);
         read_until_agreed(first, || self.read_set(name), agree, "ipset lists other addresses")
     }
 

@@ -7,6 +7,7 @@ use super::ipset::SetEdit;
 use super::list::{Entry, Members};
 use crate::rule::interval::LONGEST_IN_SET;
 use crate::rule::net::Net;
+use std::time::Duration;
 
 /// How many seconds a timeout in the kernel may differ from the list: ipset lists whole seconds,
 /// and an edit takes time.
@@ -51,6 +52,25 @@ pub fn has_right_size(members: &Members, entries: Option<usize>, now: u64) -> bo
 /// Whether the kernel may have removed the address, or is about to.
 fn is_due(expires: Option<u64>, now: u64) -> bool {
     expires.is_some_and(|second| second <= now.saturating_add(TOLERANCE))
+}
+
+/// Whether a listing of a set shows the same addresses as an earlier one, which began at most `age`
+/// before, except those that have expired since.
+pub fn agree(
+    earlier: &Option<Vec<(Net, u32)>>,
+    later: &Option<Vec<(Net, u32)>>,
+    age: Duration,
+) -> bool {
+    let (Some(earlier), Some(later)) = (earlier, later) else {
+        return earlier.is_none() && later.is_none();
+    };
+    let mut later = later.iter().peekable();
+    let mut is_held_or_over = |(net, left): &(Net, u32)| {
+        // ipset shows less than a second as one.
+        let is_over = *left > 0 && u64::from(*left) <= age.as_secs().saturating_add(1);
+        later.next_if(|(held, _)| held == net).is_some() || is_over
+    };
+    earlier.iter().all(&mut is_held_or_over) && later.next().is_none()
 }
 
 /// How to make a set match the list.
@@ -179,6 +199,33 @@ mod tests {
             let edits: Vec<String> = edits.iter().map(short).collect();
             assert_eq!(edits.join(","), expected, "{wanted} {actual:?}");
         }
+    }
+
+    #[test]
+    fn listings_that_agree() {
+        // Two listings, the seconds between them
+        let table = [
+            ("1.1.1.1,2.2.2.2 9", "1.1.1.1,2.2.2.2 7", 2, true),
+            ("1.1.1.1,2.2.2.2 3", "1.1.1.1", 2, true),
+            ("1.1.1.1,2.2.2.2 3,3.3.3.3 1", "1.1.1.1", 2, true),
+            ("1.1.1.1 1", "", 0, true),
+            ("", "", 0, true),
+            ("1.1.1.1,2.2.2.2 4", "1.1.1.1", 2, false),
+            ("1.1.1.1,2.2.2.2 3", "2.2.2.2 1", 2, false),
+            ("1.1.1.1", "", 2, false),
+            ("1.1.1.1", "1.1.1.1,2.2.2.2 3", 2, false),
+            ("2.2.2.2 3", "1.1.1.1", 2, false),
+        ];
+        let listing = |text| -> Option<Vec<_>> {
+            Some(parse(text).into_iter().map(|(net, left)| (net, left as u32)).collect())
+        };
+        for (earlier, later, age, expected) in table {
+            let (a, b, age) = (listing(earlier), listing(later), Duration::from_secs(age));
+            assert_eq!(agree(&a, &b, age), expected, "{earlier} {later}");
+        }
+        let (empty, age) = (listing(""), Duration::ZERO);
+        assert!(agree(&None, &None, age));
+        assert!(!agree(&None, &empty, age) && !agree(&empty, &None, age));
     }
 
     #[test]

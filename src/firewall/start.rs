@@ -142,7 +142,7 @@ fn adopt<K: Kernel>(
             // The set of a listed rule exists.
             let missing = || ToolError::Transient(format!("ipset does not list {rule}."));
             let name = rule.to_string();
-            let set = engine.confirmed_set(&name, engine.read_set(&name)?)?;
+            let (_, set) = engine.confirmed_set(&name, engine.read_set(&name)?)?;
             for (net, left) in set.ok_or_else(missing)? {
                 let expires = (left > 0).then(|| now.saturating_add(left.into()).saturating_add(1));
                 list.insert(&template.rule(net), expires);
