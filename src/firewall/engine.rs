@@ -516,12 +516,12 @@ impl<K: Kernel> Engine<K> {
     /// Reads the sets of a family and makes them match the list (goals 3 and 4).
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
-        let now = self.seconds();
         let (mut missing, mut unknown, mut written) = (0_usize, 0_usize, Ok(()));
         for (rule, group, members) in self.sets(family) {
             let name = rule.to_string();
+            // The time is that of the listing: to read a large set takes seconds.
             let planned = |(_, actual): &SetListing| {
-                Some(sets::plan(&name, members, actual.as_ref()?, now))
+                Some(sets::plan(&name, members, actual.as_ref()?, self.seconds()))
             };
             // ipset reports a set that does not exist; an incomplete listing merely lacks it.
             let first = self.read_set(&name)?;
@@ -544,7 +544,7 @@ impl<K: Kernel> Engine<K> {
                 }
                 (plan, _) => {
                     missing = missing.saturating_add(members.len());
-                    self.make_set(&name, group, members, plan.is_some(), now)
+                    self.make_set(&name, group, members, plan.is_some())
                 }
             };
             if written.is_err() {
@@ -582,8 +582,8 @@ impl<K: Kernel> Engine<K> {
         group: &Group,
         members: &Members,
         exists: bool,
-        now: u64,
     ) -> Result<(), ToolError> {
+        let now = self.seconds();
         let replaces = exists && !self.destroy_set(name);
         let replacement = replacement_name(name);
         let new = if replaces { &replacement } else { name };

@@ -123,13 +123,12 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
 }
 
 /// The list from the kernel. A rule nearer to the front of a chain is newer.
-fn adopt<K: Kernel>(
+pub(super) fn adopt<K: Kernel>(
     engine: &Engine<K>,
     listings: &[(Family, Listing)],
     sets: bool,
 ) -> Result<List, ToolError> {
     let mut list = List::new(sets);
-    let now = engine.clock.now().as_secs();
     for chain in listings.iter().flat_map(|(_, listing)| &listing.0) {
         let own: Vec<&TaggedRule> = chain.own().map(|(_, tagged)| tagged).collect();
         for TaggedRule { rule, expires, .. } in own.into_iter().rev() {
@@ -143,6 +142,8 @@ fn adopt<K: Kernel>(
             let missing = || ToolError::Transient(format!("ipset does not list {rule}."));
             let name = rule.to_string();
             let (_, set) = engine.confirmed_set(&name, engine.read_set(&name)?)?;
+            // Only now, so that none expires early: to read a large set takes seconds.
+            let now = engine.clock.now().as_secs();
             for (net, left) in set.ok_or_else(missing)? {
                 let expires = (left > 0).then(|| now.saturating_add(left.into()).saturating_add(1));
                 list.insert(&template.rule(net), expires);

@@ -2711,3 +2711,18 @@ fn addresses_that_expire_between_two_listings() {
     world.memory().sets = sets;
     assert_eq!(world.start(), Ok(()));
 }
+
+/// Addresses of a set that takes long to read expired that much earlier after a start without a state
+/// file.
+#[test]
+fn a_set_that_is_read_slowly_expires_no_earlier() {
+    let mut world = World::new(true, false);
+    world.put("+600 /drop/input/any/1.1.1.1");
+    let expiry = |list: &List| list.stored().next().unwrap().1;
+    world.memory().delay = Some((Part::Sets, Duration::from_secs(1)));
+    let engine = world.engine();
+    let listing = engine.read_rules(Family::V4).unwrap();
+    let adopted = start::adopt(engine, &[(Family::V4, listing)], true).unwrap();
+    let (before, after) = (expiry(&engine.list), expiry(&adopted));
+    assert!(after >= before, "{before:?} became {after:?}");
+}
