@@ -11,6 +11,7 @@ use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
 use crate::state::{Record, StoredRule};
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU64;
@@ -325,8 +326,10 @@ impl List {
                         self.fill(group, &nets, expires, batch);
                         tally.add(Verdict::Inserted, nets.len());
                     } else {
-                        nets.iter()
-                            .for_each(|net| tally.add(self.put(group, *net, expires, batch), 1));
+                        let others = OnceCell::new();
+                        for net in nets.iter() {
+                            tally.add(self.put(group, *net, expires, &others, batch), 1);
+                        }
                     }
                 }
             }
@@ -418,10 +421,15 @@ impl List {
         group: Group,
         net: Net,
         expires: Option<NonZeroU64>,
+        others: &OnceCell<Vec<(Group, NonZeroU64)>>,
         batch: &mut Batch,
     ) -> Verdict {
         let before = self.entry(group, &net);
-        let is_same = |old: &Entry| old.expires == expires && !self.is_shadowed(group, net, old);
+        let is_shadowed = |old: &Entry| {
+            let others = others.get_or_init(|| self.shadowing(group));
+            self.is_shadowed(group.template.side, net, old, others)
+        };
+        let is_same = |old: &Entry| old.expires == expires && !is_shadowed(old);
         if before.as_ref().is_some_and(is_same) {
             batch.push(group, net, before);
             return Verdict::Exists;
@@ -640,23 +648,37 @@ impl List {
         old
     }
 
-    /// Whether a newer rule with another target may match some of the same packets. Rules with two
+    /// The groups that may shadow rules of this one, those with another target in its chain, each
+    /// with the serial number of its newest rule; the newest first.
+    fn shadowing(&self, group: Group) -> Vec<(Group, NonZeroU64)> {
+        let is_shadowing = |other: &Group| {
+            let same = (other.family, other.template.chain) == (group.family, group.template.chain);
+            same && other.template.target != group.template.target && !self.is_in_set(&group)
+        };
+        let others = self.groups.iter().filter(|(other, _)| is_shadowing(other));
+        let newest = |members: &Members| members.values().map(|entry| entry.serial).max();
+        let others = others.filter_map(|(other, members)| Some((*other, newest(members)?)));
+        let mut others: Vec<_> = others.collect();
+        others.sort_unstable_by_key(|(_, newest)| Reverse(*newest));
+        others
+    }
+
+    /// Whether a newer rule of these groups may match some of the same packets. Rules with two
     /// addresses are not compared one by one, which would take too long: at worst, a rule moves to
     /// the front once more.
-    fn is_shadowed(&self, group: Group, net: Net, entry: &Entry) -> bool {
-        if self.is_in_set(&group) {
-            return false;
-        }
-        let others = self.groups.iter().filter(|(other, _)| {
-            let same = (other.family, other.template.chain) == (group.family, group.template.chain);
-            same && other.template.target != group.template.target
-        });
-        others.into_iter().any(|(other, members)| {
-            let is_newer = |rival: &Entry| rival.serial > entry.serial;
-            match other.template.side == group.template.side && other.second.is_none() {
-                true => overlapping(members, net).any(|(_, rival)| is_newer(rival)),
-                false => members.values().any(is_newer),
-            }
+    fn is_shadowed(
+        &self,
+        side: Side,
+        net: Net,
+        entry: &Entry,
+        others: &[(Group, NonZeroU64)],
+    ) -> bool {
+        let newer = others.iter().take_while(|(_, newest)| *newest > entry.serial);
+        let mut newer = newer.filter_map(|(other, _)| Some((other, self.members(other)?)));
+        newer.any(|(other, members)| {
+            let is_comparable = other.template.side == side && other.second.is_none();
+            !is_comparable
+                || overlapping(members, net).any(|(_, rival)| rival.serial > entry.serial)
         })
     }
 }
@@ -686,6 +708,7 @@ pub(super) mod tests {
     use super::*;
     use std::iter;
     use std::net::Ipv4Addr;
+    use std::time::{Duration, Instant};
 
     const NOW: u64 = 2_000_000_000;
 
@@ -1182,6 +1205,26 @@ pub(super) mod tests {
         let mut list = list(true, &[DROP, DROP_A]);
         apply_and_check(&mut list, &[ACCEPT_A]);
         assert_eq!(stored(&list), [DROP, ACCEPT_A]);
+    }
+
+    /// Each address of a list was compared with each rule of another kind, which took 20 s for 45,000
+    /// of both.
+    #[test]
+    fn a_list_is_not_compared_with_each_rule_of_another_kind() {
+        let nets: Vec<Net> =
+            (1..=20_000_u32).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
+        let mut list = List::new(false);
+        for (net, second) in
+            nets.iter().flat_map(|net| [(net, Net::parse("9.9.9.9").unwrap()), (net, *net)])
+        {
+            list.insert(&rule(&format!("/accept/forward/any/{net}/any/{second}")), None);
+        }
+        let template = RuleTemplate::parse(&["drop", "forward", "any"]).unwrap();
+        let put = Change { rules: Rules::List(template, nets), action: Action::Put(0) };
+        assert!(list.apply(&[&put], NOW, 0).is_ok());
+        let started = Instant::now();
+        assert_eq!(verdicts(&list.apply(&[&put], NOW, 0).unwrap()), "exists 20000");
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 
     #[test]
