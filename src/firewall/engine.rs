@@ -513,53 +513,66 @@ impl<K: Kernel> Engine<K> {
         read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
     }
 
-    /// Reads the sets of a family and makes them match the list (goals 3 and 4).
+    /// Reads the sets of a family and makes them match the list (goals 3 and 4). One that fails does
+    /// not keep the others from being repaired.
     pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
-        let (mut missing, mut unknown, mut written) = (0_usize, 0_usize, Ok(()));
-        for (rule, group, members) in self.sets(family) {
-            let name = rule.to_string();
-            // The time is that of the listing: to read a large set takes seconds.
-            let planned = |(_, actual): &SetListing| {
-                Some(sets::plan(&name, members, actual.as_ref()?, self.seconds()))
-            };
-            // ipset reports a set that does not exist; an incomplete listing merely lacks it.
-            let first = self.read_set(&name)?;
-            let mut plan = planned(&first);
-            // A distrusted set is read twice, for the same reason as in `check_rules`.
-            let is_right = plan.as_ref().is_none_or(|plan| plan.edits.is_empty());
-            if self.distrusted.contains(&family) || !is_right {
-                plan = planned(&self.confirmed_set(&name, first)?);
+        let groups: Vec<Group> = self.sets(family).map(|(_, group, _)| *group).collect();
+        let (mut missing, mut unknown, mut result) = (0_usize, 0_usize, Ok(()));
+        for group in groups {
+            if result.is_ok() || self.has_time() {
+                let repaired = self.repair_set(&headers, group);
+                let (added, deleted) = *repaired.as_ref().unwrap_or(&(0, 0));
+                missing = missing.saturating_add(added);
+                unknown = unknown.saturating_add(deleted);
+                result = result.and(repaired.map(|_| ()));
             }
-            let header = headers.iter().find(|header| header.name == name);
-            written = match (plan, header) {
-                (Some(_), None) => {
-                    return Err(ToolError::Transient("ipset lists other sets each time.".into()));
-                }
-                (Some(plan), Some(header)) if self.is_usable(header, members) => {
-                    missing = missing.saturating_add(plan.missing);
-                    unknown = unknown.saturating_add(plan.unknown);
-                    let limit = self.limit(plan.edits.len());
-                    self.kernel.write_sets(&mut plan.edits.into_iter(), limit)
-                }
-                (plan, _) => {
-                    missing = missing.saturating_add(members.len());
-                    self.make_set(&name, group, members, plan.is_some())
-                }
-            };
-            if written.is_err() {
-                break;
-            }
-        }
-        if written.is_err() {
-            self.distrusted.insert(family);
-            return written;
         }
         self.has_repaired |= missing.max(unknown) > 0;
         let changed = batch.map_or(0, Batch::len);
         self.report_restored(missing.saturating_sub(changed));
         self.report_removed(unknown.saturating_sub(changed));
-        Ok(())
+        result
+    }
+
+    /// Returns how many addresses the set lacked, and how many it had that are not in the list.
+    fn repair_set(
+        &mut self,
+        headers: &[SetHeader],
+        group: Group,
+    ) -> Result<(usize, usize), ToolError> {
+        let (Some(rule), Some(members)) = (group.set(), self.list.members(&group)) else {
+            return Ok((0, 0));
+        };
+        let name = rule.to_string();
+        // The time is that of the listing: to read a large set takes seconds.
+        let planned = |(_, actual): &SetListing| {
+            Some(sets::plan(&name, members, actual.as_ref()?, self.seconds()))
+        };
+        // ipset reports a set that does not exist; an incomplete listing merely lacks it.
+        let first = self.read_set(&name)?;
+        let mut plan = planned(&first);
+        // A distrusted set is read twice, for the same reason as in `check_rules`.
+        let is_right = plan.as_ref().is_none_or(|plan| plan.edits.is_empty());
+        if self.distrusted.contains(&group.family) || !is_right {
+            plan = planned(&self.confirmed_set(&name, first)?);
+        }
+        let header = headers.iter().find(|header| header.name == name);
+        let (missing, unknown, written) = match (plan, header) {
+            (Some(_), None) => {
+                return Err(ToolError::Transient("ipset lists other sets each time.".into()));
+            }
+            (Some(plan), Some(header)) if self.is_usable(header, members) => {
+                let limit = self.limit(plan.edits.len());
+                let written = self.kernel.write_sets(&mut plan.edits.into_iter(), limit);
+                (plan.missing, plan.unknown, written)
+            }
+            (plan, _) => (members.len(), 0, self.make_set(&name, &group, members, plan.is_some())),
+        };
+        if written.is_err() {
+            self.distrusted.insert(group.family);
+        }
+        written.map(|()| (missing, unknown))
     }
 
     fn sets(&self, family: Family) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {

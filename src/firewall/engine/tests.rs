@@ -2726,3 +2726,24 @@ fn a_set_that_is_read_slowly_expires_no_earlier() {
     let (before, after) = (expiry(&engine.list), expiry(&adopted));
     assert!(after >= before, "{before:?} became {after:?}");
 }
+
+/// If one set could not be read, those after it were not repaired, and those before it were not counted.
+#[test]
+fn a_set_that_fails_keeps_no_other_from_being_repaired() {
+    let write = |first| Fault { only_writes: true, ..Fault::new(first, 1, Way::Reject) };
+    let read = |first| Fault::new(first, 1, Way::Interrupt);
+    // The headers, then each set twice, and what it lacks
+    for fault in [read(2), read(3), write(4), read(5), read(6), write(7)] {
+        let mut world = World::new(true, false);
+        world.put("+ /accept/input/any/1.1.1.1; + /drop/input/any/2.2.2.2");
+        world.settle();
+        empty_sets(&mut world);
+        world.set_faults(&[Fault { part: Some(Part::Sets), ..fault }]);
+        let engine = world.engine();
+        engine.begin();
+        assert!(engine.repair_sets(Family::V4, None).is_err(), "{fault:?}");
+        assert_eq!(world.enforced().len(), 1, "{fault:?}");
+        world.settle();
+        assert_eq!(world.metrics.restored.to_string(), "2", "{fault:?}");
+    }
+}
