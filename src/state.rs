@@ -141,13 +141,13 @@ impl StateFile {
         &mut self,
         mut records: impl Iterator<Item = Record> + Clone,
     ) -> Result<(), String> {
-        let count = records.clone().count();
-        if count == 0 {
-            return Ok(());
-        }
         if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
             let path = self.path.display();
             return Err(format!("{path} was changed or removed by someone else; restart rfw."));
+        }
+        let count = records.clone().count();
+        if count == 0 {
+            return Ok(());
         }
         let written = self.repair_tail().and_then(|()| {
             self.needs_repair = true;

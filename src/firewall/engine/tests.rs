@@ -2747,3 +2747,17 @@ fn a_set_that_fails_keeps_no_other_from_being_repaired() {
         assert_eq!(world.metrics.restored.to_string(), "2", "{fault:?}");
     }
 }
+
+/// A PUT of a rule that existed was answered with 200 though its state file was gone.
+#[test]
+fn a_rule_that_exists_is_on_the_disk() {
+    let mut world = World::new(false, true);
+    world.put("+ /drop/input/any/1.1.1.1");
+    let path = world.folder.clone().unwrap().join("state");
+    fs::rename(&path, path.with_extension("old")).unwrap();
+    let results = world.commit(&parse("+ /drop/input/any/1.1.1.1")[0]);
+    assert!(matches!(results[0], Err(ApiError::State(_))), "{results:?}");
+    fs::rename(path.with_extension("old"), &path).unwrap();
+    world.put("+ /drop/input/any/1.1.1.1");
+    world.settle();
+}
