@@ -41,6 +41,7 @@ impl<K: Kernel> Engine<K> {
         }
         let now = self.now();
         let (mut missing, mut expired, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
+        let mut overtaken_by = Vec::new();
         for plan in plans {
             missing.extend(plan.missing.into_iter().filter(|rule| !changed.contains(rule)));
             for TaggedRule { rule, expires, .. } in plan.unknown {
@@ -50,10 +51,9 @@ impl<K: Kernel> Engine<K> {
                     false => unknown.push(rule),
                 }
             }
-            if let Some(line) = plan.overtaken_by {
-                self.report_overtaken(family, &line);
-            }
+            overtaken_by.extend(plan.overtaken_by);
         }
+        self.report_overtaken(family, &overtaken_by);
         self.report_restored(missing.len());
         if !self.is_starting {
             self.log_each(Level::Info, "restored", &missing);
@@ -91,7 +91,11 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn report_overtaken(&mut self, family: Family, line: &str) {
+    /// Counts foreign rules in several chains once: most programs insert theirs into several together.
+    fn report_overtaken(&mut self, family: Family, lines: &[String]) {
+        if lines.is_empty() {
+            return;
+        }
         self.metrics.overtaken.add(1);
         let times = self.overtaken.entry(family).or_default();
         times.push_back(Instant::now());
@@ -102,10 +106,12 @@ impl<K: Kernel> Engine<K> {
             true => "; this happens so often that rfw waits a minute before it moves them again",
             false => "",
         };
-        self.log.warning(format_args!(
-            "moved rfw's rules back to the front; someone else's rule was before them: {}{notice}",
-            printable(line.as_bytes())
-        ));
+        for line in lines {
+            self.log.warning(format_args!(
+                "moved rfw's rules back to the front; someone else's rule was before them: {}{notice}",
+                printable(line.as_bytes())
+            ));
+        }
     }
 
     pub(super) fn log_each(&self, level: Level, event: &str, rules: &[KernelRule]) {

@@ -1628,6 +1628,22 @@ fn overtaken_at_once_ten_times_then_once_a_minute() {
     assert!(is_first(&mut world));
 }
 
+/// A program that inserts into all chains at once was one of ten after four times.
+#[test]
+fn overtaken_in_all_chains_at_once() {
+    let mut world = World::new(false, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.1; + /drop/forward/any/1.1.1.1");
+    for number in 1..=10 {
+        Chain::ALL.iter().for_each(|chain| world.insert_foreign(Family::V4, *chain, 1, "-j X"));
+        world.tick();
+        assert_eq!(world.metrics.overtaken.to_string(), number.to_string());
+        for chain in Chain::ALL {
+            let front = &world.chain(Family::V4, chain)[0];
+            assert!(matches!(front, FakeRow::Own(_)), "{number} {chain:?}: {front:?}");
+        }
+    }
+}
+
 #[test]
 fn one_family_failing_does_not_block_the_other() {
     let before = "+ /drop/input/any/1.1.1.1; + /drop/input/any/2001:db8::1; \
