@@ -25,7 +25,7 @@ const HEADERS: [&str; 2] = [HEADER, "rfw state 1\n"];
 const MAX_LINE: u64 = 512;
 /// How many bytes of dropped lines are reported: a file system may append megabytes of zeros.
 const MAX_DROPPED: u64 = 65_536;
-/// A file below this size in bytes is not compacted.
+/// A file below this size in bytes is compacted only at the start.
 const SMALL: u64 = 64 * 1024;
 
 /// A rule, and when it expires in Unix seconds.
@@ -46,7 +46,7 @@ pub struct StateFile {
     size: u64,
     /// Whether more bytes may follow, or the new name may not be synced yet.
     needs_repair: bool,
-    /// Above this size it is compacted.
+    /// Above this size it is compacted; 0 until rfw has rewritten it once.
     limit: u64,
     /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, or
     /// does not hold the list.
@@ -58,8 +58,6 @@ pub struct StateFile {
 pub struct Contents {
     /// How many bytes are valid; a power cut has left the rest.
     pub size: u64,
-    pub records: usize,
-    pub is_version_1: bool,
     /// The line of an incomplete last change, and why it is dropped.
     pub tail: Option<LineError>,
     /// The first of the lines that are dropped.
@@ -89,8 +87,7 @@ impl StateFile {
         let size = file.metadata().map_err(failed)?.len();
         // A file that is open only for reading refuses even an empty write.
         let is_outdated = (&file).write(b"").is_err();
-        let limit = limit_of(size);
-        Ok(StateFile { path, file, size, needs_repair: false, limit, is_outdated })
+        Ok(StateFile { path, file, size, needs_repair: false, limit: 0, is_outdated })
     }
 
     /// Checks that a file can be read, if it exists.
@@ -233,21 +230,9 @@ impl StateFile {
         fs::rename(new, &self.path)?;
         // The old file has lost its name, even if the folder cannot be synced.
         (self.file, self.size, self.needs_repair) = (file, size, true);
-        (self.limit, self.is_outdated) = (limit_of(size), false);
+        (self.limit, self.is_outdated) = (size.saturating_mul(2).max(SMALL), false);
         self.repair_tail()
     }
-
-    /// Sets the size at which the file is compacted next, from the part of its records that the list
-    /// needs. One of version 1 is compacted at once.
-    pub fn set_needed(&mut self, rules: usize, contents: &Contents) {
-        let part = self.size.saturating_mul(rules as u64).checked_div(contents.records as u64);
-        self.limit = if contents.is_version_1 { 0 } else { limit_of(part.unwrap_or(0)) };
-    }
-}
-
-/// The size at which a file is compacted, if its list needs this number of bytes.
-fn limit_of(needed: u64) -> u64 {
-    needed.saturating_mul(2).max(SMALL)
 }
 
 fn whole_file(message: String) -> LineError {
@@ -318,7 +303,7 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
         }
         let text = String::from_utf8_lossy(&bytes);
         if line == 1 && HEADERS.contains(&&*text) {
-            (contents.size, contents.is_version_1) = (length, text != HEADER);
+            contents.size = length;
             continue;
         }
         match (parse_count(&text), parse_record(&text)) {
@@ -327,7 +312,6 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
             }
             (_, Some(record)) if line > 1 => {
                 each(record);
-                contents.records = contents.records.saturating_add(1);
                 list.iter_mut().for_each(|list| list.seen = list.seen.saturating_add(1));
             }
             _ => return Err(at(damage(line, &text, list.as_ref()))),
@@ -438,7 +422,6 @@ mod tests {
         let mut records = Vec::new();
         let contents = read(&mut text.as_bytes(), |record| records.push(record));
         let contents = contents.map_err(|error| error.line)?;
-        assert_eq!(contents.records, records.len());
         let tail = contents.tail.map(|tail| tail.line);
         if tail.is_some() {
             // The caller replays again without the tail.
@@ -625,7 +608,7 @@ mod tests {
         let size = (text.len() + list.len()) as u64;
         assert_eq!(
             (contents, state.offset()),
-            (Contents { size, records: 4, ..Contents::default() }, size)
+            (Contents { size, ..Contents::default() }, size)
         );
         // A change that the kernel rejects
         state.truncate_to(offset);
@@ -801,24 +784,16 @@ mod tests {
     fn when_the_file_is_compacted() {
         let folder = Folder::new("limit");
         let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
-        let contents = |records| Contents { records, ..Contents::default() };
-        // The size, how many of the records are needed, the limit
-        let table = [
-            (1_000_000, 5, 10, 1_000_000),
-            (1_000_000, 10, 10, 2_000_000),
-            (1_000_000, 0, 10, 65_536),
-            (300, 9, 9, 65_536),
-            (12, 0, 0, 65_536),
-        ];
-        for (size, rules, records, limit) in table {
+        assert!(state.is_large(), "at its start, rfw rewrites it");
+        state.replace([].into_iter()).unwrap();
+        for (size, is_large) in [(12, false), (65_536, false), (65_537, true)] {
             state.size = size;
-            state.set_needed(rules, &contents(records));
-            assert_eq!(state.limit, limit, "{size} {rules} {records}");
+            assert_eq!(state.is_large(), is_large);
         }
-        state.set_needed(9, &Contents { records: 9, is_version_1: true, ..Contents::default() });
-        assert!(state.is_large());
-        state.limit = 65_536;
-        for (size, is_large) in [(65_536, false), (65_537, true)] {
+        let path = |n| format!("/drop/input/any/1.0.{}.{}", n / 256, n % 256);
+        state.replace((0..10_000).map(|n| (path(n).parse().unwrap(), None))).unwrap();
+        let twice = 2 * state.size;
+        for (size, is_large) in [(twice, false), (twice + 1, true)] {
             state.size = size;
             assert_eq!(state.is_large(), is_large);
         }

@@ -113,7 +113,6 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
             Record::Put(rule, expires) => list.insert(&rule, expires),
             Record::Delete(rule) => list.remove(&rule),
         })?;
-        state.set_needed(list.count(), &contents);
         let Some(tail) = contents.tail else { return Ok(list) };
         log.warning(format_args!("{}", tail.at(state.path())));
         for line in contents.dropped {

@@ -430,14 +430,13 @@ fn a_folder_that_fails_behind_a_compaction() {
         return;
     }
     once(|lab| {
-        let pair = "+ 0 /drop/input/eth0/10.0.0.0/24\n- /drop/input/eth0/10.0.0.0/24\n";
-        state(lab, &pair.repeat(64 * 1024 / pair.len() - 1));
         let mut rfw = lab.start(CONF);
         let tracer = inject(&rfw, "fsync:error=EIO:when=2");
-        let mut conn = Conn::open();
-        for n in 0..10 {
-            let verb = if n % 2 == 0 { "PUT" } else { "DELETE" };
-            assert_eq!(conn.ask(&format!("{verb} /drop/input/eth0/10.0.0.0/24")).status, 200);
+        // 12 lists of 200 lines exceed 64 KiB.
+        let addresses: String = (0..200).map(|n| format!("10.0.0.{n}\n")).collect();
+        for _ in 0..6 {
+            assert_eq!(list("PUT /drop/input/eth0", &addresses).status, 200);
+            assert_eq!(list("DELETE /drop/input/eth0", &addresses).status, 200);
         }
         let has_failed = || lab.read("rfw.log").contains("cannot be compacted");
         await_true("a compaction fails", 5 + SLACK, has_failed);
