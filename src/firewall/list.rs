@@ -225,9 +225,8 @@ pub struct List {
     groups: BTreeMap<Group, Members>,
     /// The serial number of the newest rule.
     last_serial: u64,
-    /// The seconds at which rules may be due, each once. If the rules were refreshed or deleted,
-    /// none is due then; when most are like that, this set is rebuilt.
-    due: BTreeSet<(Family, NonZeroU64)>,
+    /// No rule is due before this second. If one was refreshed or deleted, none may be due then.
+    next_due: Option<NonZeroU64>,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,
 }
@@ -293,9 +292,6 @@ impl List {
                 let group = groups.get(step.group as usize)?;
                 Some(self.entry(*group, &step.net)?.serial)
             });
-        }
-        if self.due.len() > self.count().saturating_mul(2).max(MANY) {
-            self.due = self.expiries();
         }
         Ok(batch)
     }
@@ -454,7 +450,7 @@ impl List {
     /// Inserts many rules into an empty group at once, because a map that grows one by one is half
     /// empty.
     fn fill(&mut self, group: Group, nets: &[Net], expires: Option<NonZeroU64>, batch: &mut Batch) {
-        self.due.extend(expires.map(|second| (group.family, second)));
+        self.expect_expiry(expires);
         // One allocation, and the first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
         let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
@@ -474,21 +470,17 @@ impl List {
     /// Removes the rules of a family that are due, [`MAX_EXPIRED`] at a time.
     pub fn expire(&mut self, family: Family, now: u64) -> Batch {
         let mut batch = Batch::default();
-        let is_over =
-            |(known, second): &(Family, NonZeroU64)| *known == family && second.get() <= now;
-        if !self.due.range((family, NonZeroU64::MIN)..).next().is_some_and(is_over) {
+        if self.next_due.is_none_or(|second| second.get() > now) {
             return batch;
         }
         let is_due = |entry: &Entry| entry.expires().is_some_and(|second| second <= now);
         let due = self.members_of(|group| group.family == family);
         let due = due.filter(|(.., entry)| is_due(entry)).take(MAX_EXPIRED);
         let due: Vec<_> = due.map(|(group, net, _)| (*group, *net)).collect();
-        if due.len() < MAX_EXPIRED {
-            self.due.retain(|due| !is_over(due));
-        }
         for (group, net) in due {
             self.delete(group, net, &mut batch);
         }
+        self.next_due = self.first_expiry();
         batch
     }
 
@@ -514,12 +506,15 @@ impl List {
         for entry in self.groups.values_mut().flat_map(Members::values_mut) {
             entry.expires = entry.expires.and_then(shifted);
         }
-        self.due = self.expiries();
+        self.next_due = self.first_expiry();
     }
 
-    fn expiries(&self) -> BTreeSet<(Family, NonZeroU64)> {
-        let members = self.members_of(|_| true);
-        members.filter_map(|(group, _, entry)| Some((group.family, entry.expires?))).collect()
+    fn first_expiry(&self) -> Option<NonZeroU64> {
+        self.members_of(|_| true).filter_map(|(.., entry)| entry.expires).min()
+    }
+
+    fn expect_expiry(&mut self, expires: Option<NonZeroU64>) {
+        self.next_due = self.next_due.into_iter().chain(expires).min();
     }
 
     /// The rules that a batch changed or confirmed.
@@ -636,7 +631,7 @@ impl List {
     /// Sets or removes a rule and returns the previous entry.
     fn set(&mut self, group: Group, net: Net, entry: Option<Entry>) -> Option<Entry> {
         if let Some(entry) = entry {
-            self.due.extend(entry.expires.map(|second| (group.family, second)));
+            self.expect_expiry(entry.expires);
             return self.groups.entry(group).or_default().insert(net, entry);
         }
         let members = self.groups.get_mut(&group)?;
@@ -804,7 +799,7 @@ pub(super) mod tests {
             assert_eq!(list.members(group), Some(members));
             for (net, entry) in members {
                 assert!(
-                    entry.expires.is_none_or(|second| list.due.contains(&(group.family, second)))
+                    entry.expires.is_none_or(|second| list.next_due.is_some_and(|due| due <= second))
                 );
                 let serial = entry.serial;
                 assert!(serials.insert(serial) && serial.get() <= list.last_serial);
@@ -1060,17 +1055,6 @@ pub(super) mod tests {
         // Without sets there are none.
         let list = self::list(false, &[A]);
         assert_eq!((list.sets().count(), list.sets), (0, false));
-    }
-
-    /// A rule that is refreshed again and again leaves no second behind for each time.
-    #[test]
-    fn refreshing_one_rule_does_not_fill_the_memory() {
-        let mut list = list(false, &[]);
-        for second in 1..=4 * MANY {
-            apply(&mut list, &[&format!("+/drop/input/any/1.1.1.1 {second}")]);
-        }
-        check(&list);
-        assert!(list.due.len() <= MANY + 1, "{} seconds", list.due.len());
     }
 
     #[test]
