@@ -41,12 +41,9 @@ pub fn edit<'a>(name: &'a str, net: Net, entry: Option<Entry>, now: u64) -> SetE
 /// Whether the number of entries is plausible: those that are due may be gone.
 pub fn has_right_size(members: &Members, entries: Option<usize>, now: u64) -> bool {
     let Some(entries) = entries else { return true };
+    let Some(missing) = members.len().checked_sub(entries) else { return false };
     let is_due = |entry: &&Entry| is_due(entry.expires(), now);
-    match members.len().checked_sub(entries) {
-        Some(0) => true,
-        Some(missing) => missing <= members.values().filter(is_due).count(),
-        None => false,
-    }
+    missing == 0 || missing <= members.values().filter(is_due).count()
 }
 
 /// Whether the kernel may have removed the address, or is about to.
