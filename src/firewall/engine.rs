@@ -265,8 +265,9 @@ impl<K: Kernel> Engine<K> {
     /// Makes the kernel follow a batch that is already in the list. A write that failed may have
     /// taken effect, so a repair completes it (goals 2 and 4).
     fn write_through(&mut self, batch: &Batch) -> Result<(), ToolError> {
-        let families = self.families_of(batch);
-        let mut written = self.write(batch);
+        let is_changed = |family: &Family| batch.groups.iter().any(|group| group.family == *family);
+        let families: Vec<_> = self.kernel.families().into_iter().filter(is_changed).collect();
+        let mut written = self.write(batch, &families);
         if written.is_err() {
             self.distrusted.extend(&families);
             if self.has_time() {
@@ -278,11 +279,6 @@ impl<K: Kernel> Engine<K> {
             self.distrusted.extend(families);
         }
         written
-    }
-
-    fn families_of(&self, batch: &Batch) -> Vec<Family> {
-        let has = |family: &Family| batch.groups.iter().any(|group| group.family == *family);
-        self.kernel.families().into_iter().filter(has).collect()
     }
 
     /// Repairs the families that are distrusted. A repair that failed may have taken effect; the
@@ -320,12 +316,10 @@ impl<K: Kernel> Engine<K> {
 
     /// An address that moves to another set leaves the old one only when the rule of the new one
     /// is in the kernel: for a moment it is in both rather than in neither.
-    fn write(&mut self, batch: &Batch) -> Result<(), ToolError> {
-        let created = &batch.created;
-        let parts = [true, false];
-        let (first, last) = parts.split_at(if created.is_empty() { 2 } else { 1 });
-        let relied = self.relied_on(batch);
+    fn write(&mut self, batch: &Batch, families: &[Family]) -> Result<(), ToolError> {
+        let relied = self.relied_on(batch, families);
         // Meanwhile, the rules of the sets are read, unless they change.
+        let reads_meanwhile = self.settings.sets && batch.created.is_empty();
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read = |family| {
@@ -333,17 +327,17 @@ impl<K: Kernel> Engine<K> {
                 // Without a thread, it is read below.
                 Some((family, thread::Builder::new().spawn_scoped(scope, read).ok()?))
             };
-            let relied = relied.iter().filter(|_| self.settings.sets && created.is_empty());
-            let reads: Vec<_> = relied.copied().filter_map(read).collect();
-            let written = self.write_sets(batch, first);
+            let read_meanwhile = relied.iter().copied().filter(|_| reads_meanwhile);
+            let reads: Vec<_> = read_meanwhile.filter_map(read).collect();
+            let written = self.write_sets(batch, true);
             let join =
                 |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));
             (written, reads.into_iter().filter_map(join).collect::<BTreeMap<_, _>>())
         });
         written?;
-        for family in self.families_of(batch) {
+        for family in families.iter().copied() {
             match self.rule_edits(batch, family) {
-                Some(edits) if !created.iter().any(|group| group.family == family) => {
+                Some(edits) if !batch.created.iter().any(|group| group.family == family) => {
                     self.write_rules(family, &edits)?;
                     if relied.contains(&family) {
                         let listing = listings.remove(&family).filter(|_| edits.is_empty());
@@ -353,7 +347,7 @@ impl<K: Kernel> Engine<K> {
                 _ => self.check_rules(family, None, Some(batch), true)?,
             }
         }
-        self.write_sets(batch, last)
+        self.write_sets(batch, false)
     }
 
     /// Whether as many rules are missing and unknown as a batch inserts and deletes.
@@ -368,8 +362,8 @@ impl<K: Kernel> Engine<K> {
         missing == created.saturating_add(inserted) && unknown == deleted
     }
 
-    /// Creates the sets of a batch and adds its addresses (`true`), or deletes them (`false`).
-    fn write_sets(&self, batch: &Batch, parts: &[bool]) -> Result<(), ToolError> {
+    /// Creates the sets of a batch and adds its addresses or, in a later step, deletes them.
+    fn write_sets(&self, batch: &Batch, is_put: bool) -> Result<(), ToolError> {
         let (now, maxelem) = (self.seconds(), self.settings.maxelem);
         let is_kept = |group: &&Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
@@ -377,7 +371,7 @@ impl<K: Kernel> Engine<K> {
         let named = batch.groups.iter().filter(is_kept);
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
-        let is_created = |group| parts.contains(&true) && batch.created.contains(group);
+        let is_created = |group| is_put && batch.created.contains(group);
         let creations = named.iter().filter(|(group, _)| is_created(group));
         // A set of that name may be there, because someone else's rule uses it.
         let creations = creations.flat_map(|(group, name)| {
@@ -385,9 +379,9 @@ impl<K: Kernel> Engine<K> {
                 (group.family, self.list.members(group).map_or(0, Members::len));
             [SetEdit::Create { name, family, entries, maxelem }, SetEdit::Flush(name)]
         });
-        let changes = parts.iter().flat_map(|is_put| {
-            let part = self.list.differences(batch).filter(|d| d.after.is_some() == *is_put);
-            part.filter_map(|d| Some(sets::edit(named.get(&d.group)?, d.net, d.after, now)))
+        let part = self.list.differences(batch).filter(|d| d.after.is_some() == is_put);
+        let changes = part.filter_map(|d| {
+            Some(sets::edit(named.get(&d.group)?, d.net, d.after, now))
         });
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
     }
@@ -429,7 +423,7 @@ impl<K: Kernel> Engine<K> {
     /// The families in which a batch relies on rules that it does not write: rules that exist
     /// already, the rules of sets, the guards, which must precede an ACCEPT rule, and foreign rules,
     /// which a check may leave in front.
-    fn relied_on(&self, batch: &Batch) -> BTreeSet<Family> {
+    fn relied_on(&self, batch: &Batch, families: &[Family]) -> BTreeSet<Family> {
         let has_guards = !self.settings.guards.is_empty();
         let is_relied = |Difference { group, before, after, .. }: &Difference| {
             let is_accept = has_guards && group.template.target == Target::Accept;
@@ -437,7 +431,7 @@ impl<K: Kernel> Engine<K> {
             after.is_some() && (is_accept || is_there || self.is_overtaken_often(group.family))
         };
         let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
-        relied.filter(|family| self.kernel.families().contains(family)).collect()
+        relied.filter(|family| families.contains(family)).collect()
     }
 
     /// The rules that precede all others in a chain: guards, then those of sets.

@@ -1718,7 +1718,7 @@ fn what_a_change_costs() {
         (true, "+ /drop/output/any/5.5.5.5", "Wr"),
         (true, "+60 /drop/output/any/1.1.1.1", "Wr"),
         (true, "- /drop/output/any/1.1.1.1", "W"),
-        (true, "+ /drop/input/any/1.1.1.3", "Wr"),
+        (true, "+ /drop/input/any/1.1.1.3", "WWr"),
         (true, "+ /drop/output/any/1.1.1.1, + /drop/output/any/5.5.5.5", "Wr"),
         (true, "+ /reject/output/any/1.1.1.1", "WWrw"),
         (true, "+ /reject/output/any/5.5.5.5, - /reject/output/any/5.5.5.5", "WWrw"),
