@@ -58,9 +58,7 @@ impl KernelRule {
     /// The template of a set's rule.
     pub fn template(&self) -> Option<RuleTemplate> {
         let RuleKind::Set(side) = self.kind else { return None };
-        let (in_iface, out_iface) = self.rule.ifaces();
-        let (target, chain, tag) = (self.rule.target, self.rule.chain(), self.rule.tag);
-        Some(RuleTemplate { target, chain, in_iface, out_iface, side, tag })
+        Some(self.rule.template_of(side))
     }
 }
 

@@ -111,9 +111,8 @@ impl Group {
         if let Some((template, net)) = rule.template() {
             return (Group { template, family: net.family(), second: None }, net);
         }
-        let ((in_iface, out_iface), (source, destination)) = (rule.ifaces(), rule.sides());
-        let (target, chain, side, tag) = (rule.target, rule.chain(), Side::Source, rule.tag);
-        let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag };
+        let (source, destination) = rule.sides();
+        let template = rule.template_of(Side::Source);
         (Group { template, family: source.family(), second: Some(destination) }, source)
     }
 

@@ -374,14 +374,19 @@ impl Rule {
 
     /// The template and the address of a rule that names exactly one.
     pub fn template(&self) -> Option<(RuleTemplate, Net)> {
-        let ((in_iface, out_iface), (source, destination)) = (self.ifaces(), self.sides());
-        let (side, net) = match (source.is_any(), destination.is_any()) {
-            (false, true) => (Side::Source, source),
-            (true, false) => (Side::Destination, destination),
-            _ => return None,
-        };
+        let (source, destination) = self.sides();
+        match (source.is_any(), destination.is_any()) {
+            (false, true) => Some((self.template_of(Side::Source), source)),
+            (true, false) => Some((self.template_of(Side::Destination), destination)),
+            _ => None,
+        }
+    }
+
+    /// All its parts but the addresses.
+    pub fn template_of(&self, side: Side) -> RuleTemplate {
+        let (in_iface, out_iface) = self.ifaces();
         let (target, chain, tag) = (self.target, self.chain(), self.tag);
-        Some((RuleTemplate { target, chain, in_iface, out_iface, side, tag }, net))
+        RuleTemplate { target, chain, in_iface, out_iface, side, tag }
     }
 
     /// Whether a path can name it, unlike some rules that the kernel may list.
