@@ -40,7 +40,7 @@ const MANY: usize = 4_096;
 const MAX_EXPIRED: usize = 20_000;
 
 /// The effect of a change on one rule.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Verdict {
     Inserted,
     /// It existed; it has a new expiry and precedes all older rules.
@@ -51,9 +51,6 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    const ALL: [Verdict; 5] =
-        [Verdict::Inserted, Verdict::Refreshed, Verdict::Exists, Verdict::Deleted, Verdict::Absent];
-
     /// The word in responses and in the log.
     pub fn name(self) -> &'static str {
         match self {
@@ -66,22 +63,23 @@ impl Verdict {
     }
 }
 
-/// The number of rules of a change by verdict.
+/// The number of rules of a change by verdict, without zeros.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct Tally([usize; 5]);
+pub struct Tally(BTreeMap<Verdict, usize>);
 
 impl Tally {
     pub fn of(&self, verdict: Verdict) -> usize {
-        self.0.get(verdict as usize).copied().unwrap_or(0)
+        self.0.get(&verdict).copied().unwrap_or(0)
     }
 
     /// The verdict of a single rule.
     pub fn single(&self) -> Option<Verdict> {
-        Verdict::ALL.into_iter().find(|verdict| self.of(*verdict) > 0)
+        self.0.keys().next().copied()
     }
 
     pub fn add(&mut self, verdict: Verdict, count: usize) {
-        if let Some(sum) = self.0.get_mut(verdict as usize) {
+        if count > 0 {
+            let sum = self.0.entry(verdict).or_default();
             *sum = sum.saturating_add(count);
         }
     }
@@ -430,9 +428,7 @@ impl List {
             return Verdict::Exists;
         }
         for rival in self.rivals(group) {
-            if let Some(entry) = self.set(rival, net, None) {
-                batch.push(rival, net, Some(entry));
-            }
+            self.delete(rival, net, batch);
         }
         let entry = self.new_entry(expires);
         self.set(group, net, Some(entry));
@@ -774,14 +770,12 @@ pub(super) mod tests {
 
     /// The verdicts of each change, with their counts unless they are 1.
     fn verdicts(batch: &Batch) -> String {
-        let count = |tally: &Tally, verdict: Verdict| match tally.of(verdict) {
-            0 => None,
-            1 => Some(verdict.name().to_string()),
-            count => Some(format!("{} {count}", verdict.name())),
+        let count = |(verdict, count): (&Verdict, &usize)| match count {
+            1 => verdict.name().to_string(),
+            _ => format!("{} {count}", verdict.name()),
         };
         let one = |Outcome { tally, .. }: &Outcome| {
-            let all = Verdict::ALL.into_iter().filter_map(|verdict| count(tally, verdict));
-            all.collect::<Vec<_>>().join("+")
+            tally.0.iter().map(count).collect::<Vec<_>>().join("+")
         };
         batch.outcomes.iter().map(one).collect::<Vec<_>>().join(", ")
     }
