@@ -16,6 +16,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU64;
 
+/// The expiry of a permanent rule.
+const NEVER: u64 = u64::MAX;
 /// Unix seconds of 2026-01-01. No correct clock shows less.
 const REAL_TIME: u64 = 1_767_225_600;
 /// The maximum number of rules in one family without sets: iptables-nft takes seconds to list more.
@@ -134,13 +136,13 @@ impl Group {
 pub struct Entry {
     /// A greater number is newer. A newer rule precedes older ones.
     pub serial: NonZeroU64,
-    /// Unix seconds.
-    expires: Option<NonZeroU64>,
+    /// Unix seconds, or [`NEVER`].
+    expires: u64,
 }
 
 impl Entry {
     pub fn expires(&self) -> Option<u64> {
-        self.expires.map(NonZeroU64::get)
+        Some(self.expires).filter(|second| *second != NEVER)
     }
 }
 
@@ -223,7 +225,7 @@ pub struct List {
     /// The serial number of the newest rule.
     last_serial: u64,
     /// No rule is due before this second. If one was refreshed or deleted, none may be due then.
-    next_due: Option<NonZeroU64>,
+    next_due: u64,
     /// Whether addresses are kept in sets, where an address has one target at a time.
     sets: bool,
 }
@@ -236,7 +238,7 @@ impl List {
     /// Puts or replaces a rule, without a record of it.
     pub fn insert(&mut self, rule: &Rule, expires: Option<u64>) {
         let (group, net) = Group::of(rule);
-        let entry = self.new_entry(expires.and_then(NonZeroU64::new));
+        let entry = self.new_entry(expires.filter(|second| *second > 0).unwrap_or(NEVER));
         self.set(group, net, Some(entry));
     }
 
@@ -301,7 +303,7 @@ impl List {
         batch: &mut Batch,
     ) -> Result<Outcome, ApiError> {
         let seconds = change.action.expire().filter(|seconds| *seconds > 0);
-        let expires = seconds.and_then(|seconds| NonZeroU64::new(now.saturating_add(seconds)));
+        let expires = seconds.map(|seconds| now.saturating_add(seconds));
         let mut tally = Tally::default();
         self.delete_others(change, batch, &mut tally);
         for (group, nets) in groups_of(&change.rules) {
@@ -315,6 +317,7 @@ impl List {
                     if self.is_in_set(&group) && !self.groups.contains_key(&group) {
                         batch.created.push(group);
                     }
+                    let expires = expires.unwrap_or(NEVER);
                     if nets.len() > MANY && self.is_vacant(group) {
                         self.fill(group, &nets, expires, batch);
                         tally.add(Verdict::Inserted, nets.len());
@@ -327,7 +330,7 @@ impl List {
                 }
             }
         }
-        Ok(Outcome { tally, expires: expires.map(NonZeroU64::get) })
+        Ok(Outcome { tally, expires })
     }
 
     /// Deletes the rules that a change covers but does not name.
@@ -413,7 +416,7 @@ impl List {
         &mut self,
         group: Group,
         net: Net,
-        expires: Option<NonZeroU64>,
+        expires: u64,
         others: &OnceCell<Vec<(Group, NonZeroU64)>>,
         batch: &mut Batch,
     ) -> Verdict {
@@ -444,8 +447,8 @@ impl List {
 
     /// Inserts many rules into an empty group at once, because a map that grows one by one is half
     /// empty.
-    fn fill(&mut self, group: Group, nets: &[Net], expires: Option<NonZeroU64>, batch: &mut Batch) {
-        self.expect_expiry(expires);
+    fn fill(&mut self, group: Group, nets: &[Net], expires: u64, batch: &mut Batch) {
+        self.next_due = self.next_due.min(expires);
         // One allocation, and the first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
         let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
@@ -465,12 +468,11 @@ impl List {
     /// Removes the rules of a family that are due, [`MAX_EXPIRED`] at a time.
     pub fn expire(&mut self, family: Family, now: u64) -> Batch {
         let mut batch = Batch::default();
-        if self.next_due.is_none_or(|second| second.get() > now) {
+        if self.next_due > now {
             return batch;
         }
-        let is_due = |entry: &Entry| entry.expires().is_some_and(|second| second <= now);
         let due = self.members_of(|group| group.family == family);
-        let due = due.filter(|(.., entry)| is_due(entry)).take(MAX_EXPIRED);
+        let due = due.filter(|(.., entry)| entry.expires <= now).take(MAX_EXPIRED);
         let due: Vec<_> = due.map(|(group, net, _)| (*group, *net)).collect();
         for (group, net) in due {
             self.delete(group, net, &mut batch);
@@ -494,22 +496,17 @@ impl List {
     /// seconds. If `before` was not a real time, as on a router that has just booted, an expiry in
     /// real time is from an earlier run, and correct.
     pub fn shift(&mut self, before: u64, seconds: i64) {
-        let shifted = |second: NonZeroU64| match before >= REAL_TIME || second.get() < REAL_TIME {
-            true => NonZeroU64::new(second.get().saturating_add_signed(seconds).max(1)),
-            false => Some(second),
-        };
         for entry in self.groups.values_mut().flat_map(Members::values_mut) {
-            entry.expires = entry.expires.and_then(shifted);
+            let moves = before >= REAL_TIME || entry.expires < REAL_TIME;
+            if moves && entry.expires != NEVER {
+                entry.expires = entry.expires.saturating_add_signed(seconds).clamp(1, NEVER - 1);
+            }
         }
         self.next_due = self.first_expiry();
     }
 
-    fn first_expiry(&self) -> Option<NonZeroU64> {
-        self.members_of(|_| true).filter_map(|(.., entry)| entry.expires).min()
-    }
-
-    fn expect_expiry(&mut self, expires: Option<NonZeroU64>) {
-        self.next_due = self.next_due.into_iter().chain(expires).min();
+    fn first_expiry(&self) -> u64 {
+        self.members_of(|_| true).map(|(.., entry)| entry.expires).min().unwrap_or(NEVER)
     }
 
     /// The rules that a batch changed or confirmed.
@@ -611,7 +608,7 @@ impl List {
         self.groups.get(&group)?.get(net).copied()
     }
 
-    fn new_entry(&mut self, expires: Option<NonZeroU64>) -> Entry {
+    fn new_entry(&mut self, expires: u64) -> Entry {
         self.last_serial = self.last_serial.saturating_add(1);
         Entry { serial: NonZeroU64::new(self.last_serial).unwrap_or(NonZeroU64::MIN), expires }
     }
@@ -626,7 +623,7 @@ impl List {
     /// Sets or removes a rule and returns the previous entry.
     fn set(&mut self, group: Group, net: Net, entry: Option<Entry>) -> Option<Entry> {
         if let Some(entry) = entry {
-            self.expect_expiry(entry.expires);
+            self.next_due = self.next_due.min(entry.expires);
             return self.groups.entry(group).or_default().insert(net, entry);
         }
         let members = self.groups.get_mut(&group)?;
@@ -791,9 +788,7 @@ pub(super) mod tests {
             assert!(!members.is_empty() || list.is_in_set(group), "{group:?}");
             assert_eq!(list.members(group), Some(members));
             for (net, entry) in members {
-                assert!(
-                    entry.expires.is_none_or(|second| list.next_due.is_some_and(|due| due <= second))
-                );
+                assert!(list.next_due <= entry.expires);
                 let serial = entry.serial;
                 assert!(serials.insert(serial) && serial.get() <= list.last_serial);
                 assert_eq!(Group::of(&group.rule(*net)), (*group, *net));
@@ -1076,7 +1071,7 @@ pub(super) mod tests {
             assert_eq!(due(&mut list, 60), "");
             assert_eq!(due(&mut list, 69), "");
             assert_eq!(due(&mut list, 90), "-/drop/input/any/1.1.1.1 -/drop/output/any/2.2.2.2");
-            assert_eq!(due(&mut list, u64::MAX - NOW), "");
+            assert_eq!(due(&mut list, NEVER - NOW - 1), "");
             assert_eq!(stored(&list), ["+/drop/input/any/4.4.4.4"]);
         }
     }
@@ -1296,7 +1291,7 @@ pub(super) mod tests {
     fn overlapping_blocks() {
         let nets = ["0.0.0.0/0", "1.0.0.0/9", "1.1.1.0/24", "1.1.1.1", "1.1.1.2", "1.1.2.0/24"];
         let mut members = Members::default();
-        let entry = Entry { serial: NonZeroU64::MIN, expires: None };
+        let entry = Entry { serial: NonZeroU64::MIN, expires: NEVER };
         for net in nets.iter().chain(&["2001:db8::/32", "2001:db8::1"]) {
             members.insert(Net::parse(net).unwrap(), entry);
         }
