@@ -42,8 +42,9 @@ pub enum Record {
 pub struct StateFile {
     path: PathBuf,
     file: File,
-    /// How many bytes of it are valid.
+    /// How many bytes of it are valid, and how many were before the last append.
     size: u64,
+    before: u64,
     /// Whether more bytes may follow, or the new name may not be synced yet.
     needs_repair: bool,
     /// Above this size it is compacted; 0 until rfw has rewritten it once.
@@ -87,7 +88,7 @@ impl StateFile {
         let size = file.metadata().map_err(failed)?.len();
         // A file that is open only for reading refuses even an empty write.
         let is_outdated = (&file).write(b"").is_err();
-        Ok(StateFile { path, file, size, needs_repair: false, limit: 0, is_outdated })
+        Ok(StateFile { path, file, size, before: size, needs_repair: false, limit: 0, is_outdated })
     }
 
     /// Checks that a file can be read, if it exists.
@@ -127,17 +128,13 @@ impl StateFile {
         Ok(contents)
     }
 
-    /// The end of the file, for [`StateFile::truncate_to`].
-    pub fn offset(&self) -> u64 {
-        self.size
-    }
-
     /// Writes and syncs records, all or none, also if the power is cut. The error is a sentence that
     /// says what to do.
     pub fn append(
         &mut self,
         mut records: impl Iterator<Item = Record> + Clone,
     ) -> Result<(), String> {
+        self.before = self.size;
         if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
             let path = self.path.display();
             return Err(format!("{path} was changed or removed by someone else; restart rfw."));
@@ -173,11 +170,10 @@ impl StateFile {
         format!("{path} cannot be {to_be}: {error}; {advice}.")
     }
 
-    /// Removes the records that were appended since an offset. If that fails, the next change does
-    /// it or is refused.
-    pub fn truncate_to(&mut self, offset: u64) {
-        if self.size > offset {
-            (self.size, self.needs_repair) = (offset, true);
+    /// Removes the records of the last append. If that fails, the next change does it or is refused.
+    pub fn undo_append(&mut self) {
+        if self.size > self.before {
+            (self.size, self.needs_repair) = (self.before, true);
             let _ = self.repair_tail();
         }
     }
@@ -598,7 +594,6 @@ mod tests {
         assert!(!state.is_new());
         state.append([].into_iter()).unwrap();
         state.append([put(A, 0)].into_iter()).unwrap();
-        let offset = state.offset();
         state.append([put(B, 9), delete(A)].into_iter()).unwrap();
         let text = format!("{HEADER}+ 5 /drop/input/any/3.3.3.3\n+ 0 {A}\n");
         let list = format!("* 2\n+ 9 {B}\n- {A}\n");
@@ -606,16 +601,14 @@ mod tests {
         let (rules, contents) = replay(&mut state);
         assert_eq!(rules, format!("/drop/input/any/3.3.3.3 5, {B} 9"));
         let size = (text.len() + list.len()) as u64;
-        assert_eq!(
-            (contents, state.offset()),
-            (Contents { size, ..Contents::default() }, size)
-        );
-        // A change that the kernel rejects
-        state.truncate_to(offset);
-        assert_eq!(fs::read_to_string(&path).unwrap(), text);
-        assert_eq!((offset, state.offset()), (text.len() as u64, text.len() as u64));
-        state.truncate_to(offset + 1);
-        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        assert_eq!((contents, state.size), (Contents { size, ..Contents::default() }, size));
+        // A change that the kernel rejects; one that changes no rule
+        for _ in 0..2 {
+            state.undo_append();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            assert_eq!(state.size, text.len() as u64);
+            state.append([].into_iter()).unwrap();
+        }
         state.append([put(C, 1)].into_iter()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{text}+ 1 {C}\n"));
     }
@@ -654,12 +647,12 @@ mod tests {
         assert!(!state.needs_repair);
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {B}\n"));
         // A change that the kernel rejected and that could not be removed either
-        let offset = state.offset();
+        state.append([].into_iter()).unwrap();
+        state.undo_append();
+        assert!(!state.needs_repair, "nothing to truncate");
         state.append([put(A, 0)].into_iter()).unwrap();
         let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
-        state.truncate_to(state.size);
-        assert!(!state.needs_repair, "nothing to truncate");
-        state.truncate_to(offset);
+        state.undo_append();
         assert!(state.needs_repair);
         state.file = file;
         state.append([put(C, 0)].into_iter()).unwrap();
@@ -752,7 +745,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(!folder.0.join("state.new").exists());
-        assert_eq!((state.offset(), state.needs_repair), (text.len() as u64, false));
+        assert_eq!((state.size, state.needs_repair), (text.len() as u64, false));
         assert!(StateFile::open(&path).is_err(), "the new one is locked");
         state.append([delete(A)].into_iter()).unwrap();
         assert_eq!(replay(&mut state).0, format!("{C} 7"));

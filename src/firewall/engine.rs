@@ -237,18 +237,14 @@ impl<K: Kernel> Engine<K> {
             self.compact().map_err(ApiError::State)?;
         }
         let batch = self.list.apply(changes, self.now(), self.settings.maxelem)?;
-        let offset = self.state.as_ref().map(StateFile::offset);
-        let written = match &mut self.state {
-            Some(state) => state.append(self.list.records(&batch)),
+        let recorded = match &mut self.state {
+            Some(state) => state.append(self.list.records(&batch)).map_err(ApiError::State),
             None => Ok(()),
         };
-        let written = written.map_err(ApiError::State);
-        let written = written.and_then(|()| Ok(self.write_through(&batch)?));
+        let written = recorded.and_then(|()| Ok(self.write_through(&batch)?));
         if let Err(error) = written {
             self.list.undo(&batch);
-            if let (Some(state), Some(offset)) = (&mut self.state, offset) {
-                state.truncate_to(offset);
-            }
+            self.state.iter_mut().for_each(StateFile::undo_append);
             let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());
