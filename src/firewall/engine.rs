@@ -110,10 +110,8 @@ type SetListing = (Instant, Option<Vec<(Net, u32)>>);
 pub struct Settings {
     /// The rules for the port of rfw's own server, in the order of each chain.
     pub guards: Vec<TaggedRule>,
-    /// Whether addresses are kept in sets.
-    pub sets: bool,
-    /// The maximum number of addresses in a set.
-    pub maxelem: usize,
+    /// The maximum number of addresses in a set; `None` without sets.
+    pub sets: Option<usize>,
     /// The maximum number of edits in one transaction.
     pub max_edits: usize,
 }
@@ -236,7 +234,7 @@ impl<K: Kernel> Engine<K> {
         if self.state.as_ref().is_some_and(|state| state.is_outdated) {
             self.compact().map_err(ApiError::State)?;
         }
-        let batch = self.list.apply(changes, self.now(), self.settings.maxelem)?;
+        let batch = self.list.apply(changes, self.now())?;
         let recorded = match &mut self.state {
             Some(state) => state.append(self.list.records(&batch)).map_err(ApiError::State),
             None => Ok(()),
@@ -315,7 +313,7 @@ impl<K: Kernel> Engine<K> {
     fn write(&mut self, batch: &Batch, families: &[Family]) -> Result<(), ToolError> {
         let relied = self.relied_on(batch, families);
         // Meanwhile, the rules of the sets are read, unless they change.
-        let reads_meanwhile = self.settings.sets && batch.created.is_empty();
+        let reads_meanwhile = self.list.sets.is_some() && batch.created.is_empty();
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read = |family| {
@@ -360,7 +358,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Creates the sets of a batch and adds its addresses or, in a later step, deletes them.
     fn write_sets(&self, batch: &Batch, is_put: bool) -> Result<(), ToolError> {
-        let (now, maxelem) = (self.seconds(), self.settings.maxelem);
+        let (now, maxelem) = (self.seconds(), self.list.sets.unwrap_or_default());
         let is_kept = |group: &&Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
         };
@@ -376,9 +374,8 @@ impl<K: Kernel> Engine<K> {
             [SetEdit::Create { name, family, entries, maxelem }, SetEdit::Flush(name)]
         });
         let part = self.list.differences(batch).filter(|d| d.after.is_some() == is_put);
-        let changes = part.filter_map(|d| {
-            Some(sets::edit(named.get(&d.group)?, d.net, d.after, now))
-        });
+        let changes =
+            part.filter_map(|d| Some(sets::edit(named.get(&d.group)?, d.net, d.after, now)));
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
     }
 
@@ -461,7 +458,7 @@ impl<K: Kernel> Engine<K> {
         is_pending: bool,
     ) -> Result<(), ToolError> {
         let is_distrusted = self.distrusted.contains(&family);
-        if is_distrusted && self.settings.sets {
+        if is_distrusted && self.list.sets.is_some() {
             self.repair_sets(family, batch)?;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
@@ -571,7 +568,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The state file may hold more addresses than `maxelem`, if that was reduced.
     fn is_usable(&self, header: &SetHeader, members: &Members) -> bool {
-        let maxelem = self.settings.maxelem;
+        let maxelem = self.list.sets.unwrap_or_default();
         header.is_compatible
             && header.maxelem >= members.len()
             && (header.maxelem == maxelem || members.len() > maxelem)
@@ -593,7 +590,8 @@ impl<K: Kernel> Engine<K> {
         if replaces {
             self.destroy_set(new);
         }
-        let (family, entries, maxelem) = (group.family, members.len(), self.settings.maxelem);
+        let (family, entries) = (group.family, members.len());
+        let maxelem = self.list.sets.unwrap_or_default();
         let create = [SetEdit::Create { name: new, family, entries, maxelem }, SetEdit::Flush(new)];
         let add = |(net, entry): (&Net, &Entry)| sets::edit(new, *net, Some(*entry), now);
         let swap = replaces.then_some(SetEdit::Swap(new, name));
@@ -679,7 +677,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn check_sets(&mut self) -> Result<(), ToolError> {
-        if !self.settings.sets {
+        if self.list.sets.is_none() {
             return Ok(());
         }
         let watch = Stopwatch::start();

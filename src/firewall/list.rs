@@ -226,12 +226,13 @@ pub struct List {
     last_serial: u64,
     /// No rule is due before this second. If one was refreshed or deleted, none may be due then.
     next_due: u64,
-    /// Whether addresses are kept in sets, where an address has one target at a time.
-    sets: bool,
+    /// The maximum number of addresses in a set; `None` without sets. In sets, an address has one
+    /// target at a time.
+    pub(super) sets: Option<usize>,
 }
 
 impl List {
-    pub fn new(sets: bool) -> List {
+    pub fn new(sets: Option<usize>) -> List {
         List { sets, ..List::default() }
     }
 
@@ -269,16 +270,11 @@ impl List {
     }
 
     /// Carries out changes in order, or none of them if there is no room for one.
-    /// `now` is in Unix seconds; `maxelem` is the maximum number of addresses in a set.
-    pub fn apply(
-        &mut self,
-        changes: &[&Change],
-        now: u64,
-        maxelem: usize,
-    ) -> Result<Batch, ApiError> {
+    /// `now` is in Unix seconds.
+    pub fn apply(&mut self, changes: &[&Change], now: u64) -> Result<Batch, ApiError> {
         let mut batch = Batch::default();
         for change in changes {
-            let outcome = self.carry_out(change, now, maxelem, &mut batch);
+            let outcome = self.carry_out(change, now, &mut batch);
             let outcome = outcome.inspect_err(|_| self.undo(&batch))?;
             batch.outcomes.push(outcome);
         }
@@ -299,7 +295,6 @@ impl List {
         &mut self,
         change: &Change,
         now: u64,
-        maxelem: usize,
         batch: &mut Batch,
     ) -> Result<Outcome, ApiError> {
         let seconds = change.action.expire().filter(|seconds| *seconds > 0);
@@ -313,7 +308,7 @@ impl List {
                 }
                 Action::DeleteAnyTag => self.delete_alike(group, &nets, batch, &mut tally),
                 Action::Put(_) | Action::Replace(_) => {
-                    self.check_room(group, &nets, maxelem)?;
+                    self.check_room(group, &nets)?;
                     if self.is_in_set(&group) && !self.groups.contains_key(&group) {
                         batch.created.push(group);
                     }
@@ -372,10 +367,10 @@ impl List {
     }
 
     /// Checks the limits before any work: a refused list must not cost memory.
-    fn check_room(&self, group: Group, nets: &[Net], maxelem: usize) -> Result<(), ApiError> {
-        let (held, limit, full) = match self.is_in_set(&group) {
-            true => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
-            false => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
+    fn check_room(&self, group: Group, nets: &[Net]) -> Result<(), ApiError> {
+        let (held, limit, full) = match self.sets.filter(|_| self.is_in_set(&group)) {
+            Some(maxelem) => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
+            None => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
         };
         if self.members(&group).is_none_or(Members::is_empty) {
             self.check_tag(group.template.tag)?;
@@ -399,7 +394,8 @@ impl List {
 
     /// Checks whether one more set is within the limits.
     fn check_set(&self, group: Group) -> Result<(), ApiError> {
-        let Some(set) = group.set().filter(|_| self.sets).map(|set| set.to_string()) else {
+        let Some(set) = group.set().filter(|_| self.sets.is_some()).map(|set| set.to_string())
+        else {
             return Ok(());
         };
         if self.sets().count() >= MAX_SETS {
@@ -548,12 +544,12 @@ impl List {
 
     /// The groups that are kept in sets, each with the rule of its set, in the order of the rules.
     pub fn sets(&self) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
-        let groups = self.groups.iter().take_while(|_| self.sets);
+        let groups = self.groups.iter().take_while(|_| self.sets.is_some());
         groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
     }
 
     pub fn is_in_set(&self, group: &Group) -> bool {
-        self.sets && group.second.is_none()
+        self.sets.is_some() && group.second.is_none()
     }
 
     pub fn members(&self, group: &Group) -> Option<&Members> {
@@ -736,11 +732,11 @@ pub(super) mod tests {
 
     fn apply(list: &mut List, texts: &[&str]) -> Batch {
         let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
-        list.apply(&changes.iter().collect::<Vec<_>>(), NOW, 65_536).unwrap()
+        list.apply(&changes.iter().collect::<Vec<_>>(), NOW).unwrap()
     }
 
     fn list(sets: bool, texts: &[&str]) -> List {
-        let mut list = List::new(sets);
+        let mut list = List::new(sets.then_some(65_536));
         for text in texts {
             apply(&mut list, &[text]);
         }
@@ -985,7 +981,7 @@ pub(super) mod tests {
 
     #[test]
     fn outcomes_contain_the_expiry() {
-        let batch = apply(&mut List::new(false), &[A60, NO_A, B]);
+        let batch = apply(&mut List::new(None), &[A60, NO_A, B]);
         let expiries: Vec<_> = batch.outcomes.iter().map(|outcome| outcome.expires).collect();
         assert_eq!(expiries, [Some(NOW + 60), None, None]);
         let single: Vec<_> = batch.outcomes.iter().map(|outcome| outcome.tally.single()).collect();
@@ -1042,7 +1038,7 @@ pub(super) mod tests {
         );
         // Without sets there are none.
         let list = self::list(false, &[A]);
-        assert_eq!((list.sets().count(), list.sets), (0, false));
+        assert_eq!((list.sets().count(), list.sets), (0, None));
     }
 
     #[test]
@@ -1078,7 +1074,7 @@ pub(super) mod tests {
 
     #[test]
     fn many_rules_expire_in_parts() {
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         let nets = (0..).map(|number: u32| Net::host(Ipv4Addr::from(number).into()));
         for net in nets.skip(1).take(2 * MAX_EXPIRED + 1) {
             list.insert(&rule(&format!("/drop/input/any/{net}")), Some(NOW + 60));
@@ -1097,7 +1093,7 @@ pub(super) mod tests {
         let expiries = |list: &List| -> Vec<Option<u64>> {
             list.stored().map(|(_, expires)| expires).collect()
         };
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         list.insert(&rule("/drop/input/any/1.1.1.1"), None);
         list.insert(&rule("/drop/input/any/2.2.2.2"), Some(NOW + 60));
         list.shift(NOW, -500);
@@ -1110,7 +1106,7 @@ pub(super) mod tests {
         assert_eq!(expiries(&list), [None, Some(1)]);
         check(&list);
         // Booted in 1970, with one rule of an earlier run and one of this run.
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         list.insert(&rule("/drop/input/any/1.1.1.1"), Some(REAL_TIME - 1));
         list.insert(&rule("/drop/input/any/2.2.2.2"), Some(160));
         list.insert(&rule("/drop/input/any/3.3.3.3"), Some(REAL_TIME));
@@ -1185,7 +1181,7 @@ pub(super) mod tests {
     fn a_list_is_not_compared_with_each_rule_of_another_kind() {
         let nets: Vec<Net> =
             (1..=20_000_u32).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         for (net, second) in
             nets.iter().flat_map(|net| [(net, Net::parse("9.9.9.9").unwrap()), (net, *net)])
         {
@@ -1193,44 +1189,44 @@ pub(super) mod tests {
         }
         let template = RuleTemplate::parse(&["drop", "forward", "any"]).unwrap();
         let put = Change { rules: Rules::List(template, nets), action: Action::Put(0) };
-        assert!(list.apply(&[&put], NOW, 0).is_ok());
+        assert!(list.apply(&[&put], NOW).is_ok());
         let started = Instant::now();
-        assert_eq!(verdicts(&list.apply(&[&put], NOW, 0).unwrap()), "exists 20000");
+        assert_eq!(verdicts(&list.apply(&[&put], NOW).unwrap()), "exists 20000");
         assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     }
 
     #[test]
     fn at_most_64_tags() {
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         let put = |n: usize| change(&format!("+/drop/input/any/1.1.1.1@t{n}"));
         for n in 0..MAX_TAGS {
-            assert!(list.apply(&[&put(n)], NOW, 9).is_ok(), "{n}");
+            assert!(list.apply(&[&put(n)], NOW).is_ok(), "{n}");
         }
-        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW, 9).err(), Some(TOO_MANY_TAGS));
+        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW).err(), Some(TOO_MANY_TAGS));
         for text in ["+/drop/input/any/1.1.1.1", "+/drop/output/any/1.1.1.1@t1", "-@t2"] {
-            assert!(list.apply(&[&change(text)], NOW, 9).is_ok(), "{text}");
+            assert!(list.apply(&[&change(text)], NOW).is_ok(), "{text}");
         }
-        assert!(list.apply(&[&put(MAX_TAGS)], NOW, 9).is_ok());
+        assert!(list.apply(&[&put(MAX_TAGS)], NOW).is_ok());
         // An empty set stays, its tag does not.
-        let mut list = List::new(true);
+        let mut list = List::new(Some(65_536));
         for n in 0..2 * MAX_TAGS {
             let delete = change(&format!("-/drop/input/any/1.1.1.1@t{n}"));
-            assert!(list.apply(&[&put(n), &delete], NOW, 9).is_ok(), "{n}");
+            assert!(list.apply(&[&put(n), &delete], NOW).is_ok(), "{n}");
         }
         for n in 0..MAX_TAGS {
-            assert!(list.apply(&[&put(n)], NOW, 9).is_ok(), "{n}");
+            assert!(list.apply(&[&put(n)], NOW).is_ok(), "{n}");
         }
-        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW, 9).err(), Some(TOO_MANY_TAGS));
+        assert_eq!(list.apply(&[&put(MAX_TAGS)], NOW).err(), Some(TOO_MANY_TAGS));
     }
 
     #[test]
     fn at_most_1024_sets_and_none_with_the_name_of_another() {
-        let mut list = List::new(true);
+        let mut list = List::new(Some(65_536));
         for n in 0..MAX_SETS {
             let put = change(&format!("+/drop/input/eth{n}/1.1.1.1"));
-            assert!(list.apply(&[&put], NOW, 9).is_ok(), "{n}");
+            assert!(list.apply(&[&put], NOW).is_ok(), "{n}");
         }
-        let refused = |list: &mut List, text: &str| list.apply(&[&change(text)], NOW, 9).err();
+        let refused = |list: &mut List, text: &str| list.apply(&[&change(text)], NOW).err();
         assert_eq!(refused(&mut list, "+/drop/input/any/1.1.1.1"), Some(TOO_MANY_SETS));
         assert_eq!(refused(&mut list, "+/drop/forward/any/1.1.1.1/any/2.2.2.2"), None);
         assert_eq!(refused(&mut list, "+/drop/input/eth7/1.1.1.2"), None);
@@ -1239,11 +1235,11 @@ pub(super) mod tests {
             "+/drop/forward/any/1.1.1.1@crowdsec",
             "+/drop/forward/xjhyoswz0/9.9.9.9/6bvXNP3Fh-0/0.0.0.0@evil",
         );
-        let mut list = List::new(true);
+        let mut list = List::new(Some(65_536));
         assert_eq!(refused(&mut list, one), None);
         assert_eq!(refused(&mut list, two), Some(SAME_NAME));
         assert_eq!((stored(&list), refused(&mut list, one)), (vec![one.to_string()], None));
-        let mut list = List::new(false);
+        let mut list = List::new(None);
         assert_eq!((refused(&mut list, one), refused(&mut list, two)), (None, None));
     }
 
@@ -1268,23 +1264,24 @@ pub(super) mod tests {
         ];
         for (maxelem, before, changes, fits) in table {
             let mut list = list(true, before);
+            list.sets = Some(maxelem);
             let old = stored(&list);
             let changes: Vec<Change> = changes.iter().map(|text| change(text)).collect();
             let changes: Vec<&Change> = changes.iter().collect();
-            assert_eq!(list.apply(&changes, NOW, maxelem).is_ok(), fits, "{changes:?}");
+            assert_eq!(list.apply(&changes, NOW).is_ok(), fits, "{changes:?}");
             assert_eq!(stored(&list) == old, !fits, "{changes:?}");
             check(&list);
         }
         let nets = |count: u32| (0..count).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
         let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
         let put = |nets| Change { rules: Rules::List(template, nets), action: Action::Put(0) };
-        let mut list = List::new(false);
-        let room = list.apply(&[&put(nets(100_001))], NOW, 0).map(|_| ());
+        let mut list = List::new(None);
+        let room = list.apply(&[&put(nets(100_001))], NOW).map(|_| ());
         assert_eq!((room, list.count()), (Err(TOO_MANY_RULES), 0));
-        assert!(list.apply(&[&put(nets(100_000))], NOW, 0).is_ok());
-        assert!(list.apply(&[&put(nets(1))], NOW, 0).is_ok());
-        assert!(list.apply(&[&change("+/drop/output/any/255.1.1.1")], NOW, 0).is_err());
-        assert!(list.apply(&[&change("+/drop/output/any/::1")], NOW, 0).is_ok());
+        assert!(list.apply(&[&put(nets(100_000))], NOW).is_ok());
+        assert!(list.apply(&[&put(nets(1))], NOW).is_ok());
+        assert!(list.apply(&[&change("+/drop/output/any/255.1.1.1")], NOW).is_err());
+        assert!(list.apply(&[&change("+/drop/output/any/::1")], NOW).is_ok());
     }
 
     #[test]
@@ -1391,7 +1388,8 @@ pub(super) mod tests {
         for seed in 0..200 {
             let mut below = numbers(seed);
             let sets = seed % 2 == 0;
-            let (mut list, mut model) = (List::new(sets), Vec::<StoredRule>::new());
+            let (mut list, mut model) =
+                (List::new(sets.then_some(65_536)), Vec::<StoredRule>::new());
             let mut now = NOW;
             for _ in 0..30 {
                 let text = |below: &mut dyn FnMut(usize) -> usize| {
@@ -1405,7 +1403,7 @@ pub(super) mod tests {
                     iter::repeat_with(|| text(&mut below)).take(1 + seed as usize % 3).collect();
                 let changes: Vec<Change> = texts.iter().map(|text| change(text)).collect();
                 let before = (content(&list), model.clone());
-                let batch = list.apply(&changes.iter().collect::<Vec<_>>(), now, 65_536).unwrap();
+                let batch = list.apply(&changes.iter().collect::<Vec<_>>(), now).unwrap();
                 let verdicts: Vec<_> =
                     changes.iter().map(|c| follow(&mut model, c, sets, now)).collect();
                 let actual = batch.outcomes.iter().map(|outcome| outcome.tally.single().unwrap());

@@ -127,9 +127,8 @@ impl Firewall {
         let guards = guarded.map_or(Vec::new(), |port| {
             families.flat_map(|family| guards(whitelist, family, port)).collect()
         });
-        let maxelem = sets.unwrap_or_default();
         let max_edits = if host::is_rootless() { ROOTLESS_EDITS } else { usize::MAX };
-        let settings = Settings { guards, sets: sets.is_some(), maxelem, max_edits };
+        let settings = Settings { guards, sets, max_edits };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }

@@ -68,7 +68,7 @@ impl<K: Kernel> Engine<K> {
     fn is_outdated(&self, rule: &KernelRule) -> bool {
         self.is_starting
             && match rule.template() {
-                Some(_) => !self.settings.sets,
+                Some(_) => self.list.sets.is_none(),
                 None => rule.is_guard() || self.list.contains(&rule.rule),
             }
     }

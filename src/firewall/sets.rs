@@ -123,7 +123,7 @@ mod tests {
     }
 
     fn list(text: &str) -> List {
-        let mut list = List::new(true);
+        let mut list = List::new(Some(9));
         list.insert(&rule("9.9.9.9"), None);
         list.remove(&rule("9.9.9.9"));
         for (net, left) in parse(text) {

@@ -55,7 +55,7 @@ pub fn start<K: Kernel>(
     }
     for (family, listing) in &listings {
         try_kernel(&engine, *family, listing)?;
-        if sets {
+        if sets.is_some() {
             engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
         }
         let plans = engine.plans(*family, listing);
@@ -106,7 +106,7 @@ fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, List
 }
 
 /// The list from the state file. An incomplete last change is dropped.
-fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineError> {
+fn replay(state: &mut StateFile, sets: Option<usize>, log: &Log) -> Result<List, LineError> {
     loop {
         let mut list = List::new(sets);
         let contents = state.replay(|record| match record {
@@ -125,7 +125,7 @@ fn replay(state: &mut StateFile, sets: bool, log: &Log) -> Result<List, LineErro
 pub(super) fn adopt<K: Kernel>(
     engine: &Engine<K>,
     listings: &[(Family, Listing)],
-    sets: bool,
+    sets: Option<usize>,
 ) -> Result<List, ToolError> {
     let mut list = List::new(sets);
     for chain in listings.iter().flat_map(|(_, listing)| &listing.0) {
@@ -169,7 +169,7 @@ fn try_kernel<K: Kernel>(
     family: Family,
     listing: &Listing,
 ) -> Result<(), String> {
-    let sets = engine.settings.sets;
+    let sets = engine.list.sets.is_some();
     if listing.own().any(|(_, tagged)| !sets || tagged.rule.template().is_some()) {
         return Ok(());
     }

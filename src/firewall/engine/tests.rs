@@ -607,7 +607,7 @@ impl World {
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
         let max_edits = self.memory().max_edits.unwrap_or(usize::MAX);
-        let settings = Settings { guards, sets: self.model.sets, maxelem: MAXELEM, max_edits };
+        let settings = Settings { guards, sets: self.model.sets.then_some(MAXELEM), max_edits };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
@@ -881,7 +881,7 @@ impl World {
         let copy = folder.join("copy");
         fs::copy(folder.join("state"), &copy).unwrap();
         let mut state = StateFile::open(&copy).map_err(|e| e.message).unwrap();
-        let mut list = List::new(self.model.sets);
+        let mut list = List::new(self.model.sets.then_some(MAXELEM));
         let replayed = state.replay(|record| match record {
             Record::Put(rule, expires) => list.insert(&rule, expires),
             Record::Delete(rule) => list.remove(&rule),
@@ -1727,7 +1727,7 @@ fn what_a_change_costs() {
     ];
     for (sets, changes, cost) in table {
         let mut world = World::new(sets, false);
-        world.engine().settings.maxelem = 100;
+        world.engine().list.sets = world.model.sets.then_some(100);
         world.put(&before);
         world.settle();
         world.set_faults(&[]);
@@ -1841,7 +1841,7 @@ fn one_family_of_sets_does_not_block_the_other() {
 fn what_a_listing_shows() {
     assert_eq!(MAX_FEW, 8);
     let mut world = World::new(true, false);
-    world.engine().settings.maxelem = 9;
+    world.engine().list.sets = world.model.sets.then_some(9);
     let nets: Vec<_> = (0..9).map(|n| format!("1.1.1.{n}")).collect();
     world.put(&format!("+ /drop/input/any: {} 2001:db8::1", nets.join(" ")));
     world.put("+ /drop/forward/any/1.1.1.1/any/2.2.2.2");
@@ -1951,7 +1951,7 @@ fn only_a_large_list_moves_the_guards() {
             (0..count).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
         let change = parse_change(&format!("+ /drop/input/any: {}", nets.join(" ")));
         let engine = world.engine();
-        let batch = engine.list.apply(&[&change], engine.now(), MAXELEM).unwrap();
+        let batch = engine.list.apply(&[&change], engine.now()).unwrap();
         let edits = engine.rule_edits(&batch, Family::V4).unwrap();
         assert_eq!(matches!(edits[0], RuleEdit::Delete(_)), is_moved, "{count}");
         world.set_faults(&[]);
@@ -2596,7 +2596,7 @@ fn a_set_that_a_check_cannot_read_still_takes_changes() {
 #[test]
 fn the_time_to_read_a_set_grows_with_it() {
     let mut world = World::new(true, false);
-    world.engine().settings.maxelem = 10_000;
+    world.engine().list.sets = world.model.sets.then_some(10_000);
     let nets: Vec<String> = (0..10_000).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
     world.put(&format!("+ /drop/input/any: {}", nets.join(" ")));
     world.settle();
@@ -2738,7 +2738,7 @@ fn a_set_that_is_read_slowly_expires_no_earlier() {
     world.memory().delay = Some((Part::Sets, Duration::from_secs(1)));
     let engine = world.engine();
     let listing = engine.read_rules(Family::V4).unwrap();
-    let adopted = start::adopt(engine, &[(Family::V4, listing)], true).unwrap();
+    let adopted = start::adopt(engine, &[(Family::V4, listing)], Some(65_536)).unwrap();
     let (before, after) = (expiry(&engine.list), expiry(&adopted));
     assert!(after >= before, "{before:?} became {after:?}");
 }
