@@ -35,8 +35,6 @@ const SAME_NAME: ApiError =
 const TOO_MANY_TAGS: ApiError =
     ApiError::Full("rfw keeps at most 64 tags; delete those that are not used.");
 const SET_FULL: ApiError = ApiError::SetFull("The set is full; raise ipset.maxelem in rfw.conf.");
-/// A list with more addresses than this fills an empty group in one step.
-const MANY: usize = 4_096;
 /// How many rules expire at once: iptables-nft takes 3 s to delete 20,000 in one transaction, but
 /// 38 s for 60,000.
 const MAX_EXPIRED: usize = 20_000;
@@ -313,7 +311,7 @@ impl List {
                         batch.created.push(group);
                     }
                     let expires = expires.unwrap_or(NEVER);
-                    if nets.len() > MANY && self.is_vacant(group) {
+                    if self.is_vacant(group) {
                         self.fill(group, &nets, expires, batch);
                         tally.add(Verdict::Inserted, nets.len());
                     } else {
@@ -441,8 +439,7 @@ impl List {
         is_empty(group) && self.rivals(group).all(is_empty)
     }
 
-    /// Inserts many rules into an empty group at once, because a map that grows one by one is half
-    /// empty.
+    /// Inserts rules into an empty group at once, because a map that grows one by one is half empty.
     fn fill(&mut self, group: Group, nets: &[Net], expires: u64, batch: &mut Batch) {
         self.next_due = self.next_due.min(expires);
         // One allocation, and the first, so that the allocator can return all of it.
@@ -1346,6 +1343,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_large_list_is_compacted_and_keeps_its_content() {
+        const MANY: usize = 4_096;
         let nets = |range: std::ops::Range<usize>| -> String {
             let nets = range.map(|n| format!("10.0.{}.{}", n / 256, n % 256));
             format!("/drop/input/any/{{{}}}", nets.collect::<Vec<_>>().join(","))
