@@ -392,13 +392,12 @@ impl<K: Kernel> Engine<K> {
             let rule = KernelRule::plain(difference.rule());
             let tagged = |expires| TaggedRule::new(rule, expires);
             deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
-            inserted.extend(after.map(|e| (e.serial, tagged(e.expires()))));
+            inserted.extend(after.map(|e| tagged(e.expires())));
         }
         if deleted.len() > MAX_DELETIONS {
             return None;
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
-        inserted.sort_unstable_by_key(|(order, _)| *order);
         let is_large = inserted.len() > MAX_NUMBERED;
         let chains = Chain::ALL.iter().filter(|_| is_large);
         let moved: Vec<_> = chains.flat_map(|chain| self.front(family, *chain)).collect();
@@ -408,7 +407,7 @@ impl<K: Kernel> Engine<K> {
         };
         let deleted = deleted.iter().map(|(_, tagged)| tagged).chain(&moved);
         let mut edits: Vec<_> = deleted.map(|tagged| RuleEdit::Delete(*tagged)).collect();
-        edits.extend(inserted.iter().map(|(_, tagged)| RuleEdit::Insert(number(tagged), *tagged)));
+        edits.extend(inserted.iter().map(|tagged| RuleEdit::Insert(number(tagged), *tagged)));
         edits.extend(moved.iter().rev().map(|tagged| RuleEdit::Insert(1, *tagged)));
         Some(edits)
     }
