@@ -17,7 +17,6 @@ use crate::state::{Record, StateFile};
 use std::collections::HashSet;
 use std::iter;
 use std::sync::Arc;
-use std::thread::{self, ScopedJoinHandle};
 
 /// Reads the list and makes the kernel match it. The error is a sentence.
 pub fn start<K: Kernel>(
@@ -76,21 +75,12 @@ pub fn start<K: Kernel>(
     Ok(engine)
 }
 
-/// Reads both families at once: with many rules, this takes most of the time. One that fails is read
-/// again when the other is not: iptables-legacy holds the xtables lock of both while it reads.
+/// Reads both families. One that fails is read again: the failure of one system call must not keep
+/// rfw from starting.
 fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
-    let read = |family| engine.confirmed_rules(family, engine.read_rules(family)?);
-    let read_at_once: Vec<_> = thread::scope(|scope| {
-        let spawn = |family| thread::Builder::new().spawn_scoped(scope, move || read(family));
-        let families = engine.kernel.families().into_iter();
-        let threads: Vec<_> = families.map(|family| (family, spawn(family).ok())).collect();
-        let join = |thread: Option<ScopedJoinHandle<'_, _>>| thread?.join().ok();
-        threads.into_iter().map(|(family, thread)| (family, join(thread))).collect()
-    });
-    let listings = read_at_once.into_iter().map(|(family, listing)| {
-        let listing = listing.and_then(Result::ok).map_or_else(|| read(family), Ok);
-        Ok((family, listing?))
-    });
+    let read = |family| Ok((family, engine.confirmed_rules(family, engine.read_rules(family)?)?));
+    let families = engine.kernel.families().into_iter();
+    let listings = families.map(|family| read(family).or_else(|_| read(family)));
     let listings = listings.collect::<Result<Vec<_>, ToolError>>();
     listings.map_err(|error| {
         let advice = match error.is_transient() {
