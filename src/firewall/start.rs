@@ -35,7 +35,7 @@ pub fn start<K: Kernel>(
         Some(state) if !is_new => {
             replay(state, sets, &log).map_err(|error| error.at(state.path()))?
         }
-        _ => adopt(&engine, &listings, sets).map_err(|error| no_sets(&error))?,
+        _ => twice(|| adopt(&engine, &listings, sets)).map_err(|error| no_sets(&error))?,
     };
     let now = engine.clock.now().as_secs();
     for family in Family::ALL {
@@ -53,9 +53,9 @@ pub fn start<K: Kernel>(
         ));
     }
     for (family, listing) in &listings {
-        try_kernel(&engine, *family, listing)?;
+        twice(|| try_kernel(&engine, *family, listing))?;
         if sets.is_some() {
-            engine.repair_sets(*family, None).map_err(|error| no_sets(&error))?;
+            twice(|| engine.repair_sets(*family, None)).map_err(|error| no_sets(&error))?;
         }
         let plans = engine.plans(*family, listing);
         // Someone else may have changed the rules since they were listed.
@@ -75,13 +75,16 @@ pub fn start<K: Kernel>(
     Ok(engine)
 }
 
-/// Reads both families. One that fails is read again: the failure of one system call must not keep
-/// rfw from starting.
+/// The failure of one system call must not keep rfw from starting: the network may start without the
+/// rules then.
+fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    attempt().or_else(|_| attempt())
+}
+
 fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
     let read = |family| Ok((family, engine.confirmed_rules(family, engine.read_rules(family)?)?));
     let families = engine.kernel.families().into_iter();
-    let listings = families.map(|family| read(family).or_else(|_| read(family)));
-    let listings = listings.collect::<Result<Vec<_>, ToolError>>();
+    let listings: Result<_, ToolError> = families.map(|family| twice(|| read(family))).collect();
     listings.map_err(|error| {
         let advice = match error.is_transient() {
             true => "find out which program that is, or what holds it up, and start rfw again",
