@@ -33,7 +33,7 @@ SECONDS ?= 450
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: build demo test confined fuzz mutants bench hostile argv chaos soak conformance fail2ban crowdsec mqtt firewalls peers \
-    debian static static-test run install uninstall deb deb-test clean deps help
+    debian vm static static-test run install uninstall deb deb-test clean deps help
 
 build: $(rfw) ## user: build the release binary, target/release/rfw (the default); 3 minutes
 
@@ -118,6 +118,10 @@ peers: $(rfw) $(peers) ## compare rfw, fail2ban, firewalld and CrowdSec in a tab
 debian: ## run end-to-end tests with the iptables of Debian 11 and 13 (as root, on Debian); TESTS=; 25 minutes
 	contrib/deps.sh debian
 	tests/debian.sh $(TESTS)
+
+vm: deb ## boot Debian with its own kernel in a virtual machine, and cut its power (as root, on Debian); 15 minutes
+	contrib/deps.sh vm
+	python3 tests/vm.py $(CARGO_TARGET_DIR)/rfw_$(version)_amd64.deb $(CARGO_TARGET_DIR)/vm
 
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer

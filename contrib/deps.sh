@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh: installs, or names, the tools that a target of the Makefile needs.
 #
-#   contrib/deps.sh build|demo|test|bench|peers|debian|conformance|static|std|static-test
+#   contrib/deps.sh build|demo|test|bench|peers|debian|vm|conformance|static|std|static-test
 #
 # As root on Debian or Ubuntu it installs missing tools with apt; elsewhere it prints them and fails.
 # Optional tools of `make test` (cargo fmt, cargo clippy, shellcheck, mandoc, strace, python3) and
@@ -49,7 +49,7 @@ case ${1:-} in
 build) ;;
 static) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
 std) std=yes ;;
-demo | test | bench | peers | debian | conformance | static-test)
+demo | test | bench | peers | debian | vm | conformance | static-test)
 	want iptables iptables
 	want ipset ipset
 	want ip iproute2
@@ -59,6 +59,12 @@ demo | test | bench | peers | debian | conformance | static-test)
 	case $1 in
 	bench | static-test) want python3 python3 ;;
 	debian) want debootstrap debootstrap ;;
+	vm)
+		want debootstrap debootstrap
+		want qemu-system-x86_64 qemu-system-x86
+		want mkfs.ext4 e2fsprogs
+		want python3 python3
+		;;
 	peers) [ -x /usr/bin/python3 ] || missing="$missing python3" ;; # for Debian's modules, no other will do
 	conformance) python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv" ;;
 	esac
@@ -66,7 +72,7 @@ demo | test | bench | peers | debian | conformance | static-test)
 		want readelf binutils
 		want qemu-mips-static qemu-user-static
 	fi ;;
-*) echo "usage: contrib/deps.sh build|demo|test|bench|peers|debian|conformance|static|std|static-test" >&2; exit 2 ;;
+*) echo "usage: contrib/deps.sh build|demo|test|bench|peers|debian|vm|conformance|static|std|static-test" >&2; exit 2 ;;
 esac
 
 apt=
