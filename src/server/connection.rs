@@ -1,10 +1,9 @@
 //! The whole life of a request, from top to bottom.
 
 use super::Server;
-use super::limiter::{Client, ConnectionLimiter, Limits, MAX_WAIT, Slot};
+use super::limiter::{Client, ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
-use crate::clock;
 use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Tally, Verdict};
 use crate::host;
@@ -271,12 +270,9 @@ impl Connection<'_> {
         Ok("listed".into())
     }
 
-    /// Waits for a slot to transfer a list.
     fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, ApiError> {
         let busy = || ApiError::Busy("Too many lists are being transferred.".into());
-        let slot = limiter.acquire(&self.client, clock::after(MAX_WAIT)).ok_or_else(busy)?;
-        self.client.start_patience();
-        Ok(slot)
+        self.client.acquire(limiter).ok_or_else(busy)
     }
 
     /// One line for every change, made or refused, and for wrong credentials; other

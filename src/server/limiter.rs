@@ -11,6 +11,7 @@
 //! client gets a turn ([`ConnectionLimiter::is_wanted`]). A connection that has waited for
 //! [`MAX_WAIT`] is refused.
 
+use crate::clock;
 use crate::mutex::lock;
 use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, TcpStream};
@@ -162,6 +163,13 @@ impl Table {
 impl Client {
     pub fn new(ip: IpAddr, socket: TcpStream) -> Arc<Client> {
         Arc::new(Client { ip, socket: socket.into(), state: Mutex::new(State::Working) })
+    }
+
+    /// Waits for a slot to transfer a list, at most for [`MAX_WAIT`].
+    pub fn acquire(self: &Arc<Client>, limiter: &Arc<ConnectionLimiter>) -> Option<Slot> {
+        let slot = limiter.acquire(self, clock::after(MAX_WAIT))?;
+        self.start_patience();
+        Some(slot)
     }
 
     /// From now on rfw waits for the client.
@@ -364,17 +372,19 @@ mod tests {
         test.set_waited(0, 30_000);
         assert!(!test.acquire(3, Duration::ZERO));
         let before = Instant::now();
-        let deadline = before + MAX_WAIT;
-        assert!(other.limiter.acquire(test.client(0), deadline).is_none());
+        assert!(test.client(0).acquire(&other.limiter).is_none());
         assert!(before.elapsed() < MAX_WAIT && lock(&other.limiter.table).queue.is_empty());
     }
 
-    /// A connection is not evicted before it is served.
+    /// A connection is not evicted before it is served; with a slot for a transfer, it is served.
     #[test]
     fn patience_begins_when_a_connection_is_served() {
         let mut test = Test::new(1, 1);
         assert!(test.acquire(1, Duration::ZERO));
-        assert!(matches!(*lock(&test.client(0).state), State::Working));
+        let is_working = || matches!(*lock(&test.client(0).state), State::Working);
+        assert!(is_working());
+        let _transfer = test.client(0).acquire(&Test::new(1, 1).limiter).unwrap();
+        assert!(!is_working());
     }
 
     #[test]
