@@ -61,7 +61,7 @@ pub fn start<K: Kernel>(
         // Someone else may have changed the rules since they were listed.
         let written =
             engine.rewrite_rules(*family, plans, None).or_else(|_| engine.settle(&[*family], None));
-        written.map_err(|error| not_accepted(&error))?;
+        written.map_err(|error| not_accepted(&error, "xt_comment"))?;
         let counts = engine.list.counts().filter(|(group, _)| group.family == *family);
         let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));
@@ -167,15 +167,21 @@ fn try_kernel<K: Kernel>(
         return Ok(());
     }
     let (in_iface, out_iface) = (Iface::parse("rfw0").unwrap_or(Iface::ANY), Iface::ANY);
-    let (target, chain, side) = (Target::Reject, Chain::Input, Side::Source);
+    let (target, chain, side) = (Target::Accept, Chain::Input, Side::Source);
     let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag: Tag::NONE };
     let try_rule = |rule| {
         let tagged = TaggedRule::new(rule, None);
         let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
         engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
     };
-    let plain = KernelRule::plain(template.rule(Net::any(family)));
-    try_rule(plain).map_err(|error| not_accepted(&error))?;
+    let reject = if family == Family::V4 { "ipt_REJECT" } else { "ip6t_REJECT" };
+    let try_target = |target| {
+        try_rule(KernelRule::plain(RuleTemplate { target, ..template }.rule(Net::any(family))))
+    };
+    if let Err(error) = try_target(Target::Reject) {
+        try_target(Target::Accept).map_err(|error| not_accepted(&error, "xt_comment"))?;
+        return Err(not_accepted(&error, reject));
+    }
     if !sets {
         return Ok(());
     }
@@ -208,13 +214,13 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) {
     }
 }
 
-fn not_accepted(error: &ToolError) -> String {
+fn not_accepted(error: &ToolError, module: &str) -> String {
     let advice = match error.is_transient() {
-        true => "start rfw again",
-        false => {
-            "the kernel must have the modules xt_comment, ipt_REJECT and ip6t_REJECT (with \
-             iptables-nft also nft_compat), and rfw must run as root or with CAP_NET_ADMIN"
-        }
+        true => "start rfw again".into(),
+        false => format!(
+            "the kernel must have the module {module} (with iptables-nft also nft_compat), and rfw \
+             must run as root or with CAP_NET_ADMIN"
+        ),
     };
     format!("the kernel did not accept rfw's rules ({error}); {advice}")
 }
