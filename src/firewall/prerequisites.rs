@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The time limit for an extension, which is checked for `-t` or to explain why a start failed.
+const LIMIT: Duration = Duration::from_secs(5);
 /// The first version with `iptables-restore -w`.
 const OLDEST: &[u32] = &[1, 6, 2];
 
@@ -64,7 +66,7 @@ pub fn check_extensions(iptables: &Path, family: Family, sets: bool) -> Result<(
     }
     for (extension, args) in extensions {
         // Without a command, iptables loads the extension and fails.
-        let message = match iptables.read_lines(&args, START_TOOL_LIMIT, |_| true) {
+        let message = match iptables.read_lines(&args, LIMIT, |_| true) {
             Ok(()) => continue,
             Err(ToolError::Transient(sentence)) => return Err(sentence),
             Err(ToolError::Rejected(message)) => message,
