@@ -35,7 +35,7 @@ pub fn start<K: Kernel>(
         Some(state) if !is_new => {
             replay(state, sets, &log).map_err(|error| error.at(state.path()))?
         }
-        _ => twice(|| adopt(&engine, &listings, sets)).map_err(|error| no_sets(&error))?,
+        _ => twice(|| adopt(&engine, &listings)).map_err(|error| no_sets(&error))?,
     };
     let now = engine.clock.now().as_secs();
     for family in Family::ALL {
@@ -118,9 +118,8 @@ fn replay(state: &mut StateFile, sets: Option<usize>, log: &Log) -> Result<List,
 pub(super) fn adopt<K: Kernel>(
     engine: &Engine<K>,
     listings: &[(Family, Listing)],
-    sets: Option<usize>,
 ) -> Result<List, ToolError> {
-    let mut list = List::new(sets);
+    let mut list = List::new(engine.settings.sets);
     for chain in listings.iter().flat_map(|(_, listing)| &listing.0) {
         let own: Vec<&TaggedRule> = chain.own().map(|(_, tagged)| tagged).collect();
         for TaggedRule { rule, expires, .. } in own.into_iter().rev() {

@@ -2744,7 +2744,7 @@ fn a_set_that_is_read_slowly_expires_no_earlier() {
     world.memory().delay = Some((Part::Sets, Duration::from_secs(1)));
     let engine = world.engine();
     let listing = engine.read_rules(Family::V4).unwrap();
-    let adopted = start::adopt(engine, &[(Family::V4, listing)], Some(65_536)).unwrap();
+    let adopted = start::adopt(engine, &[(Family::V4, listing)]).unwrap();
     let (before, after) = (expiry(&engine.list), expiry(&adopted));
     assert!(after >= before, "{before:?} became {after:?}");
 }
