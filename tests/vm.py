@@ -77,8 +77,9 @@ def machine(release, root, deb):
                        check=True, stdout=subprocess.DEVNULL)
         open(f"{root}/ready", "w").close()
     shutil.copy(deb, f"{root}/root/rfw.deb")
-    subprocess.run(["chroot", root, "sh", "-ec", "dpkg -i /root/rfw.deb && systemctl --quiet enable rfw; rm -rf /var/lib/rfw"],
-                   check=True, stdout=subprocess.DEVNULL)
+    # The last run has changed rfw.conf; nobody could answer what to do with it.
+    install = "dpkg --force-confnew -i /root/rfw.deb && systemctl --quiet enable rfw"
+    subprocess.run(["chroot", root, "sh", "-ec", install], check=True, stdout=subprocess.DEVNULL)
 
 
 def write(root, path, text, mode=0o644):
@@ -164,8 +165,8 @@ def check(what, lines, held, doubtful):
 def main(deb, folder, release=platform.freedesktop_os_release()["VERSION_CODENAME"], boots=3):
     root = os.path.join(os.path.abspath(folder), release)
     os.makedirs(root, exist_ok=True)
+    machine(release, root, deb)
     for form in FORMS:
-        machine(release, root, deb)
         disk, held, doubtful = configure(root, form), set(), set()
         for number in range(int(boots)):
             held, doubtful = check(f"{release}, {form}, boot {number + 1}", boot(root, disk), held, doubtful)
