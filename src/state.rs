@@ -670,10 +670,12 @@ mod tests {
             let result = state.append([put(A, 0)].into_iter());
             let message = result.unwrap_err();
             assert!(message.contains(text), "{message}");
+            state.undo_append();
         };
         let mut other = OpenOptions::new().append(true).open(&path).unwrap();
         other.write_all(b"+").unwrap();
         append("was changed or removed by someone else; restart rfw.");
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+"), "what they wrote");
         other.set_len(HEADER.len() as u64).unwrap();
         fs::rename(&path, folder.0.join("old")).unwrap();
         append("was changed or removed");
