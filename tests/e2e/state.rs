@@ -273,7 +273,10 @@ fn a_disk_that_takes_nothing() {
             let kept = lab.kept().len();
             rfw.kill();
             lab.reboot();
-            sh("mount -o remount,ro disk");
+            // A program that rfw was about to start holds rfw's files until it is executed.
+            await_true("the disk becomes read-only", 10, || {
+                sh("mount -o remount,ro disk 2>&1 || true").is_empty()
+            });
             rfw.restart();
             assert_eq!(lab.kept().len(), kept);
             refused("read-only");
