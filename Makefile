@@ -119,9 +119,9 @@ debian: ## run end-to-end tests with the iptables of Debian 11 and 13 (as root, 
 	contrib/deps.sh debian
 	tests/debian.sh $(TESTS)
 
-vm: deb ## boot Debian with its own kernel in a virtual machine, and cut its power (as root, on Debian); 15 minutes
+vm: deb ## boot Debian with its own kernel in a virtual machine, and cut its power (as root, on Debian); RELEASE=, BIN=; 15 minutes
 	contrib/deps.sh vm
-	python3 tests/vm.py $(CARGO_TARGET_DIR)/rfw_$(version)_amd64.deb $(CARGO_TARGET_DIR)/vm
+	python3 tests/vm.py $(CARGO_TARGET_DIR)/rfw_$(version)_amd64.deb $(CARGO_TARGET_DIR)/vm $(RELEASE)
 
 # Debian's packages are unpacked, not installed, so none of their services starts on this host.
 packages_crowdsec := crowdsec crowdsec-custom-bouncer

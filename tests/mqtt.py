@@ -35,7 +35,7 @@ class Mosquitto:
     def __init__(self, package):
         self.bin = os.path.abspath(package) + "/usr"
         libraries = glob.glob(os.path.abspath(package) + "/usr/lib/*-linux-*") + glob.glob(os.path.abspath(package) + "/lib/*-linux-*")
-        self.env = {"PATH": f"{RUN}/bin:{self.bin}/bin:/usr/bin:/bin", "XDG_CONFIG_HOME": RUN + "/credentials",
+        self.env = {"PATH": f"{RUN}/bin:{self.bin}/bin:/usr/bin:/bin", "CREDENTIALS_DIRECTORY": RUN + "/credentials",
                     "LD_LIBRARY_PATH": ":".join(libraries)}
         write("mosquitto.conf", BROKER)
         write("acl", ACL)

@@ -24,8 +24,8 @@ CURL_CA_BUNDLE=/run/lab/feeds/client/ca.crt
 make() { command make -C "$SOURCE" "$@"; }
 start_rfw() {
     mkdir -p -m 700 /var/lib/rfw
-    local words=$(sed -n 's/^ExecStart=//p' /usr/local/lib/systemd/system/rfw.service)
-    ${words//%d//etc/rfw} >>/run/lab/journal 2>&1 &
+    CREDENTIALS_DIRECTORY=/etc/rfw
+    eval "exec $(sed -n 's/^ExecStart=//p' /usr/local/lib/systemd/system/rfw.service)" >>/run/lab/journal 2>&1 &
     echo $! > /run/lab/pid
     until curl -so /dev/null 127.0.0.1:7390; do kill -0 $! || exit 1; sleep .1; done
 }
