@@ -1091,7 +1091,8 @@ pub(super) mod tests {
             list.stored().map(|(_, expires)| expires).collect()
         };
         let mut list = List::new(None);
-        list.insert(&rule("/drop/input/any/1.1.1.1"), None);
+        // As a person may write it in the comment of a rule: 0 means never, as in a request.
+        list.insert(&rule("/drop/input/any/1.1.1.1"), Some(0));
         list.insert(&rule("/drop/input/any/2.2.2.2"), Some(NOW + 60));
         list.shift(NOW, -500);
         assert_eq!(expiries(&list), [None, Some(NOW - 440)]);
