@@ -492,7 +492,7 @@ impl List {
         for entry in self.groups.values_mut().flat_map(Members::values_mut) {
             let moves = before >= REAL_TIME || entry.expires < REAL_TIME;
             if moves && entry.expires != NEVER {
-                entry.expires = entry.expires.saturating_add_signed(seconds).clamp(1, NEVER - 1);
+                entry.expires = entry.expires.saturating_add_signed(seconds).max(1);
             }
         }
         self.next_due = self.first_expiry();
@@ -1098,6 +1098,7 @@ pub(super) mod tests {
         assert_eq!(expiries(&list), [None, Some(NOW - 440)]);
         list.shift(NOW - 500, 500);
         assert_eq!(expiries(&list), [None, Some(NOW + 60)]);
+        assert_eq!(list.next_due, NOW + 60, "not searched before");
         check(&list);
         // A rule that moves into the past is due, but not permanent.
         list.shift(NOW, -3_000_000_000);
