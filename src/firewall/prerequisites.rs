@@ -37,12 +37,16 @@ impl Version {
         let is_nft = line.contains("(nf_tables)");
         (!numbers.is_empty()).then_some(Version { numbers, is_nft })
     }
+
+    fn is_too_old(&self) -> bool {
+        self.numbers.as_slice() < OLDEST
+    }
 }
 
 /// Checks the version. The error is a sentence.
 pub fn check_version(iptables: &Path) -> Result<(), String> {
     let iptables = Program::new(iptables.into(), Arc::default());
-    match Version::of(&iptables, START_TOOL_LIMIT)?.numbers.as_slice() < OLDEST {
+    match Version::of(&iptables, START_TOOL_LIMIT)?.is_too_old() {
         true => Err(format!(
             "{iptables} is too old: rfw needs version 1.6.2 or newer, with iptables-restore -w"
         )),
@@ -117,7 +121,7 @@ mod tests {
         for (line, expected) in table {
             let shown = Version::parse(line).map_or("none".into(), |version| {
                 let numbers: Vec<_> = version.numbers.iter().map(u32::to_string).collect();
-                let old = if version.numbers.as_slice() < OLDEST { " old" } else { "" };
+                let old = if version.is_too_old() { " old" } else { "" };
                 let nft = if version.is_nft { " nft" } else { "" };
                 numbers.join(".") + nft + old
             });
