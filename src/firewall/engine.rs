@@ -24,7 +24,7 @@ use crate::http::api_error::ApiError;
 use crate::log::{Level, Log};
 use crate::metrics::{Label, Metrics};
 use crate::rule::net::{Family, Net};
-use crate::rule::{Chain, Change, Filter, Target};
+use crate::rule::{Chain, Change, Filter};
 use crate::state::StateFile;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -333,7 +333,9 @@ impl<K: Kernel> Engine<K> {
             match self.rule_edits(batch, family) {
                 Some(edits) if !batch.created.iter().any(|group| group.family == family) => {
                     self.write_rules(family, &edits)?;
-                    if relied.contains(&family) {
+                    // A number counts the rules in front that rfw knows of, but not foreign ones.
+                    let is_numbered = |edit: &RuleEdit| matches!(edit, RuleEdit::Insert(2.., _));
+                    if relied.contains(&family) || edits.iter().any(is_numbered) {
                         let listing = listings.remove(&family).filter(|_| edits.is_empty());
                         self.check_rules(family, listing.transpose()?, Some(batch), false)?;
                     }
@@ -413,14 +415,11 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The families in which a batch relies on rules that it does not write: rules that exist
-    /// already, the rules of sets, the guards, which must precede an ACCEPT rule, and foreign rules,
-    /// which a check may leave in front.
+    /// already, the rules of sets, and foreign rules, which a check may leave in front.
     fn relied_on(&self, batch: &Batch, families: &[Family]) -> BTreeSet<Family> {
-        let has_guards = !self.settings.guards.is_empty();
         let is_relied = |Difference { group, before, after, .. }: &Difference| {
-            let is_accept = has_guards && group.template.target == Target::Accept;
             let is_there = self.list.is_in_set(group) || before == after;
-            after.is_some() && (is_accept || is_there || self.is_overtaken_often(group.family))
+            after.is_some() && (is_there || self.is_overtaken_often(group.family))
         };
         let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
         relied.filter(|family| families.contains(family)).collect()

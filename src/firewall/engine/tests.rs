@@ -14,7 +14,7 @@ use super::super::start;
 use super::*;
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Whitelist;
-use crate::rule::{Action, Match, Rule, RuleTemplate, Rules};
+use crate::rule::{Action, Match, Rule, RuleTemplate, Rules, Target};
 use crate::state::Record;
 use std::collections::BTreeMap;
 use std::fs;
@@ -725,6 +725,12 @@ impl World {
                 Some((_, wanted)) => {
                     let is_found = found.any(|(_, expires)| is_near(*wanted, *expires));
                     assert!(is_found, "{rule} {wanted:?} is not in effect: {}", shown(&enforced));
+                    let rows = self.chain(rule.family(), rule.chain());
+                    let set = rule.template().map(|(template, _)| template);
+                    let is_it = |row: &FakeRow| matches!(row, FakeRow::Own(t) if t.rule.rule == rule || set.is_some() && t.rule.template() == set);
+                    let before = rows.iter().take_while(|row| !is_it(row));
+                    let foreign = before.filter(|row| matches!(row, FakeRow::Foreign(_)));
+                    assert_eq!(foreign.count(), 0, "{rule} is behind foreign rules: {rows:#?}");
                 }
                 None => assert!(self.is_damaged || found.count() == 0, "{rule} is in effect"),
             }
@@ -1698,19 +1704,19 @@ fn what_a_change_costs() {
         list("+", 70)
     );
     let table = [
-        (false, "+ /drop/input/any/5.5.5.5", "w"),
+        (false, "+ /drop/input/any/5.5.5.5", "rw"),
         (false, "+ /drop/forward/any/5.5.5.5", "w"),
         (false, "+ /accept/input/any/5.5.5.5", "rw"),
-        (false, "+60 /drop/input/any/1.1.1.1", "w"),
+        (false, "+60 /drop/input/any/1.1.1.1", "rw"),
         (false, "- /drop/input/any/1.1.1.1", "w"),
         (false, "- /accept/input/any/1.1.1.3", "w"),
         (false, "+ /drop/input/any/1.1.1.1", "r"),
         (false, "- /drop/input/any/5.5.5.5", ""),
-        (false, "+60 /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "w"),
+        (false, "+60 /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "rw"),
         (false, "+ /drop/input/any/1.1.1.1, + /drop/output/any/1.1.1.1", "r"),
         (false, "+ /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "rw"),
-        (false, "+ /drop/input/any: 5.5.5.5 2001:db8::5", "w w"),
-        (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r w"),
+        (false, "+ /drop/forward/any: 5.5.5.5 2001:db8::5", "w w"),
+        (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r rw"),
         (false, &few, "w"),
         (false, &many, "rw"),
         (false, "=60 /drop/input/any: 3.3.3.1 3.3.3.2", "rw"),
@@ -2654,6 +2660,49 @@ fn a_block_behind_foreign_rules_waits_for_no_check() {
     assert!(matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Foreign(_)));
     world.put("+ /drop/input/any/2.2.2.2");
     assert!(matches!(world.chain(Family::V4, Chain::Input)[0], FakeRow::Own(_)));
+}
+
+/// rfw counted over the guards to insert a rule, so it was behind a foreign ACCEPT in front of these: a
+/// block that was answered with 200 had no effect until the next check.
+#[test]
+fn a_block_behind_the_guards_precedes_foreign_rules() {
+    let both = "+ /drop/forward/any/2.2.2.2/any/3.3.3.3";
+    for (sets, change) in [(false, "+ /drop/input/any/2.2.2.2"), (true, both)] {
+        let mut world = World::new(sets, false);
+        world.put("+ /drop/input/any/1.1.1.1; + /drop/forward/any/1.1.1.1");
+        world.settle();
+        for chain in [Chain::Input, Chain::Forward] {
+            world.insert_foreign(Family::V4, chain, 1, "-j ACCEPT");
+        }
+        world.put(change);
+        world.settle();
+    }
+}
+
+/// One set that the kernel did not fill kept the guards and all rules of its family from being restored,
+/// and rules from expiring.
+#[test]
+fn a_set_that_cannot_be_filled_does_not_keep_the_rules_from_repair() {
+    let mut world = World::new(true, false);
+    world.put(
+        "+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2; \
+         +60 /drop/forward/any/5.5.5.5/any/6.6.6.6; + /drop/forward/any/7.7.7.7/any/6.6.6.6",
+    );
+    world.settle();
+    let right = world.memory().chains.clone();
+    world.memory().bad = Net::parse("1.1.1.2");
+    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
+    world.tick();
+    flush(&mut world);
+    assert!(world.tick(), "the set cannot be repaired");
+    assert_eq!(format!("{:?}", world.memory().chains), format!("{right:?}"));
+    world.pass(120);
+    world.tick();
+    let is_due = |rows: &[FakeRow]| format!("{rows:?}").contains("5.5.5.5");
+    assert!(!is_due(&world.chain(Family::V4, Chain::Forward)), "it has expired");
+    assert_eq!(world.chain(Family::V4, Chain::Forward).len(), 1);
+    world.memory().bad = None;
+    world.settle();
 }
 
 /// One program that failed ended the start: iptables-legacy waits five seconds for the xtables lock, and
