@@ -456,8 +456,13 @@ impl<K: Kernel> Engine<K> {
         is_pending: bool,
     ) -> Result<(), ToolError> {
         let is_distrusted = self.distrusted.contains(&family);
+        let mut sets = Ok(());
         if is_distrusted && self.list.sets.is_some() {
-            self.repair_sets(family, batch)?;
+            sets = self.repair_sets(family, batch);
+        }
+        // A set that cannot be repaired fails a change, but does not keep a check from the rules.
+        if sets.is_err() && (batch.is_some() || !self.has_time()) {
+            return sets;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         // One incomplete listing could hide what a failed batch left.
@@ -479,7 +484,11 @@ impl<K: Kernel> Engine<K> {
             }
         }
         let listing = self.confirmed_rules(family, listing)?;
-        self.rewrite_rules(family, self.plans(family, &listing), batch)
+        self.rewrite_rules(family, self.plans(family, &listing), batch)?;
+        if sets.is_err() {
+            self.distrusted.insert(family);
+        }
+        sets
     }
 
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
@@ -705,11 +714,11 @@ impl<K: Kernel> Engine<K> {
     fn expire(&mut self) -> Result<(), ToolError> {
         let mut result = Ok(());
         for family in Family::ALL {
-            // Those of a distrusted family expire when a check has repaired it.
+            let batch = self.list.expire(family, self.seconds());
+            // The check that repairs a distrusted family deletes those that are no longer in the list.
             if self.distrusted.contains(&family) {
                 continue;
             }
-            let batch = self.list.expire(family, self.seconds());
             if let Err(error) = self.write_through(&batch) {
                 // The list no longer has them, so a check deletes those that remain.
                 self.next_check = Instant::now();
