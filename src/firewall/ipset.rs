@@ -229,6 +229,8 @@ pub fn parse_entry(line: &str) -> Option<SetEntry> {
             "timeout" => entry.timeout = words.next()?.parse().ok()?,
             "packets" => entry.counters.0 = words.next()?.parse().ok()?,
             "bytes" => entry.counters.1 = words.next()?.parse().ok()?,
+            // An exception from a block. rfw writes none and sets no such timeout, so it repairs this.
+            "nomatch" => entry.timeout = u32::MAX,
             _ => {}
         }
     }
@@ -336,7 +338,8 @@ Header: family inet hashsize 1024 maxelem x
         let table = [
             ("add s 1.2.3.4\n", "1.2.3.4 0 (0, 0)"),
             ("add s 1.2.3.0/24 timeout 90 packets 5 bytes 7\n", "1.2.3.0/24 90 (5, 7)"),
-            ("add s 2001:db8::/64 timeout 0 nomatch\n", "2001:db8::/64 0 (0, 0)"),
+            ("add s 2001:db8::/64 timeout 0\n", "2001:db8::/64 0 (0, 0)"),
+            ("add s 1.2.3.4 timeout 0 packets 5 bytes 7 nomatch\n", "1.2.3.4 4294967295 (5, 7)"),
             ("create s hash:net family inet timeout 0", "none"),
             ("add s example.com", "none"),
         ];
