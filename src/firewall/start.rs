@@ -52,6 +52,16 @@ pub fn start<K: Kernel>(
              them in sets"
         ));
     }
+    let mut names = HashSet::new();
+    let is_twice = |(set, ..): &(KernelRule, _, _)| !names.insert(set.to_string());
+    if let Some((set, group, members)) = engine.list.sets().find(is_twice) {
+        let rules: Vec<_> = members.keys().map(|net| group.rule(*net).to_string()).collect();
+        return Err(format!(
+            "two sets have the name {set} by chance; start rfw without ipset.path, delete {}, and \
+             start it again",
+            rules.join(" ")
+        ));
+    }
     for (family, listing) in &listings {
         twice(|| try_kernel(&engine, *family, listing))?;
         if sets.is_some() {

@@ -2743,6 +2743,20 @@ fn a_start_refuses_more_rules_than_it_can_keep() {
     assert_eq!(world.memory().writes(), 0);
 }
 
+/// The names of sets are compared when a rule is put, with sets. Two rules that had been put without them
+/// were repaired into the same set, in turn.
+#[test]
+fn a_start_refuses_two_sets_of_one_name() {
+    let mut world = World::new(false, true);
+    let evil = "/drop/forward/xjhyoswz0/9.9.9.9/6bvXNP3Fh-0/0.0.0.0@evil";
+    world.put(&format!("+ /drop/forward/any/1.1.1.1@crowdsec; + {evil}"));
+    world.model.sets = true;
+    world.set_faults(&[]);
+    let error = world.start().unwrap_err();
+    assert!(error.contains(&format!("delete {evil}, and")), "{error}");
+    assert_eq!(world.memory().writes(), 0);
+}
+
 /// In a rootless container, iptables-nft takes some 380 rules per transaction: those that were
 /// inserted one by one were lost after a flush or a reboot, and rfw did not start any more.
 #[test]
