@@ -262,16 +262,19 @@ fn start_firewall(
 
 fn tick(server: &Server, config: &Config) -> ! {
     report_certificate(server, config);
-    // Only now, because no client should wait for it.
-    server.firewall.report_leftovers(&server.log);
-    loop {
-        for _ in 0..SECONDS_PER_DAY {
-            thread::sleep(Duration::from_secs(1));
-            server.firewall.tick();
-            server.log.tick(Instant::now());
+    thread::scope(|scope| {
+        // Neither a client nor an expiry should wait for it.
+        let report = || server.firewall.report_leftovers(&server.log);
+        let _ = thread::Builder::new().name("leftovers".into()).spawn_scoped(scope, report);
+        loop {
+            for _ in 0..SECONDS_PER_DAY {
+                thread::sleep(Duration::from_secs(1));
+                server.firewall.tick();
+                server.log.tick(Instant::now());
+            }
+            report_certificate(server, config);
         }
-        report_certificate(server, config);
-    }
+    })
 }
 
 fn report_certificate(server: &Server, config: &Config) {

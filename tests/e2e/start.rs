@@ -142,10 +142,28 @@ fn rules_that_may_be_0_2_2s() {
     });
 }
 
-/// Waits for the first check: leftovers are reported before.
+/// Waits for the first check, and for the thread that reports leftovers, which starts earlier.
 fn await_report() {
     let has_checked = || ask("GET /metrics").body.contains("rfw_rules{");
     await_true("the first check", 3 + SLACK, has_checked);
+    let threads = "grep -l leftovers /proc/[0-9]*/task/*/comm 2>/dev/null || true";
+    await_true("the report", 30 + SLACK, || sh(threads).is_empty());
+}
+
+/// Nothing expired and nothing was repaired as long as the report took: here, up to ten seconds.
+#[test]
+fn the_report_of_leftovers_delays_no_expiry() {
+    once(|lab| {
+        sh("/usr/sbin/iptables-legacy -S; /usr/sbin/ip6tables-legacy -S");
+        let _holder = Process::start("flock -F /run/xtables.lock sleep 100");
+        lab.configure("local.server");
+        let mut rfw = lab.launch(&["/usr/bin/env"]);
+        rfw.await_ready();
+        assert_eq!(ask("PUT /drop/input/any/1.2.3.4?expire=1").status, 200);
+        await_true("the rule has expired", 3 + SLACK, || lab.rules().is_empty());
+        let threads = sh("grep -l leftovers /proc/[0-9]*/task/*/comm");
+        assert!(!threads.is_empty(), "the report still waits");
+    });
 }
 
 #[test]
