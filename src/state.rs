@@ -277,6 +277,8 @@ struct OpenList {
     offset: u64,
     count: usize,
     seen: usize,
+    /// Lines of which a part is zeros: what a power cut leaves of blocks that were not yet synced.
+    damage: Option<LineError>,
 }
 
 fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Contents, LineError> {
@@ -304,21 +306,32 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
         }
         match (parse_count(&text), parse_record(&text)) {
             (Some(count), _) if line > 1 && list.is_none() => {
-                list = Some(OpenList { line, offset: contents.size, count, seen: 0 });
+                let offset = contents.size;
+                list = Some(OpenList { line, offset, count, seen: 0, damage: None });
             }
             (_, Some(record)) if line > 1 => {
                 each(record);
                 list.iter_mut().for_each(|list| list.seen = list.seen.saturating_add(1));
             }
-            _ => return Err(at(damage(line, &text, list.as_ref()))),
+            _ => {
+                let error = at(damage(line, &text, list.as_ref()));
+                match &mut list {
+                    Some(list) if text.contains('\0') => list.damage = Some(error),
+                    _ => return Err(error),
+                }
+            }
         }
         contents.size = contents.size.saturating_add(length);
-        list = list.filter(|list| list.seen < list.count);
+        let complete = list.take_if(|list| list.seen >= list.count);
+        // It was acknowledged, so what it lacks is lost.
+        if let Some(error) = complete.and_then(|list| list.damage) {
+            return Err(error);
+        }
     }
     if contents.size == 0 {
         return Err(LineError { line: 1, message: "the first line must be: rfw state 2".into() });
     }
-    if let Some(OpenList { line, offset, count, seen }) = list {
+    if let Some(OpenList { line, offset, count, seen, .. }) = list {
         let message = format!(
             "the list that begins here has {seen} of its {count} changes; it was never \
              acknowledged, unless the number is damaged, and is dropped"
@@ -484,6 +497,12 @@ mod tests {
             (&zeros("", 100_000), 2, "the last line is incomplete"),
             (&zeros("+ 0 /dr", 100_000), 2, "the last line is incomplete"),
             (&zeros("* 3\n", 100_000), 2, "has 0 of its 3 changes; it was never"),
+            // They write later blocks of a list first.
+            (
+                &(zeros("* 9\n+ 0 /dr", 4096) + "0/24\n- /drop/input/any/1.1.1.1\n"),
+                2,
+                "has 1 of its 9",
+            ),
         ];
         for (text, line, message) in table {
             let contents = read(&mut format!("{HEADER}{text}").as_bytes(), |_| ()).unwrap();
