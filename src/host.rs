@@ -16,40 +16,48 @@ const INTERFACES: &str = "/proc/self/net/dev";
 /// The most bytes to read from a file: 18,000 routes of [`ROUTES`]. The kernel walks all routes
 /// again for every 4 KiB, which takes 0.03 s for that many and minutes for a full Internet table.
 const MAX_FILE: u64 = 2 << 20;
+/// No host has this address (RFC 1112, section 4).
+const NOBODY: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses; empty if none of `blocks` can be one. If the kernel lists no addresses,
-/// those of `blocks` to which a socket can be bound.
-pub fn own_addresses(blocks: &[Net]) -> Vec<Net> {
+/// This host's addresses; empty if none of `blocks` can be one. If the kernel does not list them all,
+/// those of `blocks` to which a socket can be bound, too. The error is as in [`list_addresses`].
+pub fn own_addresses(blocks: &[Net]) -> (Vec<Net>, Option<String>) {
     if blocks.iter().all(|net| is_bindable(net) == Some(false)) {
-        return Vec::new();
+        return (Vec::new(), None);
     }
-    list_addresses().unwrap_or_else(|_| {
-        blocks.iter().filter(|net| is_bindable(net) == Some(true)).copied().collect()
-    })
+    let (mut nets, error) = list_addresses();
+    if error.is_some() && is_bindable(&Net::host(NOBODY.into())) == Some(false) {
+        nets.extend(blocks.iter().filter(|net| is_bindable(net) == Some(true)));
+    }
+    (nets, error)
 }
 
 /// Whether a socket can be bound to an address: only to this host's (bind(2), EADDRNOTAVAIL).
 /// Takes under 10 us, however many routes there are. With `ip_nonlocal_bind`, every address is
-/// bindable. `None` for a block, or if no socket can be created.
+/// bindable. `None` for a block or a multicast group, or if no socket can be created.
 fn is_bindable(net: &Net) -> Option<bool> {
-    match UdpSocket::bind((net.is_host().then_some(net.addr())?, 0)) {
+    let is_one = net.is_host() && !net.addr().is_multicast();
+    match UdpSocket::bind((is_one.then_some(net.addr())?, 0)) {
         Ok(_) => Some(true),
         Err(error) if error.kind() == ErrorKind::AddrNotAvailable => Some(false),
         Err(_) => None,
     }
 }
 
-/// All addresses of this host that the kernel lists.
-pub fn list_addresses() -> Result<Vec<Net>> {
-    let mut nets = own_v4(&read(ROUTES)?);
-    match read(ADDRESSES_V6) {
-        Ok(text) => nets.extend(own_v6(&text)),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    Ok(nets)
+/// All addresses of this host that the kernel lists. The error is a sentence about the others.
+pub fn list_addresses() -> (Vec<Net>, Option<String>) {
+    let (routes, addresses_v6) = (read(ROUTES), read(ADDRESSES_V6));
+    let v4 = routes.as_deref().map(own_v4).unwrap_or_default();
+    let v6 = addresses_v6.as_deref().map(own_v6).unwrap_or_default();
+    let is_serious = |error: &Error| error.kind() != ErrorKind::NotFound;
+    let error = routes.err().or(addresses_v6.err().filter(is_serious)).map(|error| {
+        format!(
+            "cannot list all of this host's addresses, so only white.list protects the others: {error}"
+        )
+    });
+    ([v4, v6].concat(), error)
 }
 
 /// Whether root is an ordinary user of the host, as in a rootless container. A kernel without user
@@ -159,7 +167,8 @@ x 1
     #[test]
     fn this_host() {
         let loopback = Net::parse("127.0.0.1").unwrap();
-        assert!(list_addresses().unwrap().contains(&loopback));
+        let (own, error) = list_addresses();
+        assert!(own.contains(&loopback) && error.is_none(), "{own:?} {error:?}");
         let table = [
             ("any", "any", ""),
             ("lo", "any", ""),
@@ -175,7 +184,11 @@ x 1
         }
         assert!(interfaces("Inter-| x\n face |y\n  lo: 1 2\neth0.5: 3\n").eq(["lo", "eth0.5"]));
         assert_eq!(is_bindable(&loopback), Some(true));
-        assert_eq!(is_bindable(&Net::parse("203.0.113.0/24").unwrap()), None);
+        for (net, expected) in
+            [("203.0.113.0/24", None), ("224.0.0.251", None), ("240.0.0.1", Some(false))]
+        {
+            assert_eq!(is_bindable(&Net::parse(net).unwrap()), expected, "{net}");
+        }
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
         // An endless file.

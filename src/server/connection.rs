@@ -16,6 +16,7 @@ use crate::http::tls;
 use crate::log::{Level, printable};
 use crate::mutex::lock;
 use crate::rule::list::{List, ListReport};
+use crate::rule::net::Net;
 use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::Permitted;
@@ -128,7 +129,8 @@ impl Connection<'_> {
             }
             Command::Change(rule, intent) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let own = host::own_addresses(&rule.addresses().collect::<Vec<_>>());
+                let own =
+                    self.log_error(host::own_addresses(&rule.addresses().collect::<Vec<_>>()));
                 let permitted = self.server.whitelist.permit(rule, allowed, &own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
@@ -139,7 +141,7 @@ impl Connection<'_> {
             }
             Command::ChangeAll(template, intent, options) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let own = host::list_addresses().unwrap_or_default();
+                let own = self.log_error(host::list_addresses());
                 let list = List::new(&self.server.whitelist, &own, template, allowed, options);
                 let (tally, report) = self.change_all(request, &principal, list, response)?;
                 let action = allowed.action();
@@ -153,6 +155,11 @@ impl Connection<'_> {
                 Ok(format!("applied: {}", counts.join(", ")))
             }
         }
+    }
+
+    fn log_error(&self, (own, error): (Vec<Net>, Option<String>)) -> Vec<Net> {
+        error.iter().for_each(|error| self.server.log.warning(format_args!("{error}")));
+        own
     }
 
     /// Authenticates the client and parses what it requests. `subject` is set to the client and
