@@ -220,8 +220,7 @@ impl Connection<'_> {
         let json = match host::missing_interface(ifaces) {
             None => json,
             Some(note) => {
-                let event = format_args!("{subject}: {note}");
-                self.server.log.refusal(self.client.ip, Level::Warning, event);
+                self.server.log.warning(format_args!("{subject}: {note}"));
                 api::with_note(&json, &note)
             }
         };

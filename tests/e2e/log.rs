@@ -115,6 +115,20 @@ fn a_log_that_floods() {
     });
 }
 
+/// Each interface that does not exist counted as a refusal: the log claimed refusals of changes that were
+/// made, and lacked real ones.
+#[test]
+fn a_change_with_a_note_is_no_refusal() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        assert_eq!(pipeline("PUT /drop/input/eth0/1.2.3.4", "", 150, "200 exists"), 149);
+        ask("PUT /drop/input/any/1.2.3");
+        let log = || lab.read("rfw.log");
+        await_true("the refusal", SLACK, || log().contains("\"PUT /drop/input/any/1.2.3\" 400 "));
+        assert_eq!(log().matches(" WARNING 127.0.0.1 -: At present no interface").count(), 150);
+    });
+}
+
 /// In 0.3, they were by PUT, but not by GET.
 #[test]
 fn password_guesses_are_logged_whatever_the_method() {
