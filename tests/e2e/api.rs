@@ -227,7 +227,7 @@ fn own_addresses_and_interfaces_are_known_in_the_hardened_unit() {
     });
 }
 
-const BAD: [(&str, &str); 83] = [
+const BAD: [(&str, &str); 86] = [
     ("PUT /drop", "400 bad_path"),
     ("PUT /drop/input", "400 bad_path"),
     ("PUT /drop/input/eth0", "400 empty_list"),
@@ -273,6 +273,9 @@ const BAD: [(&str, &str); 83] = [
     ("PUT /drop/input/any/2001:db8::1/16", "400 bad_mask"),
     ("PUT /drop/input/any/2001:db8::1/129", "400 bad_mask"),
     ("PUT /drop/input/abcdefghijklmno9/1.2.3.4", "400 bad_interface"),
+    ("PUT /drop/forward/eth0/1.2.3.4/5.6.7.8", "400 bad_interface"),
+    ("PUT /drop/forward/1.2.3.4/5.6.7.8", "400 bad_interface"),
+    ("PUT /drop/forward/any/1.2.3.0/255.255.255.0", "400 bad_interface"),
     ("PUT /drop/input/abcdefghijklmno/1.2.3.4", "400 bad_interface"),
     ("PUT /drop/input/+/1.2.3.4", "400 bad_interface"),
     ("PUT /drop/input/pp+p/1.2.3.4", "400 bad_interface"),
