@@ -35,7 +35,8 @@ pub const UPLOADS: Limits = Limits {
 };
 /// Long listings that are sent at a time. Without sets, each is kept in memory meanwhile: 24 MB for
 /// 100,000 rules.
-pub const LISTINGS: Limits = Limits { slots: 4, ..UPLOADS };
+/// A socket's buffer of 4 MB is writable again when a third is free: 500 KB/s is no pause.
+pub const LISTINGS: Limits = Limits { slots: 4, patience: Duration::from_secs(3), ..UPLOADS };
 /// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
 const SHORT_LISTING: usize = 100;
 
