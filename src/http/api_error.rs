@@ -74,7 +74,7 @@ impl ApiError {
             ApiError::Tag(text) => {
                 let write =
                     "write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit";
-                (400, "bad_tag", format!("'{text}' is not a tag; {write}."))
+                (400, "bad_tag", format!("{} is not a tag; {write}.", quoted(text)))
             }
             ApiError::Expire(text) => {
                 let write = interval::FORM;
