@@ -43,7 +43,7 @@ pub struct Local {
     pub authentication: bool,
 }
 
-/// The content of rfw.conf. Relative paths start at its folder.
+/// The content of rfw.conf. Relative paths start at its directory.
 pub struct Config {
     pub outward: Option<Outward>,
     pub local: Option<Local>,
@@ -78,9 +78,9 @@ fn error<T>(line: usize, message: impl Into<String>) -> Result<T, LineError> {
 }
 
 impl Config {
-    /// Parses the text of a file in `folder`.
-    pub fn parse(text: &str, folder: &Path) -> Result<Config, LineError> {
-        let entries = Entries::parse(text, folder)?;
+    /// Parses the text of a file in `directory`.
+    pub fn parse(text: &str, directory: &Path) -> Result<Config, LineError> {
+        let entries = Entries::parse(text, directory)?;
         let (outward, local) = (entries.outward()?, entries.local()?);
         entries.check_servers(outward.as_ref(), local.as_ref())?;
         let count =
@@ -161,11 +161,11 @@ fn ip6tables_for(iptables: &Path) -> PathBuf {
 struct Entries<'a> {
     /// Each key with its line and, unless it is a flag, its value.
     keys: HashMap<&'a str, (usize, &'a str)>,
-    folder: &'a Path,
+    directory: &'a Path,
 }
 
 impl<'a> Entries<'a> {
-    fn parse(text: &'a str, folder: &'a Path) -> Result<Entries<'a>, LineError> {
+    fn parse(text: &'a str, directory: &'a Path) -> Result<Entries<'a>, LineError> {
         let mut keys = HashMap::new();
         let mut section = false;
         for (number, line) in (1..).zip(text.lines().map(str::trim)) {
@@ -188,7 +188,7 @@ impl<'a> Entries<'a> {
                 return error(number, format!("{key} is already set in line {first}"));
             }
         }
-        Ok(Entries { keys, folder })
+        Ok(Entries { keys, directory })
     }
 
     fn outward(&self) -> Result<Option<Outward>, LineError> {
@@ -275,7 +275,7 @@ impl<'a> Entries<'a> {
 
     /// A path that `line` requires.
     fn named(&self, key: &str, line: usize) -> Result<Named, LineError> {
-        let path = self.folder.join(self.required(key, line)?);
+        let path = self.directory.join(self.required(key, line)?);
         Ok(Named { path, line: self.line(key).unwrap_or(0) })
     }
 

@@ -224,7 +224,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
 
 fn take_lock(log: &Log, file_only: bool) -> Result<InstanceLock, String> {
     InstanceLock::take(LOCK_LIMIT, || {
-        let waiting = "another rfw, or a program that a killed one started, is still running; \
+        let waiting = "another rfw is still running, or a program that a killed rfw started; \
                        waiting up to 15 s";
         log.warning(format_args!("{waiting}"));
         if file_only {

@@ -106,7 +106,7 @@ impl Metrics {
             ("batches", "Batches of changes.", &self.batches),
             ("kernel_failures", "Changes and checks that failed.", &self.kernel_failures),
             ("restored_rules", "Missing rules that were restored.", &self.restored),
-            ("overtaken", "Times that foreign rules preceded rfw's.", &self.overtaken),
+            ("overtaken", "How often foreign rules were found before rfw's.", &self.overtaken),
             ("expired_rules", "Rules deleted at their expiry.", &self.expired),
             ("refused_logins", "Requests with wrong or missing credentials.", &self.refused_logins),
             ("accepted_connections", "Connections that got a slot.", &self.connections),

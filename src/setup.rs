@@ -31,9 +31,9 @@ pub struct Setup {
 
 impl Setup {
     pub fn load(file: &Path) -> Result<Setup, String> {
-        let folder = file.parent().unwrap_or(Path::new("."));
+        let directory = file.parent().unwrap_or(Path::new("."));
         let text = file::read_text(file, Access::Readable)?;
-        let mut config = Config::parse(&text, folder).map_err(|error| error.at(file))?;
+        let mut config = Config::parse(&text, directory).map_err(|error| error.at(file))?;
         if config.credentials.is_some() {
             file::read(file, Access::Secret)?;
         }
@@ -130,7 +130,7 @@ fn check_iptables(path: &Path) -> Result<(), String> {
 /// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set
 /// it.
 fn find(program: &Path) -> PathBuf {
-    let paths = ["/sbin", "/usr/sbin"].map(|folder| Path::new(folder).join(program));
+    let paths = ["/sbin", "/usr/sbin"].map(|directory| Path::new(directory).join(program));
     paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]).clone()
 }
 

@@ -137,7 +137,7 @@ impl StateFile {
         self.before = self.size;
         if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
             let path = self.path.display();
-            return Err(format!("{path} was changed or removed by someone else; restart rfw."));
+            return Err(format!("another program changed or removed {path}; restart rfw."));
         }
         let count = records.clone().count();
         if count == 0 {
@@ -164,7 +164,7 @@ impl StateFile {
     fn failed(&self, to_be: &str, error: &io::Error) -> String {
         let path = self.path.display();
         let advice = match error.kind() {
-            ErrorKind::ResourceBusy => "mount its folder instead of the file",
+            ErrorKind::ResourceBusy => "mount its directory instead of the file",
             _ => "make room there, or check its disk",
         };
         format!("{path} cannot be {to_be}: {error}; {advice}.")
@@ -188,7 +188,7 @@ impl StateFile {
         if self.needs_repair {
             self.file.set_len(self.size)?;
             self.file.sync_data()?;
-            File::open(folder(&self.path))?.sync_all()?;
+            File::open(directory(&self.path))?.sync_all()?;
             self.needs_repair = false;
         }
         Ok(())
@@ -224,7 +224,7 @@ impl StateFile {
         file.sync_all()?;
         let size = file.metadata()?.len();
         fs::rename(new, &self.path)?;
-        // The old file has lost its name, even if the folder cannot be synced.
+        // The old file has lost its name, even if the directory cannot be synced.
         (self.file, self.size, self.needs_repair) = (file, size, true);
         (self.limit, self.is_outdated) = (size.saturating_mul(2).max(SMALL), false);
         self.repair_tail()
@@ -236,22 +236,22 @@ fn whole_file(message: String) -> LineError {
 }
 
 /// Checks that reading the file does not block, and who can write to it. With `of_service`, it may
-/// belong to the owner of its folder: root checks the file of a service that runs as another user.
+/// belong to the owner of its directory: root checks the file of a service that runs as another user.
 fn check_kind(path: &Path, of_service: bool) -> Result<(), LineError> {
-    let of_owner = |uid| fs::metadata(folder(path)).is_ok_and(|data| data.uid() == uid);
+    let of_owner = |uid| fs::metadata(directory(path)).is_ok_and(|data| data.uid() == uid);
     match fs::metadata(path) {
         Ok(data) if !data.is_file() => Err(whole_file("it is not a regular file".into())),
         Ok(data) if of_service && data.mode() & 0o022 == 0 && of_owner(data.uid()) => Ok(()),
         Ok(data) => file::check(path, &data, Access::Readable).map_err(whole_file),
-        Err(error) if !folder(path).is_dir() => {
-            Err(whole_file(format!("its folder does not exist ({error}); run mkdir -m 700 on it")))
-        }
+        Err(error) if !directory(path).is_dir() => Err(whole_file(format!(
+            "its directory does not exist ({error}); create it with mkdir -m 700"
+        ))),
         _ => Ok(()),
     }
 }
 
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
+fn directory(path: &Path) -> &Path {
+    path.parent().filter(|directory| *directory != Path::new("")).unwrap_or(Path::new("."))
 }
 
 /// Whether the locked file still has this name: someone may have replaced or deleted it.
@@ -537,6 +537,7 @@ mod tests {
             // The number of a list was damaged, or a line of it was lost.
             "* 9\n+ 0 /drop/input/any/1.1.1.1\n+ 0 /drop/input/any/2.2.2.2\n* 1",
             "* 3\n+ 0 /drop/input/any/1.1.1.1\nx",
+            "* 2\n+ 0 /drop/input/any/1.1.1.1\n\0\0",
             &long,
             &longest,
             &"\0".repeat(100_000),
@@ -571,15 +572,15 @@ mod tests {
         }
     }
 
-    /// A separate folder for each test.
-    struct Folder(PathBuf);
+    /// A separate directory for each test.
+    struct Directory(PathBuf);
 
-    impl Folder {
-        fn new(name: &str) -> Folder {
+    impl Directory {
+        fn new(name: &str) -> Directory {
             let id = std::process::id();
-            let folder = std::env::temp_dir().join(format!("rfw-state-{id}-{name}"));
-            fs::create_dir_all(&folder).unwrap();
-            Folder(folder)
+            let directory = std::env::temp_dir().join(format!("rfw-state-{id}-{name}"));
+            fs::create_dir_all(&directory).unwrap();
+            Directory(directory)
         }
 
         fn file(&self, text: &str) -> PathBuf {
@@ -590,7 +591,7 @@ mod tests {
         }
     }
 
-    impl Drop for Folder {
+    impl Drop for Directory {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(&self.0);
         }
@@ -604,8 +605,8 @@ mod tests {
 
     #[test]
     fn appended_records_are_replayed() {
-        let folder = Folder::new("append");
-        let path = folder.0.join("state");
+        let directory = Directory::new("append");
+        let path = directory.0.join("state");
         let mut state = StateFile::open(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(state.is_new() && state.path() == fs::canonicalize(&path).unwrap());
@@ -634,9 +635,9 @@ mod tests {
 
     #[test]
     fn an_incomplete_tail_is_truncated() {
-        let folder = Folder::new("tail");
+        let directory = Directory::new("tail");
         let complete = format!("{HEADER}+ 0 {A}\n");
-        let path = folder.file(&format!("{complete}* 2\n+ 0 {B}\n"));
+        let path = directory.file(&format!("{complete}* 2\n+ 0 {B}\n"));
         StateFile::check(&path).unwrap();
         let mut state = StateFile::open(&path).unwrap();
         let (rules, contents) = replay(&mut state);
@@ -651,8 +652,8 @@ mod tests {
 
     #[test]
     fn a_failed_write_is_removed_before_the_next_change() {
-        let folder = Folder::new("repair");
-        let path = folder.file(HEADER);
+        let directory = Directory::new("repair");
+        let path = directory.file(HEADER);
         let mut state = StateFile::open(&path).unwrap();
         // From a disk that became read-only
         let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
@@ -680,8 +681,8 @@ mod tests {
 
     #[test]
     fn a_file_that_others_change_is_refused() {
-        let folder = Folder::new("others");
-        let path = folder.file(HEADER);
+        let directory = Directory::new("others");
+        let path = directory.file(HEADER);
         let mut state = StateFile::open(&path).unwrap();
         let locked = StateFile::open(&path).map(|_| ()).unwrap_err().message;
         assert!(locked.contains("another rfw uses it"), "{locked}");
@@ -693,28 +694,28 @@ mod tests {
         };
         let mut other = OpenOptions::new().append(true).open(&path).unwrap();
         other.write_all(b"+").unwrap();
-        append("was changed or removed by someone else; restart rfw.");
+        append("another program changed or removed ");
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+"), "what they wrote");
         other.set_len(HEADER.len() as u64).unwrap();
-        fs::rename(&path, folder.0.join("old")).unwrap();
-        append("was changed or removed");
+        fs::rename(&path, directory.0.join("old")).unwrap();
+        append("another program changed or removed ");
         fs::write(&path, HEADER).unwrap();
-        append("was changed or removed");
-        fs::rename(folder.0.join("old"), &path).unwrap();
+        append("another program changed or removed ");
+        fs::rename(directory.0.join("old"), &path).unwrap();
         state.append([put(A, 0)].into_iter()).unwrap();
         // An error is not the absence of the file.
         assert!(is_same_file(&state.file, &path.join("below")).is_err());
         // A file that was replaced after it was opened
-        let other = folder.0.join("other");
+        let other = directory.0.join("other");
         fs::write(&other, HEADER).unwrap();
         assert!(!is_same_file(&File::open(&other).unwrap(), &path).unwrap());
     }
 
     #[test]
     fn which_files_are_read() {
-        let folder = Folder::new("kinds");
-        let path = folder.file(HEADER);
-        let missing = folder.0.join("missing");
+        let directory = Directory::new("kinds");
+        let path = directory.file(HEADER);
+        let missing = directory.0.join("missing");
         let fails = |path: &Path, text: &str| {
             let open = StateFile::open(path).map(|_| ());
             for error in [open.unwrap_err(), StateFile::check(path).unwrap_err()] {
@@ -729,11 +730,11 @@ mod tests {
         StateFile::check(&missing).unwrap();
         fs::write(&missing, "x\n").unwrap();
         assert_eq!(StateFile::check(&missing).unwrap_err().line, 1);
-        let turning = folder.0.join("turning");
+        let turning = directory.0.join("turning");
         symlink(&turning, &turning).unwrap();
         fails(&turning, "cannot open it: ");
-        fails(&folder.0, "not a regular file");
-        fails(&folder.0.join("no/state"), "its folder does not exist");
+        fails(&directory.0, "not a regular file");
+        fails(&directory.0.join("no/state"), "its directory does not exist");
         for mode in [0o620, 0o602, 0o666] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             fails(&path, "chmod go-w");
@@ -742,22 +743,22 @@ mod tests {
         StateFile::open(&path).unwrap();
         let table = [("state", "."), ("a/state", "a"), ("/state", "/")];
         for (path, expected) in table {
-            assert_eq!(super::folder(Path::new(path)), Path::new(expected), "{path}");
+            assert_eq!(super::directory(Path::new(path)), Path::new(expected), "{path}");
         }
     }
 
     /// Through a link, and with a tail that was rejected and could not be truncated.
     #[test]
     fn compaction_replaces_the_file_that_a_link_points_to() {
-        let folder = Folder::new("compact");
-        let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
-        let link = folder.0.join("link");
+        let directory = Directory::new("compact");
+        let path = directory.file(&format!("{HEADER}+ 0 {A}\n"));
+        let link = directory.0.join("link");
         symlink(&path, &link).unwrap();
         let mut state = StateFile::open(&link).unwrap();
         (&state.file).write_all(format!("+ 0 {B}\n").as_bytes()).unwrap();
         state.needs_repair = true;
         // What an interrupted compaction has left
-        fs::write(folder.0.join("state.new"), "x").unwrap();
+        fs::write(directory.0.join("state.new"), "x").unwrap();
         state
             .replace([(A.parse().unwrap(), None), (C.parse().unwrap(), Some(7))].into_iter())
             .unwrap();
@@ -765,7 +766,7 @@ mod tests {
         let text = format!("{HEADER}+ 0 {A}\n+ 7 {C}\n");
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert!(!folder.0.join("state.new").exists());
+        assert!(!directory.0.join("state.new").exists());
         assert_eq!((state.size, state.needs_repair), (text.len() as u64, false));
         assert!(StateFile::open(&path).is_err(), "the new one is locked");
         state.append([delete(A)].into_iter()).unwrap();
@@ -774,8 +775,8 @@ mod tests {
 
     #[test]
     fn an_outdated_file_is_replaced() {
-        let folder = Folder::new("outdated");
-        let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
+        let directory = Directory::new("outdated");
+        let mut state = StateFile::open(&directory.file(HEADER)).unwrap();
         assert!(!state.is_outdated);
         state.is_outdated = true;
         assert!(state.is_outdated);
@@ -785,10 +786,10 @@ mod tests {
 
     #[test]
     fn compaction_that_fails_leaves_the_file() {
-        let folder = Folder::new("failed");
-        let path = folder.file(&format!("{HEADER}+ 0 {A}\n"));
+        let directory = Directory::new("failed");
+        let path = directory.file(&format!("{HEADER}+ 0 {A}\n"));
         let mut state = StateFile::open(&path).unwrap();
-        fs::create_dir(folder.0.join("state.new")).unwrap();
+        fs::create_dir(directory.0.join("state.new")).unwrap();
         let error = state.replace([].into_iter()).unwrap_err();
         assert!(error.contains("cannot be compacted: "), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+ 0 {A}\n"));
@@ -796,8 +797,8 @@ mod tests {
 
     #[test]
     fn when_the_file_is_compacted() {
-        let folder = Folder::new("limit");
-        let mut state = StateFile::open(&folder.file(HEADER)).unwrap();
+        let directory = Directory::new("limit");
+        let mut state = StateFile::open(&directory.file(HEADER)).unwrap();
         assert!(state.is_large(), "at its start, rfw rewrites it");
         state.replace([].into_iter()).unwrap();
         for (size, is_large) in [(12, false), (65_536, false), (65_537, true)] {

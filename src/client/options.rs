@@ -29,14 +29,14 @@ If FILE is -, standard input is read.
   --servers FILE      a list of servers, one URL per line; # starts a comment
   --list FILE         the list to send
   --tag NAME          the source of the rules: adds tag=NAME to PATH
-  --replace           adds replace=true: the list replaces the tag's earlier one
+  --replace           adds replace=true: PATH then has no other rules with the tag
   --credentials FILE  one line USER:PASSWORD, readable only by its owner (mode
                       0600); or set RFW_CREDENTIALS=USER:PASSWORD
   --cacert FILE       the CA of the servers, instead of the public ones
   --cert FILE         the certificate of this client, and
   --key FILE          its key, for servers that require one
-  --timeout SECONDS   how long to retry a server that is busy or unreachable,
-                      default 30
+  --timeout SECONDS   time limit for each server and request, retries
+                      included, default 30
   -V, --version       print the version
   -h, --help          print this help
 

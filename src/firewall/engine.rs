@@ -43,8 +43,8 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 const TOOL_LIMIT: Duration = Duration::from_secs(10);
 pub const START_TOOL_LIMIT: Duration = Duration::from_secs(60);
 const EDIT_LIMIT: Duration = Duration::from_micros(20);
-/// The extension for each rule of the list, in edits: to change one of 100,000, iptables-nft reads
-/// all, which takes up to 0.1 ms each while the processor's caches are in use.
+/// The extension for each rule of the list, in edits: even to change one of 100,000, iptables-nft
+/// reads all, which takes up to 0.1 ms each on a busy processor.
 const EDITS_PER_RULE: usize = 5;
 /// The shortest pause after a check of the kernel, and the pause as a multiple of its processor time:
 /// checks use less than 5 % of one processor. A slow check delays requests, so the pause is also as
@@ -226,8 +226,8 @@ impl<K: Kernel> Engine<K> {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
-        // A distrusted family is repaired before the list changes; later, the change would be
-        // written twice.
+        // A distrusted family is repaired before the list changes: a later repair would write the
+        // change a second time.
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> = self.kernel.families().into_iter().filter(of_family).collect();
         self.settle(&families, None)?;
@@ -369,7 +369,7 @@ impl<K: Kernel> Engine<K> {
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
         let is_created = |group| is_put && batch.created.contains(group);
         let creations = named.iter().filter(|(group, _)| is_created(group));
-        // A set of that name may be there, because someone else's rule uses it.
+        // A set of that name may be there, because a foreign rule uses it.
         let creations = creations.flat_map(|(group, name)| {
             let (family, entries) =
                 (group.family, self.list.members(group).map_or(0, Members::len));
@@ -434,7 +434,7 @@ impl<K: Kernel> Engine<K> {
         guards.chain(sets.map(|rule| TaggedRule::new(rule, None)))
     }
 
-    /// All rules of rfw's that a chain should hold, in order.
+    /// All rfw rules that a chain should hold, in order.
     fn wanted(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
         self.front(family, chain).chain(self.list.rules(family, chain)).collect()
     }
@@ -723,7 +723,9 @@ impl<K: Kernel> Engine<K> {
                 // The list no longer has them, so a check deletes those that remain.
                 self.next_check = Instant::now();
                 let count = batch.len();
-                self.log.error(format_args!("{count} rules are due and may remain: {error}"));
+                self.log.error(format_args!(
+                    "{count} rules have expired and may still be in the kernel: {error}"
+                ));
                 result = result.and(Err(error));
                 continue;
             }
@@ -739,7 +741,7 @@ impl<K: Kernel> Engine<K> {
     fn follow_clock(&mut self) {
         let before = self.clock.now().as_secs();
         let Some(seconds) = self.clock.follow(clock::wall()) else { return };
-        self.log.warning(format_args!("the clock was set by {seconds} s; all expiries follow"));
+        self.log.warning(format_args!("the clock changed by {seconds} s; all expiries follow"));
         self.list.shift(before, seconds);
         self.state.iter_mut().for_each(|state| state.is_outdated = true);
         self.distrusted.extend(self.kernel.families());

@@ -93,7 +93,7 @@ fn report_other_variant(iptables: &Iptables, log: &Log) {
     }
 }
 
-/// The other variant's program in the same folder. If the legacy tables do not exist, it is not
+/// The other variant's program in the same directory. If the legacy tables do not exist, it is not
 /// run, because listing them would create them.
 fn other_variant(iptables: &Iptables) -> Option<Iptables> {
     let (name, tables) = match iptables.family {

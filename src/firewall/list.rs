@@ -222,7 +222,7 @@ pub struct List {
     groups: BTreeMap<Group, Members>,
     /// The serial number of the newest rule.
     last_serial: u64,
-    /// No rule is due before this second. If one was refreshed or deleted, none may be due then.
+    /// No rule is due before this second; after a refresh or a deletion, perhaps none is due then.
     next_due: u64,
     /// The maximum number of addresses in a set; `None` without sets. In sets, an address has one
     /// target at a time.

@@ -103,7 +103,7 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
         return Plan::default();
     }
-    // A chain without a rule of rfw's, as after a reboot, has none to look up.
+    // A chain without an rfw rule, as after a reboot, has none to look up.
     let known = if chain.own().next().is_none() { &[] } else { wanted };
     let numbers: HashMap<_, usize> = known.iter().map(key).zip(0..).collect();
     let mut stays = rows_that_stay(chain, &numbers);

@@ -60,7 +60,7 @@ impl<K: Kernel> Engine<K> {
         }
         self.metrics.expired.add(expired.len());
         self.log_each(Level::Info, "expired", &expired);
-        self.log_each(Level::Warning, "removed, because it is not in the list:", &unknown);
+        self.log_each(Level::Warning, "removed, not one of rfw's current rules:", &unknown);
     }
 
     /// Whether the rule is from an earlier rfw.conf: a guard for another port or whitelist, or a rule
@@ -77,7 +77,7 @@ impl<K: Kernel> Engine<K> {
         if count > 0 && !self.is_starting {
             self.metrics.restored.add(count);
             self.log.warning(format_args!(
-                "rules restored that another program or a failed change had removed: {count}; to \
+                "restored rules that another program or a failed change had removed: {count}; to \
                  remove a rule for good, DELETE it"
             ));
         }
@@ -86,7 +86,7 @@ impl<K: Kernel> Engine<K> {
     pub(super) fn report_removed(&self, count: usize) {
         if count > 0 && !self.is_starting {
             self.log.warning(format_args!(
-                "addresses removed from sets, because they are not in the list: {count}"
+                "removed addresses from sets that are not rfw's current rules: {count}"
             ));
         }
     }
@@ -108,7 +108,7 @@ impl<K: Kernel> Engine<K> {
         };
         for line in lines {
             self.log.warning(format_args!(
-                "moved rfw's rules back to the front; someone else's rule was before them: {}{notice}",
+                "moved rfw's rules back to the front; another program's rule preceded them: {}{notice}",
                 printable(line.as_bytes())
             ));
         }

@@ -43,12 +43,12 @@ pub fn start<K: Kernel>(
     }
     let has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
     if engine.list.drop_rivals() || has_dropped {
-        // If a change deleted what replaces the dropped rules, the next start would read them back.
+        // Otherwise, if a change deleted what replaces a dropped rule, the next start would read that back.
         engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
     if let Some(family) = Family::ALL.iter().find(|f| engine.list.count_rules(**f) > MAX_RULES) {
         return Err(format!(
-            "the list has more than {MAX_RULES} {family} rules; set ipset.path in rfw.conf to keep \
+            "there are more than {MAX_RULES} {family} rules; set ipset.path in rfw.conf to keep \
              them in sets"
         ));
     }
@@ -212,11 +212,10 @@ fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) {
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw uses it")),
             Err(error) => {
                 log.warning(format_args!(
-                    "the set {name} remains, though rfw does not use it ({error}); if someone \
-                     else's rule uses it, or one of rfw's in the other variant of iptables, its \
-                     addresses stay in effect there until a change to this set removes them; delete \
-                     that rule (iptables-save | grep {name} shows it), and rfw destroys the set at \
-                     its next start"
+                    "the set {name} remains, though rfw does not use it ({error}); if a foreign rule, \
+                     or an rfw rule in the other variant of iptables, uses it, its addresses stay in \
+                     effect there until a change to this set removes them; delete that rule \
+                     (iptables-save | grep {name} shows it), and the next start destroys the set"
                 ));
             }
         }

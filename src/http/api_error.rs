@@ -60,7 +60,7 @@ impl ApiError {
                 (401, code(401), "Send the user name and password of rfw.conf or auth.file.".into())
             }
             ApiError::TooManyGuesses(_) => {
-                (429, code(429), "Too many wrong credentials; wait for a minute.".into())
+                (429, code(429), "Too many wrong credentials; wait a minute.".into())
             }
             ApiError::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
             ApiError::Rule(RuleError::Unknown) => {
@@ -161,7 +161,7 @@ fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
         ListError::Empty => (
             400,
             "empty_list",
-            "The body names no address that may be changed, so nothing was; send a list with curl -T FILE or \
+            "The body names no address that may be changed; nothing was applied. Send a list with curl -T FILE or \
              --data-binary @FILE (-d strips the newlines), or name an address in the path."
                 .into(),
         ),

@@ -38,7 +38,7 @@ pub struct Limits {
 }
 
 enum State {
-    /// rfw has waited for the client since then, which has moved this many bytes of the next piece.
+    /// Since when rfw has waited for the client, and how many bytes of the next piece it has moved.
     Waiting(Instant, usize),
     /// The client waits for rfw, initially for a thread.
     Working,

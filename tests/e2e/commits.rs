@@ -624,7 +624,7 @@ fn messages_about_a_state_file_that_a_person_has_edited() {
                 let is_blame = |line: &str| {
                     let words = [" removed, ", " restored ", " expired "];
                     let is_event = words.iter().any(|word| line.contains(word));
-                    is_event && !line.ends_with(" not in the list: /drop/input/any/3.3.3.3")
+                    is_event && !line.ends_with(" current rules: /drop/input/any/3.3.3.3")
                 };
                 lab.log().lines().any(is_blame)
             };

@@ -744,7 +744,7 @@ fn if_the_second_family_fails_the_first_is_undone() {
         }
         // What rfw itself had deleted
         let restored =
-            "WARNING rules restored that another program or a failed change had removed: ";
+            "WARNING restored rules that another program or a failed change had removed: ";
         await_true("it is logged", SLACK, || lab.log().contains(restored));
         assert_eq!(list("PUT /drop/input/any", before).sums(), "exists 4");
         assert_eq!(list("DELETE /drop/input/any", after).sums(), "deleted 2 absent 2");

@@ -283,7 +283,7 @@ fn on_a_terminal_rfw_prints_where_it_listens_and_logs() {
         lab.write("run", &script);
         let _second = Process::start("/bin/sh /run/lab/run");
         await_true("rfw prints that it waits", SLACK, || {
-            lab.read("second").contains("rfw: another rfw, or a program that a killed one started, is still running; waiting up to 15 s\n")
+            lab.read("second").contains("rfw: another rfw is still running, or a program that a killed rfw started; waiting up to 15 s\n")
         });
         drop(first);
     });

@@ -403,7 +403,7 @@ fn sets_that_others_change_destroy_or_use() {
         let entries_are = ["rfw4:accept:in:any 2.2.2.2", "rfw4:drop:in:any 1.1.1.1"];
         let are_right = || entries(lab) == entries_are;
         await_repair("an address that no request has put is removed", 3 + SLACK, are_right);
-        let removed = "WARNING addresses removed from sets, because they are not in the list: 1";
+        let removed = "WARNING removed addresses from sets that are not rfw's current rules: 1";
         await_true("the log says so", SLACK, || lab.log().contains(removed));
         assert!(!lab.log().contains("restored"), "{}", lab.log());
         lab.ipset("flush rfw4:drop:in:any");

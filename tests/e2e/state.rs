@@ -470,7 +470,7 @@ fn the_clock_is_set_after_a_list_that_failed() {
         let many: String = (1..9).map(|n| format!("10.0.0.{n}\n")).collect();
         assert_eq!(list("PUT /drop/input/any", many).status, 503);
         lab.write("jump", "3600");
-        let noticed = || lab.read("rfw.log").contains(" WARNING the clock was set by 3");
+        let noticed = || lab.read("rfw.log").contains(" WARNING the clock changed by 3");
         await_true("rfw notices it", 3 + SLACK, noticed);
         lab.stand_in("");
         await_true("the list is settled", 12 + SLACK, || {

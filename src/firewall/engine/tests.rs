@@ -550,22 +550,22 @@ fn whitelist() -> Whitelist {
     Whitelist::parse("192.0.2.1\n2001:db8:ffff::1").unwrap()
 }
 
-fn folder() -> PathBuf {
+fn directory() -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     // In memory if possible: a disk needs milliseconds for each of many fsyncs.
     let shm = PathBuf::from("/dev/shm");
     let parent = if shm.is_dir() { shm } else { std::env::temp_dir() };
-    let folder = parent.join(format!("rfw-engine-{}-{number}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
-    folder
+    let directory = parent.join(format!("rfw-engine-{}-{number}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    directory
 }
 
 struct World {
     kernel: FakeKernel,
     engine: Option<Engine<FakeKernel>>,
     model: Model,
-    folder: Option<PathBuf>,
+    directory: Option<PathBuf>,
     metrics: Arc<Metrics>,
     /// The foreign rules, which must not change.
     foreign: BTreeMap<(Family, Chain), Vec<String>>,
@@ -579,7 +579,7 @@ struct World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        self.folder.iter().for_each(|folder| fs::remove_dir_all(folder).unwrap());
+        self.directory.iter().for_each(|directory| fs::remove_dir_all(directory).unwrap());
     }
 }
 
@@ -589,7 +589,7 @@ impl World {
             kernel: FakeKernel::default(),
             engine: None,
             model: Model { sets, rules: Vec::new() },
-            folder: has_file.then(folder),
+            directory: has_file.then(directory),
             metrics: Arc::default(),
             foreign: BTreeMap::new(),
             is_damaged: false,
@@ -602,8 +602,11 @@ impl World {
 
     fn start(&mut self) -> Result<(), String> {
         self.engine = None;
-        let open = |folder: &PathBuf| StateFile::open(&folder.join("state"));
-        let state = self.folder.as_ref().map(|folder| open(folder).map_err(|e| e.message).unwrap());
+        let open = |directory: &PathBuf| StateFile::open(&directory.join("state"));
+        let state = self
+            .directory
+            .as_ref()
+            .map(|directory| open(directory).map_err(|e| e.message).unwrap());
         let whitelist = whitelist();
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
         let max_edits = self.memory().max_edits.unwrap_or(usize::MAX);
@@ -883,9 +886,9 @@ impl World {
 
     /// Checks that replaying the state file gives the list.
     fn check_file(&mut self) {
-        let Some(folder) = &self.folder else { return };
-        let copy = folder.join("copy");
-        fs::copy(folder.join("state"), &copy).unwrap();
+        let Some(directory) = &self.directory else { return };
+        let copy = directory.join("copy");
+        fs::copy(directory.join("state"), &copy).unwrap();
         let mut state = StateFile::open(&copy).map_err(|e| e.message).unwrap();
         let mut list = List::new(self.model.sets.then_some(MAXELEM));
         let replayed = state.replay(|record| match record {
@@ -921,7 +924,7 @@ impl World {
         self.model.set_sets(sets);
         self.restart();
         let stored: Vec<_> = self.engine().list.stored().collect();
-        if self.folder.is_none() {
+        if self.directory.is_none() {
             let is_sure = |rule: &Rule| !self.is_damaged && !self.refused.contains(&rule.matches);
             for (a, b) in [(&self.model.rules, &stored), (&stored, &self.model.rules)] {
                 for (rule, expires) in a.iter().filter(|(rule, _)| is_sure(rule)) {
@@ -959,8 +962,8 @@ impl World {
         }
         drop(memory);
         // In place, because the engine has it open: all numbers have ten digits.
-        let Some(folder) = &self.folder else { return };
-        let path = folder.join("state");
+        let Some(directory) = &self.directory else { return };
+        let path = directory.join("state");
         let text = fs::read_to_string(&path).unwrap();
         let line = |line: &str| match line.split(' ').collect::<Vec<_>>()[..] {
             ["+", second, path] if second != "0" => {
@@ -1525,8 +1528,8 @@ fn the_clock_is_set_while_the_disk_is_full() {
     for by_a_change in [true, false] {
         let mut world = World::new(false, true);
         world.put("+600 /drop/input/any/1.1.1.1");
-        let folder = world.folder.clone().unwrap();
-        let obstacle = folder.join("state.new");
+        let directory = world.directory.clone().unwrap();
+        let obstacle = directory.join("state.new");
         fs::create_dir(&obstacle).unwrap();
         let engine = world.engine();
         engine.clock.follow(clock::wall() - Duration::from_secs(1_000));
@@ -1543,7 +1546,7 @@ fn the_clock_is_set_while_the_disk_is_full() {
             engine.tick();
         }
         let expires = engine.list.stored().next().unwrap().1.unwrap();
-        let state = fs::read_to_string(folder.join("state")).unwrap();
+        let state = fs::read_to_string(directory.join("state")).unwrap();
         assert!(state.contains(&format!("+ {expires} ")), "{expires} {state}");
     }
 }
@@ -2048,7 +2051,7 @@ fn a_start_drops_whitelisted_rules_from_list_and_file() {
     let mut world = World::new(false, true);
     world.put("+ /drop/input/any/1.1.1.1");
     world.engine = None;
-    let path = world.folder.as_ref().unwrap().join("state");
+    let path = world.directory.as_ref().unwrap().join("state");
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, format!("{text}+ 0 /drop/input/any/192.0.2.0/24\n")).unwrap();
     world.start().unwrap();
@@ -2085,7 +2088,7 @@ fn rules_with_two_targets_become_sets() {
 fn a_displaced_target_stays_out_of_a_file_that_could_not_be_compacted() {
     let mut world = World::new(false, true);
     world.put("+ /accept/input/any/1.1.1.1; + /drop/input/any/1.1.1.1");
-    let blocker = world.folder.clone().unwrap().join("state.new");
+    let blocker = world.directory.clone().unwrap().join("state.new");
     fs::create_dir(&blocker).unwrap();
     world.restart_with(true);
     let changes = parse("- /drop/input/any/1.1.1.1");
@@ -2160,7 +2163,7 @@ fn a_state_file_that_cannot_be_written() {
     for sets in [false, true] {
         let mut world = World::new(sets, true);
         world.put("+ /drop/input/any/1.1.1.1");
-        let path = world.folder.as_ref().unwrap().join("state");
+        let path = world.directory.as_ref().unwrap().join("state");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, format!("{text}x")).unwrap();
         world.set_faults(&[]);
@@ -2195,7 +2198,7 @@ fn a_start_does_not_depend_on_leftovers() {
 #[test]
 fn a_batch_that_the_disk_refuses_is_attempted_once() {
     let mut world = World::new(false, true);
-    let path = world.folder.as_ref().unwrap().join("state");
+    let path = world.directory.as_ref().unwrap().join("state");
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, format!("{text}x")).unwrap();
     let changes = (1..9).map(|number| format!("+ /drop/input/any/1.1.1.{number}"));
@@ -2439,7 +2442,7 @@ fn check_random(seeds: std::ops::Range<u64>) {
             world.check_restart();
         }));
         let steps = &world.trace[world.trace.len().saturating_sub(40)..];
-        assert!(run.is_ok(), "seed {seed}, file {:?}:\n{}", world.folder, steps.join("\n"));
+        assert!(run.is_ok(), "seed {seed}, file {:?}:\n{}", world.directory, steps.join("\n"));
     }
 }
 
@@ -2454,7 +2457,7 @@ fn random_sequences() {
 fn a_move_between_sets_that_reaches_the_file_by_half() {
     let mut world = World::new(true, true);
     world.put("+ /accept/input/any/1.1.1.1");
-    let path = world.folder.clone().unwrap().join("state");
+    let path = world.directory.clone().unwrap().join("state");
     let before = fs::read_to_string(&path).unwrap();
     world.put("+ /drop/input/any/1.1.1.1");
     let after = fs::read_to_string(&path).unwrap();
@@ -2731,7 +2734,7 @@ fn a_start_survives_one_program_that_fails() {
 fn a_start_refuses_more_rules_than_it_can_keep() {
     let mut world = World::new(false, true);
     world.engine = None;
-    let path = world.folder.clone().unwrap().join("state");
+    let path = world.directory.clone().unwrap().join("state");
     let line = |n: u32| {
         format!("+ 0 /drop/input/any/{}\n", std::net::Ipv4Addr::from_bits(0x1400_0000 + n))
     };
@@ -2838,7 +2841,7 @@ fn a_set_that_fails_keeps_no_other_from_being_repaired() {
 fn a_rule_that_exists_is_on_the_disk() {
     let mut world = World::new(false, true);
     world.put("+ /drop/input/any/1.1.1.1");
-    let path = world.folder.clone().unwrap().join("state");
+    let path = world.directory.clone().unwrap().join("state");
     fs::rename(&path, path.with_extension("old")).unwrap();
     let results = world.commit(&parse("+ /drop/input/any/1.1.1.1")[0]);
     assert!(matches!(results[0], Err(ApiError::State(_))), "{results:?}");
