@@ -27,8 +27,8 @@ dbfile = {RUN}/f2b.sqlite3
 
 # All read the same log, each line of which names its jail.
 JAILS = f"""[DEFAULT]
-banaction = rfw
-banaction_allports = rfw
+banaction = iptables-multiport
+banaction_allports = iptables-allports
 backend = polling
 logpath = {LOG}
 usedns = no
@@ -117,6 +117,7 @@ class Fail2ban:
         self.python = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
         shutil.copytree(self.package + "/etc/fail2ban", RUN + "/etc", ignore=shutil.ignore_patterns("jail.d"))
         shutil.copy(ROOT + "/contrib/fail2ban/rfw.conf", RUN + "/etc/action.d/rfw.conf")
+        shutil.copytree(ROOT + "/contrib/fail2ban/jail.d", RUN + "/etc/jail.d")
         for name, text in [("fail2ban.local", SETTINGS), ("jail.local", re.sub(r"(\n\[.*\])", r"\1\nenabled = true", JAILS)),
                            ("filter.d/lab.conf", FILTER), ("filter.d/junk.conf", JUNK)]:
             write("etc/" + name, text)
