@@ -572,7 +572,8 @@ fn rules_that_move_to_the_front_block_meanwhile() {
 #[test]
 fn a_repeated_put_or_a_restart_left_foreign_rules_in_front() {
     both(|lab| {
-        in_forms(lab, &FORMS, "", |rfw, form| {
+        tls::keys(lab);
+        in_forms(lab, &FORMS, tls::CONF, |rfw, form| {
             put_some();
             foreign_chains(lab);
             // A rule that was put again may have moved to the front.
@@ -598,6 +599,9 @@ fn a_repeated_put_or_a_restart_left_foreign_rules_in_front() {
             for path in ["drop/input/any/5.5.5.5", "drop/input/eth9/5.5.5.5"] {
                 lab.iptables("-I INPUT -j ACCEPT");
                 assert_eq!(ask(&format!("PUT /{path}")).brief(), "200 inserted");
+                let listing = lab.iptables("-S INPUT");
+                let first = listing.lines().nth(1) != Some("-A INPUT -j ACCEPT");
+                assert!(first, "{form:?} {path}: {listing}");
                 await_repair("rfw's come first", 3 + SLACK, || lab.is_first());
                 assert_eq!(ask(&format!("DELETE /{path}")).brief(), "200 deleted");
             }
