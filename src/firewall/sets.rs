@@ -25,7 +25,7 @@ fn is_right(actual: u32, expires: Option<u64>, now: u64) -> bool {
     let wanted = timeout(expires, now);
     match (actual, wanted) {
         (0, _) | (_, 0) => actual == wanted,
-        (_, LONGEST_IN_SET) => actual >= LONGEST_IN_SET / 2,
+        (_, LONGEST_IN_SET) => (LONGEST_IN_SET / 2..=LONGEST_IN_SET).contains(&actual),
         _ => u64::from(actual.abs_diff(wanted)) <= TOLERANCE,
     }
 }
@@ -173,6 +173,10 @@ mod tests {
             ("1.1.1.1", "1.1.1.1 3", "add 1.1.1.1 0"),
             ("1.1.1.1 9999999", "1.1.1.1 1073741", ""),
             ("1.1.1.1 9999999", "1.1.1.1 1073740", "add 1.1.1.1 2147483"),
+            // nomatch
+            ("1.1.1.1 9999999", "1.1.1.1 4294967295", "add 1.1.1.1 2147483"),
+            ("1.1.1.1", "1.1.1.1 4294967295", "add 1.1.1.1 0"),
+            ("", "1.1.1.1 4294967295", "del 1.1.1.1"),
             // Near an expiry
             ("1.1.1.1 3", "", ""),
             ("1.1.1.1 4", "", "add 1.1.1.1 4"),
