@@ -12,6 +12,7 @@ use crate::rule::rights::{Allowed, Intent, Rights};
 use crate::rule::tag::Tag;
 use crate::rule::{Action, Chain, Filter, Iface, Rule, RuleError, RuleTemplate};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// What a client requests. [`allow`] checks whether the user may do it.
 #[derive(PartialEq, Eq, Debug)]
@@ -78,13 +79,26 @@ impl Command {
                 let rule = parse_rule(&segments, request.body != Body::Length(0));
                 let intent = query.intent(request, rule.as_ref().err(), false, grammar)?;
                 let rule = rule.map_err(ApiError::Rule)?;
-                if rule.addresses().next().is_none() && matches!(intent.action, Action::Put(_)) {
-                    return Err(ApiError::Rule(RuleError::NoAddress));
+                if matches!(intent.action, Action::Put(_)) {
+                    check_new(&rule).map_err(ApiError::Rule)?;
                 }
                 grammar.check_expire(intent.action, rule.template().is_some())?;
                 Ok(Command::Change(rule, intent))
             }
         }
+    }
+}
+
+/// Refuses forms that rules can have, but that nobody means. An interface can have the name of an address,
+/// but here it is a netmask, or an address whose interface is missing.
+fn check_new(rule: &Rule) -> Result<(), RuleError> {
+    if rule.addresses().next().is_none() {
+        return Err(RuleError::NoAddress);
+    }
+    let names = <[Iface; 2]>::from(rule.ifaces()).map(|iface| iface.to_string());
+    match names.into_iter().find(|name| name.parse::<IpAddr>().is_ok()) {
+        Some(name) => Err(RuleError::Iface(name)),
+        None => Ok(()),
     }
 }
 

@@ -101,8 +101,6 @@ impl Iface {
             "any" => Some(Iface::ANY),
             // Probably meant as every interface; no interface has such a name.
             _ if text.eq_ignore_ascii_case("any") || text.eq_ignore_ascii_case("all") => None,
-            // In FORWARD, a netmask or a second address, whose interface is missing.
-            _ if text.parse::<IpAddr>().is_ok() => None,
             _ if text.ends_with('+') || text.ends_with(|c: char| c.is_ascii_digit()) => {
                 Iface::named(text)
             }
@@ -192,6 +190,9 @@ impl RuleTemplate {
         let mut rest = segments.iter();
         let template = take_template(&mut rest)?;
         match segments {
+            [target, chain, name] if name.parse::<IpAddr>().is_ok() => {
+                Err(RuleError::NoIface(format!("/{target}/{chain}/any/{name}")))
+            }
             [target, chain, name] if is_file_name(name) => {
                 Err(RuleError::FileName(format!("/{target}/{chain}/any")))
             }
@@ -447,14 +448,11 @@ fn take_template(rest: &mut Iter<'_, &str>) -> Result<RuleTemplate, RuleError> {
     let target = known.ok_or(RuleError::Unknown)?;
     let chain = rest.next().ok_or(RuleError::Shape)?;
     let chain = Chain::parse(chain).ok_or(RuleError::Unknown)?;
-    let any = || format!("/{}/{}/any", target.name(), chain.name()).to_ascii_lowercase();
-    let iface = match rest.as_slice().first() {
-        Some(name) if name.eq_ignore_ascii_case("all") => return Err(RuleError::NoIface(any())),
-        Some(name) if name.parse::<IpAddr>().is_ok() => {
-            return Err(RuleError::NoIface(format!("{}/{name}", any())));
-        }
-        _ => take_iface(rest)?,
-    };
+    if rest.as_slice().first().is_some_and(|name| name.eq_ignore_ascii_case("all")) {
+        let path = format!("/{}/{}/any", target.name(), chain.name());
+        return Err(RuleError::NoIface(path.to_ascii_lowercase()));
+    }
+    let iface = take_iface(rest)?;
     let (in_iface, out_iface, side) = match chain {
         Chain::Output => (Iface::ANY, iface, Side::Destination),
         _ => (iface, Iface::ANY, Side::Source),
@@ -618,8 +616,6 @@ mod tests {
             ("/drop/input/all/1.2.3.4", NoIface(text("/drop/input/any"))),
             ("/Reject/FORWARD/All/1.2.3.4", NoIface(text("/reject/forward/any"))),
             ("/drop/forward/any/1.2.3.4/all", Iface(text("all"))),
-            ("/drop/forward/any/1.2.3.0/255.255.255.0", Iface(text("255.255.255.0"))),
-            ("/drop/forward/1.2.3.4/5.6.7.8", NoIface(text("/drop/forward/any/1.2.3.4"))),
             ("/drop/input//1.2.3.4", Iface(text(""))),
             ("/drop/input/-i/1.2.3.4", Iface(text("-i"))),
             ("/drop/input/.x/1.2.3.4", Iface(text(".x"))),
