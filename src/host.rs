@@ -3,7 +3,7 @@
 //! They are read from `/proc/self/net`, which `ProcSubset=pid` does not hide.
 
 use crate::rule::Iface;
-use crate::rule::net::Net;
+use crate::rule::net::{Family, Net};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -21,14 +21,16 @@ const NOBODY: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses; empty if none of `blocks` can be one. If the kernel does not list them all,
-/// those of `blocks` to which a socket can be bound, too. The error is as in [`list_addresses`].
-pub fn own_addresses(blocks: &[Net]) -> (Vec<Net>, Option<String>) {
+/// This host's addresses of a family; empty if none of `blocks` can be one. If the kernel does not
+/// list those of IPv4, the ones of `blocks` to which a socket can be bound. The error is as in
+/// [`list_addresses`].
+pub fn own_addresses(family: Family, blocks: &[Net]) -> (Vec<Net>, Option<String>) {
     if blocks.iter().all(|net| is_bindable(net) == Some(false)) {
         return (Vec::new(), None);
     }
-    let (mut nets, error) = list_addresses();
-    if error.is_some() && is_bindable(&Net::host(NOBODY.into())) == Some(false) {
+    let (mut nets, error) = list(family);
+    let is_v4 = family == Family::V4;
+    if is_v4 && error.is_some() && is_bindable(&Net::host(NOBODY.into())) == Some(false) {
         nets.extend(blocks.iter().filter(|net| is_bindable(net) == Some(true)));
     }
     (nets, error)
@@ -48,16 +50,28 @@ fn is_bindable(net: &Net) -> Option<bool> {
 
 /// All addresses of this host that the kernel lists. The error is a sentence about the others.
 pub fn list_addresses() -> (Vec<Net>, Option<String>) {
-    let (routes, addresses_v6) = (read(ROUTES), read(ADDRESSES_V6));
-    let v4 = routes.as_deref().map(own_v4).unwrap_or_default();
-    let v6 = addresses_v6.as_deref().map(own_v6).unwrap_or_default();
-    let is_serious = |error: &Error| error.kind() != ErrorKind::NotFound;
-    let error = routes.err().or(addresses_v6.err().filter(is_serious)).map(|error| {
-        format!(
-            "cannot list all of this host's addresses, so only white.list protects the others: {error}"
-        )
-    });
-    ([v4, v6].concat(), error)
+    let ((v4, error), (v6, error_v6)) = (list(Family::V4), list(Family::V6));
+    ([v4, v6].concat(), error.or(error_v6))
+}
+
+fn list(family: Family) -> (Vec<Net>, Option<String>) {
+    let result = match family {
+        Family::V4 => read(ROUTES).map(|text| own_v4(&text)),
+        Family::V6 => read(ADDRESSES_V6).map(|text| own_v6(&text)),
+    };
+    match result {
+        Ok(nets) => (nets, None),
+        Err(error) if family == Family::V6 && error.kind() == ErrorKind::NotFound => {
+            (Vec::new(), None)
+        }
+        Err(error) => {
+            let sentence = format!(
+                "cannot list all of this host's addresses, so only white.list protects the others: \
+                 {error}"
+            );
+            (Vec::new(), Some(sentence))
+        }
+    }
 }
 
 /// Whether root is an ordinary user of the host, as in a rootless container. A kernel without user

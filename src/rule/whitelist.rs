@@ -180,17 +180,22 @@ impl Whitelist {
     }
 
     /// Permits the change of a rule, or names the protected block that it overlaps. Of this host's
-    /// own addresses, an ACCEPT blocks none, and a DELETE may unblock one.
-    pub fn permit(&self, rule: Rule, allowed: Allowed, own: &[Net]) -> Result<Permitted, Conflict> {
+    /// own addresses, an ACCEPT blocks none, and a DELETE may unblock one: then they are not asked for.
+    pub fn permit(
+        &self,
+        rule: Rule,
+        allowed: Allowed,
+        own: impl FnOnce() -> Vec<Net>,
+    ) -> Result<Permitted, Conflict> {
         if let Some(net) = self.conflict(&rule) {
             return Err(Conflict::Whitelisted(net));
         }
-        let is_own = |own: &&Net| rule.addresses().any(|net| net.overlaps(own));
+        let is_own = |own: &Net| rule.addresses().any(|net| net.overlaps(own));
         let is_put = allowed.action().expire().is_some();
         let blocks = rule.target != Target::Accept && is_put;
-        match own.iter().find(is_own).filter(|_| blocks) {
+        match blocks.then(own).into_iter().flatten().find(is_own) {
             None => Ok(Permitted(allowed.change(Rules::One(rule)))),
-            Some(net) => Err(Conflict::Own(*net)),
+            Some(net) => Err(Conflict::Own(net)),
         }
     }
 }
@@ -250,7 +255,8 @@ mod tests {
             ("/drop/input/any/10.2.0.0/16", None),
         ];
         for (path, conflict) in table {
-            let permitted = list.permit(path.parse().unwrap(), Rights::admin(Action::Delete), &[]);
+            let permitted =
+                list.permit(path.parse().unwrap(), Rights::admin(Action::Delete), Vec::new);
             let whitelisted = conflict.map(|net| Conflict::Whitelisted(Net::parse(net).unwrap()));
             assert_eq!(permitted.err(), whitelisted, "{path}");
         }
@@ -275,7 +281,8 @@ mod tests {
             ("/drop/input/any/10.1.2.3", delete, Some(Conflict::Whitelisted(list.nets[0]))),
         ];
         for (path, action, conflict) in table {
-            let permitted = list.permit(path.parse().unwrap(), Rights::admin(action), &own);
+            let permitted =
+                list.permit(path.parse().unwrap(), Rights::admin(action), || own.to_vec());
             assert_eq!(permitted.err(), conflict, "{path} {action:?}");
         }
     }

@@ -130,9 +130,9 @@ impl Connection<'_> {
             }
             Command::Change(rule, intent) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let own =
-                    self.log_error(host::own_addresses(&rule.addresses().collect::<Vec<_>>()));
-                let permitted = self.server.whitelist.permit(rule, allowed, &own);
+                let blocks: Vec<_> = rule.addresses().collect();
+                let own = || self.log_error(host::own_addresses(rule.family(), &blocks));
+                let permitted = self.server.whitelist.permit(rule, allowed, own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
                 let outcome = self.client.work(apply)?;
