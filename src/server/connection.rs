@@ -34,9 +34,9 @@ pub const UPLOADS: Limits = Limits {
     poll: Duration::from_millis(10),
 };
 /// Long listings that are sent at a time. Without sets, each is kept in memory meanwhile: 24 MB for
-/// 100,000 rules.
-/// A socket's buffer of 4 MB is writable again when a third is free: 500 KB/s is no pause.
-pub const LISTINGS: Limits = Limits { slots: 4, patience: Duration::from_secs(3), ..UPLOADS };
+/// 100,000 rules. More patience, because a full buffer of 4 MB becomes writable when a third of it is
+/// free: a client that reads 700 KB/s seems to pause for 2 s.
+pub const LISTINGS: Limits = Limits { slots: 4, patience: Duration::from_secs(2), ..UPLOADS };
 /// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
 const SHORT_LISTING: usize = 100;
 
