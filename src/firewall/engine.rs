@@ -456,13 +456,8 @@ impl<K: Kernel> Engine<K> {
         is_pending: bool,
     ) -> Result<(), ToolError> {
         let is_distrusted = self.distrusted.contains(&family);
-        let mut sets = Ok(());
         if is_distrusted && self.list.sets.is_some() {
-            sets = self.repair_sets(family, batch);
-        }
-        // A set that cannot be repaired fails a change, but does not keep a check from the rules.
-        if sets.is_err() && (batch.is_some() || !self.has_time()) {
-            return sets;
+            self.repair_sets(family, batch)?;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         // One incomplete listing could hide what a failed batch left.
@@ -484,11 +479,29 @@ impl<K: Kernel> Engine<K> {
             }
         }
         let listing = self.confirmed_rules(family, listing)?;
-        self.rewrite_rules(family, self.plans(family, &listing), batch)?;
-        if sets.is_err() {
-            self.distrusted.insert(family);
+        self.rewrite_rules(family, self.plans(family, &listing), batch)
+    }
+
+    /// Repairs the rules of a family with a set that could not be repaired, except those of sets that do
+    /// not exist: one such rule would fail all.
+    fn check_other_rules(&mut self, family: Family) -> Result<(), ToolError> {
+        let headers = self.kernel.read_headers(self.limit(0))?;
+        let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
+        let mut plans = self.plans(family, &listing);
+        let can_exist = |rule: &KernelRule| {
+            let name = rule.template().map(|_| rule.to_string());
+            name.is_none_or(|name| headers.iter().any(|header| header.name == name))
+        };
+        for plan in &mut plans {
+            plan.edits.retain(|edit| match edit {
+                RuleEdit::Insert(_, tagged) => can_exist(&tagged.rule),
+                RuleEdit::Delete(_) => true,
+            });
+            plan.missing.retain(can_exist);
         }
-        sets
+        let rewritten = self.rewrite_rules(family, plans, None);
+        self.distrusted.insert(family);
+        rewritten
     }
 
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
@@ -671,10 +684,17 @@ impl<K: Kernel> Engine<K> {
         for (number, part) in self.parts.clone().into_iter().enumerate() {
             // An expiry may have taken all the time.
             if number == 0 || self.has_time() {
-                result = result.and(match part {
+                let checked = match part {
                     None => self.check_sets(),
                     Some(family) => self.check_rules(family, None, None, false),
-                });
+                };
+                if let (Err(_), Some(family), true) = (&checked, part, self.list.sets.is_some())
+                    && self.has_time()
+                {
+                    // The error is that of the set.
+                    let _ = self.check_other_rules(family);
+                }
+                result = result.and(checked);
             }
         }
         if !self.has_time() {
@@ -714,12 +734,9 @@ impl<K: Kernel> Engine<K> {
     fn expire(&mut self) -> Result<(), ToolError> {
         let mut result = Ok(());
         for family in Family::ALL {
+            let is_distrusted = self.distrusted.contains(&family);
             let batch = self.list.expire(family, self.seconds());
-            // The check that repairs a distrusted family deletes those that are no longer in the list.
-            if self.distrusted.contains(&family) {
-                continue;
-            }
-            if let Err(error) = self.write_through(&batch) {
+            if !is_distrusted && let Err(error) = self.write_through(&batch) {
                 // The list no longer has them, so a check deletes those that remain.
                 self.next_check = Instant::now();
                 let count = batch.len();
@@ -729,8 +746,10 @@ impl<K: Kernel> Engine<K> {
                 result = result.and(Err(error));
                 continue;
             }
-            let rules: Vec<_> =
-                self.list.differences(&batch).map(|d| KernelRule::plain(d.rule())).collect();
+            // The check that repairs a distrusted family deletes its rules, and reports them.
+            let is_over = |d: &Difference| !is_distrusted || self.list.is_in_set(&d.group);
+            let rules = self.list.differences(&batch).filter(is_over);
+            let rules: Vec<_> = rules.map(|d| KernelRule::plain(d.rule())).collect();
             self.metrics.expired.add(rules.len());
             self.log_each(Level::Info, "expired", &rules);
         }

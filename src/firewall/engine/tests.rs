@@ -134,6 +134,8 @@ struct Memory {
     faults: Vec<Fault>,
     /// A rule or entry with this address is always rejected.
     bad: Option<Net>,
+    /// A set that cannot be created.
+    bad_set: Option<String>,
     /// With more edits than this, a transaction is too long.
     max_edits: Option<usize>,
     calls: Vec<(Part, Call)>,
@@ -240,6 +242,9 @@ impl Memory {
         let is_bad = |net: &Net| Some(*net) == self.bad;
         let missing = || rejected("set does not exist");
         match edit {
+            SetEdit::Create { name, .. } if self.bad_set.as_deref() == Some(*name) => {
+                return rejected("no memory");
+            }
             SetEdit::Create { name, entries, maxelem, .. } => {
                 let maxelem = *maxelem.max(entries);
                 match self.sets.get(*name) {
@@ -2699,6 +2704,15 @@ fn a_set_that_cannot_be_filled_does_not_keep_the_rules_from_repair() {
     flush(&mut world);
     assert!(world.tick(), "the set cannot be repaired");
     assert_eq!(format!("{:?}", world.memory().chains), format!("{right:?}"));
+    // Nor one that cannot be created.
+    flush(&mut world);
+    world.memory().sets.remove("rfw4:drop:out:any");
+    world.memory().bad_set = Some("rfw4:drop:out:any".into());
+    assert!(world.tick(), "the set cannot be created");
+    let mut others = right.clone();
+    others.get_mut(&(Family::V4, Chain::Output)).unwrap().truncate(2 + 1);
+    assert_eq!(format!("{:?}", world.memory().chains), format!("{others:?}"));
+    world.memory().bad_set = None;
     world.pass(120);
     world.tick();
     let is_due = |rows: &[FakeRow]| format!("{rows:?}").contains("5.5.5.5");
@@ -2756,7 +2770,8 @@ fn a_start_refuses_two_sets_of_one_name() {
     world.model.sets = true;
     world.set_faults(&[]);
     let error = world.start().unwrap_err();
-    assert!(error.contains(&format!("delete {evil}, and")), "{error}");
+    let both = format!("that of /drop/forward/any/1.1.1.1@crowdsec and that of {evil};");
+    assert!(error.contains(&both), "{error}");
     assert_eq!(world.memory().writes(), 0);
 }
 
