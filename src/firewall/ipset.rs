@@ -20,6 +20,9 @@ pub const DEFAULT_PATH: &str = "/sbin/ipset";
 /// The longest name (ip_set.h: IPSET_MAXNAMELEN less the NUL).
 const MAX_NAME: usize = 31;
 
+/// Instead of a timeout: an entry that is an exception from a block. rfw writes none, and repairs it.
+pub const NOMATCH: u32 = u32::MAX;
+
 /// The name of a template's set.
 pub fn set_name(template: &RuleTemplate, family: Family) -> String {
     let digit = if family == Family::V4 { 4 } else { 6 };
@@ -229,8 +232,7 @@ pub fn parse_entry(line: &str) -> Option<SetEntry> {
             "timeout" => entry.timeout = words.next()?.parse().ok()?,
             "packets" => entry.counters.0 = words.next()?.parse().ok()?,
             "bytes" => entry.counters.1 = words.next()?.parse().ok()?,
-            // An exception from a block. rfw writes none and sets no such timeout, so it repairs this.
-            "nomatch" => entry.timeout = u32::MAX,
+            "nomatch" => entry.timeout = NOMATCH,
             _ => {}
         }
     }

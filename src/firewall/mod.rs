@@ -200,7 +200,8 @@ impl Firewall {
             let expires = Some(expires).filter(|_| timeout > 0);
             let rule = KernelRule::plain(template.rule(net));
             let counters = Some(counters);
-            !filter.admits(&rule.rule) || each(&TaggedRule { rule, expires, counters })
+            let is_shown = timeout != ipset::NOMATCH && filter.admits(&rule.rule);
+            !is_shown || each(&TaggedRule { rule, expires, counters })
         });
         Ok(read.map(|_| ())?)
     }
