@@ -2,7 +2,7 @@
 //! makes the kernel match it, whatever the form in which rfw kept its rules before.
 
 use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
-use super::ipset::SetEdit;
+use super::ipset::{NOMATCH, SetEdit};
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::{List, MAX_RULES};
 use super::process::ToolError;
@@ -14,7 +14,7 @@ use crate::rule::tag::Tag;
 use crate::rule::whitelist::{LineError, Whitelist};
 use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::iter;
 use std::sync::Arc;
 
@@ -52,15 +52,17 @@ pub fn start<K: Kernel>(
              them in sets"
         ));
     }
-    let mut names = HashSet::new();
-    let is_twice = |(set, ..): &(KernelRule, _, _)| !names.insert(set.to_string());
-    if let Some((set, group, members)) = engine.list.sets().find(is_twice) {
-        let rules: Vec<_> = members.keys().map(|net| group.rule(*net).to_string()).collect();
-        return Err(format!(
-            "two sets have the name {set} by chance; start rfw without ipset.path, delete {}, and \
-             start it again",
-            rules.join(" ")
-        ));
+    let mut named = BTreeMap::new();
+    for (set, group, members) in engine.list.sets() {
+        let rule = members.keys().next().map(|net| group.rule(*net)).map(|rule| rule.to_string());
+        if let (Some(one), Some(two)) =
+            (named.insert(set.to_string(), rule.clone()).flatten(), rule)
+        {
+            return Err(format!(
+                "the set {set} would be that of {one} and that of {two}; start rfw without \
+                 ipset.path, delete either and all like it, and start it again"
+            ));
+        }
     }
     for (family, listing) in &listings {
         twice(|| try_kernel(&engine, *family, listing))?;
@@ -145,7 +147,7 @@ pub(super) fn adopt<K: Kernel>(
             let (_, set) = engine.confirmed_set(&name, engine.read_set(&name)?)?;
             // Only now, so that none expires early: to read a large set takes seconds.
             let now = engine.clock.now().as_secs();
-            for (net, left) in set.ok_or_else(missing)? {
+            for (net, left) in set.ok_or_else(missing)?.into_iter().filter(|(_, t)| *t != NOMATCH) {
                 let expires = (left > 0).then(|| now.saturating_add(left.into()).saturating_add(1));
                 list.insert(&template.rule(net), expires);
             }
