@@ -261,7 +261,7 @@ fn start_firewall(
 fn tick(server: &Server, config: &Config) -> ! {
     report_certificate(server, config);
     thread::scope(|scope| {
-        // Neither a client nor an expiry should wait for it.
+        // Neither a client nor an expiry should wait for it. Without a thread, there is no report.
         let report = || server.firewall.report_leftovers(&server.log);
         let _ = thread::Builder::new().name("leftovers".into()).spawn_scoped(scope, report);
         loop {

@@ -337,7 +337,7 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
     if let Some(OpenList { line, offset, count, seen, .. }) = list {
         let message = format!(
             "the list that begins here has {seen} of its {count} changes; it was never \
-             acknowledged, unless the number is damaged, and is dropped"
+             acknowledged, unless the file is damaged, and is dropped"
         );
         contents.size = offset;
         contents.tail = Some(LineError { line, message });
@@ -518,7 +518,8 @@ mod tests {
         for (from, count) in (begin..text.len()).flat_map(|from| [(from, 1), (from, 600)]) {
             let mut bytes = text.clone().into_bytes();
             bytes.iter_mut().skip(from).take(count).for_each(|byte| *byte = 0);
-            let contents = read(&mut &*bytes, |_| ()).map_err(|error| error.message).unwrap();
+            let mut source = BufReader::with_capacity(64, &*bytes);
+            let contents = read(&mut source, |_| ()).map_err(|error| error.message).unwrap();
             let tail = contents.tail.map(|tail| tail.line);
             assert_eq!(
                 (tail, contents.size),

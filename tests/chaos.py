@@ -407,7 +407,7 @@ class Round:
         lines = self.ours(v)
         if lines:
             line = self.r.choice(lines)
-            self.note(f"IPv{v}: deleted by someone else: {line}")
+            self.note(f"IPv{v}: deleted by another program: {line}")
             self.kernel.tool(v, "-D", *shlex.split(line)[1:], check=False)
             self.damage([key for key in self.model.entries if version(key) == v])
             self.model.disordered = True  # rfw inserts after a number of rules, and one of them may be this

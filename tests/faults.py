@@ -80,8 +80,8 @@ class Tools:
     """The stand-ins for iptables and ipset, and their pending faults."""
 
     def __init__(self):
-        for folder in RUN + "/bin", FAULTS, FAULTS + "/taken", FAULTS + "/honest":
-            os.makedirs(folder, exist_ok=True)
+        for directory in RUN + "/bin", FAULTS, FAULTS + "/taken", FAULTS + "/honest":
+            os.makedirs(directory, exist_ok=True)
         self.number, self.met = 0, collections.Counter()
         write("faults/calls", "")
 
@@ -105,8 +105,8 @@ class Tools:
 
     def lift(self, kind=""):
         """Ends these faults, or all; hanging tools are ended."""
-        for folder in FAULTS, FAULTS + "/honest":
-            for entry in os.scandir(folder):
+        for directory in FAULTS, FAULTS + "/honest":
+            for entry in os.scandir(directory):
                 if entry.is_file() and entry.name not in ("calls", "hung"):
                     with open(entry.path) as f:
                         if f.readline().endswith(kind + "\n") or not kind:

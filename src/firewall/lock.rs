@@ -78,7 +78,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn the_lock_file_is_in_a_folder_that_only_its_owner_can_enter() {
+    fn the_lock_file_is_in_a_directory_that_only_its_owner_can_enter() {
         let directory = std::env::temp_dir().join(format!("rfw-lock-{}", std::process::id()));
         let mode =
             |mode| fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();

@@ -21,7 +21,7 @@ const BASIC: &str = "Authorization: Basic bXU6czNjcmV0OnBhc3M=\r\n";
 /// Exit status, standard output and standard error.
 type Said = (i32, String, String);
 
-/// Runs rfwc in the lab's folder.
+/// Runs rfwc in the lab's directory.
 fn rfwc(arguments: &str) -> Said {
     run(command(arguments))
 }

@@ -138,7 +138,7 @@ fn a_flush_and_a_hand_deleted_rule_come_back_in_order() {
         lab.iptables("-D INPUT 1");
         await_repair("two rules come back", 3 + SLACK, || lab.rules() == rules);
         assert_eq!(lab.others(), others);
-        let warning = " WARNING rules restored ";
+        let warning = " WARNING restored rules ";
         await_true("a warning", SLACK, || lab.read("rfw.log").contains(warning));
 
         lab.iptables("-F");

@@ -62,7 +62,7 @@ fn is_confined() -> bool {
     env::var_os("RFW_CONFINED").is_some()
 }
 
-/// Does what RuntimeDirectory= and LoadCredential= of the unit do: only the folder's owner may hold
+/// Does what RuntimeDirectory= and LoadCredential= of the unit do: only the directory's owner may hold
 /// rfw's lock, and rfw reads only files of its own user and of root.
 fn give_files(user: u32) {
     if is_confined() {

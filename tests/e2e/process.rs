@@ -69,7 +69,7 @@ fn a_port_that_was_about_to_be_free_ended_the_start() {
 fn network_namespaces_that_share_run_have_one_rfw_each() {
     once(|lab| {
         let _rfw = lab.start("local.server");
-        // Including the folder of a confined one.
+        // Including the directory of a confined one.
         let run = format!(
             "chown -R root /run/rfw /run/lab; exec {PROGRAM} -f /run/lab/rfw.conf --logfile /run/lab/other.log"
         );
@@ -91,12 +91,12 @@ const BAD_FOLDERS: [(&str, &str, &str); 5] = [
 ];
 
 #[test]
-fn a_lock_folder_that_is_not_safe() {
+fn a_lock_directory_that_is_not_safe() {
     once(|lab| {
         lab.configure("local.server");
         sh(&format!("cp {PROGRAM} lab/rfw; chmod 755 lab"));
         let as_user = "setpriv --reuid 4321 --inh-caps +net_admin --ambient-caps +net_admin";
-        let has_users = has_users("process::a_lock_folder_that_is_not_safe");
+        let has_users = has_users("process::a_lock_directory_that_is_not_safe");
         for (wrong, before, word) in BAD_FOLDERS {
             if !has_users && (wrong.contains(STRANGER) || !before.is_empty()) {
                 continue;

@@ -16,7 +16,7 @@ const ON_ADMIN: &str = "# on your machine\n";
 const NOT_RUN: [&str; 2] = ["make test\n", "make static TARGET=aarch64  "];
 
 /// What the lab has no real program for. systemctl runs ExecStart= of the installed unit with its
-/// folders, and returns, as with Type=notify, when rfw answers; scp and ssh need no sshd. Nothing here needs
+/// directories, and returns, as with Type=notify, when rfw answers; scp and ssh need no sshd. Nothing here needs
 /// firewall-cmd; tests/firewalls.py runs it.
 const PRELUDE: &str = r#"
 set -euo pipefail -o allexport

@@ -374,7 +374,7 @@ fn a_flush_brings_back_a_rule_for_each_set() {
         };
         flush();
         await_repair("eight rules come back", 3 + SLACK, || lab.rules() == rules);
-        let warning = " WARNING rules restored ";
+        let warning = " WARNING restored rules ";
         await_true("a warning", SLACK, || lab.read("rfw.log").contains(warning));
         lab.iptables("-D INPUT 1");
         lab.ip6tables("-D FORWARD 1");
@@ -408,7 +408,7 @@ fn sets_that_others_change_destroy_or_use() {
         assert!(!lab.log().contains("restored"), "{}", lab.log());
         lab.ipset("flush rfw4:drop:in:any");
         await_repair("a flushed set is filled", 3 + SLACK, are_right);
-        await_true("the log says so", SLACK, || lab.log().contains("WARNING rules restored"));
+        await_true("the log says so", SLACK, || lab.log().contains("WARNING restored rules"));
 
         let destroy = "ipset destroy rfw4:accept:in:any";
         let iptables = lab.iptables_path(); // rfw may restore its rule before the set is gone

@@ -261,7 +261,7 @@ fn the_commands_in_warnings_leave_the_rules_of_others_alone() {
     });
 }
 
-/// A set that someone else's rule uses cannot be destroyed, and never keeps rfw from starting.
+/// A set that a foreign rule uses cannot be destroyed, and never keeps rfw from starting.
 #[test]
 fn sets_in_use_by_others() {
     both(|lab| {
@@ -336,13 +336,14 @@ fn an_iptables_that_takes_seconds_to_start() {
 
 /// Runs `body` on a copy of iptables' extension files that lacks one.
 fn without_file(file: &str, body: impl FnOnce()) {
-    let folder = sh("ls -d /usr/lib/*/xtables /usr/lib/xtables /lib/xtables 2>/dev/null || true");
-    let folder = folder.lines().next().expect("iptables' extension files");
+    let directory =
+        sh("ls -d /usr/lib/*/xtables /usr/lib/xtables /lib/xtables 2>/dev/null || true");
+    let directory = directory.lines().next().expect("iptables' extension files");
     sh(&format!(
-        "rm -rf xtables; cp -a {folder} xtables; rm xtables/{file}; mount --bind xtables {folder}"
+        "rm -rf xtables; cp -a {directory} xtables; rm xtables/{file}; mount --bind xtables {directory}"
     ));
     body();
-    sh(&format!("umount {folder}"));
+    sh(&format!("umount {directory}"));
 }
 
 #[test]

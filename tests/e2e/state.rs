@@ -224,7 +224,10 @@ fn damage_is_reported_and_nothing_is_changed() {
         lab.configure("local.server\nstate.file = none/state");
         for arguments in ["-t -f rfw.conf", "-f rfw.conf --logfile -"] {
             let said = lab.rfw(arguments).1;
-            assert!(said.contains("rfw.conf:5: none/state: its folder does not exist"), "{said}");
+            assert!(
+                said.contains("rfw.conf:5: none/state: its directory does not exist"),
+                "{said}"
+            );
         }
         assert_eq!(lab.rules(), rules);
     });
@@ -297,7 +300,10 @@ fn a_file_that_is_a_mount_point() {
         sh("mount --bind lab/state lab/state");
         lab.configure("local.server\nstate.file = state");
         let (status, said) = lab.rfw("-f rfw.conf --logfile -");
-        assert!(status == 1 && said.contains("; mount its folder instead of the file."), "{said}");
+        assert!(
+            status == 1 && said.contains("; mount its directory instead of the file."),
+            "{said}"
+        );
     });
 }
 
@@ -426,10 +432,10 @@ fn setting_the_clock_moves_the_expiries_in_the_file() {
     });
 }
 
-/// The folder cannot be synced after the rename: later lines go to the file that has the name.
+/// The directory cannot be synced after the rename: later lines go to the file that has the name.
 #[test]
-fn a_folder_that_fails_behind_a_compaction() {
-    if !has_strace("state::a_folder_that_fails_behind_a_compaction") {
+fn a_directory_that_fails_behind_a_compaction() {
+    if !has_strace("state::a_directory_that_fails_behind_a_compaction") {
         return;
     }
     once(|lab| {
