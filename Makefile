@@ -46,7 +46,7 @@ demo: $(rfw) ## user: block an attacker with real packets, in private network na
 	contrib/deps.sh demo
 	contrib/demo.sh $(rfw)
 
-test: $(rfw) ## user: all tests: formatting, lints, scripts, unit and end-to-end tests; 15 minutes
+test: $(rfw) ## user: all tests: formatting, lints, scripts, unit and end-to-end tests; 18 minutes
 	contrib/deps.sh test
 	@tests/all.sh $(rfw) $(scripts)
 

@@ -89,8 +89,8 @@ impl Command {
     }
 }
 
-/// Refuses forms that rules can have, but that nobody means. An interface can have the name of an address,
-/// but here it is a netmask, or an address whose interface is missing.
+/// Refuses forms that rules can have, but that nobody means. An interface can have the name of an
+/// address, but here it is a netmask, or an address whose interface is missing.
 fn check_new(rule: &Rule) -> Result<(), RuleError> {
     if rule.addresses().next().is_none() {
         return Err(RuleError::NoAddress);

@@ -43,7 +43,8 @@ pub fn start<K: Kernel>(
     }
     let has_dropped = drop_whitelisted(&mut engine.list, whitelist, &log);
     if engine.list.drop_rivals() || has_dropped {
-        // Otherwise, if a change deleted what replaces a dropped rule, the next start would read that back.
+        // Otherwise, if a change deleted what replaces a dropped rule, the next start would read it
+        // back.
         engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
     if let Some(family) = Family::ALL.iter().find(|f| engine.list.count_rules(**f) > MAX_RULES) {
