@@ -114,6 +114,8 @@ pub struct Settings {
     pub sets: Option<usize>,
     /// The maximum number of edits in one transaction.
     pub max_edits: usize,
+    /// Whether two programs can read rules at once: iptables-legacy holds a lock meanwhile.
+    pub reads_at_once: bool,
 }
 
 pub struct Engine<K> {
