@@ -203,6 +203,9 @@ x 1
         {
             assert_eq!(is_bindable(&Net::parse(net).unwrap()), expected, "{net}");
         }
+        let own = own_addresses(Family::V4, &[loopback]);
+        assert!(own.0.contains(&loopback) && own.1.is_none(), "{own:?}");
+        assert_eq!(own_addresses(Family::V4, &[Net::host(NOBODY.into())]), (Vec::new(), None));
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
         // An endless file.
