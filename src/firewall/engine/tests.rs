@@ -2522,6 +2522,25 @@ fn an_expiry_that_failed_once_waits_for_a_late_check() {
     assert!(world.enforced().is_empty(), "{}", shown(&world.enforced()));
 }
 
+/// The check that repairs a distrusted family deletes its expired rules, and counts them.
+#[test]
+fn an_expired_rule_is_counted_once() {
+    for (sets, is_distrusted) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut world = World::new(sets, false);
+        world.put("+60 /drop/input/any/1.1.1.1");
+        world.settle();
+        world.pass(70);
+        if is_distrusted {
+            world.engine().distrusted.insert(Family::V4);
+        }
+        for _ in 0..2 {
+            world.engine().next_check = Instant::now();
+            world.engine().tick();
+        }
+        assert_eq!(world.metrics.expired.to_string(), "1", "{sets} {is_distrusted}");
+    }
+}
+
 /// The same for a change that was refused and took effect: "undone as soon as possible".
 #[test]
 fn a_refused_change_waits_for_a_late_check() {
