@@ -449,7 +449,7 @@ impl<K: Kernel> Engine<K> {
     /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
     /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
     /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
-    /// exist. Without a batch, a set that fails does not keep the rules from being repaired.
+    /// exist.
     fn check_rules(
         &mut self,
         family: Family,
@@ -458,12 +458,8 @@ impl<K: Kernel> Engine<K> {
         is_pending: bool,
     ) -> Result<(), ToolError> {
         let is_distrusted = self.distrusted.contains(&family);
-        let mut repaired = Ok(());
         if is_distrusted && self.list.sets.is_some() {
-            repaired = self.repair_sets(family, batch);
-            if repaired.is_err() && (batch.is_some() || !self.has_time()) {
-                return repaired;
-            }
+            self.repair_sets(family, batch)?;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         // One incomplete listing could hide what a failed batch left.
@@ -485,32 +481,29 @@ impl<K: Kernel> Engine<K> {
             }
         }
         let listing = self.confirmed_rules(family, listing)?;
-        let mut plans = self.plans(family, &listing);
-        if repaired.is_err() {
-            self.omit_missing_sets(&mut plans)?;
-        }
-        let rewritten = self.rewrite_rules(family, plans, batch);
-        if repaired.is_err() {
-            self.distrusted.insert(family);
-        }
-        repaired.and(rewritten)
+        self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
-    /// Leaves out the rules of sets that do not exist: one such rule would fail all.
-    fn omit_missing_sets(&self, plans: &mut [Plan]) -> Result<(), ToolError> {
+    /// Repairs the rules of a family with a set that could not be repaired, except those of sets that do
+    /// not exist: one such rule would fail all.
+    fn check_other_rules(&mut self, family: Family) -> Result<(), ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
+        let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
+        let mut plans = self.plans(family, &listing);
         let can_exist = |rule: &KernelRule| {
             let name = rule.template().map(|_| rule.to_string());
             name.is_none_or(|name| headers.iter().any(|header| header.name == name))
         };
-        for plan in plans {
+        for plan in &mut plans {
             plan.edits.retain(|edit| match edit {
                 RuleEdit::Insert(_, tagged) => can_exist(&tagged.rule),
                 RuleEdit::Delete(_) => true,
             });
             plan.missing.retain(can_exist);
         }
-        Ok(())
+        let rewritten = self.rewrite_rules(family, plans, None);
+        self.distrusted.insert(family);
+        rewritten
     }
 
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
@@ -697,6 +690,12 @@ impl<K: Kernel> Engine<K> {
                     None => self.check_sets(),
                     Some(family) => self.check_rules(family, None, None, false),
                 };
+                if let (Err(_), Some(family), true) = (&checked, part, self.list.sets.is_some())
+                    && self.has_time()
+                {
+                    // The error is that of the set.
+                    let _ = self.check_other_rules(family);
+                }
                 result = result.and(checked);
             }
         }
