@@ -13,7 +13,6 @@ use super::process::{Program, Programs, ToolError};
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target};
-use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -172,69 +171,110 @@ pub fn parse_row(line: &str, family: Family) -> Option<(Chain, Option<TaggedRule
     Some((chain, tagged.flatten()))
 }
 
-/// The options of a rule, each with its value, in the order of their names; the side of
-/// `--match-set` is one of its own. If the order of extensions (`-m`) were different, a `-D` that
-/// rfw writes would not match the rule.
-type Options<'a> = Vec<(&'a str, Cow<'a, str>)>;
-
-/// The options and the counters of a rule.
-fn parse_options(spec: &str) -> Option<(Options<'_>, Option<(u64, u64)>)> {
-    let (mut options, mut counters) = (Options::new(), None);
-    let mut words = spec.split(' ');
-    while let Some(option) = words.next() {
-        let value = words.next()?;
-        match (option, value) {
-            ("-c", packets) => {
-                counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?))
-            }
-            ("-s" | "-d", net) => options.push((option, Net::parse(net)?.to_string().into())),
-            ("--comment", text) => options.push((option, text.trim_matches('"').into())),
-            ("--match-set", name) => {
-                options.extend([(option, name.into()), ("side", words.next()?.into())]);
-            }
-            ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
-            _ => options.push((option, value.into())),
-        }
-    }
-    options.sort_by_key(|(option, _)| *option);
-    Some((options, counters))
+/// The options of a rule in a listing, each with its value.
+struct RuleOptions<'a> {
+    /// Those that were not taken yet. The side of `--match-set` is one of its own.
+    rest: Vec<(&'a str, &'a str)>,
+    /// The values of `-m`.
+    extensions: Vec<&'a str>,
+    counters: Option<(u64, u64)>,
 }
 
-/// `None` unless it is exactly a rule that rfw writes.
+impl<'a> RuleOptions<'a> {
+    fn parse(spec: &'a str) -> Option<RuleOptions<'a>> {
+        let (rest, extensions) = (Vec::new(), Vec::new());
+        let mut options = RuleOptions { rest, extensions, counters: None };
+        let mut words = spec.split(' ');
+        while let Some(option) = words.next() {
+            let value = words.next()?;
+            match (option, value) {
+                ("-c", packets) => {
+                    options.counters = Some((packets.parse().ok()?, words.next()?.parse().ok()?));
+                }
+                ("-m", name) => options.extensions.push(name),
+                ("--match-set", name) => {
+                    options.rest.extend([(option, name), ("side", words.next()?)]);
+                }
+                ("--reject-with", "icmp-port-unreachable" | "icmp6-port-unreachable") => {}
+                _ => options.rest.push((option, value)),
+            }
+        }
+        Some(options)
+    }
+
+    fn take(&mut self, name: &str) -> Option<&'a str> {
+        let at = self.rest.iter().position(|(option, _)| *option == name)?;
+        Some(self.rest.swap_remove(at).1)
+    }
+
+    /// The kind and the expiry of a rule, from its extensions and the rest of its comment. If the
+    /// order of the extensions were different, a `-D` that rfw writes would not match the rule.
+    fn kind(&mut self, comment: &str, chain: Chain) -> Option<(RuleKind, Option<u64>)> {
+        match (self.extensions.as_slice(), comment) {
+            (["comment"], "") => Some((RuleKind::Plain, None)),
+            (["comment"], second) => {
+                let second = second.strip_prefix(':')?;
+                let expires: u64 = second.parse().ok().filter(|s: &u64| s.to_string() == second)?;
+                Some((RuleKind::Plain, Some(expires)))
+            }
+            (["tcp", "comment"], ":guard") => {
+                let port = self.take(if chain == Chain::Output { "--sport" } else { "--dport" })?;
+                let port = port.parse().ok().filter(|_| self.take("-p") == Some("tcp"))?;
+                Some((RuleKind::Guard(port), None))
+            }
+            (["set", "comment"], "") => match self.take("side")? {
+                "src" => Some((RuleKind::Set(Side::Source), None)),
+                "dst" => Some((RuleKind::Set(Side::Destination), None)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn matches(&mut self, chain: Chain, family: Family) -> Option<Match> {
+        let same = |name: &str| {
+            Iface::parse(name).filter(|iface| *iface != Iface::ANY && iface.to_string() == name)
+        };
+        let mut iface = |option| self.take(option).map_or(Some(Iface::ANY), same);
+        let (in_iface, out_iface) = (iface("-i")?, iface("-o")?);
+        let of_family = |text| Net::parse(text).filter(|net| net.family() == family);
+        let mut net = |option| self.take(option).map_or(Some(Net::any(family)), of_family);
+        let (source, destination) = (net("-s")?, net("-d")?);
+        match (chain, (in_iface, source.is_any()), (out_iface, destination.is_any())) {
+            (Chain::Forward, ..) => {
+                Some(Match::Forward { in_iface, out_iface, source, destination })
+            }
+            (Chain::Input, _, (Iface::ANY, true)) => Some(Match::Input { iface: in_iface, source }),
+            (Chain::Output, (Iface::ANY, true), _) => {
+                Some(Match::Output { iface: out_iface, destination })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// `None` if rfw did not write this rule: an option is left over, or it has another form.
 fn parse_tagged(chain: Chain, spec: &str, family: Family) -> Option<TaggedRule> {
-    let (options, counters) = parse_options(spec)?;
-    let value = |name| options.iter().find(|(option, _)| *option == name).map(|(_, v)| &**v);
-    let (comment, tag) = Tag::split(value("--comment")?.strip_prefix("rfw")?)?;
-    let target = Target::ALL.into_iter().find(|known| Some(known.name()) == value("-j"))?;
-    let iface = |option| value(option).map_or(Some(Iface::ANY), Iface::parse);
-    let of_family = |text: &str| Net::parse(text).filter(|net| net.family() == family);
-    let net = |option| value(option).map_or(Some(Net::any(family)), of_family);
-    let (in_iface, out_iface) = (iface("-i")?, iface("-o")?);
-    let (source, destination) = (net("-s")?, net("-d")?);
-    let matches = match chain {
-        Chain::Input => Match::Input { iface: in_iface, source },
-        Chain::Output => Match::Output { iface: out_iface, destination },
-        Chain::Forward => Match::Forward { in_iface, out_iface, source, destination },
+    let mut options = RuleOptions::parse(spec)?;
+    let comment = options.take("--comment")?.trim_matches('"').strip_prefix("rfw")?;
+    let (comment, tag) = Tag::split(comment)?;
+    let (kind, expires) = options.kind(comment, chain)?;
+    let target = options.take("-j")?;
+    let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
+    let matches = options.matches(chain, family)?;
+    let rule = KernelRule { rule: Rule { target, matches, tag }, kind };
+    let is_own = match kind {
+        RuleKind::Plain => rule.rule.is_wellformed(),
+        RuleKind::Guard(_) => tag == Tag::NONE,
+        // The name says everything that the rule says.
+        RuleKind::Set(side) => {
+            let never = [(Chain::Input, Side::Destination), (Chain::Output, Side::Source)];
+            let is_named = options.take("--match-set")? == rule.to_string();
+            is_named && !never.contains(&(chain, side)) && rule.rule.addresses().next().is_none()
+        }
     };
-    let rule = Rule { target, matches, tag };
-    let rule = match (value("side"), value("--dport").or(value("--sport"))) {
-        (Some("src"), _) if chain != Chain::Output => {
-            KernelRule::set(rule.template_of(Side::Source), family)
-        }
-        (Some("dst"), _) if chain != Chain::Input => {
-            KernelRule::set(rule.template_of(Side::Destination), family)
-        }
-        (_, Some(port)) if tag == Tag::NONE => {
-            KernelRule { rule, kind: RuleKind::Guard(port.parse().ok()?) }
-        }
-        _ => Some(KernelRule::plain(rule)).filter(|_| rule.is_wellformed())?,
-    };
-    let expires = comment.strip_prefix(':').filter(|_| rule.kind == RuleKind::Plain);
-    let expires = expires.map(str::parse).transpose().ok()?;
-    let tagged = TaggedRule { rule, expires, counters };
-    let written = RuleEdit::Delete(tagged).to_string();
-    let (_, written) = written.split_once(chain.name())?;
-    (parse_options(written.trim_start())?.0 == options).then_some(tagged)
+    let counters = options.counters;
+    (is_own && options.rest.is_empty()).then_some(TaggedRule { rule, expires, counters })
 }
 
 /// The programs of one family: `iptables`, and `iptables-restore` next to it.
