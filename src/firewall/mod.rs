@@ -39,6 +39,7 @@ use process::ToolError;
 use queue::Queue;
 use reconcile::Listing;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
@@ -131,7 +132,8 @@ impl Firewall {
         let max_edits = if host::is_rootless() { ROOTLESS_EDITS } else { usize::MAX };
         let version = |iptables: &Iptables| Version::of(&iptables.iptables, START_TOOL_LIMIT);
         let is_nft = |iptables| version(iptables).is_ok_and(|version| version.is_nft);
-        let reads_at_once = tools.iptables.iter().all(is_nft);
+        let has_two = thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+        let reads_at_once = has_two && tools.iptables.iter().all(is_nft);
         let settings = Settings { guards, sets, max_edits, reads_at_once };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
