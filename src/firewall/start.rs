@@ -84,7 +84,10 @@ pub fn start<K: Kernel>(
     if is_new {
         engine.compact()?;
     }
-    engine.compact_if_needed();
+    // A file that is only large is rewritten a second later, when rfw answers requests.
+    if engine.state.as_ref().is_some_and(|state| state.is_outdated) {
+        engine.compact_if_needed();
+    }
     engine.is_starting = false;
     Ok(engine)
 }
