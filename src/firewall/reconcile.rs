@@ -171,18 +171,16 @@ fn edits(
 ) -> Vec<RuleEdit> {
     let deleted = chain.rows.iter().zip(stays).filter(|(_, stays)| stays.is_none());
     let mut edits: Vec<_> = deleted.filter_map(|(row, _)| row.map(RuleEdit::Delete)).collect();
-    let mut staying = stays.iter().flatten().peekable();
-    let mut insertions = Vec::new();
-    let mut number = 1_usize;
-    for (index, tagged) in wanted.iter().enumerate() {
+    let mut staying = stays.iter().flatten().rev().peekable();
+    let mut number = stays.iter().flatten().count().saturating_add(1);
+    for (index, tagged) in wanted.iter().enumerate().rev() {
         if staying.next_if_eq(&&index).is_some() {
-            number = number.saturating_add(1);
+            number = number.saturating_sub(1);
         } else {
             let counters = counters.get(&tagged.rule).copied().unwrap_or_default();
-            insertions.push(RuleEdit::Insert(number, TaggedRule { counters, ..*tagged }));
+            edits.push(RuleEdit::Insert(number, TaggedRule { counters, ..*tagged }));
         }
     }
-    edits.extend(insertions.into_iter().rev());
     edits
 }
 
