@@ -301,7 +301,8 @@ impl<K: Kernel> Engine<K> {
         mut plans: Vec<Plan>,
         batch: Option<&Batch>,
     ) -> Result<(), ToolError> {
-        let edits: Vec<_> = plans.iter_mut().flat_map(|plan| plan.edits.drain(..)).collect();
+        let mut edits = Vec::new();
+        plans.iter_mut().for_each(|plan| edits.append(&mut plan.edits));
         // If this fails, the kernel may lack a set, too.
         self.distrusted.insert(family);
         self.write_rules(family, &edits)?;
@@ -352,8 +353,8 @@ impl<K: Kernel> Engine<K> {
     /// Whether as many rules are missing and unknown as a batch inserts and deletes.
     fn are_expected(&self, plans: &[Plan], family: Family, batch: &Batch) -> bool {
         let created = batch.created.iter().filter(|group| group.family == family).count();
-        let is_rule = |d: &Difference| d.group.family == family && !self.list.is_in_set(&d.group);
-        let rules = self.list.differences(batch).filter(is_rule);
+        let is_rule = |group: &Group| group.family == family && !self.list.is_in_set(group);
+        let rules = self.list.differences(batch, is_rule);
         let inserted = rules.clone().filter(|d| d.before.is_none() && d.after.is_some()).count();
         let deleted = rules.filter(|d| d.before.is_some() && d.after.is_none()).count();
         let missing: usize = plans.iter().map(|plan| plan.missing.len()).sum();
@@ -364,10 +365,10 @@ impl<K: Kernel> Engine<K> {
     /// Creates the sets of a batch and adds its addresses or, in a later step, deletes them.
     fn write_sets(&self, batch: &Batch, is_put: bool) -> Result<(), ToolError> {
         let (now, maxelem) = (self.seconds(), self.list.sets.unwrap_or_default());
-        let is_kept = |group: &&Group| {
+        let is_kept = |group: &Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
         };
-        let named = batch.groups.iter().filter(is_kept);
+        let named = batch.groups.iter().filter(|group| is_kept(group));
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
         let is_created = |group| is_put && batch.created.contains(group);
@@ -378,7 +379,7 @@ impl<K: Kernel> Engine<K> {
                 (group.family, self.list.members(group).map_or(0, Members::len));
             [SetEdit::Create { name, family, entries, maxelem }, SetEdit::Flush(name)]
         });
-        let part = self.list.differences(batch).filter(|d| d.after.is_some() == is_put);
+        let part = self.list.differences(batch, is_kept).filter(|d| d.after.is_some() == is_put);
         let changes =
             part.filter_map(|d| Some(sets::edit(named.get(&d.group)?, d.net, d.after, now)));
         self.kernel.write_sets(&mut creations.chain(changes), self.limit(batch.len()))
@@ -389,9 +390,10 @@ impl<K: Kernel> Engine<K> {
     /// insertions, the newest last. `None` if it is faster to read the chain first.
     fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
         let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
-        for difference in self.list.differences(batch) {
-            let Difference { group, before, after, .. } = difference;
-            if group.family != family || self.list.is_in_set(&group) || before == after {
+        let is_rule = |group: &Group| group.family == family && !self.list.is_in_set(group);
+        for difference in self.list.differences(batch, is_rule) {
+            let Difference { before, after, .. } = difference;
+            if before == after {
                 continue;
             }
             let rule = KernelRule::plain(difference.rule());
@@ -420,12 +422,13 @@ impl<K: Kernel> Engine<K> {
     /// The families in which a batch relies on rules that it does not write: rules that exist
     /// already, the rules of sets, and foreign rules, which a check may leave in front.
     fn relied_on(&self, batch: &Batch, families: &[Family]) -> BTreeSet<Family> {
-        let is_relied = |Difference { group, before, after, .. }: &Difference| {
-            let is_there = self.list.is_in_set(group) || before == after;
+        let is_relied = |Difference { group, before, after, .. }: Difference| {
+            let is_there = self.list.is_in_set(&group) || before == after;
             after.is_some() && (is_there || self.is_overtaken_often(group.family))
         };
-        let relied = self.list.differences(batch).filter(is_relied).map(|d| d.group.family);
-        relied.filter(|family| families.contains(family)).collect()
+        let of = |family| move |group: &Group| group.family == family;
+        let is_one = |family: &Family| self.list.differences(batch, of(*family)).any(is_relied);
+        families.iter().copied().filter(is_one).collect()
     }
 
     /// The rules that precede all others in a chain: guards, then those of sets.
@@ -750,8 +753,8 @@ impl<K: Kernel> Engine<K> {
                 continue;
             }
             // The check that repairs a distrusted family deletes its rules, and reports them.
-            let is_over = |d: &Difference| !is_distrusted || self.list.is_in_set(&d.group);
-            let rules = self.list.differences(&batch).filter(is_over);
+            let is_over = |group: &Group| !is_distrusted || self.list.is_in_set(group);
+            let rules = self.list.differences(&batch, is_over);
             let rules: Vec<_> = rules.map(|d| KernelRule::plain(d.rule())).collect();
             self.metrics.expired.add(rules.len());
             self.log_each(Level::Info, "expired", &rules);

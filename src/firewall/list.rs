@@ -201,14 +201,19 @@ impl Batch {
         self.steps.len()
     }
 
-    fn push(&mut self, group: Group, net: Net, before: Option<Entry>) {
+    fn number(&mut self, group: Group) -> u32 {
         let next = self.groups.len();
         // A batch has fewer groups than lines, and far fewer than 2^32.
         let number = *self.numbers.entry(group).or_insert(next as u32);
         if number as usize == next {
             self.groups.push(group);
         }
-        self.steps.push(Step { group: number, net, before });
+        number
+    }
+
+    fn push(&mut self, group: Group, net: Net, before: Option<Entry>) {
+        let group = self.number(group);
+        self.steps.push(Step { group, net, before });
     }
 
     fn group(&self, step: &Step) -> Option<Group> {
@@ -442,11 +447,12 @@ impl List {
     /// Inserts rules into an empty group at once, because a map that grows one by one is half empty.
     fn fill(&mut self, group: Group, nets: &[Net], expires: u64, batch: &mut Batch) {
         self.next_due = self.next_due.min(expires);
+        let number = batch.number(group);
         // One allocation, and the first, so that the allocator can return all of it.
         batch.steps.reserve_exact(nets.len());
+        batch.steps.extend(nets.iter().map(|net| Step { group: number, net: *net, before: None }));
         let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
         self.groups.insert(group, members);
-        nets.iter().for_each(|net| batch.push(group, *net, None));
     }
 
     fn delete(&mut self, group: Group, net: Net, batch: &mut Batch) -> Verdict {
@@ -502,17 +508,22 @@ impl List {
         self.members_of(|_| true).map(|(.., entry)| entry.expires).min().unwrap_or(NEVER)
     }
 
-    /// The rules that a batch changed or confirmed.
-    pub fn differences(&self, batch: &Batch) -> impl Iterator<Item = Difference> + Clone {
-        batch.steps.iter().filter_map(|step| {
-            let (group, net, before) = (batch.group(step)?, step.net, step.before);
+    /// The rules of some groups that a batch changed or confirmed.
+    pub fn differences(
+        &self,
+        batch: &Batch,
+        is_wanted: impl Fn(&Group) -> bool + Clone,
+    ) -> impl Iterator<Item = Difference> + Clone {
+        batch.steps.iter().filter_map(move |step| {
+            let (net, before) = (step.net, step.before);
+            let group = batch.group(step).filter(&is_wanted)?;
             Some(Difference { group, net, before, after: self.entry(group, &net) })
         })
     }
 
     /// The changes of a batch for the state file, the newest last.
     pub fn records(&self, batch: &Batch) -> impl Iterator<Item = Record> + Clone {
-        let changed = self.differences(batch).filter(|d| d.before != d.after);
+        let changed = self.differences(batch, |_| true).filter(|d| d.before != d.after);
         changed.map(|difference| match difference.after {
             Some(entry) => Record::Put(difference.rule(), entry.expires()),
             None => Record::Delete(difference.rule()),
@@ -527,16 +538,15 @@ impl List {
     }
 
     /// The rules of a chain that are not kept in sets, the newest first.
-    pub fn rules(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
+    pub fn rules(&self, family: Family, chain: Chain) -> impl Iterator<Item = TaggedRule> {
         let rules = self.members_of(|group| {
             (group.family, group.template.chain) == (family, chain) && !self.is_in_set(group)
         });
         let mut rules: Vec<_> = rules.collect();
         rules.sort_unstable_by_key(|(.., entry)| Reverse(entry.serial));
-        let tagged = |(group, net, entry): (&Group, &Net, &Entry)| {
+        rules.into_iter().map(|(group, net, entry)| {
             TaggedRule::new(KernelRule::plain(group.rule(*net)), entry.expires())
-        };
-        rules.into_iter().map(tagged).collect()
+        })
     }
 
     /// The groups that are kept in sets, each with the rule of its set, in the order of the rules.
@@ -570,7 +580,7 @@ impl List {
     }
 
     /// The members of the groups that are wanted.
-    fn members_of(
+    pub fn members_of(
         &self,
         is_wanted: impl Fn(&Group) -> bool,
     ) -> impl Iterator<Item = (&Group, &Net, &Entry)> {
@@ -1321,8 +1331,8 @@ pub(super) mod tests {
             B,
         ];
         let rules = |sets, family, chain| {
-            let rules = list(sets, &texts).rules(family, chain).into_iter();
-            let shown = rules.map(|tagged| {
+            let list = list(sets, &texts);
+            let shown = list.rules(family, chain).map(|tagged| {
                 assert_eq!(
                     (tagged.counters, tagged.rule),
                     (None, KernelRule::plain(tagged.rule.rule))

@@ -36,7 +36,7 @@ impl<K: Kernel> Engine<K> {
         let mut changed: HashSet<KernelRule> = HashSet::new();
         if let Some(batch) = batch {
             changed.extend(batch.created.iter().filter_map(Group::set));
-            let rules = self.list.differences(batch).filter(|d| !self.list.is_in_set(&d.group));
+            let rules = self.list.differences(batch, |group| !self.list.is_in_set(group));
             changed.extend(rules.map(|difference| KernelRule::plain(difference.rule())));
         }
         let now = self.now();

@@ -176,7 +176,7 @@ pub(super) fn adopt<K: Kernel>(
 }
 
 fn drop_whitelisted(list: &mut List, whitelist: &Whitelist, log: &Log) -> bool {
-    let rules = list.stored().map(|(rule, _)| rule);
+    let rules = list.members_of(|_| true).map(|(group, net, _)| group.rule(*net));
     let dropped: Vec<Rule> = rules.filter(|rule| whitelist.conflict(rule).is_some()).collect();
     for rule in &dropped {
         list.remove(rule);
