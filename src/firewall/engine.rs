@@ -27,7 +27,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Filter};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -488,22 +488,25 @@ impl<K: Kernel> Engine<K> {
         self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
-    /// Repairs the rules of a family with a set that could not be repaired, except those of sets that do
-    /// not exist: one such rule would fail all.
+    /// Repairs the rules of a family with a set that could not be repaired. A missing rule stays missing
+    /// if ipset does not list its set: a set that does not exist would fail all rules.
     fn check_other_rules(&mut self, family: Family) -> Result<(), ToolError> {
-        let headers = self.kernel.read_headers(self.limit(0))?;
+        // If ipset fails altogether, the sets may well exist.
+        let headers = self.kernel.read_headers(self.limit(0)).ok();
+        let names: Option<HashSet<String>> =
+            headers.map(|headers| headers.into_iter().map(|header| header.name).collect());
         let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
         let mut plans = self.plans(family, &listing);
-        let can_exist = |rule: &KernelRule| {
-            let name = rule.template().map(|_| rule.to_string());
-            name.is_none_or(|name| headers.iter().any(|header| header.name == name))
+        let lacks_set = |rule: &mut KernelRule| {
+            let is_unlisted = |names: &HashSet<String>| !names.contains(&rule.to_string());
+            rule.template().is_some() && names.as_ref().is_some_and(is_unlisted)
         };
         for plan in &mut plans {
+            let left: HashSet<_> = plan.missing.extract_if(.., lacks_set).collect();
             plan.edits.retain(|edit| match edit {
-                RuleEdit::Insert(_, tagged) => can_exist(&tagged.rule),
+                RuleEdit::Insert(_, tagged) => !left.contains(&tagged.rule),
                 RuleEdit::Delete(_) => true,
             });
-            plan.missing.retain(can_exist);
         }
         let rewritten = self.rewrite_rules(family, plans, None);
         self.distrusted.insert(family);

@@ -2747,6 +2747,47 @@ fn a_set_that_cannot_be_filled_does_not_keep_the_rules_from_repair() {
     world.settle();
 }
 
+/// If ipset failed altogether, one refused change and a flush left the kernel without guards.
+#[test]
+fn rules_are_repaired_while_ipset_fails() {
+    for way in [Way::Reject, Way::Interrupt] {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any/1.1.1.1; + /drop/forward/any/7.7.7.7/any/6.6.6.6");
+        world.settle();
+        let right = world.memory().chains.clone();
+        world.set_faults(&[Fault { part: Some(Part::Sets), ..Fault::always(way) }]);
+        let results = world.engine().commit(&parse("+ /drop/input/any/1.1.1.2")[0]);
+        assert!(results[0].is_err(), "{results:?}");
+        flush(&mut world);
+        assert!(world.tick(), "the sets cannot be checked");
+        assert_eq!(format!("{:?}", world.memory().chains), format!("{right:?}"));
+        world.set_faults(&[]);
+        world.settle();
+    }
+}
+
+/// A rule that moves is deleted and inserted. If one list of sets lacked its set, it was only deleted.
+#[test]
+fn a_rule_moves_although_its_set_is_not_listed() {
+    for first in 1..=12 {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
+        world.settle();
+        world.memory().bad = Net::parse("1.1.1.2");
+        world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
+        assert!(world.tick(), "the set cannot be repaired");
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j ACCEPT");
+        let fault = Fault::new(first, 1, Way::Lie(Lie::Empty));
+        world.set_faults(&[Fault { part: Some(Part::Sets), ..fault }]);
+        world.tick();
+        let input = format!("{:?}", world.chain(Family::V4, Chain::Input));
+        assert!(input.contains("Set("), "{first}: {input}");
+        world.memory().bad = None;
+        world.set_faults(&[]);
+        world.settle();
+    }
+}
+
 /// One program that failed ended the start: iptables-legacy waits five seconds for the xtables lock, and
 /// ENOBUFS may come from any listing.
 #[test]
