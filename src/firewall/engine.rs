@@ -69,7 +69,7 @@ const MAX_DELETIONS: usize = 64;
 /// If more rules than this are inserted at once, the guards are moved instead of counted over: to
 /// find the position of each rule, iptables-nft takes time that grows with their square.
 const MAX_NUMBERED: usize = 1_000;
-const UNRESTORED: &str = " Any part of it that took effect is undone as soon as possible.";
+const UNRESTORED: &str = "Any part of it that took effect is undone as soon as possible.";
 
 /// The kernel, in six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {

@@ -47,7 +47,7 @@ const SEND_LIMIT: Duration = Duration::from_secs(70);
 /// How many edits iptables-nft takes at once in a rootless container: without CAP_NET_ADMIN on the host,
 /// it cannot enlarge its socket's buffer.
 const ROOTLESS_EDITS: usize = 200;
-const NOT_APPLIED: &str = " The list was not applied.";
+const NOT_APPLIED: &str = "The list was not applied.";
 
 /// The programs that read and write the kernel's rules and sets.
 #[derive(Clone)]

@@ -113,10 +113,12 @@ impl ApiError {
         }
     }
 
-    /// Appends a sentence to the message of a program.
+    /// Appends a sentence, if any, to the message of a program, which need not end with a period.
     pub fn with_note(mut self, note: &str) -> ApiError {
-        if let ApiError::Iptables(text) | ApiError::Busy(text) = &mut self {
-            text.push_str(note);
+        if let ApiError::Iptables(text) | ApiError::Busy(text) = &mut self
+            && !note.is_empty()
+        {
+            *text = format!("{}. {note}", text.trim_end_matches('.'));
         }
         self
     }
@@ -450,6 +452,18 @@ mod tests {
         }
         assert_eq!(quoted(&"é".repeat(80)), format!("'{}'", "é".repeat(80)));
         assert_eq!(quoted(&"é".repeat(81)), format!("'{}...'", "é".repeat(80)));
+    }
+
+    /// "cannot open shared object file Any part of it that took effect ..."
+    #[test]
+    fn a_note_begins_a_sentence() {
+        for (text, note, whole) in [
+            ("No such file", "It failed.", "No such file. It failed."),
+            ("It hung.", "It failed.", "It hung. It failed."),
+            ("No such file", "", "No such file"),
+        ] {
+            assert_eq!(ApiError::Busy(text.into()).with_note(note), ApiError::Busy(whole.into()));
+        }
     }
 
     #[test]
