@@ -289,14 +289,9 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
     let mut list: Option<OpenList> = None;
     let mut bytes = Vec::new();
     for line in 1.. {
-        bytes.clear();
         let at = |message| LineError { line, message };
-        let length = source.take(MAX_LINE).read_until(b'\n', &mut bytes);
         let io_error = |error: io::Error| at(error.to_string());
-        let length = length.map_err(io_error)? as u64;
-        let is_cut = !bytes.ends_with(b"\n")
-            && (length < MAX_LINE
-                || bytes.ends_with(b"\0") && is_zeros(source).map_err(io_error)?);
+        let (length, is_cut) = read_line(source, &mut bytes).map_err(io_error)?;
         if is_cut {
             let message = format!("the last line is incomplete ({length} bytes) and is dropped");
             contents.tail = (length > 0).then_some(at(message));
@@ -347,6 +342,15 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
         contents.tail = Some(LineError { line, message });
     }
     Ok(contents)
+}
+
+/// Reads a line. Returns how much of it was read, and whether the file ends before the line does.
+fn read_line(source: &mut impl BufRead, bytes: &mut Vec<u8>) -> io::Result<(u64, bool)> {
+    bytes.clear();
+    let length = source.take(MAX_LINE).read_until(b'\n', bytes)? as u64;
+    let is_cut = !bytes.ends_with(b"\n")
+        && (length < MAX_LINE || bytes.ends_with(b"\0") && is_zeros(source)?);
+    Ok((length, is_cut))
 }
 
 /// Whether a source has nothing but zeros to its end.

@@ -48,24 +48,7 @@ pub fn start<K: Kernel>(
         // back.
         engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
-    if let Some(family) = Family::ALL.iter().find(|f| engine.list.count_rules(**f) > MAX_RULES) {
-        return Err(format!(
-            "there are more than {MAX_RULES} {family} rules; set ipset.path in rfw.conf to keep \
-             them in sets"
-        ));
-    }
-    let mut named = BTreeMap::new();
-    for (set, group, members) in engine.list.sets() {
-        let rule = members.keys().next().map(|net| group.rule(*net)).map(|rule| rule.to_string());
-        if let (Some(one), Some(two)) =
-            (named.insert(set.to_string(), rule.clone()).flatten(), rule)
-        {
-            return Err(format!(
-                "the set {set} would be that of {one} and that of {two}; start rfw without \
-                 ipset.path, delete either and all like it, and start it again"
-            ));
-        }
-    }
+    check_limits(&engine.list)?;
     for (family, listing) in &listings {
         twice(|| try_kernel(&engine, *family, listing))?;
         if sets.is_some() {
@@ -183,6 +166,27 @@ fn drop_whitelisted(list: &mut List, whitelist: &Whitelist, log: &Log) -> bool {
         log.warning(format_args!("removed {rule}: whitelisted"));
     }
     !dropped.is_empty()
+}
+
+/// Checks what the list of another rfw.conf, or of a file edited by hand, may exceed.
+fn check_limits(list: &List) -> Result<(), String> {
+    if let Some(family) = Family::ALL.iter().find(|f| list.count_rules(**f) > MAX_RULES) {
+        return Err(format!(
+            "there are more than {MAX_RULES} {family} rules; set ipset.path in rfw.conf to keep \
+             them in sets"
+        ));
+    }
+    let mut named: BTreeMap<String, Rule> = BTreeMap::new();
+    for (set, group, members) in list.sets() {
+        let Some(rule) = members.keys().next().map(|net| group.rule(*net)) else { continue };
+        if let Some(other) = named.insert(set.to_string(), rule) {
+            return Err(format!(
+                "the set {set} would be that of {other} and that of {rule}; start rfw without \
+                 ipset.path, delete either and all like it, and start it again"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Checks that the kernel accepts rfw's rules, unless it holds some: inserts and deletes one in one
