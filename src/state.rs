@@ -50,7 +50,7 @@ pub struct StateFile {
     /// Above this size it is compacted; 0 until rfw has rewritten it once.
     limit: u64,
     /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, is
-    /// of version 1, or does not hold the list.
+    /// of version 1, does not hold the list, or holds records that could not be removed.
     pub is_outdated: bool,
 }
 
@@ -159,7 +159,7 @@ impl StateFile {
             Ok(())
         });
         written.map_err(|error| {
-            let _ = self.repair_tail();
+            self.is_outdated |= self.repair_tail().is_err();
             self.failed("written", &error)
         })
     }
@@ -173,11 +173,11 @@ impl StateFile {
         format!("{path} cannot be {to_be}: {error}; {advice}.")
     }
 
-    /// Removes the records of the last append. If that fails, the next change does it or is refused.
+    /// Removes the records of the last append. If that fails, the file must be replaced.
     pub fn undo_append(&mut self) {
         if self.size > self.before {
             (self.size, self.needs_repair) = (self.before, true);
-            let _ = self.repair_tail();
+            self.is_outdated |= self.repair_tail().is_err();
         }
     }
 
@@ -837,5 +837,25 @@ mod tests {
             state.size = size;
             assert_eq!(state.is_large(), is_large);
         }
+    }
+
+    /// A change that was refused stayed in the file if its record could not be removed, and nothing
+    /// tried again: the next start carried it out.
+    #[test]
+    fn a_record_that_cannot_be_removed() {
+        let directory = Directory::new("undo");
+        let path = directory.file(HEADER);
+        let mut state = StateFile::open(&path).unwrap();
+        state.append([put(A, 0)].into_iter()).unwrap();
+        state.append([delete(A)].into_iter()).unwrap();
+        let file = std::mem::replace(&mut state.file, File::open(&path).unwrap());
+        state.undo_append();
+        state.file = file;
+        assert!(state.is_outdated, "the engine replaces it");
+        // The same after an append that failed.
+        let mut state = StateFile { is_outdated: false, ..state };
+        state.file = File::open(&path).unwrap();
+        assert!(state.append([delete(A)].into_iter()).is_err());
+        assert!(state.is_outdated, "the engine replaces it");
     }
 }

@@ -71,6 +71,9 @@ const MAX_DELETIONS: usize = 64;
 const MAX_NUMBERED: usize = 1_000;
 const UNRESTORED: &str = "Any part of it that took effect is undone as soon as possible.";
 
+const UNREPAIRED: &str =
+    "The change was not attempted, because an earlier failure is not repaired.";
+
 /// The kernel, in six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
     fn families(&self) -> Vec<Family>;
@@ -191,6 +194,7 @@ impl<K: Kernel> Engine<K> {
     /// form a batch; a list is a batch of its own, because it is applied entirely or not at all.
     pub fn commit(&mut self, changes: &[Change]) -> Vec<Result<Outcome, ApiError>> {
         self.begin();
+        self.follow_clock();
         // The error is logged.
         let _ = self.expire();
         let mut results = vec![Ok(Outcome::default()); changes.len()];
@@ -233,7 +237,8 @@ impl<K: Kernel> Engine<K> {
         // change a second time.
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> = self.kernel.families().into_iter().filter(of_family).collect();
-        self.settle(&families, None)?;
+        let settled = self.settle(&families, None);
+        settled.map_err(|error| ApiError::from(error).with_note(UNREPAIRED))?;
         if self.state.as_ref().is_some_and(|state| state.is_outdated) {
             self.compact().map_err(ApiError::State)?;
         }
@@ -488,29 +493,45 @@ impl<K: Kernel> Engine<K> {
         self.rewrite_rules(family, self.plans(family, &listing), batch)
     }
 
-    /// Repairs the rules of a family with a set that could not be repaired. A missing rule stays missing
-    /// if ipset does not list its set: a set that does not exist would fail all rules.
-    fn check_other_rules(&mut self, family: Family) -> Result<(), ToolError> {
+    /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
+    /// fails all. So missing rules of sets that ipset does not list are left out, and then all but the
+    /// guards.
+    fn repair_rules(&mut self, family: Family) -> Result<(), ToolError> {
+        let headers = self.list.sets.map(|_| self.kernel.read_headers(self.limit(0)));
         // If ipset fails altogether, the sets may well exist.
-        let headers = self.kernel.read_headers(self.limit(0)).ok();
+        let headers = headers.and_then(Result::ok);
         let names: Option<HashSet<String>> =
             headers.map(|headers| headers.into_iter().map(|header| header.name).collect());
         let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
-        let mut plans = self.plans(family, &listing);
-        let lacks_set = |rule: &mut KernelRule| {
-            let is_unlisted = |names: &HashSet<String>| !names.contains(&rule.to_string());
-            rule.template().is_some() && names.as_ref().is_some_and(is_unlisted)
+        let lacks_set = |rule: &KernelRule| {
+            let name = rule.template().map(|_| rule.to_string());
+            name.zip(names.as_ref()).is_some_and(|(name, names)| !names.contains(&name))
         };
+        let mut repaired = self.rewrite_except(family, &listing, lacks_set);
+        if matches!(repaired, Err(ToolError::Rejected(_))) {
+            repaired = self.rewrite_except(family, &listing, |rule| !rule.is_guard());
+        }
+        self.distrusted.insert(family);
+        repaired
+    }
+
+    fn rewrite_except(
+        &mut self,
+        family: Family,
+        listing: &Listing,
+        is_left: impl Fn(&KernelRule) -> bool,
+    ) -> Result<(), ToolError> {
+        let mut plans = self.plans(family, listing);
+        let may_wait = self.is_overtaken_often(family);
+        plans.retain(|plan| !may_wait || !plan.is_only_overtaken());
         for plan in &mut plans {
-            let left: HashSet<_> = plan.missing.extract_if(.., lacks_set).collect();
+            let left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
             plan.edits.retain(|edit| match edit {
                 RuleEdit::Insert(_, tagged) => !left.contains(&tagged.rule),
                 RuleEdit::Delete(_) => true,
             });
         }
-        let rewritten = self.rewrite_rules(family, plans, None);
-        self.distrusted.insert(family);
-        rewritten
+        self.rewrite_rules(family, plans, None)
     }
 
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
@@ -695,14 +716,8 @@ impl<K: Kernel> Engine<K> {
             if number == 0 || self.has_time() {
                 let checked = match part {
                     None => self.check_sets(),
-                    Some(family) => self.check_rules(family, None, None, false),
+                    Some(family) => self.check_family(family),
                 };
-                if let (Err(_), Some(family), true) = (&checked, part, self.list.sets.is_some())
-                    && self.has_time()
-                {
-                    // The error is that of the set.
-                    let _ = self.check_other_rules(family);
-                }
                 result = result.and(checked);
             }
         }
@@ -710,6 +725,19 @@ impl<K: Kernel> Engine<K> {
             self.parts.rotate_left(1);
         }
         result
+    }
+
+    /// Checks the rules of a family and, if it is distrusted, its sets. One that fails or takes long, or
+    /// anything that failed in the last check, does not keep the rules from being repaired.
+    fn check_family(&mut self, family: Family) -> Result<(), ToolError> {
+        let may_fail = self.list.sets.is_some() || self.outage.is_some();
+        if may_fail && self.distrusted.contains(&family) {
+            let failure = self.repair_rules(family).err();
+            if let Some(hung) = self.hung(failure) {
+                return Err(hung);
+            }
+        }
+        self.check_rules(family, None, None, false)
     }
 
     fn check_sets(&mut self) -> Result<(), ToolError> {

@@ -1757,7 +1757,8 @@ fn what_a_change_costs() {
     }
 }
 
-/// Each listing once; a distrusted family is read twice, and all addresses in sets when that is due.
+/// Each listing once; a distrusted family is read twice, with sets before and after these, and all
+/// addresses in sets when that is due.
 #[test]
 fn what_a_check_costs() {
     let table = [
@@ -1767,7 +1768,7 @@ fn what_a_check_costs() {
         (false, false, true, false, "rr r"),
         (true, false, false, false, "Rr r"),
         (true, false, false, true, "RRRRr r"),
-        (true, false, true, false, "RRRRrr r"),
+        (true, false, true, false, "RRRRRrrrr r"),
     ];
     for (sets, is_early, is_distrusted, is_due, cost) in table {
         let mut world = World::new(sets, false);
@@ -2786,6 +2787,74 @@ fn a_rule_moves_although_its_set_is_not_listed() {
         world.set_faults(&[]);
         world.settle();
     }
+}
+
+/// A family whose sets took long to read, with one set that failed, had no time left for its rules.
+#[test]
+fn rules_are_repaired_before_sets_are_read() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1");
+    world.settle();
+    flush(&mut world);
+    world.engine().distrusted.insert(Family::V4);
+    world.set_faults(&[]);
+    world.tick();
+    let calls = world.memory().calls.clone();
+    let first = calls.iter().position(|(_, call)| *call == Call::WriteRules).unwrap();
+    let read = calls[..first].iter().filter(|(part, _)| *part == Part::Sets).count();
+    // The names of all sets twice, and the only set of the other family, which is due.
+    assert_eq!(read, 3, "{calls:?}");
+}
+
+/// If the kernel rejected one rule, as without the module of its target, a flush left it without guards,
+/// and no rule expired.
+#[test]
+fn a_rule_that_is_rejected_keeps_neither_guards_nor_expiry_from_repair() {
+    let mut world = World::new(false, false);
+    world.put(
+        "+ /drop/input/any/1.1.1.1; + /drop/input/any/1.1.1.2; +60 /accept/forward/any/5.5.5.5",
+    );
+    world.settle();
+    world.memory().bad = Net::parse("1.1.1.2");
+    world.memory().chain(Family::V4, Chain::Input).clear();
+    world.pass(120);
+    for _ in 0..3 {
+        assert!(world.tick(), "the rule is rejected");
+    }
+    assert_eq!(world.chain(Family::V4, Chain::Input).len(), 3);
+    assert_eq!(world.chain(Family::V4, Chain::Forward).len(), 0);
+    world.memory().bad = None;
+    world.settle();
+}
+
+/// While one set failed, rfw moved its rules to the front at every check, and each WARNING said that it
+/// waits a minute.
+#[test]
+fn overtaken_often_while_a_set_fails() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
+    world.settle();
+    world.memory().bad = Net::parse("1.1.1.2");
+    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
+    assert!(world.tick(), "the set cannot be repaired");
+    for _ in 0..20 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+        world.tick();
+    }
+    assert_eq!(world.metrics.overtaken.to_string(), "10");
+}
+
+/// The expiry of a change between a step of the clock and the next tick counted from the old time. If
+/// rfw was killed by then, the change was lost.
+#[test]
+fn a_change_after_the_clock_was_set() {
+    let mut world = World::new(false, true);
+    world.put("+ /drop/input/any/1.1.1.1");
+    world.engine().clock.follow(clock::wall() - Duration::from_secs(100_000));
+    world.engine().commit(&parse("+600 /drop/input/any/2.2.2.2")[0]);
+    world.start().unwrap();
+    let rule: Rule = "/drop/input/any/2.2.2.2".parse().unwrap();
+    assert!(world.engine().list.contains(&rule));
 }
 
 /// One program that failed ended the start: iptables-legacy waits five seconds for the xtables lock, and
