@@ -25,11 +25,12 @@ const READ_SIZE: usize = 8 << 10;
 /// list those of IPv4, the ones of `blocks` to which a socket can be bound. The error is as in
 /// [`list_addresses`].
 pub fn own_addresses(family: Family, blocks: &[Net]) -> (Vec<Net>, Option<String>) {
-    if blocks.iter().all(|net| is_bindable(net) == Some(false)) {
+    let is_v4 = family == Family::V4;
+    // For a second after it was added, no socket can be bound to an IPv6 address (RFC 4862, 5.4).
+    if is_v4 && blocks.iter().all(|net| is_bindable(net) == Some(false)) {
         return (Vec::new(), None);
     }
     let (mut nets, error) = list(family);
-    let is_v4 = family == Family::V4;
     if is_v4 && error.is_some() && is_bindable(&Net::host(NOBODY.into())) == Some(false) {
         nets.extend(blocks.iter().filter(|net| is_bindable(net) == Some(true)));
     }

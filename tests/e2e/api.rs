@@ -206,6 +206,18 @@ fn this_hosts_own_addresses_are_never_blocked() {
     });
 }
 
+/// No socket can be bound to an address that is still being checked for duplicates.
+#[test]
+fn a_tentative_address_is_this_hosts_own() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        sh("ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+            echo 100 > /proc/sys/net/ipv6/conf/v0/dad_transmits; ip addr add fd18::5/64 dev v0");
+        transcript(&[("PUT /drop/input/any/fd18::5", "409 whitelisted")]);
+        assert!(sh("ip addr show dev v0 tentative").contains("fd18::5"), "not tested");
+    });
+}
+
 /// contrib/rfw.service: ProcSubset=pid hides /proc/net, and ProtectProc=invisible other processes.
 #[test]
 fn own_addresses_and_interfaces_are_known_in_the_hardened_unit() {
