@@ -19,7 +19,7 @@ use rfw::notify;
 use rfw::rule::net::Family;
 use rfw::rule::whitelist::Whitelist;
 use rfw::server::Server;
-use rfw::server::connection::{LISTINGS, UPLOADS};
+use rfw::server::connection::{LISTINGS, READING, UPLOADS};
 use rfw::server::limiter::ConnectionLimiter;
 use rfw::server::listener::Listener;
 use rfw::setup::{Setup, check_start};
@@ -31,7 +31,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -210,7 +210,7 @@ fn run(options: &Options) -> Result<Infallible, String> {
         throttle: LoginThrottle::default(),
         uploads: ConnectionLimiter::new(UPLOADS),
         listings: ConnectionLimiter::new(LISTINGS),
-        reading: Mutex::default(),
+        reading: ConnectionLimiter::new(READING),
         addresses,
     };
     let server = Arc::new(server);

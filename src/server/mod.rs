@@ -14,7 +14,7 @@ use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::rule::whitelist::Whitelist;
 use limiter::ConnectionLimiter;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// What all listeners share.
 pub struct Server {
@@ -30,7 +30,7 @@ pub struct Server {
     /// A slot for each long listing that is being read and sent.
     pub listings: Arc<ConnectionLimiter>,
     /// Held while a listing is read from the kernel.
-    pub reading: Mutex<()>,
+    pub reading: Arc<ConnectionLimiter>,
     /// The addresses of the servers, for the help text.
     pub addresses: String,
 }

@@ -118,6 +118,31 @@ fn concurrent_listings_all_get_their_turn() {
     });
 }
 
+/// Connections that all list a table of which iptables needs a moment held every slot of the listener.
+#[test]
+fn a_crowd_that_lists_delays_no_change() {
+    once(|lab| {
+        lab.stand_in("case \"$*\" in *-S*) /bin/sleep 0.2 ;; esac");
+        let _rfw = lab.start("local.server");
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..200 {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        let _ = Conn::open().try_ask("GET /list?tag=x", "");
+                    }
+                });
+            }
+            let mut statuses = Vec::new();
+            for _ in 0..5 {
+                statuses.push(Conn::open().try_ask(PUT, "").map_or(0, |answer| answer.status));
+            }
+            is_over.store(true, Ordering::Relaxed);
+            assert_eq!(statuses, [200; 5]);
+        });
+    });
+}
+
 /// The outcome of a crowd's requests: how many changes were made, and how many refused.
 #[derive(Default)]
 struct Crowd {
