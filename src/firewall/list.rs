@@ -24,6 +24,11 @@ const REAL_TIME: u64 = 1_767_225_600;
 pub const MAX_RULES: usize = 100_000;
 const TOO_MANY_RULES: ApiError =
     ApiError::Full("rfw keeps at most 100,000 rules; set ipset.path in rfw.conf to keep more.");
+/// The maximum number of addresses in all sets, unless one may have more: their memory, 130 MB.
+const MAX_ADDRESSES: usize = 2_097_152;
+const TOO_MANY_ADDRESSES: ApiError = ApiError::Full(
+    "rfw keeps at most 2,097,152 addresses in sets, or ipset.maxelem if that is more.",
+);
 /// The maximum number of tags.
 const MAX_TAGS: usize = 64;
 /// The maximum number of sets, empty ones included: each makes every check slower.
@@ -371,9 +376,13 @@ impl List {
 
     /// Checks the limits before any work: a refused list must not cost memory.
     fn check_room(&self, group: Group, nets: &[Net]) -> Result<(), ApiError> {
-        let (held, limit, full) = match self.sets.filter(|_| self.is_in_set(&group)) {
-            Some(maxelem) => (self.members(&group).map_or(0, Members::len), maxelem, SET_FULL),
-            None => (self.count_rules(group.family), MAX_RULES, TOO_MANY_RULES),
+        let (room, full) = match self.sets.filter(|_| self.is_in_set(&group)) {
+            Some(maxelem) => {
+                let room = maxelem.saturating_sub(self.members(&group).map_or(0, Members::len));
+                let rest = MAX_ADDRESSES.max(maxelem).saturating_sub(self.count());
+                if rest < room { (rest, TOO_MANY_ADDRESSES) } else { (room, SET_FULL) }
+            }
+            None => (MAX_RULES.saturating_sub(self.count_rules(group.family)), TOO_MANY_RULES),
         };
         if self.members(&group).is_none_or(Members::is_empty) {
             self.check_tag(group.template.tag)?;
@@ -381,7 +390,6 @@ impl List {
         if !self.groups.contains_key(&group) {
             self.check_set(group)?;
         }
-        let room = limit.saturating_sub(held);
         let new = || nets.iter().filter(|net| self.entry(group, net).is_none()).count();
         if nets.len() <= room || new() <= room { Ok(()) } else { Err(full) }
     }
@@ -1250,6 +1258,29 @@ pub(super) mod tests {
         assert_eq!((stored(&list), refused(&mut list, one)), (vec![one.to_string()], None));
         let mut list = List::new(None);
         assert_eq!((refused(&mut list, one), refused(&mut list, two)), (None, None));
+    }
+
+    /// With a set for each interface name, one user could exhaust the memory, and so could every start.
+    #[test]
+    fn the_addresses_in_all_sets_are_limited() {
+        const HALF: usize = MAX_ADDRESSES / 2;
+        let nets: Vec<Net> =
+            (1..=HALF as u32).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
+        let mut list = List::new(Some(HALF));
+        for chain in ["input", "output"] {
+            let template = RuleTemplate::parse(&["drop", chain, "any"]).unwrap();
+            let put = Change { rules: Rules::List(template, nets.clone()), action: Action::Put(0) };
+            assert!(list.apply(&[&put], NOW).is_ok());
+        }
+        let mut apply = |text: &str| list.apply(&[&change(text)], NOW).err();
+        assert_eq!(apply("+/drop/input/eth0/9.9.9.9"), Some(TOO_MANY_ADDRESSES));
+        assert_eq!(apply("+/drop/input/any/9.9.9.9"), Some(SET_FULL));
+        assert_eq!(apply("-/drop/input/any/0.0.0.1"), None);
+        assert_eq!(apply("+/drop/input/eth0/9.9.9.9"), None);
+        assert_eq!(apply("+/drop/forward/eth0/9.9.9.9/any/8.8.8.8"), None);
+        // Unless one set may have more.
+        list.sets = Some(2 * MAX_ADDRESSES);
+        assert_eq!(list.apply(&[&change("+/drop/input/eth0/9.9.9.8")], NOW).err(), None);
     }
 
     #[test]
