@@ -166,7 +166,13 @@ impl Arguments {
         let mut job = Job::parse(&self.operands, &self.query)?;
         match self.list {
             Some(_) if job.method == "GET" => return Err("get takes no --list".into()),
-            Some(file) => job.list = read(&file)?,
+            Some(file) => {
+                job.list = read(&file)?;
+                // Without a body, the path itself may name a rule.
+                if job.list.is_empty() {
+                    return Err(format!("{file} is empty"));
+                }
+            }
             None => {}
         }
         Ok(Command::Send(fleet, job))

@@ -169,6 +169,7 @@ fn both_names_and_wrong_usage() {
             ("get /x --servers empty", 2, "empty"),
             ("get /x --servers servers", 2, "servers:3"),
             ("put /x --list gone", 2, "gone"),
+            ("put /x --list /dev/null", 2, "/dev/null is empty"),
             ("put /x --list .", 2, "."),
             ("get /x --cacert gone", 2, "gone"),
             ("get /x --cacert pem", 2, "CERTIFICATE"),
