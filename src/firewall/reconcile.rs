@@ -85,7 +85,7 @@ pub struct Plan {
     pub missing: Vec<KernelRule>,
     /// rfw's rules that are not wanted.
     pub unknown: Vec<TaggedRule>,
-    /// A foreign rule that preceded one of rfw's.
+    /// A foreign rule that preceded a wanted one.
     pub overtaken_by: Option<String>,
 }
 
@@ -113,8 +113,8 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let rules: HashSet<KernelRule> = known.iter().map(|tagged| tagged.rule).collect();
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
         chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
-    let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some());
-    let is_overtaken = from_foreign.any(Option::is_some);
+    let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some()).flatten();
+    let is_overtaken = from_foreign.any(|tagged| rules.contains(&tagged.rule));
     let missing = wanted.iter().map(|tagged| tagged.rule);
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     Plan {
@@ -274,7 +274,7 @@ mod tests {
             ("", "AB", "-A -B", "", "AB", false),
             ("B", "AB", "-A", "", "A", false),
             ("A", "ABcB.", "-B -c -B", "", "BcB", false),
-            ("A", "A.B", "-B", "", "B", true),
+            ("A", "A.B", "-B", "", "B", false),
             ("AC", "CX.A", "-X -A +1A", "", "X", true),
             // All at once
             ("ABCD", "b.A.DAx", "-b -A -D -A -x +1D +1C +1B +1A", "C", "x", true),
