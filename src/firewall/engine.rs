@@ -251,6 +251,10 @@ impl<K: Kernel> Engine<K> {
         if let Err(error) = written {
             self.list.undo(&batch);
             self.state.iter_mut().for_each(StateFile::undo_append);
+            if self.has_time() && !matches!(error, ApiError::State(_)) {
+                // A repair would tolerate a timeout that differs by a few seconds.
+                let _ = self.write_sets(&batch, true);
+            }
             let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 self.destroy_set(&set.to_string());

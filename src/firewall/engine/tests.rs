@@ -2857,6 +2857,26 @@ fn a_change_after_the_clock_was_set() {
     assert!(world.engine().list.contains(&rule));
 }
 
+/// The timeout of a refresh that was refused stayed in the kernel, if it differed by three seconds.
+#[test]
+fn a_refused_refresh_does_not_stay_in_the_kernel() {
+    let mut world = World::new(true, false);
+    world.put("+60 /drop/input/any/1.1.1.1");
+    world.settle();
+    let expiry = |world: &World| {
+        let memory = world.memory();
+        memory.sets["rfw4:drop:in:any"].entries[&Net::parse("1.1.1.1").unwrap()]
+    };
+    let before = expiry(&world);
+    world
+        .set_faults(&[Fault { part: Some(Part::Rules(Family::V4)), ..Fault::always(Way::Reject) }]);
+    let results = world.engine().commit(&parse("+62 /drop/input/any/1.1.1.1")[0]);
+    assert!(results[0].is_err(), "{results:?}");
+    assert_eq!(expiry(&world), before);
+    world.set_faults(&[]);
+    world.settle();
+}
+
 /// One program that failed ended the start: iptables-legacy waits five seconds for the xtables lock, and
 /// ENOBUFS may come from any listing.
 #[test]
