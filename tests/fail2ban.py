@@ -328,6 +328,7 @@ def feeds():
     others = sources("spamhaus4")
     check("a feed that has not changed is not sent again, and put again",
           cron(ipsum).returncode == 0 and Feeds.answers[-1] == 304 and sources("ipsum") == WANTED["levels/3.txt"])
+    original = FEEDS["levels/3.txt"]
     for Feeds.mode in "error", "empty", "comment", "html", "cut", "endless":
         FEEDS["levels/3.txt"] = "198.18.0.9\n198.18.0.1\n198.18.0.2\n"
         done = cron(ipsum)
@@ -335,6 +336,10 @@ def feeds():
               and done.returncode != 0 and done.stderr + done.stdout != "")
     largest = max(os.stat(f"/var/cache/rfw-feed/{name}").st_size for name in os.listdir("/var/cache/rfw-feed"))
     check("an endless download does not fill the disk", largest <= 64 << 20)
+    Feeds.mode, FEEDS["levels/3.txt"] = "", original
+    check("a version from before the failures is downloaded again", cron(ipsum).returncode == 0 and Feeds.answers[-1] == 200)
+    plain = {name for name in os.listdir("/var/cache/rfw-feed") if ":" not in name}
+    check("no two tags share a file", plain == {command.split()[1] for _, command in crontab})
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
