@@ -337,27 +337,6 @@ mod tests {
         }
     }
 
-    /// It would delete every rule with its tag.
-    #[test]
-    fn lists_of_which_nothing_remains() {
-        let whitelist = Whitelist::parse("10.0.0.0/24").unwrap();
-        for (text, is_empty) in [
-            ("10.0.0.1", true),
-            ("10.0.0.1\n10.0.0.2\nx", true),
-            ("10.0.0.1\nx\ny", false),
-            ("x", false),
-        ] {
-            let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
-            let options = ListOptions { lenient: true, ipv6: true };
-            let rights = Rights::admin(Action::Replace(0));
-            let mut list = List::new(&whitelist, &[], template, rights, options);
-            list.push(text.as_bytes()).unwrap();
-            let error = list.finish().err();
-            assert_eq!(error == Some(ListError::Empty), is_empty, "{text:?} {error:?}");
-            assert!(error.is_some());
-        }
-    }
-
     #[test]
     fn lists_on_a_host_without_ipv6() {
         let text = "1.1.1.1\n::2\n2001:db8::/64\n2001:db8::1-2001:db8::3\n::ffff:2.2.2.2\n";
