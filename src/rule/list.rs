@@ -122,12 +122,12 @@ impl List {
         let Invalid { count, entries, .. } = self.invalid;
         // A failed download must not unblock everything that the previous list blocked.
         let deletes_all = self.sieve.count() == 0 && self.sieve.replaces();
-        let tolerated = if self.options.lenient { entries / 2 } else { 0 };
-        if count > tolerated {
-            return Err(ListError::Invalid(self.invalid));
-        }
-        if entries == 0 || deletes_all {
+        if entries == 0 || deletes_all && count == 0 {
             return Err(ListError::Empty);
+        }
+        let tolerated = if self.options.lenient { entries / 2 } else { 0 };
+        if count > tolerated || deletes_all {
+            return Err(ListError::Invalid(self.invalid));
         }
         self.cut.sort_unstable();
         self.cut.dedup();
