@@ -272,6 +272,16 @@ fn a_disk_that_takes_nothing() {
                 refused("fdatasync");
                 drop(tracer);
                 works("it writes again");
+                // The record of a refused change does not wait for the next change to be removed.
+                let file = lab.read("../disk/state");
+                let tracer = inject(rfw, "fdatasync,ftruncate:error=EIO");
+                let refused = ask("DELETE /drop/forward/any/1.1.1.1/any/1.1.1.2");
+                assert_eq!(refused.brief(), "507 state_failed");
+                assert_ne!(lab.read("../disk/state"), file);
+                drop(tracer);
+                await_true("the record is removed", 3 + SLACK, || {
+                    lab.read("../disk/state") == file
+                });
             }
             let kept = lab.kept().len();
             rfw.kill();
