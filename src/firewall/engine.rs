@@ -506,14 +506,13 @@ impl<K: Kernel> Engine<K> {
         let headers = headers.and_then(Result::ok);
         let names: Option<HashSet<String>> =
             headers.map(|headers| headers.into_iter().map(|header| header.name).collect());
-        let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
         let lacks_set = |rule: &KernelRule| {
             let name = rule.template().map(|_| rule.to_string());
             name.zip(names.as_ref()).is_some_and(|(name, names)| !names.contains(&name))
         };
-        let mut repaired = self.rewrite_except(family, &listing, lacks_set);
+        let mut repaired = self.rewrite_except(family, lacks_set);
         if matches!(repaired, Err(ToolError::Rejected(_))) {
-            repaired = self.rewrite_except(family, &listing, |rule| !rule.is_guard());
+            repaired = self.rewrite_except(family, |rule| !rule.is_guard());
         }
         self.distrusted.insert(family);
         repaired
@@ -522,12 +521,10 @@ impl<K: Kernel> Engine<K> {
     fn rewrite_except(
         &mut self,
         family: Family,
-        listing: &Listing,
         is_left: impl Fn(&KernelRule) -> bool,
     ) -> Result<(), ToolError> {
-        let mut plans = self.plans(family, listing);
-        let may_wait = self.is_overtaken_often(family);
-        plans.retain(|plan| !may_wait || !plan.is_only_overtaken());
+        let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
+        let mut plans = self.plans(family, &listing);
         for plan in &mut plans {
             let left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
             plan.edits.retain(|edit| match edit {
@@ -535,6 +532,9 @@ impl<K: Kernel> Engine<K> {
                 RuleEdit::Delete(_) => true,
             });
         }
+        // A rule that is left out is no reason to move the others.
+        let may_wait = self.is_overtaken_often(family);
+        plans.retain(|plan| !may_wait || !plan.is_only_overtaken());
         self.rewrite_rules(family, plans, None)
     }
 

@@ -2844,6 +2844,47 @@ fn overtaken_often_while_a_set_fails() {
     assert_eq!(world.metrics.overtaken.to_string(), "10");
 }
 
+/// The same if the rule of that set is missing, too.
+#[test]
+fn overtaken_often_while_a_set_is_missing() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/1.1.1.2@bad");
+    world.settle();
+    let name = world.memory().sets.keys().find(|name| name.contains("bad")).unwrap().clone();
+    world.memory().sets.remove(&name);
+    world.memory().bad_set = Some(name.clone());
+    world.memory().chain(Family::V4, Chain::Input).retain(|row| match row {
+        FakeRow::Own(tagged) => tagged.rule.to_string() != name,
+        FakeRow::Foreign(_) => true,
+    });
+    assert!(world.tick(), "the set cannot be repaired");
+    for _ in 0..20 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+        world.tick();
+    }
+    assert_eq!(world.metrics.overtaken.to_string(), "10");
+}
+
+/// A rewrite that was committed and then failed was followed by another from the same listing: for one
+/// check, every guard was there twice.
+#[test]
+fn a_rewrite_that_seems_to_fail_is_not_repeated() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
+    world.settle();
+    let right = world.memory().chains.clone();
+    world.memory().bad = Net::parse("1.1.1.2");
+    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
+    assert!(world.tick(), "the set cannot be repaired");
+    for first in 1..=6 {
+        flush(&mut world);
+        let fault = Fault { only_writes: true, ..Fault::new(first, 1, Way::DoAndReject) };
+        world.set_faults(&[Fault { part: Some(Part::Rules(Family::V4)), ..fault }]);
+        world.tick();
+        assert_eq!(format!("{:?}", world.memory().chains), format!("{right:?}"), "{first}");
+    }
+}
+
 /// The expiry of a change between a step of the clock and the next tick counted from the old time. If
 /// rfw was killed by then, the change was lost.
 #[test]
