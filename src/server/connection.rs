@@ -36,7 +36,7 @@ pub const UPLOADS: Limits = Limits {
 /// 100,000 rules. More patience, because a full buffer of 4 MB becomes writable when a third of it is
 /// free: a client that reads 700 KB/s seems to pause for 2 s.
 pub const LISTINGS: Limits = Limits { slots: 4, patience: Duration::from_secs(2), ..UPLOADS };
-/// A listing is read from the kernel at a time, so that a change waits for at most one.
+/// One listing is read from the kernel at a time, so that a change waits for at most one.
 pub const READING: Limits = Limits { slots: 1, ..UPLOADS };
 /// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
 const SHORT_LISTING: usize = 100;
@@ -241,7 +241,9 @@ impl Connection<'_> {
         let mut is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
         let (mut listing, _turn) = loop {
             let turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
-            let reading = self.await_turn(&server.reading)?;
+            let wait = || self.await_turn(&server.reading);
+            // A client with a slot is not evicted from it while it waits for rfw.
+            let reading = if is_long { self.client.work(wait) } else { wait() }?;
             let listing = self.client.work(|| server.firewall.list(principal, filter))?;
             drop(reading);
             if is_long || listing.len() <= SHORT_LISTING {

@@ -29,7 +29,7 @@ pub struct Server {
     pub uploads: Arc<ConnectionLimiter>,
     /// A slot for each long listing that is being read and sent.
     pub listings: Arc<ConnectionLimiter>,
-    /// Held while a listing is read from the kernel.
+    /// The slot for reading a listing from the kernel.
     pub reading: Arc<ConnectionLimiter>,
     /// The addresses of the servers, for the help text.
     pub addresses: String,
