@@ -70,9 +70,8 @@ const MAX_DELETIONS: usize = 64;
 /// find the position of each rule, iptables-nft takes time that grows with their square.
 const MAX_NUMBERED: usize = 1_000;
 const UNRESTORED: &str = "Any part of it that took effect is undone as soon as possible.";
-
-const UNREPAIRED: &str =
-    "The change was not attempted, because an earlier failure is not repaired.";
+const UNCHECKED: &str =
+    "The change was not attempted, because the kernel's rules could not be checked first.";
 
 /// The kernel, in six verbs. Each fails after `limit`.
 pub trait Kernel: Sync {
@@ -238,7 +237,7 @@ impl<K: Kernel> Engine<K> {
         let of_family = |family: &Family| changes.iter().any(|change| change.concerns(*family));
         let families: Vec<Family> = self.kernel.families().into_iter().filter(of_family).collect();
         let settled = self.settle(&families, None);
-        settled.map_err(|error| ApiError::from(error).with_note(UNREPAIRED))?;
+        settled.map_err(|error| ApiError::from(error).with_note(UNCHECKED))?;
         if self.state.as_ref().is_some_and(|state| state.is_outdated) {
             self.compact().map_err(ApiError::State)?;
         }

@@ -36,7 +36,7 @@ pub const UPLOADS: Limits = Limits {
 /// 100,000 rules. More patience, because a full buffer of 4 MB becomes writable when a third of it is
 /// free: a client that reads 700 KB/s seems to pause for 2 s.
 pub const LISTINGS: Limits = Limits { slots: 4, patience: Duration::from_secs(2), ..UPLOADS };
-/// One listing is read from the kernel at a time, so that a change waits for at most one.
+/// One listing at a time is read from the kernel, so that a change waits for at most one.
 pub const READING: Limits = Limits { slots: 1, ..UPLOADS };
 /// The most rules of a short listing: 23 KB, which fit in the socket's buffer.
 const SHORT_LISTING: usize = 100;
@@ -229,8 +229,8 @@ impl Connection<'_> {
         response.end(&json);
     }
 
-    /// A short listing needs no slot: it delays no other request, and 128 of them take little
-    /// memory.
+    /// A short listing needs no slot of `listings`: it delays no other request, and 128 of them take
+    /// little memory.
     fn send_listing(
         &self,
         principal: &Principal,

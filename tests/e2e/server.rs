@@ -143,6 +143,24 @@ fn a_crowd_that_lists_delays_no_change() {
     });
 }
 
+#[test]
+fn a_listing_that_waits_for_rfw_is_not_evicted() {
+    once(|lab| {
+        lab.stand_in("case \"$*\" in *-S*) /bin/sleep 0.4 ;; esac");
+        let _rfw = lab.start("local.server");
+        list("PUT /drop/input/any", addresses(150));
+        await_true("they are counted", 3 + SLACK, || {
+            ask("GET /metrics").body.contains("target=\"DROP\",tag=\"\"} 150")
+        });
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                // Each is answered, if only with 503 after 5 s.
+                scope.spawn(|| Conn::open().try_ask("GET /list", "").unwrap());
+            }
+        });
+    });
+}
+
 /// The outcome of a crowd's requests: how many changes were made, and how many refused.
 #[derive(Default)]
 struct Crowd {
