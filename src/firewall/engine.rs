@@ -361,13 +361,22 @@ impl<K: Kernel> Engine<K> {
     /// Whether as many rules are missing and unknown as a batch inserts and deletes.
     fn are_expected(&self, plans: &[Plan], family: Family, batch: &Batch) -> bool {
         let created = batch.created.iter().filter(|group| group.family == family).count();
-        let is_rule = |group: &Group| group.family == family && !self.list.is_in_set(group);
-        let rules = self.list.differences(batch, is_rule);
+        let rules = self.rule_differences(batch, family);
         let inserted = rules.clone().filter(|d| d.before.is_none() && d.after.is_some()).count();
         let deleted = rules.filter(|d| d.before.is_some() && d.after.is_none()).count();
         let missing: usize = plans.iter().map(|plan| plan.missing.len()).sum();
         let unknown: usize = plans.iter().map(|plan| plan.unknown.len()).sum();
         missing == created.saturating_add(inserted) && unknown == deleted
+    }
+
+    /// What a batch changed or confirmed in the rules of a family, except those in sets.
+    fn rule_differences(
+        &self,
+        batch: &Batch,
+        family: Family,
+    ) -> impl Iterator<Item = Difference> + Clone {
+        let is_rule = move |group: &Group| group.family == family && !self.list.is_in_set(group);
+        self.list.differences(batch, is_rule)
     }
 
     /// Creates the sets of a batch and adds its addresses or, in a later step, deletes them.
@@ -398,8 +407,7 @@ impl<K: Kernel> Engine<K> {
     /// insertions, the newest last. `None` if it is faster to read the chain first.
     fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
         let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
-        let is_rule = |group: &Group| group.family == family && !self.list.is_in_set(group);
-        for difference in self.list.differences(batch, is_rule) {
+        for difference in self.rule_differences(batch, family) {
             let Difference { before, after, .. } = difference;
             if before == after {
                 continue;
