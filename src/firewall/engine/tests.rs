@@ -2767,6 +2767,22 @@ fn rules_are_repaired_while_ipset_fails() {
     }
 }
 
+/// A set of the list, rfw4:drop:out:any, that the kernel does not fill.
+fn fail_a_set(world: &mut World) {
+    world.memory().bad = Net::parse("1.1.1.2");
+    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
+    assert!(world.tick(), "the set cannot be repaired");
+}
+
+/// Returns how often rfw moved its rules in 20 ticks, before each of which another rule precedes them.
+fn overtaken_at_every_tick(world: &mut World) -> String {
+    for _ in 0..20 {
+        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
+        world.tick();
+    }
+    world.metrics.overtaken.to_string()
+}
+
 /// A rule that moves is deleted and inserted. If one list of sets lacked its set, it was only deleted.
 #[test]
 fn a_rule_moves_although_its_set_is_not_listed() {
@@ -2774,9 +2790,7 @@ fn a_rule_moves_although_its_set_is_not_listed() {
         let mut world = World::new(true, false);
         world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
         world.settle();
-        world.memory().bad = Net::parse("1.1.1.2");
-        world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
-        assert!(world.tick(), "the set cannot be repaired");
+        fail_a_set(&mut world);
         world.insert_foreign(Family::V4, Chain::Input, 1, "-j ACCEPT");
         let fault = Fault::new(first, 1, Way::Lie(Lie::Empty));
         world.set_faults(&[Fault { part: Some(Part::Sets), ..fault }]);
@@ -2834,14 +2848,8 @@ fn overtaken_often_while_a_set_fails() {
     let mut world = World::new(true, false);
     world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
     world.settle();
-    world.memory().bad = Net::parse("1.1.1.2");
-    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
-    assert!(world.tick(), "the set cannot be repaired");
-    for _ in 0..20 {
-        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
-        world.tick();
-    }
-    assert_eq!(world.metrics.overtaken.to_string(), "10");
+    fail_a_set(&mut world);
+    assert_eq!(overtaken_at_every_tick(&mut world), "10");
 }
 
 /// The same if the rule of that set is missing, too.
@@ -2858,11 +2866,7 @@ fn overtaken_often_while_a_set_is_missing() {
         FakeRow::Foreign(_) => true,
     });
     assert!(world.tick(), "the set cannot be repaired");
-    for _ in 0..20 {
-        world.insert_foreign(Family::V4, Chain::Input, 1, "-j DOCKER");
-        world.tick();
-    }
-    assert_eq!(world.metrics.overtaken.to_string(), "10");
+    assert_eq!(overtaken_at_every_tick(&mut world), "10");
 }
 
 /// A rewrite that was committed and then failed was followed by another from the same listing: for one
@@ -2873,9 +2877,7 @@ fn a_rewrite_that_seems_to_fail_is_not_repeated() {
     world.put("+ /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.2");
     world.settle();
     let right = world.memory().chains.clone();
-    world.memory().bad = Net::parse("1.1.1.2");
-    world.memory().sets.get_mut("rfw4:drop:out:any").unwrap().entries.clear();
-    assert!(world.tick(), "the set cannot be repaired");
+    fail_a_set(&mut world);
     for first in 1..=6 {
         flush(&mut world);
         let fault = Fault { only_writes: true, ..Fault::new(first, 1, Way::DoAndReject) };
