@@ -92,7 +92,7 @@ impl ConnectionLimiter {
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
         table.queue.retain(|waiting| !Arc::ptr_eq(waiting, client));
-        self.changed.notify_one();
+        self.changed.notify_all();
         has_slot.then(|| {
             client.update(|state| *state = State::Working);
             table.holders.push(client.clone());
@@ -213,7 +213,8 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut table = lock(&self.limiter.table);
         table.holders.retain(|holder| !Arc::ptr_eq(holder, &self.client));
-        self.limiter.changed.notify_one();
+        // Only one of those that wait is next, perhaps not the one that `notify_one` would wake.
+        self.limiter.changed.notify_all();
     }
 }
 
