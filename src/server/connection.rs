@@ -280,7 +280,7 @@ impl Connection<'_> {
     }
 
     fn await_turn(&self, limiter: &Arc<ConnectionLimiter>) -> Result<Slot, ApiError> {
-        let busy = || ApiError::Busy("Too many lists are being transferred.".into());
+        let busy = || ApiError::Busy("Other lists did not end within 5 s.".into());
         self.client.acquire(limiter).ok_or_else(busy)
     }
 
