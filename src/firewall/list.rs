@@ -379,7 +379,8 @@ impl List {
         let (room, full) = match self.sets.filter(|_| self.is_in_set(&group)) {
             Some(maxelem) => {
                 let room = maxelem.saturating_sub(self.members(&group).map_or(0, Members::len));
-                let rest = MAX_ADDRESSES.max(maxelem).saturating_sub(self.count());
+                let held = self.sets().map(|(.., members)| members.len()).sum();
+                let rest = MAX_ADDRESSES.max(maxelem).saturating_sub(held);
                 if rest < room { (rest, TOO_MANY_ADDRESSES) } else { (room, SET_FULL) }
             }
             None => (MAX_RULES.saturating_sub(self.count_rules(group.family)), TOO_MANY_RULES),
@@ -1276,8 +1277,9 @@ pub(super) mod tests {
         assert_eq!(apply("+/drop/input/eth0/9.9.9.9"), Some(TOO_MANY_ADDRESSES));
         assert_eq!(apply("+/drop/input/any/9.9.9.9"), Some(SET_FULL));
         assert_eq!(apply("-/drop/input/any/0.0.0.1"), None);
-        assert_eq!(apply("+/drop/input/eth0/9.9.9.9"), None);
+        // This one is not in a set.
         assert_eq!(apply("+/drop/forward/eth0/9.9.9.9/any/8.8.8.8"), None);
+        assert_eq!(apply("+/drop/input/eth0/9.9.9.9"), None);
         // Unless one set may have more.
         list.sets = Some(2 * MAX_ADDRESSES);
         assert_eq!(list.apply(&[&change("+/drop/input/eth0/9.9.9.8")], NOW).err(), None);
