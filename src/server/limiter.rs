@@ -5,7 +5,8 @@
 //! waiting for a request, for the next 16 KiB of a body, or for the client to accept the next
 //! 16 KiB of a response. It is not evicted before [`Limits::patience`] has passed, nor while rfw
 //! works for it. Connections of an address that holds more than its share, a quarter of the slots,
-//! are evicted before all others. Of the lists and listings that wait, those of the address with the
+//! are evicted before all others; a connection that exceeds its address's share evicts only these and
+//! others of that address. Of the lists and listings that wait, those of the address with the
 //! fewest slots go first; connections wait in order of arrival, because a listener admits one at a
 //! time. While others wait for a slot, a connection is closed after its response, so that every
 //! client gets a turn ([`ConnectionLimiter::is_wanted`]). A connection that has waited for
@@ -116,25 +117,31 @@ impl Table {
             return false;
         }
         if self.active() >= limits.slots {
-            let share = limits.slots.div_ceil(4).max(self.held_by(client.ip).saturating_add(1));
-            self.evict(share, limits.patience);
+            self.evict_for(client.ip, limits);
         }
         self.active() < limits.slots
             && self.holders.len() < limits.slots.saturating_add(limits.evicting)
     }
 
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
-    fn evict(&self, share: usize, patience: Duration) {
+    fn evict_for(&self, newcomer: IpAddr, limits: &Limits) {
         let mut held = HashMap::with_capacity(self.holders.len());
-        for holder in &self.holders {
-            let count = held.entry(holder.ip).or_insert(0_usize);
+        for ip in self.holders.iter().map(|holder| holder.ip).chain([newcomer]) {
+            let count = held.entry(ip).or_insert(0_usize);
             *count = count.saturating_add(1);
         }
+        let count_of = |ip| held.get(&ip).copied().unwrap_or_default();
+        let share = limits.slots.div_ceil(4);
         let mut victim = None;
         for (at, holder) in self.holders.iter().enumerate() {
             let State::Waiting(since, _) = *lock(&holder.state) else { continue };
-            let (is_greedy, waited) = (held.get(&holder.ip) > Some(&share), since.elapsed());
-            let patience = if is_greedy { MIN_PATIENCE } else { patience };
+            let (count, waited) = (count_of(holder.ip), since.elapsed());
+            let is_greedy = count > share;
+            if count_of(newcomer) > share && !is_greedy {
+                continue;
+            }
+            let is_hasty = is_greedy && count > count_of(newcomer);
+            let patience = if is_hasty { MIN_PATIENCE } else { limits.patience };
             if waited >= patience {
                 victim = victim.max(Some((is_greedy, waited, at)));
             }
@@ -312,6 +319,27 @@ mod tests {
             assert_eq!(test.acquire(newcomer, Duration::ZERO), victim.is_some(), "{holders:?}");
             assert_eq!(test.evicted(), Vec::from_iter(victim), "{holders:?} {newcomer}");
         }
+    }
+
+    /// Otherwise, one address without credentials could keep all others out.
+    #[test]
+    fn an_address_that_exceeds_its_share_evicts_no_other() {
+        for (newcomer, victim) in [(2, 1), (3, 1), (1, 0)] {
+            let mut test = Test::new(4, 1);
+            for (at, n) in [1, 2, 2, 2].into_iter().enumerate() {
+                assert!(test.acquire(n, Duration::ZERO));
+                test.set_waited(at, 40_000 - 1_000 * at as u64);
+            }
+            assert!(test.acquire(newcomer, Duration::ZERO));
+            assert_eq!(test.evicted(), [victim], "{newcomer}");
+        }
+        let mut test = Test::new(4, 1);
+        for (at, n) in [1, 2, 3, 4].into_iter().enumerate() {
+            assert!(test.acquire(n, Duration::ZERO));
+            test.set_waited(at, 40_000 - 1_000 * at as u64);
+        }
+        assert!(test.acquire(3, Duration::ZERO));
+        assert_eq!(test.evicted(), [2], "its own");
     }
 
     /// First come, first served, but an address that holds a slot comes after one that holds none.
