@@ -10,8 +10,10 @@ use crate::http::request::MAX_HEAD;
 use crate::http::response_head::Head;
 use crate::http::stream::is_timeout;
 use crate::http::tls;
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,18 +40,10 @@ impl<T: Read + Write> Wire for T {}
 /// A connection for successive requests.
 pub struct Connection {
     wire: BufReader<Box<dyn Wire>>,
+    /// That of the current request.
+    deadline: Rc<Cell<Instant>>,
     /// When it is too old for another request.
     until: Instant,
-}
-
-impl Connection {
-    /// The connection's deadline is that of its first request. It is reused in the first half of
-    /// that time only, so that each request has the other half left.
-    fn new(wire: impl Wire + 'static, deadline: Instant) -> Connection {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let age = MAX_AGE.min(left.checked_div(2).unwrap_or_default());
-        Connection { wire: BufReader::new(Box::new(wire)), until: clock::after(age) }
-    }
 }
 
 /// Why one attempt failed.
@@ -111,6 +105,7 @@ fn attempt(
         Some(connection) => connection,
         None => connect(request, deadline)?,
     };
+    connection.deadline.set(deadline);
     let wire = &mut connection.wire;
     let sent = write_request(wire.get_mut(), request);
     // A server that refuses a list may respond and close before it has received all of it.
@@ -166,16 +161,21 @@ fn connect(request: Request<'_>, deadline: Instant) -> Result<Connection, Failur
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let time = left.clamp(Duration::from_millis(1), CONNECT_TIME);
-        let opened = TcpStream::connect_timeout(&address, time).and_then(|stream| {
-            stream.set_nodelay(true).map(|()| DeadlineSocket { stream: stream.into(), deadline })
-        });
-        match opened {
+        let opened = TcpStream::connect_timeout(&address, time);
+        match opened.and_then(|stream| stream.set_nodelay(true).map(|()| stream)) {
             Err(error) => failure = transient(format!("cannot connect to {address}: {error}")),
-            Ok(socket) if !server.tls => return Ok(Connection::new(socket, deadline)),
-            Ok(socket) => {
-                let link = fleet.connector.link(&server.host, socket);
-                let link = link.map_err(|error| permanent(error.to_string()))?;
-                return Ok(Connection::new(link, deadline));
+            Ok(stream) => {
+                let deadline = Rc::new(Cell::new(deadline));
+                let socket = DeadlineSocket { stream: stream.into(), deadline: deadline.clone() };
+                let wire: Box<dyn Wire> = match server.tls {
+                    false => Box::new(socket),
+                    true => {
+                        let link = fleet.connector.link(&server.host, socket);
+                        Box::new(link.map_err(|error| permanent(error.to_string()))?)
+                    }
+                };
+                let (wire, until) = (BufReader::new(wire), clock::after(MAX_AGE));
+                return Ok(Connection { wire, deadline, until });
             }
         }
     }

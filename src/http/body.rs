@@ -10,6 +10,7 @@ use super::api_error::ApiError;
 use super::request::{Body, Fields, MAX_FIELDS, Request, is_tchar};
 use super::stream::{HttpStream, is_timeout};
 use crate::clock;
+use std::cell::Cell;
 use std::io::{self, BufRead, Read};
 use std::time::{Duration, Instant};
 
@@ -35,7 +36,7 @@ const CHUNK: ApiError =
 pub fn receive(
     stream: &mut HttpStream,
     request: &Request,
-    each: impl FnMut(&[u8]) -> Result<(), ApiError>,
+    mut each: impl FnMut(&[u8]) -> Result<(), ApiError>,
 ) -> Result<(), ApiError> {
     if matches!(request.body, Body::Length(length) if length > MAX_BODY) {
         return Err(LONG);
@@ -44,9 +45,12 @@ pub fn receive(
     if request.expects_continue && !stream.has_received() {
         stream.send("HTTP/1.1 100 Continue\r\n\r\n").map_err(body_error)?;
     }
-    let mut source = Paced { stream, due: PACE.0, end: clock::after(BODY_TIME) };
-    source.set_deadline();
-    read(&mut source, request.body, MAX_BODY, each)
+    let mut pace = Pace { deadline: &stream.deadline, due: 0, end: clock::after(BODY_TIME) };
+    pace.count(0);
+    read(&mut stream.input, request.body, MAX_BODY, |bytes| {
+        pace.count(bytes.len());
+        each(bytes)
+    })
 }
 
 /// Reads a body, passes its pieces to `each`, and leaves what follows unread. Chunks may have
@@ -166,42 +170,22 @@ fn body_error(error: io::Error) -> ApiError {
     if is_timeout(&error) { SLOW } else { SHORT }
 }
 
-/// A connection that must keep up with [`PACE`].
-struct Paced<'a> {
-    stream: &'a mut HttpStream,
+/// The deadline of a client that must keep up with [`PACE`].
+struct Pace<'a> {
+    deadline: &'a Cell<Instant>,
     /// Bytes that must still arrive in the current period.
     due: usize,
     /// The deadline of the whole body.
     end: Instant,
 }
 
-impl Paced<'_> {
-    /// Starts a period of [`PACE`].
-    fn set_deadline(&mut self) {
-        let left = self.end.saturating_duration_since(Instant::now());
-        self.stream.set_deadline(left.min(PACE.1));
-    }
-}
-
-impl Read for Paced<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.fill_buf()?.read(buffer)?;
-        self.consume(count);
-        Ok(count)
-    }
-}
-
-impl BufRead for Paced<'_> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.stream.input.fill_buf()
-    }
-
-    fn consume(&mut self, count: usize) {
-        self.stream.input.consume(count);
-        self.due = self.due.saturating_sub(count);
+impl Pace<'_> {
+    /// Counts bytes that have arrived. When none is due, the next period starts.
+    fn count(&mut self, bytes: usize) {
+        self.due = self.due.saturating_sub(bytes);
         if self.due == 0 {
             self.due = PACE.0;
-            self.set_deadline();
+            self.deadline.set(self.end.min(clock::after(PACE.1)));
         }
     }
 }
@@ -331,19 +315,20 @@ mod tests {
     fn a_body_must_keep_the_pace() {
         assert_eq!(PACE.0 as u64, 1024 * PACE.1.as_secs());
         // A new period starts with the last byte due, not earlier, and not after the end.
-        for (due, seconds, in_time) in [(3, 20, true), (4, 20, false), (3, 0, false)] {
-            let (mut client, mut stream) = pair();
-            client.write_all(b"abc").unwrap();
-            stream.input.fill_buf().unwrap();
-            stream.set_deadline(Duration::ZERO);
-            client.shutdown(Shutdown::Write).unwrap();
-            let end = Instant::now() + Duration::from_secs(seconds);
-            let mut paced = Paced { stream: &mut stream, due, end };
-            assert_eq!(paced.read(&mut [0; 2]).unwrap(), 2);
-            assert_eq!(paced.fill_buf().unwrap(), b"c");
-            paced.consume(1);
-            let rest = paced.fill_buf().map(<[u8]>::len).map_err(body_error);
-            assert_eq!(rest, if in_time { Ok(0) } else { Err(SLOW) });
+        for (due, end, expected) in [(3, 20, 20), (4, 20, 0), (3, 90, 30)] {
+            let before = Instant::now();
+            let deadline = Cell::new(before);
+            let end = before + Duration::from_secs(end);
+            let mut pace = Pace { deadline: &deadline, due, end };
+            pace.count(2);
+            assert_eq!(deadline.get(), before);
+            pace.count(1);
+            let moved = deadline.get() - before;
+            let expected = Duration::from_secs(expected);
+            assert!(moved >= expected && moved < expected + Duration::from_secs(9), "{moved:?}");
         }
+        let (_client, mut stream) = pair();
+        stream.set_deadline(Duration::ZERO);
+        assert_eq!(read(&mut stream.input, Body::Length(1), MAX_BODY, |_| Ok(())), Err(SLOW));
     }
 }

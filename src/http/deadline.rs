@@ -1,7 +1,9 @@
 //! A socket with one deadline.
 
+use std::cell::Cell;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +13,13 @@ use std::time::{Duration, Instant};
 pub struct DeadlineSocket {
     /// Shared with the limiter, which shuts it down to evict the connection.
     pub stream: Arc<TcpStream>,
-    pub deadline: Instant,
+    /// Shared with the connection, which moves it.
+    pub deadline: Rc<Cell<Instant>>,
 }
 
 impl DeadlineSocket {
     fn left(&self) -> io::Result<Option<Duration>> {
-        match self.deadline.saturating_duration_since(Instant::now()) {
+        match self.deadline.get().saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(ErrorKind::TimedOut.into()),
             left => Ok(Some(left)),
         }

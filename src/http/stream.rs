@@ -5,8 +5,10 @@ use super::deadline::DeadlineSocket;
 use super::request::{Request, head_length};
 use super::tls::{Acceptor, Session};
 use crate::clock;
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,23 +40,25 @@ impl Read for Io {
 /// One connection and its receive buffer.
 pub struct HttpStream {
     pub(super) input: BufReader<Io>,
+    pub(super) deadline: Rc<Cell<Instant>>,
 }
 
 impl HttpStream {
     /// Wraps a socket, in TLS if there is an acceptor.
     pub fn new(stream: Arc<TcpStream>, acceptor: Option<&Acceptor>) -> io::Result<HttpStream> {
         stream.set_nodelay(true)?;
-        let socket = DeadlineSocket { stream, deadline: Instant::now() };
+        let deadline = Rc::new(Cell::new(Instant::now()));
+        let socket = DeadlineSocket { stream, deadline: deadline.clone() };
         let io = match acceptor {
             None => Io::Plain(socket),
             Some(acceptor) => Io::Tls(Box::new(acceptor.session(socket)?)),
         };
-        Ok(HttpStream { input: BufReader::with_capacity(PIECE, io) })
+        Ok(HttpStream { input: BufReader::with_capacity(PIECE, io), deadline })
     }
 
     /// Sets the deadline of all reads and writes that follow.
-    pub fn set_deadline(&mut self, time: Duration) {
-        self.socket().deadline = clock::after(time);
+    pub fn set_deadline(&self, time: Duration) {
+        self.deadline.set(clock::after(time));
     }
 
     /// Reads the next request; fails if the peer is gone or silent, or TLS fails.
@@ -111,21 +115,17 @@ impl HttpStream {
     /// Closes the connection such that the peer can still read the response.
     pub fn close(mut self) {
         self.set_deadline(LINGER);
-        if let Io::Tls(session) = self.input.get_mut() {
-            // With close_notify, the peer can tell the end from a cut (RFC 8446, 6.1).
-            session.conn.send_close_notify();
-            let _ = session.conn.complete_io(&mut session.sock);
-        }
-        let socket = self.socket();
+        let socket = match self.input.get_mut() {
+            Io::Plain(socket) => socket,
+            Io::Tls(session) => {
+                // With close_notify, the peer can tell the end from a cut (RFC 8446, 6.1).
+                session.conn.send_close_notify();
+                let _ = session.conn.complete_io(&mut session.sock);
+                &mut session.sock
+            }
+        };
         if socket.stream.shutdown(Shutdown::Write).is_ok() {
             let _ = io::copy(socket, &mut io::sink());
-        }
-    }
-
-    fn socket(&mut self) -> &mut DeadlineSocket {
-        match self.input.get_mut() {
-            Io::Plain(socket) => socket,
-            Io::Tls(session) => &mut session.sock,
         }
     }
 }
@@ -140,7 +140,7 @@ pub fn pair() -> (TcpStream, HttpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut stream = HttpStream::new(listener.accept().unwrap().0.into(), None).unwrap();
+    let stream = HttpStream::new(listener.accept().unwrap().0.into(), None).unwrap();
     stream.set_deadline(Duration::from_secs(20));
     (client, stream)
 }

@@ -4,8 +4,10 @@ use crate::lab::*;
 use crate::tls;
 use rfw::http::deadline::DeadlineSocket;
 use rfw::http::tls::Connector;
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -252,7 +254,7 @@ fn an_endless_head_over_tls_is_answered() {
         for (start, status) in [("", "414"), ("GET / HTTP/1.1\r\nX: ", "431")] {
             for _ in 0..10 {
                 let stream = TcpStream::connect(OUTWARD).unwrap().into();
-                let deadline = Instant::now() + Duration::from_secs(20);
+                let deadline = Rc::new(Cell::new(Instant::now() + Duration::from_secs(20)));
                 let mut link = connector.link("127.0.0.1", DeadlineSocket { stream, deadline });
                 let link = link.as_mut().unwrap();
                 link.write_all(start.as_bytes()).unwrap();
