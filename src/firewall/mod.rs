@@ -189,17 +189,20 @@ impl Firewall {
         Ok(confirmed)
     }
 
-    /// Passes the entries of a set that a filter admits to `each`, as rules, until it returns
-    /// `false`. No Mutex is held.
+    /// Passes a listed rule to `each` or, if it is that of a set, the entries that a filter admits,
+    /// as rules, until `each` returns `false`. No Mutex is held.
     pub fn entries(
         &self,
-        set: &KernelRule,
+        listed: &TaggedRule,
         filter: &Filter,
         mut each: impl FnMut(&TaggedRule) -> bool,
     ) -> Result<(), ApiError> {
-        let Some(template) = set.template() else { return Ok(()) };
+        let Some(template) = listed.rule.template() else {
+            each(listed);
+            return Ok(());
+        };
         let now = clock::wall().as_secs();
-        let read = self.tools.ipset.read(&set.to_string(), SEND_LIMIT, |entry| {
+        let read = self.tools.ipset.read(&listed.rule.to_string(), SEND_LIMIT, |entry| {
             let SetEntry { net, timeout, counters } = entry;
             // ipset rounds down to whole seconds.
             let expires = now.saturating_add(timeout.into()).saturating_add(1);

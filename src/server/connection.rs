@@ -4,7 +4,6 @@ use super::Server;
 use super::limiter::{Client, ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
-use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Tally, Verdict};
 use crate::host;
 use crate::http::api_error::ApiError;
@@ -253,24 +252,15 @@ impl Connection<'_> {
         };
         listing.shrink_to_fit(); // nearly half of it may be unused
         response.push("[");
-        let mut before = "";
-        let mut push = |number: usize, tagged: &TaggedRule| {
-            let json = api::listed_json(number, tagged);
-            let is_sent = response.push(before) && response.push(&json);
-            self.client.progress(json.len());
-            before = ",\n";
-            is_sent
-        };
-        for (number, tagged) in listing {
-            let mut is_sent = true;
-            if tagged.rule.template().is_none() {
-                is_sent = push(number, &tagged);
-            } else {
-                server.firewall.entries(&tagged.rule, filter, |entry| {
-                    is_sent = push(number, entry);
-                    is_sent
-                })?;
-            }
+        let (mut before, mut is_sent) = ("", true);
+        for (number, listed) in listing {
+            server.firewall.entries(&listed, filter, |rule| {
+                let json = api::listed_json(number, rule);
+                is_sent = response.push(before) && response.push(&json);
+                self.client.progress(json.len());
+                before = ",\n";
+                is_sent
+            })?;
             if !is_sent {
                 return Ok("listed in part".into());
             }
