@@ -258,18 +258,13 @@ pub enum Rules {
 }
 
 impl Rules {
-    /// The rules that are named individually.
-    pub fn iter(&self) -> impl Iterator<Item = Rule> {
-        let (one, template, nets) = match self {
-            Rules::One(rule) => (Some(*rule), None, &[][..]),
-            Rules::List(template, nets) => (None, Some(*template), nets.as_slice()),
-            Rules::Tagged(..) => (None, None, &[][..]),
-        };
-        one.into_iter().chain(nets.iter().filter_map(move |net| Some(template?.rule(*net))))
-    }
-
+    /// Whether it names a rule of a family.
     pub fn has(&self, family: Family) -> bool {
-        self.iter().any(|rule| rule.family() == family)
+        match self {
+            Rules::One(rule) => rule.family() == family,
+            Rules::List(_, nets) => nets.iter().any(|net| net.family() == family),
+            Rules::Tagged(..) => false,
+        }
     }
 }
 
@@ -541,6 +536,19 @@ impl fmt::Display for Rule {
             }
         }
         write!(f, "{}", self.tag)
+    }
+}
+
+#[cfg(test)]
+impl Rules {
+    /// The rules that are named individually.
+    pub fn iter(&self) -> impl Iterator<Item = Rule> {
+        let (one, template, nets) = match self {
+            Rules::One(rule) => (Some(*rule), None, &[][..]),
+            Rules::List(template, nets) => (None, Some(*template), nets.as_slice()),
+            Rules::Tagged(..) => (None, None, &[][..]),
+        };
+        one.into_iter().chain(nets.iter().filter_map(move |net| Some(template?.rule(*net))))
     }
 }
 
