@@ -7,9 +7,8 @@
 //! ```
 
 use super::net::{Family, Net};
-use super::rights::Allowed;
-use super::whitelist::{Permitted, Sieve, Whitelist};
-use super::{Chain, RuleError, RuleTemplate, is_narrow, take_block};
+use super::whitelist::{Permitted, Sieve};
+use super::{Chain, RuleError, is_narrow, take_block};
 
 /// The most blocks in a list; a range counts as the blocks that make it up.
 pub const MAX_ENTRIES: usize = 1_000_000;
@@ -78,16 +77,10 @@ pub enum ListError {
 }
 
 impl List {
-    pub fn new(
-        whitelist: &Whitelist,
-        own: &[Net],
-        template: RuleTemplate,
-        allowed: Allowed,
-        options: ListOptions,
-    ) -> List {
+    pub fn new(sieve: Sieve, options: ListOptions) -> List {
         List {
             options,
-            sieve: Sieve::new(whitelist, own, template, allowed),
+            sieve,
             cut: Vec::new(),
             report: ListReport::default(),
             invalid: Invalid::default(),
@@ -226,7 +219,8 @@ fn blocks(entry: &str) -> Result<Vec<Net>, RuleError> {
 mod tests {
     use super::*;
     use crate::rule::rights::Rights;
-    use crate::rule::{Action, Rules};
+    use crate::rule::whitelist::Whitelist;
+    use crate::rule::{Action, RuleTemplate, Rules};
 
     /// The blocks and the report, or the error.
     fn read_with(
@@ -239,8 +233,8 @@ mod tests {
         let own = [Net::parse("198.18.0.3").unwrap()];
         let template = RuleTemplate::parse(&["drop", "output", "eth0"]).unwrap();
         let options = ListOptions { lenient, ipv6 };
-        let mut list =
-            List::new(&whitelist, &own, template, Rights::admin(Action::Delete), options);
+        let allowed = Rights::admin(Action::Delete);
+        let mut list = List::new(Sieve::new(&whitelist, &own, template, allowed), options);
         for bytes in text.chunks(step) {
             list.push(bytes).unwrap();
         }
@@ -381,16 +375,11 @@ mod tests {
     #[test]
     fn the_limit_on_entries() {
         let whitelist = Whitelist::parse("10.0.0.0/24").unwrap();
-        let (own, template) = ([], RuleTemplate::parse(&["drop", "input", "any"]));
+        let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
         let options = ListOptions { lenient: false, ipv6: true };
         let new = || {
-            List::new(
-                &whitelist,
-                &own,
-                template.clone().unwrap(),
-                Rights::admin(Action::Delete),
-                options,
-            )
+            let allowed = Rights::admin(Action::Delete);
+            List::new(Sieve::new(&whitelist, &[], template, allowed), options)
         };
         let mut list = new();
         for _ in 0..MAX_ENTRIES / 2 {

@@ -17,7 +17,7 @@ use crate::rule::list::{List, ListReport};
 use crate::rule::net::Net;
 use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
-use crate::rule::whitelist::Permitted;
+use crate::rule::whitelist::{Permitted, Sieve};
 use crate::rule::{Action, Filter, Iface};
 use std::sync::Arc;
 use std::thread;
@@ -143,7 +143,8 @@ impl Connection<'_> {
             Command::ChangeAll(template, intent, options) => {
                 let allowed = allow(&principal, intent, subject)?;
                 let own = self.log_error(host::list_addresses());
-                let list = List::new(&self.server.whitelist, &own, template, allowed, options);
+                let sieve = Sieve::new(&self.server.whitelist, &own, template, allowed);
+                let list = List::new(sieve, options);
                 let (tally, report) = self.change_all(request, &principal, list, response)?;
                 let action = allowed.action();
                 let ifaces = [template.in_iface, template.out_iface];

@@ -8,7 +8,7 @@ use rfw::rule::list::{List, ListError, ListOptions, ListReport, MAX_LINE};
 use rfw::rule::net::{Family, Net};
 use rfw::rule::rights::{Intent, Rights};
 use rfw::rule::tag::Tag;
-use rfw::rule::whitelist::Whitelist;
+use rfw::rule::whitelist::{Sieve, Whitelist};
 use rfw::rule::{Action, Rule, RuleTemplate, Rules};
 use std::sync::LazyLock;
 
@@ -24,7 +24,7 @@ fn read(bytes: &[u8], piece: usize, options: ListOptions) -> Outcome {
     let template = RuleTemplate::parse(&["drop", "input", "any"]).expect("a template");
     let intent = Intent { action: Action::Delete, tag: Tag::NONE };
     let allowed = Rights::All.allow(intent).expect("all rights");
-    let mut list = List::new(&WHITELIST, &*OWN, template, allowed, options);
+    let mut list = List::new(Sieve::new(&WHITELIST, &*OWN, template, allowed), options);
     bytes.chunks(piece).try_for_each(|bytes| list.push(bytes))?;
     let (permitted, report) = list.finish()?;
     match permitted.into_change().rules {
