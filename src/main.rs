@@ -258,21 +258,19 @@ fn start_firewall(
     Firewall::start(tools, state, sets, guarded, whitelist, log, metrics)
 }
 
-fn tick(server: &Server, config: &Config) -> ! {
-    report_certificate(server, config);
-    thread::scope(|scope| {
-        // Neither a client nor an expiry should wait for it. Without a thread, there is no report.
-        let report = || server.firewall.report_leftovers(&server.log);
-        let _ = thread::Builder::new().name("leftovers".into()).spawn_scoped(scope, report);
-        loop {
-            for _ in 0..SECONDS_PER_DAY {
-                thread::sleep(Duration::from_secs(1));
-                server.firewall.tick();
-                server.log.tick(Instant::now());
-            }
-            report_certificate(server, config);
+fn tick(server: &Arc<Server>, config: &Config) -> ! {
+    // Neither a client nor an expiry should wait for it. Without a thread, there is no report.
+    let shared = server.clone();
+    let report = move || shared.firewall.report_leftovers(&shared.log);
+    let _ = thread::Builder::new().name("leftovers".into()).spawn(report);
+    loop {
+        report_certificate(server, config);
+        for _ in 0..SECONDS_PER_DAY {
+            thread::sleep(Duration::from_secs(1));
+            server.firewall.tick();
+            server.log.tick(Instant::now());
         }
-    })
+    }
 }
 
 fn report_certificate(server: &Server, config: &Config) {
