@@ -17,9 +17,7 @@ use std::net::IpAddr;
 /// What a client requests. [`allow`] checks whether the user may do it.
 #[derive(PartialEq, Eq, Debug)]
 pub enum Command {
-    /// The help text.
     Help,
-    /// Counters for Prometheus.
     Metrics,
     /// The rules in the kernel that a filter selects.
     List(Filter),

@@ -231,7 +231,6 @@ impl<'a> Entries<'a> {
         Ok(())
     }
 
-    /// The line that sets a key.
     fn line(&self, key: &str) -> Option<usize> {
         self.keys.get(key).map(|(line, _)| *line)
     }

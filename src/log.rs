@@ -146,7 +146,6 @@ impl Drop for Log {
     }
 }
 
-/// One file of the log.
 struct Sink {
     level: Level,
     lines: SyncSender<String>,

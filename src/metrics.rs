@@ -62,7 +62,6 @@ impl Metrics {
         *lock(&self.usage) = usage;
     }
 
-    /// The number of rules that a filter covers.
     pub fn rules_in(&self, filter: &Filter) -> usize {
         let usage = lock(&self.usage);
         let counted = usage.iter().filter(|((chain, _, tag), _)| filter.covers(*chain, *tag));

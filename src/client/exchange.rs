@@ -61,7 +61,6 @@ fn transient(message: impl Into<String>) -> Failure {
     Failure { message: message.into(), retry_after: Some(Duration::ZERO) }
 }
 
-/// A job for one server.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
     pub fleet: &'a Fleet,

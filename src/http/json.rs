@@ -18,7 +18,6 @@ pub fn string(text: &str) -> String {
     out
 }
 
-/// A number, or `null`.
 pub fn number(value: Option<u64>) -> String {
     value.map_or("null".into(), |value| value.to_string())
 }

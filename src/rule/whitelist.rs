@@ -81,7 +81,6 @@ impl Sieve {
         matches!(self.allowed.action(), Action::Replace(_))
     }
 
-    /// How many blocks were added.
     pub fn count(&self) -> usize {
         self.nets.len()
     }

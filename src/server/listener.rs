@@ -45,7 +45,6 @@ pub struct Listener {
     socket: Option<TcpListener>,
     /// The outward server speaks TLS, and to whitelisted peers only.
     pub tls: Option<Acceptor>,
-    /// Whether clients must authenticate.
     pub authentication: bool,
     pub limiter: Arc<ConnectionLimiter>,
 }
@@ -97,7 +96,6 @@ impl Listener {
         Ok(Listener { address, socket, tls, authentication, limiter })
     }
 
-    /// The address as a URL.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
