@@ -4,6 +4,7 @@ use super::Server;
 use super::limiter::{Client, ConnectionLimiter, Limits, Slot};
 use super::listener::Listener;
 use crate::api::{self, Command};
+use crate::firewall::iptables::TaggedRule;
 use crate::firewall::list::{Tally, Verdict};
 use crate::host;
 use crate::http::api_error::ApiError;
@@ -238,7 +239,9 @@ impl Connection<'_> {
         response: &mut ResponseWriter<'_>,
     ) -> Result<String, ApiError> {
         let server = self.server;
-        let mut is_long = server.metrics.rules_in(filter) > SHORT_LISTING;
+        // A query for an address selects few rules, unless the rule of a whole set is among them.
+        let is_query = filter.net.is_some();
+        let mut is_long = !is_query && server.metrics.rules_in(filter) > SHORT_LISTING;
         let (mut listing, _turn) = loop {
             let turn = is_long.then(|| self.await_turn(&server.listings)).transpose()?;
             let wait = || self.await_turn(&server.reading);
@@ -246,10 +249,13 @@ impl Connection<'_> {
             let reading = if is_long { self.client.work(wait) } else { wait() }?;
             let listing = self.client.work(|| server.firewall.list(principal, filter))?;
             drop(reading);
-            if is_long || listing.len() <= SHORT_LISTING {
+            let is_set = |(_, listed): &(usize, TaggedRule)| listed.rule.template().is_some();
+            let is_short =
+                listing.len() <= SHORT_LISTING && !(is_query && listing.iter().any(is_set));
+            if is_long || is_short {
                 break (listing, turn);
             }
-            is_long = true; // it has grown since it was counted
+            is_long = true; // it has grown since it was counted, or is a query for many addresses
         };
         listing.shrink_to_fit(); // nearly half of it may be unused
         response.push("[");

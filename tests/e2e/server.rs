@@ -103,6 +103,28 @@ fn unread_listings_delay_no_listing() {
     });
 }
 
+/// It waited for a slot like the listing of all addresses.
+#[test]
+fn unread_listings_delay_no_query_for_an_address() {
+    once(|lab| {
+        let _rfw = lab.start(&format!("local.server\n{SETS}"));
+        assert_eq!(list("PUT /drop/input/any", addresses(30_000)).sums(), "inserted 30000");
+        await_true("they are counted", 3 + SLACK, || {
+            ask("GET /metrics").body.contains("target=\"DROP\",tag=\"\"} 30000")
+        });
+        let mut unread = [Conn::open(), Conn::open(), Conn::open(), Conn::open()];
+        unread.iter_mut().for_each(|conn| conn.send(LISTING));
+        unread.iter_mut().for_each(|conn| assert_eq!(conn.writer().peek(&mut [0]).unwrap(), 1));
+        let begin = Instant::now();
+        let answer = ask("GET /list?ip=10.0.0.7");
+        let took = begin.elapsed();
+        assert_eq!((answer.status, answer.body.matches("\"num\"").count()), (200, 1));
+        // Without a slot, it would wait until one of the others can be evicted.
+        assert!(took < Duration::from_millis(1_500), "{took:?}");
+        assert_eq!(ask("GET /list?ip=10.0.0.0/9").body.matches("\"num\"").count(), 30_000);
+    });
+}
+
 #[test]
 fn concurrent_listings_all_get_their_turn() {
     once(|lab| {
