@@ -2,6 +2,7 @@
 //!
 //! They are read from `/proc/self/net`, which `ProcSubset=pid` does not hide.
 
+use crate::log::Log;
 use crate::rule::Iface;
 use crate::rule::net::{Family, Net};
 use std::fs::File;
@@ -22,19 +23,18 @@ const NOBODY: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
 const READ_SIZE: usize = 8 << 10;
 
 /// This host's addresses of a family; for IPv4, none if no socket can be bound to any of `blocks` and,
-/// if the kernel does not list them, those of `blocks` to which one can be bound. The error is a
-/// sentence.
-pub fn own_addresses(family: Family, blocks: &[Net]) -> (Vec<Net>, Option<String>) {
+/// if the kernel does not list them, those of `blocks` to which one can be bound.
+pub fn own_addresses(family: Family, blocks: &[Net], log: &Log) -> Vec<Net> {
     let is_v4 = family == Family::V4;
     // For a second after it was added, no socket can be bound to an IPv6 address (RFC 4862, 5.4).
     if is_v4 && blocks.iter().all(|net| is_bindable(net) == Some(false)) {
-        return (Vec::new(), None);
+        return Vec::new();
     }
-    let (mut nets, error) = list(family);
-    if is_v4 && error.is_some() && is_bindable(&Net::host(NOBODY.into())) == Some(false) {
-        nets.extend(blocks.iter().filter(|net| is_bindable(net) == Some(true)));
-    }
-    (nets, error)
+    list(family, log).unwrap_or_else(|| {
+        let is_reliable = is_v4 && is_bindable(&Net::host(NOBODY.into())) == Some(false);
+        let is_own = |net: &&Net| is_reliable && is_bindable(net) == Some(true);
+        blocks.iter().filter(is_own).copied().collect()
+    })
 }
 
 /// Whether a socket can be bound to an address: only to this host's (bind(2), EADDRNOTAVAIL).
@@ -49,28 +49,28 @@ fn is_bindable(net: &Net) -> Option<bool> {
     }
 }
 
-/// All addresses of this host that the kernel lists. The error is a sentence about the others.
-pub fn list_addresses() -> (Vec<Net>, Option<String>) {
-    let ((v4, error), (v6, error_v6)) = (list(Family::V4), list(Family::V6));
-    ([v4, v6].concat(), error.or(error_v6))
+/// All addresses of this host that the kernel lists.
+pub fn list_addresses(log: &Log) -> Vec<Net> {
+    Family::ALL.into_iter().filter_map(|family| list(family, log)).flatten().collect()
 }
 
-fn list(family: Family) -> (Vec<Net>, Option<String>) {
+/// `None`, with a WARNING, if the kernel does not list them.
+fn list(family: Family, log: &Log) -> Option<Vec<Net>> {
     let result = match family {
         Family::V4 => read(ROUTES).map(|text| own_v4(&text)),
         Family::V6 => read(ADDRESSES_V6).map(|text| own_v6(&text)),
     };
     match result {
-        Ok(nets) => (nets, None),
+        Ok(nets) => Some(nets),
         Err(error) if family == Family::V6 && error.kind() == ErrorKind::NotFound => {
-            (Vec::new(), None)
+            Some(Vec::new())
         }
         Err(error) => {
-            let sentence = format!(
+            log.warning(format_args!(
                 "cannot list all of this host's addresses, so only white.list protects the others: \
                  {error}"
-            );
-            (Vec::new(), Some(sentence))
+            ));
+            None
         }
     }
 }
@@ -182,8 +182,8 @@ x 1
     #[test]
     fn this_host() {
         let loopback = Net::parse("127.0.0.1").unwrap();
-        let (own, error) = list_addresses();
-        assert!(own.contains(&loopback) && error.is_none(), "{own:?} {error:?}");
+        let log = Log::default();
+        assert!(list_addresses(&log).contains(&loopback));
         let table = [
             ("any", "any", ""),
             ("lo", "any", ""),
@@ -204,9 +204,9 @@ x 1
         {
             assert_eq!(is_bindable(&Net::parse(net).unwrap()), expected, "{net}");
         }
-        let own = own_addresses(Family::V4, &[loopback]);
-        assert!(own.0.contains(&loopback) && own.1.is_none(), "{own:?}");
-        assert_eq!(own_addresses(Family::V4, &[Net::host(NOBODY.into())]), (Vec::new(), None));
+        let own = |blocks: &[Net]| own_addresses(Family::V4, blocks, &log);
+        assert!(own(&[loopback]).contains(&loopback));
+        assert_eq!(own(&[Net::host(NOBODY.into())]), []);
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
         // An endless file.

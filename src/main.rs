@@ -190,9 +190,8 @@ fn run(options: &Options) -> Result<Infallible, String> {
     let firewall = start_firewall(&config, tools, &whitelist, &log, &metrics);
     let explain = |error| check_start(&options.file, &config, ipv6).err().unwrap_or(error);
     let firewall = firewall.map_err(explain)?;
-    if let (_, Some(error)) = host::list_addresses() {
-        log.warning(format_args!("{error}"));
-    }
+    // Logs a WARNING if the kernel does not list them: at start, not only at the first change.
+    host::list_addresses(&log);
     let addresses = listeners.iter().map(Listener::url).collect::<Vec<_>>().join(", ");
     log.info(format_args!("rfw {VERSION} at {addresses}"));
     if file_only && io::stderr().is_terminal() {

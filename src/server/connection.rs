@@ -15,7 +15,6 @@ use crate::http::stream::HttpStream;
 use crate::http::tls;
 use crate::log::{Level, printable};
 use crate::rule::list::{List, ListReport};
-use crate::rule::net::Net;
 use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Sieve};
@@ -132,7 +131,7 @@ impl Connection<'_> {
             Command::Change(rule, intent) => {
                 let allowed = allow(&principal, intent, subject)?;
                 let blocks: Vec<_> = rule.addresses().collect();
-                let own = || self.log_error(host::own_addresses(rule.family(), &blocks));
+                let own = || host::own_addresses(rule.family(), &blocks, &self.server.log);
                 let permitted = self.server.whitelist.permit(rule, allowed, own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
@@ -143,7 +142,7 @@ impl Connection<'_> {
             }
             Command::ChangeAll(template, intent, options) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let own = self.log_error(host::list_addresses());
+                let own = host::list_addresses(&self.server.log);
                 let sieve = Sieve::new(&self.server.whitelist, &own, template, allowed);
                 let list = List::new(sieve, options);
                 let (tally, report) = self.change_all(request, &principal, list, response)?;
@@ -158,11 +157,6 @@ impl Connection<'_> {
                 Ok(format!("applied: {}", counts.join(", ")))
             }
         }
-    }
-
-    fn log_error(&self, (own, error): (Vec<Net>, Option<String>)) -> Vec<Net> {
-        error.iter().for_each(|error| self.server.log.warning(format_args!("{error}")));
-        own
     }
 
     /// Authenticates the client and parses what it requests. `subject` is set to the client and
