@@ -53,6 +53,10 @@ pub fn read(file: &Path, access: Access) -> Result<Vec<u8>, String> {
 pub fn read_text(file: &Path, access: Access) -> Result<String, String> {
     let content = read(file, access)?;
     let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))?;
+    // A comment would hide what follows it in the same line.
+    if text.replace("\r\n", "").contains('\r') {
+        return Err(format!("{}: a carriage return without a line feed", file.display()));
+    }
     Ok(text.trim_start_matches('\u{feff}').into())
 }
 
@@ -83,6 +87,17 @@ mod tests {
         fs::write(&path, "\u{feff}x").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(read_text(&path, Access::Secret), Ok("x".into()));
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_comment_hides_no_line() {
+        let path = std::env::temp_dir().join(format!("rfw-file-cr-{}", std::process::id()));
+        for (text, is_right) in [("# x\r\ny\r\n", true), ("# x\ry\n", false), ("x\r", false)] {
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+            assert_eq!(read_text(&path, Access::Secret).is_ok(), is_right, "{text:?}");
+        }
         fs::remove_file(&path).unwrap();
     }
 
