@@ -575,6 +575,10 @@ fn without_ip6tables_or_ipv6_ipv4_works() {
         for (damage, message) in [
             ("rm lab/bin/ip6tables-restore", "bin/ip6tables-restore: No such file"),
             ("chmod 644 lab/bin/ip6tables", "bin/ip6tables is not an executable file"),
+            (
+                "chmod 757 lab/bin/ip6tables",
+                "bin/ip6tables: other users can write to it; run chmod go-w",
+            ),
         ] {
             lab.stand_in("");
             sh(damage);
