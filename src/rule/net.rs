@@ -76,8 +76,9 @@ impl Net {
         let mut next = Some(number(first));
         let mut nets = Vec::new();
         while let Some(start) = next.filter(|start| *start <= end) {
-            let block = |bits: &u8| start & low_bits(*bits) == 0 && start | low_bits(*bits) <= end;
-            let bits = (0..=family.width()).take_while(block).last().unwrap_or(0);
+            let left = end.saturating_sub(start).checked_add(1);
+            let bits = start.trailing_zeros().min(left.map_or(u128::BITS, u128::ilog2)) as u8;
+            let bits = bits.min(family.width());
             nets.extend(Net::new(address(family, start), family.width().saturating_sub(bits)));
             next = (start | low_bits(bits)).checked_add(1);
         }
@@ -154,6 +155,14 @@ fn family_of(addr: IpAddr) -> Family {
     if addr.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
+/// What counts as one client: an IPv6 host can use every address of its /64 (RFC 8981).
+pub fn source(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(_) => address(Family::V6, number(ip) & !low_bits(64)),
+    }
+}
+
 fn number(addr: IpAddr) -> u128 {
     match addr {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
@@ -176,6 +185,18 @@ fn low_bits(count: u8) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_ipv6_host_is_one_source() {
+        for (ip, expected) in [
+            ("192.0.2.7", "192.0.2.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+            ("2001:db8:1:2::", "2001:db8:1:2::"),
+            ("::1", "::"),
+        ] {
+            assert_eq!(source(ip.parse().unwrap()).to_string(), expected);
+        }
+    }
 
     fn show(text: &str) -> String {
         Net::parse(text).map_or("none".into(), |net| net.to_string())
