@@ -205,7 +205,9 @@ impl<K: Kernel> Engine<K> {
             slots.into_iter().zip(committed).for_each(|(slot, result)| *slot = result);
         }
         self.metrics.batches.add(1);
-        self.metrics.kernel_failures.add(results.iter().filter(|result| result.is_err()).count());
+        let has_failed =
+            |result: &&_| matches!(result, Err(ApiError::Iptables(_) | ApiError::Busy(_)));
+        self.metrics.kernel_failures.add(results.iter().filter(has_failed).count());
         results
     }
 
