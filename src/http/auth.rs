@@ -10,6 +10,7 @@
 
 use super::api_error::ApiError;
 use crate::mutex::lock;
+use crate::rule::net::source;
 use crate::rule::rights::Rights;
 use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
@@ -186,7 +187,7 @@ pub fn authenticate(
     let Some(users) = users else {
         return Ok(Principal { peer, user: None, rights: Rights::All });
     };
-    if let Some(left) = throttle.time_left(peer, now) {
+    if let Some(left) = throttle.time_left(source(peer), now) {
         return Err(ApiError::TooManyGuesses(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
@@ -198,7 +199,7 @@ pub fn authenticate(
         None => {
             // Missing credentials are not a guess.
             if authorization.is_some() {
-                throttle.add(peer, now);
+                throttle.add(source(peer), now);
             }
             Err(ApiError::Unauthorized)
         }
@@ -403,6 +404,12 @@ mod tests {
         assert_eq!(ask(1, wrong, 70), "wait 1");
         assert_eq!(ask(2, right, 70), "in");
         assert_eq!(ask(1, right, 71), "in");
+        // One host has all addresses of its /64.
+        let guess =
+            |ip: String| authenticate(ip.parse().unwrap(), wrong, Some(&users), &throttle, start);
+        let is_throttled =
+            |n: &i32| matches!(guess(format!("2001:db8::{n}")), Err(ApiError::TooManyGuesses(_)));
+        assert_eq!((0..20).filter(is_throttled).count(), 9);
         // Ten in one minute and ten in the next are allowed.
         assert!((0..20).all(|n| ask(3, wrong, 100 + n * 6) == "wrong"));
         // Memory is bounded.

@@ -78,7 +78,7 @@ impl Connection<'_> {
             Ok(request) => request,
             Err(error) => {
                 if let Some(reason) = tls::describe_handshake_error(&error) {
-                    self.server.log.handshake(self.client.ip, &reason);
+                    self.server.log.handshake(self.client.source, &reason);
                 }
                 return false;
             }
@@ -255,13 +255,13 @@ impl Connection<'_> {
         response.push("[");
         let (mut before, mut is_sent) = ("", true);
         for (number, listed) in listing {
-            server.firewall.entries(&listed, filter, |rule| {
+            let mut push = |rule: &TaggedRule| {
                 let json = api::listed_json(number, rule);
-                is_sent = response.push(before) && response.push(&json);
-                self.client.progress(json.len());
+                is_sent = self.client.wait(|| response.push(before) && response.push(&json));
                 before = ",\n";
                 is_sent
-            })?;
+            };
+            self.client.work(|| server.firewall.entries(&listed, filter, &mut push))?;
             if !is_sent {
                 return Ok("listed in part".into());
             }
@@ -290,7 +290,7 @@ impl Connection<'_> {
         let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
         let event = format_args!("{subject} \"{line}\" {result} {took:.1} ms");
         match result.starts_with(['4', '5']) {
-            true => self.server.log.refusal(self.client.ip, level, event),
+            true => self.server.log.refusal(self.client.source, level, event),
             false => self.server.log.write(level, event),
         }
     }

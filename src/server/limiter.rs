@@ -14,6 +14,7 @@
 
 use crate::clock;
 use crate::mutex::lock;
+use crate::rule::net::source;
 use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -49,6 +50,8 @@ enum State {
 /// A connection, with the state that all its slots share.
 pub struct Client {
     pub ip: IpAddr,
+    /// What counts as its address; see [`source`].
+    pub source: IpAddr,
     pub socket: Arc<TcpStream>,
     state: Mutex<State>,
 }
@@ -112,12 +115,12 @@ impl Table {
     /// Whether there is a slot, perhaps by eviction, and this client is next: the first in the
     /// queue from the address that holds the fewest slots.
     fn make_room(&self, client: &Arc<Client>, limits: &Limits) -> bool {
-        let next = self.queue.iter().min_by_key(|waiting| self.held_by(waiting.ip));
+        let next = self.queue.iter().min_by_key(|waiting| self.held_by(waiting.source));
         if next.is_some_and(|next| !Arc::ptr_eq(next, client)) {
             return false;
         }
         if self.active() >= limits.slots {
-            self.evict_for(client.ip, limits);
+            self.evict_for(client.source, limits);
         }
         self.active() < limits.slots
             && self.holders.len() < limits.slots.saturating_add(limits.evicting)
@@ -126,16 +129,16 @@ impl Table {
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
     fn evict_for(&self, newcomer: IpAddr, limits: &Limits) {
         let mut held = HashMap::with_capacity(self.holders.len());
-        for ip in self.holders.iter().map(|holder| holder.ip).chain([newcomer]) {
-            let count = held.entry(ip).or_insert(0_usize);
+        for source in self.holders.iter().map(|holder| holder.source).chain([newcomer]) {
+            let count = held.entry(source).or_insert(0_usize);
             *count = count.saturating_add(1);
         }
-        let count_of = |ip| held.get(&ip).copied().unwrap_or_default();
+        let count_of = |source| held.get(&source).copied().unwrap_or_default();
         let share = limits.slots.div_ceil(4);
         let mut victim = None;
         for (at, holder) in self.holders.iter().enumerate() {
             let State::Waiting(since, _) = *lock(&holder.state) else { continue };
-            let (count, waited) = (count_of(holder.ip), since.elapsed());
+            let (count, waited) = (count_of(holder.source), since.elapsed());
             let is_greedy = count > share;
             if count_of(newcomer) > share && !is_greedy {
                 continue;
@@ -162,14 +165,19 @@ impl Table {
         self.holders.iter().filter(|holder| !holder.is_evicted()).count()
     }
 
-    fn held_by(&self, ip: IpAddr) -> usize {
-        self.holders.iter().filter(|holder| holder.ip == ip).count()
+    fn held_by(&self, source: IpAddr) -> usize {
+        self.holders.iter().filter(|holder| holder.source == source).count()
     }
 }
 
 impl Client {
     pub fn new(ip: IpAddr, socket: TcpStream) -> Arc<Client> {
-        Arc::new(Client { ip, socket: socket.into(), state: Mutex::new(State::Working) })
+        Arc::new(Client {
+            ip,
+            source: source(ip),
+            socket: socket.into(),
+            state: Mutex::new(State::Working),
+        })
     }
 
     /// Waits for a slot to transfer a list, at most for [`MAX_WAIT`].
@@ -199,6 +207,14 @@ impl Client {
         self.update(|state| *state = State::Working);
         let result = work();
         self.start_patience();
+        result
+    }
+
+    /// Waits for the client in the middle of such work.
+    pub fn wait<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.start_patience();
+        let result = wait();
+        self.update(|state| *state = State::Working);
         result
     }
 
@@ -424,5 +440,10 @@ mod tests {
         let slot = test.held.remove(0).0;
         assert!(slot.client.work(|| !test.acquire(2, Duration::ZERO)));
         assert!(!test.acquire(2, Duration::ZERO), "patience begins after the work");
+        // In between, rfw may wait for the client.
+        slot.client.work(|| {
+            slot.client.wait(|| assert!(matches!(*lock(&slot.client.state), State::Waiting(..))));
+            assert!(matches!(*lock(&slot.client.state), State::Working));
+        });
     }
 }
