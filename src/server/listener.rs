@@ -116,11 +116,16 @@ impl Listener {
             match socket.accept() {
                 Ok((socket, address)) => {
                     let peer = address.ip().to_canonical();
-                    if listener.tls.is_none() || server.whitelist.admits(peer) {
+                    // With net.ipv4.conf.*.route_localnet, 127.0.0.1 has neighbours (CVE-2020-8558).
+                    let is_admitted = match &listener.tls {
+                        Some(_) => server.whitelist.admits(peer),
+                        None => peer.is_loopback(),
+                    };
+                    if is_admitted {
                         let deadline = clock::after(MAX_WAIT);
                         let _ = arrive.send((Client::new(peer, socket), deadline));
                     } else {
-                        server.log.write(Level::Debug, format_args!("{peer} is not whitelisted"));
+                        server.log.write(Level::Debug, format_args!("{peer} may not connect"));
                     }
                 }
                 Err(error) => {
@@ -149,11 +154,13 @@ impl Listener {
 
     /// Waits for a slot until the deadline, then serves the connection in a new thread.
     fn dispatch(self: &Arc<Self>, server: &Arc<Server>, client: Arc<Client>, deadline: Instant) {
-        let peer = client.ip;
+        let (peer, source) = (client.ip, client.source);
         if has_left(&client.socket).unwrap_or(true) {
             return;
         }
         let Some(slot) = self.limiter.acquire(&client, deadline) else {
+            let event = format_args!("{peer} - \"-\" 503 busy: Too many connections.");
+            server.log.refusal(source, Level::Warning, event);
             return self.refuse(client.socket.clone());
         };
         let (listener, shared) = (self.clone(), server.clone());
@@ -169,7 +176,7 @@ impl Listener {
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             let event = format_args!("cannot serve {peer}: {error}");
-            server.log.refusal(peer, Level::Warning, event);
+            server.log.refusal(source, Level::Warning, event);
         }
     }
 

@@ -238,6 +238,19 @@ fn each_of_200_clients_that_never_pause_gets_its_share() {
     });
 }
 
+/// With net.ipv4.conf.*.route_localnet, a neighbour reached 127.0.0.1 (CVE-2020-8558).
+#[test]
+fn the_local_server_is_only_for_this_host() {
+    once(|lab| {
+        sh("ip addr add 10.9.9.9/32 dev lo");
+        let _rfw = lab.start("local.server");
+        let code = "-w %{http_code} -o /dev/null -s";
+        let get =
+            |from: &str| sh(&format!("curl {code} --interface {from} http://127.0.0.1:7390/ || :"));
+        assert_eq!((get("127.0.0.2").trim(), get("10.9.9.9").trim()), ("200", "000"));
+    });
+}
+
 #[test]
 fn a_connection_beyond_the_limit_is_refused_after_5_seconds() {
     both(|lab| {
@@ -260,6 +273,7 @@ fn a_connection_beyond_the_limit_is_refused_after_5_seconds() {
         for conn in &mut waiting {
             assert_eq!(conn.answer().unwrap().status, 503);
         }
+        assert!(lab.log().contains("WARNING 127.0.0.1 - \"-\" 503 busy: Too many connections."));
     });
 }
 
