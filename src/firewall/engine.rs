@@ -272,7 +272,7 @@ impl<K: Kernel> Engine<K> {
     /// Makes the kernel follow a batch that is already in the list. A write that failed may have
     /// taken effect, so a repair completes it (goals 2 and 4).
     fn write_through(&mut self, batch: &Batch) -> Result<(), ToolError> {
-        let is_changed = |family: &Family| batch.groups.iter().any(|group| group.family == *family);
+        let is_changed = |family: &Family| batch.groups().any(|group| group.family == *family);
         let families: Vec<_> = self.kernel.families().into_iter().filter(is_changed).collect();
         let mut written = self.write(batch, &families);
         if written.is_err() {
@@ -387,7 +387,7 @@ impl<K: Kernel> Engine<K> {
         let is_kept = |group: &Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
         };
-        let named = batch.groups.iter().filter(|group| is_kept(group));
+        let named = batch.groups().filter(|group| is_kept(group));
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
         let is_created = |group| is_put && batch.created.contains(group);

@@ -8,12 +8,12 @@ use super::iptables::{KernelRule, TaggedRule};
 use crate::http::api_error::ApiError;
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
-use crate::rule::{Action, Chain, Change, Match, Rule, RuleTemplate, Rules, Side};
+use crate::rule::{Action, Chain, Change, Filter, Match, Rule, RuleTemplate, Rules, Side};
 use crate::state::{Record, StoredRule};
 use std::borrow::Cow;
-use std::cell::OnceCell;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::mem;
 use std::num::NonZeroU64;
 
 /// The expiry of a permanent rule.
@@ -160,24 +160,16 @@ fn overlapping(members: &Members, net: Net) -> impl Iterator<Item = (&Net, &Entr
     wider.chain(members.range(net..).take_while(move |(inner, _)| net.contains(inner)))
 }
 
-/// A rule that a batch changed or confirmed.
-struct Step {
-    /// An index into the groups of the batch.
-    group: u32,
-    net: Net,
-    before: Option<Entry>,
-}
+/// The rules of a group that a batch changed or confirmed, each with its entry before.
+type Run = (Group, Vec<(Net, Option<Entry>)>);
 
 /// The effect of changes on the list, to be written and undone.
 #[derive(Default)]
 pub struct Batch {
-    pub groups: Vec<Group>,
-    /// The index of each.
-    numbers: HashMap<Group, u32>,
+    /// Each rule once, in the order in which they were inserted.
+    runs: Vec<Run>,
     /// The sets that did not exist before.
     pub created: Vec<Group>,
-    /// Each rule once, in the order in which they were inserted.
-    steps: Vec<Step>,
     /// One for each change, in order.
     pub outcomes: Vec<Outcome>,
 }
@@ -199,30 +191,22 @@ impl Difference {
 
 impl Batch {
     pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
+        self.runs.is_empty()
     }
 
     pub fn len(&self) -> usize {
-        self.steps.len()
+        self.runs.iter().map(|(_, steps)| steps.len()).sum()
     }
 
-    fn number(&mut self, group: Group) -> u32 {
-        let next = self.groups.len();
-        // A batch has fewer groups than lines, and far fewer than 2^32.
-        let number = *self.numbers.entry(group).or_insert(next as u32);
-        if number as usize == next {
-            self.groups.push(group);
+    /// The groups of its rules; one may occur several times.
+    pub fn groups(&self) -> impl Iterator<Item = &Group> {
+        self.runs.iter().map(|(group, _)| group)
+    }
+
+    fn push(&mut self, group: Group, steps: Vec<(Net, Option<Entry>)>) {
+        if !steps.is_empty() {
+            self.runs.push((group, steps));
         }
-        number
-    }
-
-    fn push(&mut self, group: Group, net: Net, before: Option<Entry>) {
-        let group = self.number(group);
-        self.steps.push(Step { group, net, before });
-    }
-
-    fn group(&self, step: &Step) -> Option<Group> {
-        self.groups.get(step.group as usize).copied()
     }
 }
 
@@ -289,12 +273,12 @@ impl List {
         // Within one change no rule occurs twice, but in several it may.
         if changes.len() > 1 {
             let mut seen = HashSet::new();
-            batch.steps.retain(|step| seen.insert((step.group, step.net)));
-            let groups = &batch.groups;
-            batch.steps.sort_by_key(|step| {
-                let group = groups.get(step.group as usize)?;
-                Some(self.entry(*group, &step.net)?.serial)
-            });
+            let runs = mem::take(&mut batch.runs).into_iter();
+            let steps = runs.flat_map(|(group, steps)| steps.into_iter().map(move |s| (group, s)));
+            let mut steps: Vec<_> =
+                steps.filter(|(group, (net, _))| seen.insert((*group, *net))).collect();
+            steps.sort_by_key(|(group, (net, _))| Some(self.entry(*group, net)?.serial));
+            batch.runs = steps.into_iter().map(|(group, step)| (group, vec![step])).collect();
         }
         Ok(batch)
     }
@@ -308,11 +292,15 @@ impl List {
         let seconds = change.action.expire().filter(|seconds| *seconds > 0);
         let expires = seconds.map(|seconds| now.saturating_add(seconds));
         let mut tally = Tally::default();
-        self.delete_others(change, batch, &mut tally);
-        for (group, nets) in groups_of(&change.rules) {
+        if let (Rules::List(template, nets), Action::Replace(_)) = (&change.rules, change.action) {
+            tally.add(Verdict::Deleted, self.delete_others(*template, nets, batch));
+        }
+        for (group, nets) in self.groups_of(&change.rules) {
             match change.action {
                 Action::Delete => {
-                    nets.iter().for_each(|net| tally.add(self.delete(group, *net, batch), 1));
+                    let deleted = self.delete(group, &nets, batch);
+                    tally.add(Verdict::Deleted, deleted);
+                    tally.add(Verdict::Absent, nets.len().saturating_sub(deleted));
                 }
                 Action::DeleteAnyTag => self.delete_alike(group, &nets, batch, &mut tally),
                 Action::Put(_) | Action::Replace(_) => {
@@ -320,43 +308,23 @@ impl List {
                     if self.is_in_set(&group) && !self.groups.contains_key(&group) {
                         batch.created.push(group);
                     }
-                    let expires = expires.unwrap_or(NEVER);
-                    if self.is_vacant(group) {
-                        self.fill(group, &nets, expires, batch);
-                        tally.add(Verdict::Inserted, nets.len());
-                    } else {
-                        let others = OnceCell::new();
-                        for net in nets.iter() {
-                            tally.add(self.put(group, *net, expires, &others, batch), 1);
-                        }
-                    }
+                    self.put(group, &nets, expires.unwrap_or(NEVER), batch, &mut tally);
                 }
             }
         }
         Ok(Outcome { tally, expires })
     }
 
-    /// Deletes the rules that a change covers but does not name.
-    fn delete_others(&mut self, change: &Change, batch: &mut Batch, tally: &mut Tally) {
-        let nets = match (&change.rules, change.action) {
-            (Rules::List(_, nets), Action::Replace(_)) => nets.as_slice(),
-            (Rules::Tagged(..), _) => &[],
-            _ => return,
+    /// Deletes the rules of a template that a list does not name.
+    fn delete_others(&mut self, template: RuleTemplate, nets: &[Net], batch: &mut Batch) -> usize {
+        let delete = |family| {
+            let group = Group { template, family, second: None };
+            let held = self.members(&group).into_iter().flat_map(Members::keys);
+            let others = held.filter(|net| nets.binary_search(net).is_err());
+            let others: Vec<Net> = others.copied().collect();
+            self.delete(group, &others, batch)
         };
-        let is_concerned = |group: &Group| match &change.rules {
-            Rules::Tagged(tag, chain) => {
-                let template = group.template;
-                template.tag == *tag && chain.is_none_or(|chain| chain == template.chain)
-            }
-            Rules::List(template, _) => group.template == *template && group.second.is_none(),
-            Rules::One(_) => false,
-        };
-        let others = self.members_of(is_concerned);
-        let others = others.filter(|(_, net, _)| nets.binary_search(net).is_err());
-        let deleted: Vec<_> = others.map(|(group, net, _)| (*group, *net)).collect();
-        for (group, net) in deleted {
-            tally.add(self.delete(group, net, batch), 1);
-        }
+        Family::ALL.map(delete).into_iter().sum()
     }
 
     /// Deletes addresses from all groups that differ only in their tags.
@@ -366,11 +334,38 @@ impl List {
             group == Group { template, ..**other }
         };
         let alike: Vec<Group> = self.groups.keys().filter(is_alike).copied().collect();
-        for net in nets {
-            let verdicts = alike.iter().map(|group| self.delete(*group, *net, batch));
-            let deleted = verdicts.filter(|verdict| *verdict == Verdict::Deleted).count();
-            tally.add(Verdict::Deleted, deleted);
-            tally.add(Verdict::Absent, usize::from(deleted == 0));
+        let held: Vec<&Members> = alike.iter().filter_map(|group| self.members(group)).collect();
+        let is_absent = |net: &&Net| held.iter().all(|members| !members.contains_key(net));
+        tally.add(Verdict::Absent, nets.iter().filter(is_absent).count());
+        for group in alike {
+            tally.add(Verdict::Deleted, self.delete(group, nets, batch));
+        }
+    }
+
+    /// The groups of the rules that a change names, each with its addresses.
+    fn groups_of<'a>(&self, rules: &'a Rules) -> Vec<(Group, Cow<'a, [Net]>)> {
+        match rules {
+            Rules::One(rule) => {
+                let (group, net) = Group::of(rule);
+                vec![(group, vec![net].into())]
+            }
+            Rules::List(template, nets) => {
+                let group = |nets: &[Net]| Group {
+                    template: *template,
+                    family: nets.first().map_or(Family::V4, Net::family),
+                    second: None,
+                };
+                let families = nets.chunk_by(|a, b| a.family() == b.family());
+                families.map(|nets| (group(nets), nets.into())).collect()
+            }
+            Rules::Tagged(tag, chain) => {
+                let filter = Filter { chain: *chain, tag: Some(*tag), net: None };
+                let groups = self.groups.iter();
+                let named = groups.filter(|(Group { template, .. }, _)| {
+                    filter.covers(template.chain, template.tag)
+                });
+                named.map(|(group, members)| (*group, members.keys().copied().collect())).collect()
+            }
         }
     }
 
@@ -423,54 +418,56 @@ impl List {
     fn put(
         &mut self,
         group: Group,
-        net: Net,
+        nets: &[Net],
         expires: u64,
-        others: &OnceCell<Vec<(Group, NonZeroU64)>>,
         batch: &mut Batch,
-    ) -> Verdict {
-        let before = self.entry(group, &net);
-        let is_shadowed = |old: &Entry| {
-            let others = others.get_or_init(|| self.shadowing(group));
-            self.is_shadowed(group.template.side, net, old, others)
-        };
-        let is_same = |old: &Entry| old.expires == expires && !is_shadowed(old);
-        if before.as_ref().is_some_and(is_same) {
-            batch.push(group, net, before);
-            return Verdict::Exists;
-        }
+        tally: &mut Tally,
+    ) {
         for rival in self.rivals(group) {
-            self.delete(rival, net, batch);
+            self.delete(rival, nets, batch);
         }
-        let entry = self.new_entry(expires);
-        self.set(group, net, Some(entry));
-        batch.push(group, net, before);
-        if before.is_some() { Verdict::Refreshed } else { Verdict::Inserted }
-    }
-
-    /// Whether neither a group nor its rivals have any rules.
-    fn is_vacant(&self, group: Group) -> bool {
-        let is_empty = |group| self.groups.get(&group).is_none_or(Members::is_empty);
-        is_empty(group) && self.rivals(group).all(is_empty)
-    }
-
-    /// Inserts rules into an empty group at once, because a map that grows one by one is half empty.
-    fn fill(&mut self, group: Group, nets: &[Net], expires: u64, batch: &mut Batch) {
-        self.next_due = self.next_due.min(expires);
-        let number = batch.number(group);
         // One allocation, and the first, so that the allocator can return all of it.
-        batch.steps.reserve_exact(nets.len());
-        batch.steps.extend(nets.iter().map(|net| Step { group: number, net: *net, before: None }));
-        let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
-        self.groups.insert(group, members);
+        let mut steps = Vec::with_capacity(nets.len());
+        if self.members(&group).is_none_or(Members::is_empty) {
+            steps.extend(nets.iter().map(|net| (*net, None)));
+            // At once, because a map that grows one by one is half empty.
+            let members = nets.iter().map(|net| (*net, self.new_entry(expires))).collect();
+            self.groups.insert(group, members);
+            self.next_due = self.next_due.min(expires);
+            tally.add(Verdict::Inserted, nets.len());
+            return batch.push(group, steps);
+        }
+        let others = self.shadowing(group);
+        for net in nets {
+            let before = self.entry(group, net);
+            let is_same = |old: &Entry| {
+                old.expires == expires && !self.is_shadowed(group.template.side, *net, old, &others)
+            };
+            let verdict = match before {
+                None => Verdict::Inserted,
+                Some(old) if is_same(&old) => Verdict::Exists,
+                Some(_) => Verdict::Refreshed,
+            };
+            if verdict != Verdict::Exists {
+                let entry = self.new_entry(expires);
+                self.set(group, *net, Some(entry));
+            }
+            steps.push((*net, before));
+            tally.add(verdict, 1);
+        }
+        batch.push(group, steps);
     }
 
-    fn delete(&mut self, group: Group, net: Net, batch: &mut Batch) -> Verdict {
-        let before = self.set(group, net, None);
-        if before.is_none() {
-            return Verdict::Absent;
+    /// Deletes rules of one group. Returns how many of them existed.
+    fn delete(&mut self, group: Group, nets: &[Net], batch: &mut Batch) -> usize {
+        if !self.groups.contains_key(&group) {
+            return 0;
         }
-        batch.push(group, net, before);
-        Verdict::Deleted
+        let steps = nets.iter().filter_map(|net| Some((*net, Some(self.set(group, *net, None)?))));
+        let steps: Vec<_> = steps.collect();
+        let count = steps.len();
+        batch.push(group, steps);
+        count
     }
 
     /// Removes the rules of a family that are due, [`MAX_EXPIRED`] at a time.
@@ -479,20 +476,21 @@ impl List {
         if self.next_due > now {
             return batch;
         }
-        let due = self.members_of(|group| group.family == family);
-        let due = due.filter(|(.., entry)| entry.expires <= now).take(MAX_EXPIRED);
-        let due: Vec<_> = due.map(|(group, net, _)| (*group, *net)).collect();
-        for (group, net) in due {
-            self.delete(group, net, &mut batch);
+        let rules = self.members_of(|group| group.family == family);
+        let rules = rules.filter(|(.., entry)| entry.expires <= now).take(MAX_EXPIRED);
+        let mut due: BTreeMap<Group, Vec<Net>> = BTreeMap::new();
+        rules.for_each(|(group, net, _)| due.entry(*group).or_default().push(*net));
+        for (group, nets) in due {
+            self.delete(group, &nets, &mut batch);
         }
         self.next_due = self.first_expiry();
         batch
     }
 
     pub fn undo(&mut self, batch: &Batch) {
-        for step in batch.steps.iter().rev() {
-            if let Some(group) = batch.group(step) {
-                self.set(group, step.net, step.before);
+        for (group, steps) in batch.runs.iter().rev() {
+            for (net, before) in steps {
+                self.set(*group, *net, *before);
             }
         }
         for group in &batch.created {
@@ -523,10 +521,15 @@ impl List {
         batch: &Batch,
         is_wanted: impl Fn(&Group) -> bool + Clone,
     ) -> impl Iterator<Item = Difference> + Clone {
-        batch.steps.iter().filter_map(move |step| {
-            let (net, before) = (step.net, step.before);
-            let group = batch.group(step).filter(&is_wanted)?;
-            Some(Difference { group, net, before, after: self.entry(group, &net) })
+        let runs = batch.runs.iter().filter(move |(group, _)| is_wanted(group));
+        runs.flat_map(move |(group, steps)| {
+            let group = *group;
+            steps.iter().map(move |(net, before)| Difference {
+                group,
+                net: *net,
+                before: *before,
+                after: self.entry(group, net),
+            })
         })
     }
 
@@ -679,26 +682,6 @@ impl List {
             !is_comparable
                 || overlapping(members, net).any(|(_, rival)| rival.serial > entry.serial)
         })
-    }
-}
-
-/// The groups of the rules that a change names, each with its addresses.
-fn groups_of(rules: &Rules) -> Vec<(Group, Cow<'_, [Net]>)> {
-    match rules {
-        Rules::One(rule) => {
-            let (group, net) = Group::of(rule);
-            vec![(group, vec![net].into())]
-        }
-        Rules::List(template, nets) => {
-            let group = |nets: &[Net]| Group {
-                template: *template,
-                family: nets.first().map_or(Family::V4, Net::family),
-                second: None,
-            };
-            let families = nets.chunk_by(|a, b| a.family() == b.family());
-            families.map(|nets| (group(nets), nets.into())).collect()
-        }
-        Rules::Tagged(..) => Vec::new(),
     }
 }
 
@@ -953,7 +936,7 @@ pub(super) mod tests {
                 &[A, B],
                 &["+/reject/input/any/{1.1.1.1,2.2.2.2}"],
                 "inserted 2",
-                &[NO_A, "+/reject/input/any/1.1.1.1", NO_B, "+/reject/input/any/2.2.2.2"],
+                &[NO_A, NO_B, "+/reject/input/any/1.1.1.1", "+/reject/input/any/2.2.2.2"],
             ),
             (&[ACCEPT_A], &[NO_A], "absent", &[]),
             (&[ACCEPT_A], &[A, NO_A], "inserted, deleted", &[NO_ACCEPT_A]),
@@ -1028,8 +1011,12 @@ pub(super) mod tests {
             groups.iter().filter_map(name).collect::<Vec<_>>()
         };
         assert_eq!(names(&batch.created), ["rfw4:accept:in:any"]);
-        assert_eq!(names(&batch.groups), ["rfw4:drop:in:any", "rfw4:accept:in:any"]);
-        assert_eq!((batch.groups.len(), batch.len(), batch.is_empty()), (3, 4, false));
+        let groups: BTreeSet<Group> = batch.groups().copied().collect();
+        assert_eq!(
+            names(&groups.into_iter().collect::<Vec<_>>()),
+            ["rfw4:accept:in:any", "rfw4:drop:in:any"]
+        );
+        assert_eq!((batch.len(), batch.is_empty()), (4, false));
         assert_eq!(list.sets().count(), 2);
         list.undo(&batch);
         assert_eq!(list.sets().count(), 1, "an empty set stays, a new one does not");
