@@ -103,24 +103,21 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
         return Plan::default();
     }
-    // A chain without an rfw rule, as after a reboot, has none to look up.
-    let known = if chain.own().next().is_none() { &[] } else { wanted };
-    let numbers: HashMap<_, usize> = known.iter().map(key).zip(0..).collect();
-    let mut stays = rows_that_stay(chain, &numbers);
+    let numbers: HashMap<KernelRule, usize> = wanted.iter().map(|t| t.rule).zip(0..).collect();
+    let mut stays = rows_that_stay(chain, wanted, &numbers);
     if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
         stays.fill(None);
     }
-    let rules: HashSet<KernelRule> = known.iter().map(|tagged| tagged.rule).collect();
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
         chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
     let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some()).flatten();
-    let is_overtaken = from_foreign.any(|tagged| rules.contains(&tagged.rule));
+    let is_overtaken = from_foreign.any(|tagged| numbers.contains_key(&tagged.rule));
     let missing = wanted.iter().map(|tagged| tagged.rule);
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     Plan {
         edits: edits(chain, wanted, &stays, &listed),
         missing: missing.filter(|rule| !listed.contains_key(rule)).collect(),
-        unknown: unknown.filter(|tagged| !rules.contains(&tagged.rule)).collect(),
+        unknown: unknown.filter(|tagged| !numbers.contains_key(&tagged.rule)).collect(),
         overtaken_by: chain.first_foreign.clone().filter(|_| is_overtaken),
     }
 }
@@ -129,20 +126,19 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
 /// rules, follows the wanted rules that precede it, and occurs once.
 fn rows_that_stay(
     chain: &ChainListing,
-    numbers: &HashMap<(KernelRule, Option<u64>), usize>,
+    wanted: &[TaggedRule],
+    numbers: &HashMap<KernelRule, usize>,
 ) -> Vec<Option<usize>> {
-    let (mut seen, mut twice) = (HashSet::new(), HashSet::new());
-    for (_, tagged) in chain.own() {
-        if !seen.insert(tagged.key()) {
-            twice.insert(tagged.key());
-        }
-    }
+    let mut seen = HashSet::new();
+    let keys = chain.own().map(|(_, tagged)| tagged.key());
+    let twice: HashSet<_> = keys.filter(|key| !seen.insert(*key)).collect();
     let mut next = 0_usize;
     let mut before_foreign = true;
     let mut stays = |row: &Row| {
         before_foreign &= row.is_some();
         let tagged = row.filter(|tagged| before_foreign && !twice.contains(&tagged.key()))?;
-        let number = numbers.get(&tagged.key()).filter(|number| **number >= next)?;
+        let number = numbers.get(&tagged.rule).filter(|number| **number >= next)?;
+        wanted.get(*number).filter(|wanted| wanted.expires == tagged.expires)?;
         next = number.saturating_add(1);
         Some(*number)
     };
