@@ -824,7 +824,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Rewrites the state file if it is large or outdated. After a failure, it waits a minute.
-    pub fn compact_if_needed(&mut self) {
+    fn compact_if_needed(&mut self) {
         // A start would read what an append that failed has left.
         let _ = self.state.as_mut().map(StateFile::repair_tail);
         let is_needed = |state: &StateFile| state.is_outdated || state.is_large();

@@ -67,10 +67,6 @@ pub fn start<K: Kernel>(
     if is_new {
         engine.compact()?;
     }
-    // A file that is only large is rewritten a second later, when rfw answers requests.
-    if engine.state.as_ref().is_some_and(|state| state.is_outdated) {
-        engine.compact_if_needed();
-    }
     engine.is_starting = false;
     Ok(engine)
 }

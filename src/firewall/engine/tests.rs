@@ -2067,6 +2067,7 @@ fn a_start_drops_whitelisted_rules_from_list_and_file() {
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, format!("{text}+ 0 /drop/input/any/192.0.2.0/24\n")).unwrap();
     world.start().unwrap();
+    world.tick();
     assert_eq!(fs::read_to_string(&path).unwrap(), text);
     world.settle();
 }
