@@ -49,16 +49,14 @@ pub struct StateFile {
     needs_repair: bool,
     /// Above this size it is compacted; 0 until rfw has rewritten it once.
     limit: u64,
-    /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, is
-    /// of version 1, or does not hold the list.
+    /// Whether it must be replaced before anything is appended: it was opened on a read-only disk, or
+    /// does not hold the list.
     pub is_outdated: bool,
 }
 
 /// The result of reading a file.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub struct Contents {
-    /// Whether it is of version 1.
-    pub is_old: bool,
     /// How many bytes are valid; a power cut has left the rest.
     pub size: u64,
     /// The line of an incomplete last change, and why it is dropped.
@@ -119,7 +117,6 @@ impl StateFile {
         let failed = |error: io::Error| whole_file(format!("cannot read it: {error}"));
         self.file.rewind().map_err(failed)?;
         let mut contents = read(&mut BufReader::new((&self.file).take(self.size)), each)?;
-        self.is_outdated |= contents.is_old;
         if contents.tail.is_some() {
             self.file.seek(SeekFrom::Start(contents.size)).map_err(failed)?;
             let dropped = BufReader::new((&self.file).take(MAX_DROPPED)).split(b'\n');
@@ -301,7 +298,6 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
         }
         let text = String::from_utf8_lossy(&bytes);
         if line == 1 && HEADERS.contains(&&*text) {
-            contents.is_old = text != HEADER;
             contents.size = length;
             continue;
         }
