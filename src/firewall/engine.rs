@@ -7,8 +7,8 @@
 //! 2. After any error, only a listing shows what the kernel holds. Until it is read, the family is
 //!    distrusted.
 //! 3. One listing proves nothing: iptables and ipset exit with 0 after an incomplete one. If it
-//!    differs from the list by more than the batch in progress, two consecutive listings, or at a
-//!    start two simultaneous ones, must agree before anything is inserted or deleted.
+//!    differs from the list by more than the batch in progress, two consecutive listings must agree
+//!    before anything is inserted or deleted.
 //! 4. There is one way to repair: read, compare, rewrite. After a batch fails, the repair runs
 //!    with its changes in the list, which retries them, and then without them.
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
@@ -116,9 +116,6 @@ pub struct Settings {
     pub sets: Option<usize>,
     /// The maximum number of edits in one transaction.
     pub max_edits: usize,
-    /// Whether it is faster if two programs read rules at once: not with one processor, nor with
-    /// iptables-legacy, which holds a lock meanwhile.
-    pub reads_at_once: bool,
 }
 
 pub struct Engine<K> {
@@ -305,7 +302,7 @@ impl<K: Kernel> Engine<K> {
         settled
     }
 
-    pub fn rewrite_rules(
+    fn rewrite_rules(
         &mut self,
         family: Family,
         mut plans: Vec<Plan>,
@@ -463,7 +460,7 @@ impl<K: Kernel> Engine<K> {
         self.front(family, chain).chain(self.list.rules(family, chain)).collect()
     }
 
-    pub fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
+    fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
         let chains = listing.0.iter().zip(Chain::ALL);
         chains.map(|(listing, chain)| plan(listing, &self.wanted(family, chain))).collect()
     }
@@ -472,7 +469,7 @@ impl<K: Kernel> Engine<K> {
     /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
     /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
     /// exist.
-    fn check_rules(
+    pub fn check_rules(
         &mut self,
         family: Family,
         listing: Option<Listing>,

@@ -17,7 +17,6 @@ use crate::state::{Record, StateFile};
 use std::collections::{BTreeMap, HashSet};
 use std::iter;
 use std::sync::Arc;
-use std::thread;
 
 /// Reads the list and makes the kernel match it. The error is a sentence.
 pub fn start<K: Kernel>(
@@ -30,8 +29,8 @@ pub fn start<K: Kernel>(
 ) -> Result<Engine<K>, String> {
     let sets = settings.sets;
     let mut engine = Engine::new(kernel, state, settings, log.clone(), metrics);
-    let listings = confirmed_listings(&engine)?;
     let is_new = engine.state.as_ref().is_none_or(StateFile::is_new);
+    let listings = read_listings(&engine, is_new)?;
     engine.list = match &mut engine.state {
         Some(state) if !is_new => {
             replay(state, sets, &log).map_err(|error| error.at(state.path()))?
@@ -49,17 +48,17 @@ pub fn start<K: Kernel>(
         engine.state.iter_mut().for_each(|state| state.is_outdated = true);
     }
     check_limits(&engine.list)?;
-    for (family, listing) in &listings {
-        twice(|| try_kernel(&engine, *family, listing))?;
+    for (family, listing) in listings {
+        twice(|| try_kernel(&engine, family, &listing))?;
         if sets.is_some() {
-            twice(|| engine.repair_sets(*family, None)).map_err(|error| no_sets(&error))?;
+            twice(|| engine.repair_sets(family, None)).map_err(|error| no_sets(&error))?;
         }
-        let plans = engine.plans(*family, listing);
-        // Someone else may have changed the rules since they were listed.
-        let written =
-            engine.rewrite_rules(*family, plans, None).or_else(|_| engine.settle(&[*family], None));
-        written.map_err(|error| not_accepted(&error, "xt_comment"))?;
-        let counts = engine.list.counts().filter(|(group, _)| group.family == *family);
+        let checked = engine.check_rules(family, Some(listing), None, false).or_else(|_| {
+            engine.distrusted.insert(family);
+            engine.settle(&[family], None)
+        });
+        checked.map_err(|error| not_accepted(&error, "xt_comment"))?;
+        let counts = engine.list.counts().filter(|(group, _)| group.family == family);
         let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));
     }
@@ -77,20 +76,17 @@ fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     attempt().or_else(|_| attempt())
 }
 
-/// The listings of each family that are trusted (goal 3 of the engine). On two processors, two that
-/// are read at once take little longer than one.
-fn confirmed_listings<K: Kernel>(engine: &Engine<K>) -> Result<Vec<(Family, Listing)>, String> {
+/// A listing of each family. If the list is read from it, it must be one that is trusted (goal 3 of
+/// the engine); otherwise the check that compares it with the list sees to that.
+fn read_listings<K: Kernel>(
+    engine: &Engine<K>,
+    is_list: bool,
+) -> Result<Vec<(Family, Listing)>, String> {
     let read = |family| {
-        thread::scope(|scope| {
-            let read = || engine.read_rules(family);
-            let spawn = || thread::Builder::new().spawn_scoped(scope, read).ok();
-            let other = engine.settings.reads_at_once.then(spawn).flatten();
-            let listing = read()?;
-            // Without a second listing that agrees, more are read.
-            match other.and_then(|other| other.join().ok()?.ok()) {
-                Some(other) if other.agrees_with(&listing) => Ok((family, listing)),
-                _ => Ok((family, engine.confirmed_rules(family, listing)?)),
-            }
+        let listing = engine.read_rules(family)?;
+        Ok(match is_list {
+            true => (family, engine.confirmed_rules(family, listing)?),
+            false => (family, listing),
         })
     };
     let families = engine.kernel.families().into_iter();
