@@ -31,7 +31,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The time limit of one batch, repairs included.
@@ -324,20 +324,18 @@ impl<K: Kernel> Engine<K> {
     fn write(&mut self, batch: &Batch, families: &[Family]) -> Result<(), ToolError> {
         let relied = self.relied_on(batch, families);
         // Meanwhile, the rules of the sets are read, unless they change.
-        let reads_meanwhile = self.list.sets.is_some() && batch.created.is_empty();
+        let has_sets = self.list.sets.is_some() && batch.created.is_empty();
+        let reads_meanwhile = has_sets && !relied.is_empty();
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
-            let read = |family| {
-                let read = move || engine.read_rules(family);
-                // Without a thread, it is read below.
-                Some((family, thread::Builder::new().spawn_scoped(scope, read).ok()?))
-            };
-            let read_meanwhile = relied.iter().copied().filter(|_| reads_meanwhile);
-            let reads: Vec<_> = read_meanwhile.filter_map(read).collect();
+            let read =
+                || relied.iter().map(|family| (*family, engine.read_rules(*family))).collect();
+            // Without a thread, they are read below.
+            let spawn = || thread::Builder::new().spawn_scoped(scope, read).ok();
+            let reading = reads_meanwhile.then(spawn).flatten();
             let written = self.write_sets(batch, true);
-            let join =
-                |(family, read): (_, ScopedJoinHandle<'_, _>)| Some((family, read.join().ok()?));
-            (written, reads.into_iter().filter_map(join).collect::<BTreeMap<_, _>>())
+            let listings: Option<BTreeMap<_, _>> = reading.and_then(|reading| reading.join().ok());
+            (written, listings.unwrap_or_default())
         });
         written?;
         for family in families.iter().copied() {
