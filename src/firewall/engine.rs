@@ -272,11 +272,9 @@ impl<K: Kernel> Engine<K> {
         let is_changed = |family: &Family| batch.groups().any(|group| group.family == *family);
         let families: Vec<_> = self.kernel.families().into_iter().filter(is_changed).collect();
         let mut written = self.write(batch, &families);
-        if written.is_err() {
+        if written.is_err() && self.has_time() {
             self.distrusted.extend(&families);
-            if self.has_time() {
-                written = self.settle(&families, Some(batch));
-            }
+            written = self.settle(&families, Some(batch));
         }
         if written.is_err() {
             // The next repair undoes or completes what reached the kernel.
