@@ -63,14 +63,11 @@ impl<K: Kernel> Engine<K> {
         self.log_each(Level::Warning, "removed, not one of rfw's current rules:", &unknown);
     }
 
-    /// Whether the rule is from an earlier rfw.conf: a guard for another port or whitelist, or a rule
-    /// of the list in the other form, after a start with or without ipset.path.
+    /// Whether a start finds what an earlier one left: a guard for another port or whitelist, the rule
+    /// of a set that is empty or not used any more, or a rule of the list that is now in a set.
     fn is_outdated(&self, rule: &KernelRule) -> bool {
-        self.is_starting
-            && match rule.template() {
-                Some(_) => self.list.sets.is_none(),
-                None => rule.is_guard() || self.list.contains(&rule.rule),
-            }
+        let is_left = rule.is_guard() || rule.template().is_some();
+        self.is_starting && (is_left || self.list.contains(&rule.rule))
     }
 
     pub(super) fn report_restored(&self, count: usize) {
