@@ -137,9 +137,8 @@ impl Firewall {
     /// none of it.
     pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
         let change = change.into_change();
-        let families = self.tools.families();
-        let mut missing = Family::ALL.into_iter().filter(|family| !families.contains(family));
-        if missing.any(|family| change.rules.has(family)) {
+        // Only IPv6 can be missing.
+        if !self.tools.families().contains(&Family::V6) && change.rules.has(Family::V6) {
             return Err(ApiError::NoIpv6);
         }
         let is_long = change.family().is_none();
