@@ -255,7 +255,7 @@ impl<K: Kernel> Engine<K> {
             }
             let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
             batch.created.iter().filter_map(Group::set).for_each(|set| {
-                self.destroy_set(&set.to_string());
+                let _ = self.write_set(SetEdit::Destroy(&set.to_string()));
             });
             if is_restored {
                 return Err(error);
@@ -544,7 +544,7 @@ impl<K: Kernel> Engine<K> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
-    fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
+    pub fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
         edits.chunks(self.settings.max_edits).try_for_each(|edits| {
             self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
         })
@@ -640,11 +640,11 @@ impl<K: Kernel> Engine<K> {
         exists: bool,
     ) -> Result<(), ToolError> {
         let now = self.seconds();
-        let replaces = exists && !self.destroy_set(name);
+        let replaces = exists && self.write_set(SetEdit::Destroy(name)).is_err();
         let replacement = replacement_name(name);
         let new = if replaces { &replacement } else { name };
         if replaces {
-            self.destroy_set(new);
+            let _ = self.write_set(SetEdit::Destroy(new));
         }
         let (family, entries) = (group.family, members.len());
         let maxelem = self.list.sets.unwrap_or_default();
@@ -654,15 +654,14 @@ impl<K: Kernel> Engine<K> {
         let mut edits = create.into_iter().chain(members.iter().map(add)).chain(swap);
         self.kernel.write_sets(&mut edits, self.limit(entries))?;
         if replaces {
-            self.destroy_set(new);
+            let _ = self.write_set(SetEdit::Destroy(new));
         }
         Ok(())
     }
 
-    /// Destroys a set, if nothing uses it. If that fails, the next start does it.
-    fn destroy_set(&self, name: &str) -> bool {
-        let mut edit = iter::once(SetEdit::Destroy(name));
-        self.kernel.write_sets(&mut edit, self.limit(0)).is_ok()
+    /// Makes one edit. A set that something uses cannot be destroyed; the next start tries again.
+    pub fn write_set(&self, edit: SetEdit<'_>) -> Result<(), ToolError> {
+        self.kernel.write_sets(&mut iter::once(edit), self.limit(0))
     }
 
     /// Each address of a set, with its timeout.
@@ -898,7 +897,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The time limit of a program with this number of edits (goal 5).
-    fn limit(&self, edits: usize) -> Duration {
+    pub fn limit(&self, edits: usize) -> Duration {
         let extension = EDIT_LIMIT.saturating_mul(u32::try_from(edits).unwrap_or(u32::MAX));
         let left = self.deadline.saturating_duration_since(Instant::now());
         let limit = if self.is_starting { START_TOOL_LIMIT } else { TOOL_LIMIT };

@@ -1,7 +1,7 @@
 //! The start, in order: reads the list from the state file or, without one, from the kernel; then
 //! makes the kernel match it, whatever the form in which rfw kept its rules before.
 
-use super::engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
+use super::engine::{Engine, Kernel, Settings};
 use super::ipset::{NOMATCH, SetEdit};
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::{List, MAX_RULES};
@@ -15,7 +15,6 @@ use crate::rule::whitelist::{LineError, Whitelist};
 use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
 use std::collections::{BTreeMap, HashSet};
-use std::iter;
 use std::sync::Arc;
 
 /// Reads the list and makes the kernel match it. The error is a sentence.
@@ -197,8 +196,7 @@ fn try_kernel<K: Kernel>(
     let template = RuleTemplate { target, chain, in_iface, out_iface, side, tag: Tag::NONE };
     let try_rule = |rule| {
         let tagged = TaggedRule::new(rule, None);
-        let edits = [RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)];
-        engine.kernel.write_rules(family, &edits, START_TOOL_LIMIT)
+        engine.write_rules(family, &[RuleEdit::Insert(1, tagged), RuleEdit::Delete(tagged)])
     };
     let reject = if family == Family::V4 { "ipt_REJECT" } else { "ip6t_REJECT" };
     let try_target = |target| {
@@ -214,18 +212,18 @@ fn try_kernel<K: Kernel>(
     let set = KernelRule::set(template, family);
     let name = set.to_string();
     let create = SetEdit::Create { name: &name, family, entries: 0, maxelem: 1 };
-    let write = |edit| engine.kernel.write_sets(&mut iter::once(edit), START_TOOL_LIMIT);
-    let written = write(create).and_then(|()| try_rule(set));
-    written.and_then(|()| write(SetEdit::Destroy(&name))).map_err(|error| no_sets(&error))
+    let written = engine.write_set(create).and_then(|()| try_rule(set));
+    let destroyed = written.and_then(|()| engine.write_set(SetEdit::Destroy(&name)));
+    destroyed.map_err(|error| no_sets(&error))
 }
 
 /// Destroys those of rfw's sets that none of its rules uses. Their addresses are not enforced, so
 /// they are not rules. If they cannot be listed, as without ipset, the next start does it.
 fn destroy_leftovers<K: Kernel>(engine: &Engine<K>, log: &Log) {
-    let Ok(headers) = engine.kernel.read_headers(START_TOOL_LIMIT) else { return };
+    let Ok(headers) = engine.kernel.read_headers(engine.limit(0)) else { return };
     let used: HashSet<String> = engine.list.sets().map(|(rule, ..)| rule.to_string()).collect();
     for name in headers.into_iter().map(|header| header.name).filter(|name| !used.contains(name)) {
-        match engine.kernel.write_sets(&mut iter::once(SetEdit::Destroy(&name)), START_TOOL_LIMIT) {
+        match engine.write_set(SetEdit::Destroy(&name)) {
             Ok(()) => log.info(format_args!("destroyed the set {name}: no rule of rfw uses it")),
             Err(error) => {
                 log.warning(format_args!(
