@@ -103,7 +103,9 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
         return Plan::default();
     }
-    let numbers: HashMap<KernelRule, usize> = wanted.iter().map(|t| t.rule).zip(0..).collect();
+    // A chain without an rfw rule, as after a reboot, has none to look up.
+    let known = if chain.own().next().is_none() { &[] } else { wanted };
+    let numbers: HashMap<KernelRule, usize> = known.iter().map(|t| t.rule).zip(0..).collect();
     let mut stays = rows_that_stay(chain, wanted, &numbers);
     if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
         stays.fill(None);
