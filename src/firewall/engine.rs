@@ -108,6 +108,9 @@ impl From<ToolError> for ApiError {
 /// not exist.
 type SetListing = (Instant, Option<Vec<(Net, u32)>>);
 
+/// The addresses that other sets have received from a set, which is named.
+pub type Moved = Vec<(String, Vec<Net>)>;
+
 /// What matters here of rfw.conf and of this host.
 pub struct Settings {
     /// The rules for the port of rfw's own server, in the order of each chain.
@@ -383,7 +386,9 @@ impl<K: Kernel> Engine<K> {
         let named = batch.groups().filter(|group| is_kept(group));
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
-        let is_created = |group| is_put && batch.created.contains(group);
+        // After an undo, a new set is none of the list's.
+        let is_created =
+            |group| is_put && batch.created.contains(group) && self.list.members(group).is_some();
         let creations = named.iter().filter(|(group, _)| is_created(group));
         // A set of that name may be there, because a foreign rule uses it.
         let creations = creations.flat_map(|(group, name)| {
@@ -464,7 +469,7 @@ impl<K: Kernel> Engine<K> {
     /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
     /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
     /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
-    /// exist.
+    /// exist; what has moved to another set leaves the old one last.
     pub fn check_rules(
         &mut self,
         family: Family,
@@ -473,8 +478,9 @@ impl<K: Kernel> Engine<K> {
         is_pending: bool,
     ) -> Result<(), ToolError> {
         let is_distrusted = self.distrusted.contains(&family);
+        let mut moved = Moved::new();
         if is_distrusted && self.list.sets.is_some() {
-            self.repair_sets(family, batch)?;
+            moved = self.repair_sets(family, batch)?;
         }
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         // One incomplete listing could hide what a failed batch left.
@@ -496,7 +502,8 @@ impl<K: Kernel> Engine<K> {
             }
         }
         let listing = self.confirmed_rules(family, listing)?;
-        self.rewrite_rules(family, self.plans(family, &listing), batch)
+        self.rewrite_rules(family, self.plans(family, &listing), batch)?;
+        self.delete_moved(family, &moved)
     }
 
     /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
@@ -556,15 +563,20 @@ impl<K: Kernel> Engine<K> {
         read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
     }
 
-    /// Reads the sets of a family and makes them match the list (goals 3 and 4). One that fails does
-    /// not keep the others from being repaired.
-    pub fn repair_sets(&mut self, family: Family, batch: Option<&Batch>) -> Result<(), ToolError> {
+    /// Reads the sets of a family and makes them match the list (goals 3 and 4), except what has moved.
+    /// One that fails does not keep the others from being repaired.
+    pub fn repair_sets(
+        &mut self,
+        family: Family,
+        batch: Option<&Batch>,
+    ) -> Result<Moved, ToolError> {
         let headers = self.kernel.read_headers(self.limit(0))?;
         let groups: Vec<Group> = self.sets(family).map(|(_, group, _)| *group).collect();
         let (mut missing, mut unknown, mut result) = (0_usize, 0_usize, Ok(()));
+        let mut moved = Moved::new();
         for group in groups {
             if result.is_ok() || self.has_time() {
-                let repaired = self.repair_set(&headers, group);
+                let repaired = self.repair_set(&headers, group, &mut moved);
                 let (added, deleted) = *repaired.as_ref().unwrap_or(&(0, 0));
                 missing = missing.saturating_add(added);
                 unknown = unknown.saturating_add(deleted);
@@ -575,7 +587,19 @@ impl<K: Kernel> Engine<K> {
         let changed = batch.map_or(0, Batch::len);
         self.report_restored(missing.saturating_sub(changed));
         self.report_removed(unknown.saturating_sub(changed));
-        result
+        result.map(|()| moved)
+    }
+
+    /// Deletes what has moved: for a moment, an address is in both sets rather than in neither.
+    pub fn delete_moved(&mut self, family: Family, moved: &Moved) -> Result<(), ToolError> {
+        let edits = moved.iter().flat_map(|(name, nets)| {
+            nets.iter().map(move |net| SetEdit::Delete { name, net: *net })
+        });
+        let limit = self.limit(moved.iter().map(|(_, nets)| nets.len()).sum());
+        let written = self.kernel.write_sets(&mut { edits }, limit);
+        written.inspect_err(|_| {
+            self.distrusted.insert(family);
+        })
     }
 
     /// Returns how many addresses the set lacked, and how many it had that are not in the list.
@@ -583,6 +607,7 @@ impl<K: Kernel> Engine<K> {
         &mut self,
         headers: &[SetHeader],
         group: Group,
+        moved: &mut Moved,
     ) -> Result<(usize, usize), ToolError> {
         let (Some(rule), Some(members)) = (group.set(), self.list.members(&group)) else {
             return Ok((0, 0));
@@ -590,7 +615,8 @@ impl<K: Kernel> Engine<K> {
         let name = rule.to_string();
         // The time is that of the listing: to read a large set takes seconds.
         let planned = |(_, actual): &SetListing| {
-            Some(sets::plan(&name, members, actual.as_ref()?, self.seconds()))
+            let has_moved = |net: &Net| self.list.is_elsewhere(group, net);
+            Some(sets::plan(&name, members, actual.as_ref()?, has_moved, self.seconds()))
         };
         // ipset reports a set that does not exist; an incomplete listing merely lacks it.
         let first = self.read_set(&name)?;
@@ -608,6 +634,7 @@ impl<K: Kernel> Engine<K> {
             (Some(plan), Some(header)) if self.is_usable(header, members) => {
                 let limit = self.limit(plan.edits.len());
                 let written = self.kernel.write_sets(&mut plan.edits.into_iter(), limit);
+                moved.push((name.clone(), plan.moved));
                 (plan.missing, plan.unknown, written)
             }
             (plan, _) => (members.len(), 0, self.make_set(&name, &group, members, plan.is_some())),
@@ -763,7 +790,9 @@ impl<K: Kernel> Engine<K> {
             let is_trusted = !self.distrusted.contains(&family);
             let may_go_on = result.is_ok() || self.has_time();
             if is_trusted && (is_due || !self.sets(family).all(is_right)) && may_go_on {
-                result = result.and(self.repair_sets(family, None));
+                let repaired = self.repair_sets(family, None);
+                let repaired = repaired.and_then(|moved| self.delete_moved(family, &moved));
+                result = result.and(repaired);
             }
         }
         if is_due {

@@ -533,6 +533,11 @@ impl List {
         })
     }
 
+    /// Whether the set of another target has an address.
+    pub fn is_elsewhere(&self, group: Group, net: &Net) -> bool {
+        self.rivals(group).any(|rival| self.entry(rival, net).is_some())
+    }
+
     /// The changes of a batch for the state file, the newest last.
     pub fn records(&self, batch: &Batch) -> impl Iterator<Item = Record> + Clone {
         let changed = self.differences(batch, |_| true).filter(|d| d.before != d.after);

@@ -74,6 +74,9 @@ pub fn agree(
 pub struct SetPlan<'a> {
     /// Deletions first, because the set may be full.
     pub edits: Vec<SetEdit<'a>>,
+    /// The addresses that are now in another set: they leave this one when the rule of that one is
+    /// in the kernel.
+    pub moved: Vec<Net>,
     /// How many addresses the set lacks; for others, only the timeout is corrected.
     pub missing: usize,
     /// How many addresses are not in the list.
@@ -81,16 +84,22 @@ pub struct SetPlan<'a> {
 }
 
 /// Plans the repair of a set. `actual` is its addresses with their timeouts, sorted.
-pub fn plan<'a>(name: &'a str, members: &Members, actual: &[(Net, u32)], now: u64) -> SetPlan<'a> {
-    let delete = |(net, left): &(Net, u32)| {
+pub fn plan<'a>(
+    name: &'a str,
+    members: &Members,
+    actual: &[(Net, u32)],
+    has_moved: impl Fn(&Net) -> bool,
+    now: u64,
+) -> SetPlan<'a> {
+    let unless_due = |(net, left): &(Net, u32)| {
         let is_due = *left > 0 && u64::from(*left) <= TOLERANCE;
-        (!is_due).then_some(edit(name, *net, None, now))
+        (!is_due).then_some(*net)
     };
-    let (mut deletions, mut additions, mut missing) = (Vec::new(), Vec::new(), 0_usize);
+    let (mut deleted, mut additions, mut missing) = (Vec::new(), Vec::new(), 0_usize);
     let mut actual = actual.iter().peekable();
     for (net, entry) in members {
         while let Some(unknown) = actual.next_if(|(held, _)| held < net) {
-            deletions.extend(delete(unknown));
+            deleted.extend(unless_due(unknown));
         }
         let held = actual.next_if(|(held, _)| held == net);
         let expires = entry.expires();
@@ -99,10 +108,13 @@ pub fn plan<'a>(name: &'a str, members: &Members, actual: &[(Net, u32)], now: u6
             additions.push(edit(name, *net, Some(*entry), now));
         }
     }
-    deletions.extend(actual.filter_map(delete));
-    let unknown = deletions.len();
-    deletions.append(&mut additions);
-    SetPlan { edits: deletions, missing, unknown }
+    deleted.extend(actual.filter_map(unless_due));
+    let unknown = deleted.len();
+    // Two full sets could not exchange addresses.
+    let moved = deleted.extract_if(.., |net| missing == 0 && has_moved(net)).collect();
+    let mut edits: Vec<_> = deleted.iter().map(|net| edit(name, *net, None, now)).collect();
+    edits.append(&mut additions);
+    SetPlan { edits, moved, missing, unknown }
 }
 
 #[cfg(test)]
@@ -182,22 +194,29 @@ mod tests {
             ("1.1.1.1 4", "", "add 1.1.1.1 4"),
             ("", "1.1.1.1 3", ""),
             ("", "1.1.1.1 4", "del 1.1.1.1"),
+            // 9.9.9.9 is now in another set: it leaves this one last, unless others take its place.
+            ("1.1.1.1", "1.1.1.1,8.8.8.8,9.9.9.9", "del 8.8.8.8,later 9.9.9.9"),
+            ("1.1.1.1 60", "1.1.1.1,9.9.9.9", "add 1.1.1.1 60,later 9.9.9.9"),
+            ("1.1.1.1", "8.8.8.8,9.9.9.9", "del 8.8.8.8,del 9.9.9.9,add 1.1.1.1 0"),
         ];
         for (wanted, actual, expected) in table {
             let list = list(wanted);
             let actual: Vec<_> =
                 parse(actual).into_iter().map(|(net, left)| (net, left as u32)).collect();
             let (.., members) = list.sets().next().unwrap();
-            let SetPlan { edits, missing, unknown } = plan("s", members, &actual, NOW);
+            let has_moved = |net: &Net| net.to_string() == "9.9.9.9";
+            let SetPlan { edits, moved, missing, unknown } =
+                plan("s", members, &actual, has_moved, NOW);
             let lacks = |net: &Net| !actual.iter().any(|(held, _)| held == net);
             let is_missing =
                 |edit: &&SetEdit| matches!(edit, SetEdit::Add { net, .. } if lacks(net));
             assert_eq!(missing, edits.iter().filter(is_missing).count());
             let is_deletion = |edit: &&SetEdit| matches!(edit, SetEdit::Delete { .. });
-            assert_eq!(unknown, edits.iter().filter(is_deletion).count());
+            assert_eq!(unknown, edits.iter().filter(is_deletion).count() + moved.len());
             let short =
                 |edit: &SetEdit| edit.to_string().replace(" s ", " ").replace("timeout ", "");
-            let edits: Vec<String> = edits.iter().map(short).collect();
+            let later = moved.iter().map(|net| format!("later {net}"));
+            let edits: Vec<String> = edits.iter().map(short).chain(later).collect();
             assert_eq!(edits.join(","), expected, "{wanted} {actual:?}");
         }
     }

@@ -1,7 +1,7 @@
 //! The start, in order: reads the list from the state file or, without one, from the kernel; then
 //! makes the kernel match it, whatever the form in which rfw kept its rules before.
 
-use super::engine::{Engine, Kernel, Settings};
+use super::engine::{Engine, Kernel, Moved, Settings};
 use super::ipset::{NOMATCH, SetEdit};
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::{List, MAX_RULES};
@@ -49,14 +49,16 @@ pub fn start<K: Kernel>(
     check_limits(&engine.list)?;
     for (family, listing) in listings {
         twice(|| try_kernel(&engine, family, &listing))?;
+        let mut moved = Moved::new();
         if sets.is_some() {
-            twice(|| engine.repair_sets(family, None)).map_err(|error| no_sets(&error))?;
+            moved = twice(|| engine.repair_sets(family, None)).map_err(|error| no_sets(&error))?;
         }
         let checked = engine.check_rules(family, Some(listing), None, false).or_else(|_| {
             engine.distrusted.insert(family);
             engine.settle(&[family], None)
         });
         checked.map_err(|error| not_accepted(&error, "xt_comment"))?;
+        twice(|| engine.delete_moved(family, &moved)).map_err(|error| no_sets(&error))?;
         let counts = engine.list.counts().filter(|(group, _)| group.family == family);
         let count: usize = counts.map(|(_, count)| count).sum();
         log.info(format_args!("{family}: {count} rules"));

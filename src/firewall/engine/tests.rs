@@ -149,6 +149,8 @@ struct Memory {
     are_sets_unreadable: bool,
     /// An entry of a set expires after each listing of it.
     is_one_due: bool,
+    /// An address that must be in a set with a rule at every moment.
+    watched: Option<Net>,
 }
 
 #[derive(Clone, Default)]
@@ -205,6 +207,14 @@ impl Memory {
             }
             FakeRow::Foreign(line) => line.split(' ').any(|word| word == set),
         })
+    }
+
+    fn check_watched(&self) {
+        let Some(net) = self.watched else { return };
+        let holds = |(name, set): (&String, &FakeSet)| {
+            self.is_referenced(name) && set.entries.contains_key(&net)
+        };
+        assert!(self.sets.iter().any(holds), "{net} is in no set with a rule");
     }
 
     fn edit_rule(&mut self, family: Family, edit: &RuleEdit) -> Result<(), ToolError> {
@@ -389,6 +399,7 @@ impl Kernel for FakeKernel {
             memory.chains = before;
             return Err(error);
         }
+        memory.check_watched();
         match way {
             Some(Way::DoAndReject) => rejected("failed after COMMIT"),
             Some(_) => interrupted(),
@@ -451,6 +462,7 @@ impl Kernel for FakeKernel {
         };
         for edit in edits.take(count) {
             memory.edit_set(&edit)?;
+            memory.check_watched();
         }
         match way {
             Some(Way::Reject | Way::DoAndReject | Way::PartAndReject(_)) => rejected("failed"),
@@ -3004,7 +3016,7 @@ fn addresses_that_expire_between_two_listings() {
     let sets = world.memory().sets.clone();
     world.memory().is_one_due = true;
     world.engine().distrusted.insert(Family::V4);
-    assert_eq!(world.engine().repair_sets(Family::V4, None), Ok(()));
+    assert_eq!(world.engine().repair_sets(Family::V4, None).err(), None);
     world.memory().sets = sets;
     assert_eq!(world.start(), Ok(()));
 }
@@ -3057,4 +3069,41 @@ fn a_rule_that_exists_is_on_the_disk() {
     fs::rename(path.with_extension("old"), &path).unwrap();
     world.put("+ /drop/input/any/1.1.1.1");
     world.settle();
+}
+
+/// A repair emptied the old set first, and then failed to make the new one.
+#[test]
+fn a_move_leaves_no_gap() {
+    let net = Net::parse("1.1.1.1");
+    let new_set = "rfw4:accept:in:any";
+    let once = Fault { part: Some(Part::Sets), ..Fault::new(1, 1, Way::Reject) };
+    // A set that cannot be created, an address that is rejected, a failure, and the change.
+    let table = [
+        (Some(new_set), None, None, "+ /accept/input/any/1.1.1.1"),
+        (None, Net::parse("7.7.7.7"), None, "+ /accept/input/any: 1.1.1.1 7.7.7.7"),
+        (None, None, Some(once), "+ /accept/input/any/1.1.1.1"),
+    ];
+    for (bad_set, bad, fault, change) in table {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.settle();
+        world.memory().bad_set = bad_set.map(String::from);
+        world.memory().bad = bad;
+        world.memory().watched = net;
+        world.set_faults(Vec::from_iter(fault).as_slice());
+        let results = world.engine().commit(&parse(change)[0]);
+        assert_eq!(results[0].is_ok(), fault.is_some(), "{change}");
+    }
+    // Killed between the state file and the kernel; the next start completes the move.
+    let mut world = World::new(true, true);
+    world.put("+ /drop/input/any/1.1.1.1; + /drop/input/any/2.2.2.2");
+    world.settle();
+    world.engine = None;
+    let path = world.directory.clone().unwrap().join("state");
+    let text = fs::read_to_string(&path).unwrap();
+    let moved = "* 2\n- /drop/input/any/1.1.1.1\n+ 0 /reject/input/any/1.1.1.1\n";
+    fs::write(&path, format!("{text}{moved}")).unwrap();
+    world.memory().watched = net;
+    world.start().unwrap();
+    assert_eq!(world.memory().sets["rfw4:drop:in:any"].entries.len(), 1);
 }
