@@ -507,14 +507,16 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
-    /// fails all. So missing rules of sets that ipset does not list are left out, and then all but the
-    /// guards.
+    /// fails all. So missing rules of sets that ipset does not list, or that have another type, are left
+    /// out, and then all but the guards.
     fn repair_rules(&mut self, family: Family) -> Result<(), ToolError> {
         let headers = self.list.sets.map(|_| self.kernel.read_headers(self.limit(0)));
         // If ipset fails altogether, the sets may well exist.
         let headers = headers.and_then(Result::ok);
-        let names: Option<HashSet<String>> =
-            headers.map(|headers| headers.into_iter().map(|header| header.name).collect());
+        let names: Option<HashSet<String>> = headers.map(|headers| {
+            let usable = headers.into_iter().filter(|header| header.is_compatible);
+            usable.map(|header| header.name).collect()
+        });
         let lacks_set = |rule: &KernelRule| {
             let name = rule.template().map(|_| rule.to_string());
             name.zip(names.as_ref()).is_some_and(|(name, names)| !names.contains(&name))
@@ -679,11 +681,17 @@ impl<K: Kernel> Engine<K> {
         let add = |(net, entry): (&Net, &Entry)| sets::edit(new, *net, Some(*entry), now);
         let swap = replaces.then_some(SetEdit::Swap(new, name));
         let mut edits = create.into_iter().chain(members.iter().map(add)).chain(swap);
-        self.kernel.write_sets(&mut edits, self.limit(entries))?;
+        let written = self.kernel.write_sets(&mut edits, self.limit(entries));
+        if matches!(&written, Err(ToolError::Rejected(text)) if text.contains("type does not match"))
+        {
+            // Someone made it with another type. Without its rule, the next repair destroys it.
+            let rule = group.set().map(|rule| RuleEdit::Delete(TaggedRule::new(rule, None)));
+            let _ = self.write_rules(family, rule.as_slice());
+        }
         if replaces {
             let _ = self.write_set(SetEdit::Destroy(new));
         }
-        Ok(())
+        written
     }
 
     /// Makes one edit. A set that something uses cannot be destroyed; the next start tries again.
@@ -782,7 +790,9 @@ impl<K: Kernel> Engine<K> {
         let is_right = |(rule, _, members): (KernelRule, &Group, &Members)| {
             let name = rule.to_string();
             let header = headers.iter().find(|header| header.name == name);
-            header.is_some_and(|header| sets::has_right_size(members, header.entries, now))
+            header.is_some_and(|header| {
+                header.is_compatible && sets::has_right_size(members, header.entries, now)
+            })
         };
         let mut result = Ok(());
         for family in self.kernel.families() {

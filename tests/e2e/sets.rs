@@ -420,10 +420,17 @@ fn sets_that_others_change_destroy_or_use() {
             are_right() && lab.rules() == rules
         });
 
-        let create = "ipset create rfw4:drop:in:any hash:ip";
+        // With its rule, it can be neither destroyed nor swapped.
+        let create = "ipset create rfw4:drop:in:any hash:ip timeout 0 counters";
+        let create = format!("{create} && ipset add rfw4:drop:in:any 1.1.1.1");
+        let its_rule =
+            "INPUT -m set --match-set rfw4:drop:in:any src -m comment --comment rfw -j DROP";
+        let create = format!("{create} && {iptables} -w -I {its_rule}");
         sh(&format!("until {iptables} -w -F && ipset destroy && {create}; do :; done"));
         await_repair("a set of another type is replaced", 3 + SLACK, || {
-            are_right() && lab.rules() == rules
+            let its_header = "Name: rfw4:drop:in:any\nType: hash:net\n";
+            let has_type = lab.ipset("list -terse").contains(its_header);
+            has_type && are_right() && lab.rules() == rules
         });
 
         // Someone else's rule uses the set.
