@@ -3,8 +3,8 @@
 
     tests/hostile.py target/release/rfw [WORD...]     only the rows with one of the words in them
 
-Two waves of 4,000 connections, 10 s apart, each from its own whitelisted address, to the local
-and to the outward server. They start within a second and are never closed by the client.
+Two waves of 4,000 connections, 10 s apart, each from its own whitelisted address but for one row, to
+the local and to the outward server. They start within a second and are never closed by the client.
 Meanwhile, an honest client sends a PUT on a new connection every 50 ms. Exit status 1 if a goal
 is missed; 1 MB is 1,000,000 bytes.
 """
@@ -44,6 +44,7 @@ def garbage():
 DRIP, NEVER, ENDLESS, RESETS, LEAVES = "drip", "never reads", "endless", "resets", "leaves"
 KINDS = {  # name: (servers, finishes the handshake, bytes at once, what then, after how many s it is gone)
     "idle": ("lo", False, lambda: b"", None, 10),
+    "idle from one address": ("lo", False, lambda: b"", None, 10),
     "idle after the handshake": ("o", True, lambda: b"", None, 10),
     "drip heads": ("lo", True, lambda: b"GET / HTTP/1.1\r\n", DRIP, 10),
     "drip bodies": ("lo", True, lambda: BODY, DRIP, 40),
@@ -58,12 +59,18 @@ KINDS = {  # name: (servers, finishes the handshake, bytes at once, what then, a
 }
 
 
+# From one address only, while the honest client is far away: so many s pass until its request arrives.
+ONE_ADDRESS = {"idle from one address": 0.1}
+
+
 class Flood:
     """A share of the hostile connections, in its own process."""
 
     def __init__(self, kind, port, first, count, last):
         _, handshake, self.first_bytes, self.then, _ = KINDS[kind]
         self.port, self.sources = port, [f"127.1.{n >> 8}.{n & 255}" for n in range(first, first + count)]
+        if kind in ONE_ADDRESS:
+            self.sources = ["127.1.0.0"] * count
         self.context = tls() if handshake and port == OUTWARD else None
         self.poll, self.open, self.last = select.epoll(), {}, last
         if self.then in (RESETS, LEAVES):  # these make no use of their places: more of them
@@ -159,8 +166,9 @@ class Flood:
 
 # --- The honest client -----------------------------------------------------------------------------
 
-def honest(port, out):
-    """Sends a PUT on a new connection every 50 ms; records the time of each, and the failures."""
+def honest(port, out, away):
+    """Sends a PUT on a new connection every 50 ms, or one after another, `away` s after it has connected;
+    records the rest of the time of each, and the failures."""
     context = tls() if port == OUTWARD else None
     took, wrong, begin = [], [], time.monotonic()
     for n in itertools.count():
@@ -170,12 +178,14 @@ def honest(port, out):
         time.sleep(max(0, at - time.monotonic()))
         start = time.monotonic()
         try:
-            said = exchange(connect(port, None, context), request("PUT", f"/drop/input/any/10.0.{n >> 8}.{n & 255}", BASIC))
+            conn = connect(port, None, context)
+            time.sleep(away)
+            said = exchange(conn, request("PUT", f"/drop/input/any/10.0.{n >> 8}.{n & 255}", BASIC))
             if not said.startswith(b"HTTP/1.1 200 "):
                 wrong.append(said[:40].decode() or "closed")
         except OSError as error:
             wrong.append(repr(error))
-        took.append(time.monotonic() - start)
+        took.append(time.monotonic() - start - away)
     with open(out, "w") as f:
         json.dump([sorted(took), wrong], f)
 
@@ -192,7 +202,7 @@ def kind_rows(program, table, kind, server):
     out, last = os.path.join(RUN, "honest"), mmap.mmap(-1, 8)  # when a hostile one began
     each = HOSTILE // FLOODERS
     floods = [fork(Flood(kind, port, n * each, each, last).run) for n in range(FLOODERS)]
-    client = fork(honest, port, out)
+    client = fork(honest, port, out, ONE_ADDRESS.get(kind, 0))
     threads = descriptors = 0
     while os.waitpid(client, os.WNOHANG) == (0, 0):
         threads = max(threads, rfw.threads())
