@@ -426,7 +426,7 @@ impl List {
         for rival in self.rivals(group) {
             self.delete(rival, nets, batch);
         }
-        // One allocation, and the first, so that the allocator can return all of it.
+        // One allocation, before those of the rules, so that the allocator can return all of it.
         let mut steps = Vec::with_capacity(nets.len());
         if self.members(&group).is_none_or(Members::is_empty) {
             steps.extend(nets.iter().map(|net| (*net, None)));
@@ -437,7 +437,11 @@ impl List {
             tally.add(Verdict::Inserted, nets.len());
             return batch.push(group, steps);
         }
-        let others = self.shadowing(group);
+        let is_repeated = |net| self.entry(group, net).is_some_and(|old| old.expires == expires);
+        let others = match nets.iter().any(is_repeated) {
+            true => self.shadowing(group),
+            false => Vec::new(),
+        };
         for net in nets {
             let before = self.entry(group, net);
             let is_same = |old: &Entry| {
