@@ -54,8 +54,9 @@ pub fn read_text(file: &Path, access: Access) -> Result<String, String> {
     let content = read(file, access)?;
     let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", file.display()))?;
     // A comment would hide what follows it in the same line.
-    if text.replace("\r\n", "").contains('\r') {
-        return Err(format!("{}: a carriage return without a line feed", file.display()));
+    if let Some(line) = text.lines().position(|line| line.contains('\r')) {
+        let (name, line) = (file.display(), line.saturating_add(1));
+        return Err(format!("{name}:{line}: a carriage return without a line feed; remove it"));
     }
     Ok(text.trim_start_matches('\u{feff}').into())
 }
