@@ -5,6 +5,7 @@
 
 use crate::clock::{self, Utc};
 use crate::mutex::lock;
+use crate::rule::net::Net;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
@@ -96,14 +97,15 @@ impl Log {
 
     /// Logs a refused request, at most [`MAX_REFUSALS`] per address and [`WINDOW`].
     pub fn refusal(&self, peer: IpAddr, level: Level, event: fmt::Arguments<'_>) {
-        if self.is_enabled(level) && lock(&self.refusals).admits(peer, Instant::now()) {
+        if self.is_enabled(level) && lock(&self.refusals).admits(Net::source(peer), Instant::now())
+        {
             self.write(level, event);
         }
     }
 
     /// Logs a failed TLS handshake, at most [`MAX_HANDSHAKES`] per address and [`WINDOW`].
     pub fn handshake(&self, peer: IpAddr, reason: &str) {
-        if lock(&self.handshakes).admits(peer, Instant::now()) {
+        if lock(&self.handshakes).admits(Net::source(peer), Instant::now()) {
             self.warning(format_args!("{peer}: TLS handshake failed: {reason}"));
         }
     }
@@ -216,11 +218,11 @@ fn remove_end(mut file: &File, count: usize) -> io::Result<()> {
 /// Since when and how often each address was refused; `None` counts the addresses for which there
 /// was no room.
 #[derive(Default)]
-struct Limiter<const MAX: usize>(HashMap<Option<IpAddr>, (Instant, usize)>);
+struct Limiter<const MAX: usize>(HashMap<Option<Net>, (Instant, usize)>);
 
 impl<const MAX: usize> Limiter<MAX> {
     /// Counts a refusal; returns whether it may be logged.
-    fn admits(&mut self, peer: IpAddr, now: Instant) -> bool {
+    fn admits(&mut self, peer: Net, now: Instant) -> bool {
         let has_room = self.0.len() < MAX_PEERS || self.0.contains_key(&Some(peer));
         let (_, count) = self.0.entry(has_room.then_some(peer)).or_insert((now, 0));
         *count = count.saturating_add(1);
@@ -228,7 +230,7 @@ impl<const MAX: usize> Limiter<MAX> {
     }
 
     /// Removes the addresses whose window has ended; returns how many of each were not logged.
-    fn end(&mut self, now: Instant) -> Vec<(Option<IpAddr>, usize)> {
+    fn end(&mut self, now: Instant) -> Vec<(Option<Net>, usize)> {
         let ended =
             self.0.extract_if(|_, (since, _)| now.saturating_duration_since(*since) >= WINDOW);
         let suppressed = ended.map(|(peer, (_, n))| (peer, n.saturating_sub(MAX)));
@@ -308,7 +310,7 @@ mod tests {
     fn refusals_to_one_address_are_limited() {
         let (mut limiter, start) = (Limiter::<MAX_REFUSALS>::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        let peer = |n: u32| IpAddr::V4(n.into());
+        let peer = |n: u32| Net::host(IpAddr::V4(n.into()));
         assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(1), start)));
         assert!(!limiter.admits(peer(1), at(1)) && !limiter.admits(peer(1), at(58)));
         assert!((0..MAX_REFUSALS).all(|_| limiter.admits(peer(2), at(2))));
@@ -323,7 +325,7 @@ mod tests {
         }
         assert_eq!(limiter.0.len(), MAX_PEERS);
         assert!(
-            (0..MAX_REFUSALS).all(|n| limiter.admits(IpAddr::from([1, 0, 0, n as u8]), at(61)))
+            (0..MAX_REFUSALS).all(|n| limiter.admits(Net::host([1, 0, 0, n as u8].into()), at(61)))
         );
         assert!(!limiter.admits(peer(0x0200_0000), at(61)));
         assert_eq!(limiter.0.len(), MAX_PEERS + 1);

@@ -10,7 +10,7 @@
 
 use super::api_error::ApiError;
 use crate::mutex::lock;
-use crate::rule::net::source;
+use crate::rule::net::Net;
 use crate::rule::rights::Rights;
 use crate::rule::whitelist::LineError;
 use std::collections::HashMap;
@@ -147,11 +147,11 @@ const MAX_GUESSERS: usize = 1024;
 
 /// The addresses that sent wrong credentials lately: since when, and how many.
 #[derive(Default)]
-pub struct LoginThrottle(Mutex<HashMap<IpAddr, (Instant, u32)>>);
+pub struct LoginThrottle(Mutex<HashMap<Net, (Instant, u32)>>);
 
 impl LoginThrottle {
     /// How long an address must still wait.
-    fn time_left(&self, peer: IpAddr, now: Instant) -> Option<Duration> {
+    fn time_left(&self, peer: Net, now: Instant) -> Option<Duration> {
         let peers = lock(&self.0);
         let (since, failures) = peers.get(&peer)?;
         let left = WINDOW.saturating_sub(now.saturating_duration_since(*since));
@@ -159,7 +159,7 @@ impl LoginThrottle {
     }
 
     /// Counts wrong credentials. Those beyond the limit start the waiting time.
-    fn add(&self, peer: IpAddr, now: Instant) {
+    fn add(&self, peer: Net, now: Instant) {
         let mut peers = lock(&self.0);
         peers.retain(|_, (since, _)| now.saturating_duration_since(*since) < WINDOW);
         if peers.len() >= MAX_GUESSERS && !peers.contains_key(&peer) {
@@ -187,7 +187,7 @@ pub fn authenticate(
     let Some(users) = users else {
         return Ok(Principal { peer, user: None, rights: Rights::All });
     };
-    if let Some(left) = throttle.time_left(source(peer), now) {
+    if let Some(left) = throttle.time_left(Net::source(peer), now) {
         return Err(ApiError::TooManyGuesses(left));
     }
     let (scheme, token) = authorization.and_then(|a| a.split_once(' ')).unwrap_or_default();
@@ -199,7 +199,7 @@ pub fn authenticate(
         None => {
             // Missing credentials are not a guess.
             if authorization.is_some() {
-                throttle.add(source(peer), now);
+                throttle.add(Net::source(peer), now);
             }
             Err(ApiError::Unauthorized)
         }

@@ -85,6 +85,14 @@ impl Net {
         Some(nets)
     }
 
+    /// What counts as one client: an IPv6 host can use every address of its /64 (RFC 8981).
+    pub fn source(ip: IpAddr) -> Net {
+        match ip {
+            IpAddr::V4(_) => Net::host(ip),
+            IpAddr::V6(_) => Net::new(ip, 64).unwrap_or(Net::host(ip)),
+        }
+    }
+
     pub fn family(&self) -> Family {
         family_of(self.addr)
     }
@@ -155,14 +163,6 @@ fn family_of(addr: IpAddr) -> Family {
     if addr.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
-/// What counts as one client: an IPv6 host can use every address of its /64 (RFC 8981).
-pub fn source(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(_) => ip,
-        IpAddr::V6(_) => address(Family::V6, number(ip) & !low_bits(64)),
-    }
-}
-
 fn number(addr: IpAddr) -> u128 {
     match addr {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
@@ -190,11 +190,11 @@ mod tests {
     fn an_ipv6_host_is_one_source() {
         for (ip, expected) in [
             ("192.0.2.7", "192.0.2.7"),
-            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
-            ("2001:db8:1:2::", "2001:db8:1:2::"),
-            ("::1", "::"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+            ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+            ("::1", "::/64"),
         ] {
-            assert_eq!(source(ip.parse().unwrap()).to_string(), expected);
+            assert_eq!(Net::source(ip.parse().unwrap()).to_string(), expected);
         }
     }
 

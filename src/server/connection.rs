@@ -78,7 +78,7 @@ impl Connection<'_> {
             Ok(request) => request,
             Err(error) => {
                 if let Some(reason) = tls::describe_handshake_error(&error) {
-                    self.server.log.handshake(self.client.source, &reason);
+                    self.server.log.handshake(self.client.ip, &reason);
                 }
                 return false;
             }
@@ -290,7 +290,7 @@ impl Connection<'_> {
         let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
         let event = format_args!("{subject} \"{line}\" {result} {took:.1} ms");
         match result.starts_with(['4', '5']) {
-            true => self.server.log.refusal(self.client.source, level, event),
+            true => self.server.log.refusal(self.client.ip, level, event),
             false => self.server.log.write(level, event),
         }
     }

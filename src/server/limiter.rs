@@ -5,8 +5,8 @@
 //! waiting for a request, for the next 16 KiB of a body, or for the client to accept the next
 //! 16 KiB of a response. It is not evicted before [`Limits::patience`] has passed, nor while rfw
 //! works for it. Connections of an address that holds more than its share, a quarter of the slots,
-//! are evicted before all others; a connection that exceeds its address's share evicts only these and
-//! others of that address. Of the lists and listings that wait, those of the address with the
+//! are evicted before all others; a connection that exceeds the share of its address evicts no others
+//! while rfw waits for one of these. Of the lists and listings that wait, those of the address with the
 //! fewest slots go first; connections wait in order of arrival, because a listener admits one at a
 //! time. While others wait for a slot, a connection is closed after its response, so that every
 //! client gets a turn ([`ConnectionLimiter::is_wanted`]). A connection that has waited for
@@ -14,7 +14,7 @@
 
 use crate::clock;
 use crate::mutex::lock;
-use crate::rule::net::source;
+use crate::rule::net::Net;
 use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -50,8 +50,8 @@ enum State {
 /// A connection, with the state that all its slots share.
 pub struct Client {
     pub ip: IpAddr,
-    /// What counts as its address; see [`source`].
-    pub source: IpAddr,
+    /// What counts as its address.
+    source: Net,
     pub socket: Arc<TcpStream>,
     state: Mutex<State>,
 }
@@ -127,7 +127,7 @@ impl Table {
     }
 
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
-    fn evict_for(&self, newcomer: IpAddr, limits: &Limits) {
+    fn evict_for(&self, newcomer: Net, limits: &Limits) {
         let mut held = HashMap::with_capacity(self.holders.len());
         for source in self.holders.iter().map(|holder| holder.source).chain([newcomer]) {
             let count = held.entry(source).or_insert(0_usize);
@@ -135,20 +135,20 @@ impl Table {
         }
         let count_of = |source| held.get(&source).copied().unwrap_or_default();
         let share = limits.slots.div_ceil(4);
-        let mut victim = None;
+        let (mut victim, mut waits_for_greedy) = (None, false);
         for (at, holder) in self.holders.iter().enumerate() {
             let State::Waiting(since, _) = *lock(&holder.state) else { continue };
             let (count, waited) = (count_of(holder.source), since.elapsed());
             let is_greedy = count > share;
-            if count_of(newcomer) > share && !is_greedy {
-                continue;
-            }
+            waits_for_greedy |= is_greedy;
             let is_hasty = is_greedy && count > count_of(newcomer);
             let patience = if is_hasty { MIN_PATIENCE } else { limits.patience };
             if waited >= patience {
                 victim = victim.max(Some((is_greedy, waited, at)));
             }
         }
+        let spares_others = count_of(newcomer) > share && waits_for_greedy;
+        let victim = victim.filter(|(is_greedy, ..)| *is_greedy || !spares_others);
         if let Some(victim) = victim.and_then(|(.., at)| self.holders.get(at)) {
             victim.update(|state| {
                 // Unless it has just sent or received something.
@@ -165,7 +165,7 @@ impl Table {
         self.holders.iter().filter(|holder| !holder.is_evicted()).count()
     }
 
-    fn held_by(&self, source: IpAddr) -> usize {
+    fn held_by(&self, source: Net) -> usize {
         self.holders.iter().filter(|holder| holder.source == source).count()
     }
 }
@@ -174,7 +174,7 @@ impl Client {
     pub fn new(ip: IpAddr, socket: TcpStream) -> Arc<Client> {
         Arc::new(Client {
             ip,
-            source: source(ip),
+            source: Net::source(ip),
             socket: socket.into(),
             state: Mutex::new(State::Working),
         })
@@ -356,6 +356,12 @@ mod tests {
         }
         assert!(test.acquire(3, Duration::ZERO));
         assert_eq!(test.evicted(), [2], "its own");
+        // A client with many changes in progress is not kept waiting by idle ones.
+        let mut test = Test::new(4, 1);
+        assert!([1, 2, 2, 2].into_iter().all(|n| test.acquire(n, Duration::ZERO)));
+        test.set_waited(0, 40_000);
+        assert!(test.acquire(2, Duration::ZERO));
+        assert_eq!(test.evicted(), [0]);
     }
 
     /// First come, first served, but an address that holds a slot comes after one that holds none.

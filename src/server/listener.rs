@@ -154,13 +154,13 @@ impl Listener {
 
     /// Waits for a slot until the deadline, then serves the connection in a new thread.
     fn dispatch(self: &Arc<Self>, server: &Arc<Server>, client: Arc<Client>, deadline: Instant) {
-        let (peer, source) = (client.ip, client.source);
+        let peer = client.ip;
         if has_left(&client.socket).unwrap_or(true) {
             return;
         }
         let Some(slot) = self.limiter.acquire(&client, deadline) else {
             let event = format_args!("{peer} - \"-\" 503 busy: Too many connections.");
-            server.log.refusal(source, Level::Warning, event);
+            server.log.refusal(peer, Level::Warning, event);
             return self.refuse(client.socket.clone());
         };
         let (listener, shared) = (self.clone(), server.clone());
@@ -176,7 +176,7 @@ impl Listener {
         };
         if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
             let event = format_args!("cannot serve {peer}: {error}");
-            server.log.refusal(source, Level::Warning, event);
+            server.log.refusal(peer, Level::Warning, event);
         }
     }
 
