@@ -108,7 +108,7 @@ impl From<ToolError> for ApiError {
 /// not exist.
 type SetListing = (Instant, Option<Vec<(Net, u32)>>);
 
-/// The addresses that other sets have received from a set, which is named.
+/// Addresses that have moved to another set, by the name of the set that they must still leave.
 pub type Moved = Vec<(String, Vec<Net>)>;
 
 /// What matters here of rfw.conf and of this host.
@@ -386,7 +386,7 @@ impl<K: Kernel> Engine<K> {
         let named = batch.groups().filter(|group| is_kept(group));
         let named: BTreeMap<Group, String> =
             named.filter_map(|group| Some((*group, group.set()?.to_string()))).collect();
-        // After an undo, a new set is none of the list's.
+        // After an undo, the list no longer has the new sets.
         let is_created =
             |group| is_put && batch.created.contains(group) && self.list.members(group).is_some();
         let creations = named.iter().filter(|(group, _)| is_created(group));
@@ -469,7 +469,7 @@ impl<K: Kernel> Engine<K> {
     /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
     /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
     /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
-    /// exist; what has moved to another set leaves the old one last.
+    /// exist; what has moved to another set leaves the old one last, unless that may be full.
     pub fn check_rules(
         &mut self,
         family: Family,
