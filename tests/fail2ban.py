@@ -8,7 +8,7 @@ contrib/fail2ban/rfw.conf as its action, a log that this test writes, real iptab
 Exit status 1 at the first failure.
 """
 
-import http.server, re, shutil, signal, threading, zlib
+import fcntl, http.server, re, shutil, signal, threading, zlib
 from lab import *
 
 HTTPS = f"--cacert {RUN}/client/ca.crt --credentials"
@@ -340,6 +340,12 @@ def feeds():
     check("a version from before the failures is downloaded again", cron(ipsum).returncode == 0 and Feeds.answers[-1] == 200)
     plain = {name for name in os.listdir("/var/cache/rfw-feed") if ":" not in name}
     check("no two tags share a file", plain == {command.split()[1] for _, command in crontab})
+    asked = len(Feeds.answers)
+    with open("/var/cache/rfw-feed/ipsum:lock", "w") as lock:  # as another run for this tag does
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = cron(ipsum)
+    check("two runs for a tag do not share a download",
+          done.returncode == 1 and "still running" in done.stderr and len(Feeds.answers) == asked)
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
