@@ -312,21 +312,12 @@ fn read(source: &mut impl BufRead, mut each: impl FnMut(Record)) -> Result<Conte
             }
             _ => {
                 let error = at(damage(line, &text, list.as_ref()));
-                if line == 1 || !text.contains('\0') {
+                let Some(list) = list.as_mut().filter(|_| text.contains('\0')) else {
                     return Err(error);
-                }
-                if let Some(list) = &mut list {
-                    list.damage = Some(error);
-                    if !bytes.ends_with(b"\n") {
-                        source.skip_until(b'\n').map_err(io_error)?;
-                    }
-                } else if source.fill_buf().map_err(io_error)?.is_empty() {
-                    let message = "a part of the last line is zeros; it was never acknowledged, \
-                                   unless the file is damaged, and is dropped";
-                    contents.tail = Some(at(message.into()));
-                    break;
-                } else {
-                    return Err(error);
+                };
+                list.damage = Some(error);
+                if !bytes.ends_with(b"\n") {
+                    source.skip_until(b'\n').map_err(io_error)?;
                 }
             }
         }
@@ -540,23 +531,6 @@ mod tests {
                 (tail, contents.size),
                 (Some(3), (text.len() - list.len()) as u64),
                 "{from}"
-            );
-        }
-    }
-
-    /// The same for a change whose line ends in the next block.
-    #[test]
-    fn a_power_cut_that_leaves_zeros_in_the_last_line() {
-        let last = format!("+ 0 {A}\n");
-        let text = format!("{HEADER}- {B}\n{last}");
-        let size = text.len() - last.len();
-        for count in 1..last.len() {
-            let mut bytes = text.clone().into_bytes();
-            bytes[size..size + count].fill(0);
-            let contents = read(&mut &*bytes, |_| ()).map_err(|error| error.message).unwrap();
-            assert_eq!(
-                (contents.tail.map(|tail| tail.line), contents.size),
-                (Some(3), size as u64)
             );
         }
     }
