@@ -44,7 +44,7 @@ def garbage():
 DRIP, NEVER, ENDLESS, RESETS, LEAVES = "drip", "never reads", "endless", "resets", "leaves"
 KINDS = {  # name: (servers, finishes the handshake, bytes at once, what then, after how many s it is gone)
     "idle": ("lo", False, lambda: b"", None, 10),
-    "idle from one address": ("lo", False, lambda: b"", None, 10),
+    "idle from one address": ("lo", False, lambda: b"", None, 30),  # the kernel hands over some late
     "idle after the handshake": ("o", True, lambda: b"", None, 10),
     "drip heads": ("lo", True, lambda: b"GET / HTTP/1.1\r\n", DRIP, 10),
     "drip bodies": ("lo", True, lambda: BODY, DRIP, 40),
