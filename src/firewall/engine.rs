@@ -7,8 +7,8 @@
 //! 2. After any error, only a listing shows what the kernel holds. Until it is read, the family is
 //!    distrusted.
 //! 3. One listing proves nothing: iptables and ipset exit with 0 after an incomplete one. If it
-//!    differs from the list by more than the batch in progress, two consecutive listings must agree
-//!    before anything is inserted or deleted.
+//!    differs from the list by more than the batch in progress, two consecutive listings, or at a
+//!    start two simultaneous ones, must agree before anything is inserted or deleted.
 //! 4. There is one way to repair: read, compare, rewrite. After a batch fails, the repair runs
 //!    with its changes in the list, which retries them, and then without them.
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
@@ -119,6 +119,9 @@ pub struct Settings {
     pub sets: Option<usize>,
     /// The maximum number of edits in one transaction.
     pub max_edits: usize,
+    /// Whether it is faster if two programs read rules at once: not with one processor, nor with
+    /// iptables-legacy, which holds a lock meanwhile.
+    pub reads_at_once: bool,
 }
 
 pub struct Engine<K> {

@@ -30,14 +30,16 @@ use crate::rule::tag::Tag;
 use crate::rule::whitelist::{Permitted, Whitelist};
 use crate::rule::{Change, Filter, Iface, Match, Rule, Rules, Target};
 use crate::state::StateFile;
-use engine::{Engine, Kernel, Settings};
+use engine::{Engine, Kernel, START_TOOL_LIMIT, Settings};
 use ipset::{Ipset, SetEdit, SetEntry, SetHeader};
 use iptables::{Iptables, KernelRule, RuleEdit, RuleKind, TaggedRule};
 use list::Outcome;
+use prerequisites::Version;
 use process::ToolError;
 use queue::Queue;
 use reconcile::Listing;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 /// The time limit for reading a set for a client, a little longer than that of its response.
@@ -128,7 +130,11 @@ impl Firewall {
             families.flat_map(|family| guards(whitelist, family, port)).collect()
         });
         let max_edits = if host::is_rootless() { ROOTLESS_EDITS } else { usize::MAX };
-        let settings = Settings { guards, sets, max_edits };
+        let version = |iptables: &Iptables| Version::of(&iptables.iptables, START_TOOL_LIMIT);
+        let is_nft = |iptables| version(iptables).is_ok_and(|version| version.is_nft);
+        let has_two = thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+        let reads_at_once = has_two && tools.iptables.iter().all(is_nft);
+        let settings = Settings { guards, sets, max_edits, reads_at_once };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }

@@ -16,6 +16,7 @@ use crate::rule::{Chain, Iface, Rule, RuleTemplate, Side, Target};
 use crate::state::{Record, StateFile};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::thread;
 
 /// Reads the list and makes the kernel match it. The error is a sentence.
 pub fn start<K: Kernel>(
@@ -78,16 +79,25 @@ fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
 }
 
 /// A listing of each family. If the list is read from it, it must be one that is trusted (goal 3 of
-/// the engine); otherwise the check that compares it with the list sees to that.
+/// the engine); otherwise the check that compares it with the list sees to that. On two processors,
+/// two that are read at once take little longer than one.
 fn read_listings<K: Kernel>(
     engine: &Engine<K>,
     is_list: bool,
 ) -> Result<Vec<(Family, Listing)>, String> {
     let read = |family| {
-        let listing = engine.read_rules(family)?;
-        Ok(match is_list {
-            true => (family, engine.confirmed_rules(family, listing)?),
-            false => (family, listing),
+        thread::scope(|scope| {
+            let read = || engine.read_rules(family);
+            let spawn = || thread::Builder::new().spawn_scoped(scope, read).ok();
+            let reads_two = is_list && engine.settings.reads_at_once;
+            let other = reads_two.then(spawn).flatten();
+            let listing = read()?;
+            // Without a second listing that agrees, more are read.
+            match other.and_then(|other| other.join().ok()?.ok()) {
+                Some(other) if other.agrees_with(&listing) => Ok((family, listing)),
+                _ if is_list => Ok((family, engine.confirmed_rules(family, listing)?)),
+                _ => Ok((family, listing)),
+            }
         })
     };
     let families = engine.kernel.families().into_iter();

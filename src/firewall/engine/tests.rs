@@ -584,6 +584,8 @@ struct World {
     model: Model,
     directory: Option<PathBuf>,
     metrics: Arc<Metrics>,
+    /// Every second start reads two listings at once.
+    starts: usize,
     /// The foreign rules, which must not change.
     foreign: BTreeMap<(Family, Chain), Vec<String>>,
     /// Since the last time that everything agreed: whether other programs changed rfw's rules, and
@@ -608,6 +610,7 @@ impl World {
             model: Model { sets, rules: Vec::new() },
             directory: has_file.then(directory),
             metrics: Arc::default(),
+            starts: 0,
             foreign: BTreeMap::new(),
             is_damaged: false,
             refused: Vec::new(),
@@ -619,6 +622,7 @@ impl World {
 
     fn start(&mut self) -> Result<(), String> {
         self.engine = None;
+        self.starts += 1;
         let open = |directory: &PathBuf| StateFile::open(&directory.join("state"));
         let state = self
             .directory
@@ -628,7 +632,8 @@ impl World {
         let guards = Family::ALL.iter().flat_map(|f| guards(&whitelist, *f, PORT)).collect();
         let max_edits = self.memory().max_edits.unwrap_or(usize::MAX);
         let sets = self.model.sets.then_some(MAXELEM);
-        let settings = Settings { guards, sets, max_edits };
+        let reads_at_once = self.starts.is_multiple_of(2);
+        let settings = Settings { guards, sets, max_edits, reads_at_once };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
