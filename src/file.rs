@@ -82,24 +82,26 @@ mod tests {
         }
     }
 
+    /// What [`read_text`] returns for a file with this text.
+    fn written_and_read(name: &str, text: &str) -> Result<String, String> {
+        let path = std::env::temp_dir().join(format!("rfw-file-{name}-{}", std::process::id()));
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let read = read_text(&path, Access::Secret);
+        fs::remove_file(&path).unwrap();
+        read
+    }
+
     #[test]
     fn a_byte_order_mark_is_dropped() {
-        let path = std::env::temp_dir().join(format!("rfw-file-mark-{}", std::process::id()));
-        fs::write(&path, "\u{feff}x").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(read_text(&path, Access::Secret), Ok("x".into()));
-        fs::remove_file(&path).unwrap();
+        assert_eq!(written_and_read("mark", "\u{feff}x"), Ok("x".into()));
     }
 
     #[test]
     fn a_comment_hides_no_line() {
-        let path = std::env::temp_dir().join(format!("rfw-file-cr-{}", std::process::id()));
         for (text, is_right) in [("# x\r\ny\r\n", true), ("# x\ry\n", false), ("x\r", false)] {
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-            assert_eq!(read_text(&path, Access::Secret).is_ok(), is_right, "{text:?}");
+            assert_eq!(written_and_read("cr", text).is_ok(), is_right, "{text:?}");
         }
-        fs::remove_file(&path).unwrap();
     }
 
     /// Owners are tested end to end, because only root can give a file away.

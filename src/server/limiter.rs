@@ -134,20 +134,20 @@ impl Table {
             *count = count.saturating_add(1);
         }
         let count_of = |source| held.get(&source).copied().unwrap_or_default();
-        let share = limits.slots.div_ceil(4);
+        let (share, own) = (limits.slots.div_ceil(4), count_of(newcomer));
         let (mut victim, mut waits_for_greedy) = (None, false);
         for (at, holder) in self.holders.iter().enumerate() {
             let State::Waiting(since, _) = *lock(&holder.state) else { continue };
             let (count, waited) = (count_of(holder.source), since.elapsed());
             let is_greedy = count > share;
             waits_for_greedy |= is_greedy;
-            let is_hasty = is_greedy && count > count_of(newcomer);
+            let is_hasty = is_greedy && count > own;
             let patience = if is_hasty { MIN_PATIENCE } else { limits.patience };
             if waited >= patience {
                 victim = victim.max(Some((is_greedy, waited, at)));
             }
         }
-        let spares_others = count_of(newcomer) > share && waits_for_greedy;
+        let spares_others = own > share && waits_for_greedy;
         let victim = victim.filter(|(is_greedy, ..)| *is_greedy || !spares_others);
         if let Some(victim) = victim.and_then(|(.., at)| self.holders.get(at)) {
             victim.update(|state| {
@@ -267,6 +267,17 @@ mod tests {
             Test { listener, limiter, held: Vec::new() }
         }
 
+        /// One whose four slots these addresses hold; rfw has waited for each a little less long than for
+        /// the one before.
+        fn full(holders: [u32; 4], millis: u64) -> Test {
+            let mut test = Test::new(4, 1);
+            for (at, n) in holders.into_iter().enumerate() {
+                assert!(test.acquire(n, Duration::ZERO));
+                test.set_waited(at, millis - at as u64);
+            }
+            test
+        }
+
         /// Connects from 0.0.0.N and waits for a slot, at most for `wait`.
         fn acquire(&mut self, n: u32, wait: Duration) -> bool {
             let client = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
@@ -327,11 +338,7 @@ mod tests {
             ([1, 2, 2, 2], 2, None),
         ];
         for (holders, newcomer, victim) in table {
-            let mut test = Test::new(4, 1);
-            for (at, n) in holders.iter().enumerate() {
-                assert!(test.acquire(*n, Duration::ZERO));
-                test.set_waited(at, 100 - at as u64);
-            }
+            let mut test = Test::full(holders, 100);
             assert_eq!(test.acquire(newcomer, Duration::ZERO), victim.is_some(), "{holders:?}");
             assert_eq!(test.evicted(), Vec::from_iter(victim), "{holders:?} {newcomer}");
         }
@@ -341,19 +348,11 @@ mod tests {
     #[test]
     fn an_address_that_exceeds_its_share_evicts_no_other() {
         for (newcomer, victim) in [(2, 1), (3, 1), (1, 0)] {
-            let mut test = Test::new(4, 1);
-            for (at, n) in [1, 2, 2, 2].into_iter().enumerate() {
-                assert!(test.acquire(n, Duration::ZERO));
-                test.set_waited(at, 40_000 - 1_000 * at as u64);
-            }
+            let mut test = Test::full([1, 2, 2, 2], 40_000);
             assert!(test.acquire(newcomer, Duration::ZERO));
             assert_eq!(test.evicted(), [victim], "{newcomer}");
         }
-        let mut test = Test::new(4, 1);
-        for (at, n) in [1, 2, 3, 4].into_iter().enumerate() {
-            assert!(test.acquire(n, Duration::ZERO));
-            test.set_waited(at, 40_000 - 1_000 * at as u64);
-        }
+        let mut test = Test::full([1, 2, 3, 4], 40_000);
         assert!(test.acquire(3, Duration::ZERO));
         assert_eq!(test.evicted(), [2], "its own");
         // A client with many changes in progress is not kept waiting by idle ones.
