@@ -328,8 +328,8 @@ impl<K: Kernel> Engine<K> {
     fn write(&mut self, batch: &Batch, families: &[Family]) -> Result<(), ToolError> {
         let relied = self.relied_on(batch, families);
         // Meanwhile, the rules of the sets are read, unless they change.
-        let has_sets = self.list.sets.is_some() && batch.created.is_empty();
-        let reads_meanwhile = has_sets && !relied.is_empty();
+        let reads_meanwhile =
+            self.list.sets.is_some() && batch.created.is_empty() && !relied.is_empty();
         let (written, mut listings) = thread::scope(|scope| {
             let engine = &*self;
             let read =
@@ -597,11 +597,11 @@ impl<K: Kernel> Engine<K> {
 
     /// Deletes what has moved: for a moment, an address is in both sets rather than in neither.
     pub fn delete_moved(&mut self, family: Family, moved: &Moved) -> Result<(), ToolError> {
-        let edits = moved.iter().flat_map(|(name, nets)| {
+        let mut edits = moved.iter().flat_map(|(name, nets)| {
             nets.iter().map(move |net| SetEdit::Delete { name, net: *net })
         });
         let limit = self.limit(moved.iter().map(|(_, nets)| nets.len()).sum());
-        let written = self.kernel.write_sets(&mut { edits }, limit);
+        let written = self.kernel.write_sets(&mut edits, limit);
         written.inspect_err(|_| {
             self.distrusted.insert(family);
         })

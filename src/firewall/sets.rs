@@ -110,7 +110,7 @@ pub fn plan<'a>(
     }
     deleted.extend(actual.filter_map(unless_due));
     let unknown = deleted.len();
-    // Two full sets could not exchange addresses.
+    // A set that lacks addresses may be full: there, those that have moved make room first.
     let moved = deleted.extract_if(.., |net| missing == 0 && has_moved(net)).collect();
     let mut edits: Vec<_> = deleted.iter().map(|net| edit(name, *net, None, now)).collect();
     edits.append(&mut additions);
