@@ -13,11 +13,11 @@
 //!    with its changes in the list, which retries them, and then without them.
 //! 5. No batch takes longer than [`BATCH_LIMIT`].
 
-use super::ipset::{SetEdit, SetHeader, replacement_name};
+use super::ipset::{SetEdit, SetHeader};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
 use super::process::ToolError;
-use super::reconcile::{Listing, Plan, plan};
+use super::reconcile::Listing;
 use super::sets;
 use crate::clock::{self, Clock, Stopwatch};
 use crate::http::api_error::ApiError;
@@ -27,7 +27,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Filter};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -57,8 +57,6 @@ const FAILED_PAUSE: Duration = Duration::from_secs(10);
 const SETS_PAUSE: Duration = Duration::from_secs(30);
 /// The pause after a failure to rewrite the state file.
 const COMPACTION_PAUSE: Duration = Duration::from_secs(60);
-/// How many times a listing is read until it agrees with the previous one.
-const MAX_READS: usize = 5;
 /// How many times a repair is attempted: the sets and rules of two families may each report a
 /// failure after they did their work.
 const MAX_REPAIRS: usize = 5;
@@ -103,13 +101,6 @@ impl From<ToolError> for ApiError {
         }
     }
 }
-
-/// When rfw began to read a set, and each of its addresses with its timeout; `None` if the set does
-/// not exist.
-type SetListing = (Instant, Option<Vec<(Net, u32)>>);
-
-/// Addresses that have moved to another set, by the name of the set that they must still leave.
-pub type Moved = Vec<(String, Vec<Net>)>;
 
 /// What matters here of rfw.conf and of this host.
 pub struct Settings {
@@ -306,23 +297,6 @@ impl<K: Kernel> Engine<K> {
         settled
     }
 
-    fn rewrite_rules(
-        &mut self,
-        family: Family,
-        mut plans: Vec<Plan>,
-        batch: Option<&Batch>,
-    ) -> Result<(), ToolError> {
-        let mut edits = Vec::new();
-        plans.iter_mut().for_each(|plan| edits.append(&mut plan.edits));
-        // If this fails, the kernel may lack a set, too.
-        self.distrusted.insert(family);
-        self.write_rules(family, &edits)?;
-        self.distrusted.remove(&family);
-        self.has_repaired |= batch.is_none() && !edits.is_empty();
-        self.report_rules(family, plans, batch);
-        Ok(())
-    }
-
     /// An address that moves to another set leaves the old one only when the rule of the new one
     /// is in the kernel: for a moment it is in both rather than in neither.
     fn write(&mut self, batch: &Batch, families: &[Family]) -> Result<(), ToolError> {
@@ -359,19 +333,8 @@ impl<K: Kernel> Engine<K> {
         self.write_sets(batch, false)
     }
 
-    /// Whether as many rules are missing and unknown as a batch inserts and deletes.
-    fn are_expected(&self, plans: &[Plan], family: Family, batch: &Batch) -> bool {
-        let created = batch.created.iter().filter(|group| group.family == family).count();
-        let rules = self.rule_differences(batch, family);
-        let inserted = rules.clone().filter(|d| d.before.is_none() && d.after.is_some()).count();
-        let deleted = rules.filter(|d| d.before.is_some() && d.after.is_none()).count();
-        let missing: usize = plans.iter().map(|plan| plan.missing.len()).sum();
-        let unknown: usize = plans.iter().map(|plan| plan.unknown.len()).sum();
-        missing == created.saturating_add(inserted) && unknown == deleted
-    }
-
     /// What a batch changed or confirmed in the rules of a family, except those in sets.
-    fn rule_differences(
+    pub(super) fn rule_differences(
         &self,
         batch: &Batch,
         family: Family,
@@ -451,269 +414,12 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The rules that precede all others in a chain: guards, then those of sets.
-    fn front(&self, family: Family, chain: Chain) -> impl Iterator<Item = TaggedRule> {
+    pub(super) fn front(&self, family: Family, chain: Chain) -> impl Iterator<Item = TaggedRule> {
         let is_here =
             move |rule: &KernelRule| (rule.rule.family(), rule.rule.chain()) == (family, chain);
         let guards = self.settings.guards.iter().filter(move |guard| is_here(&guard.rule)).copied();
         let sets = self.list.sets().map(|(rule, ..)| rule).filter(is_here);
         guards.chain(sets.map(|rule| TaggedRule::new(rule, None)))
-    }
-
-    /// All rfw rules that a chain should hold, in order.
-    fn wanted(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
-        self.front(family, chain).chain(self.list.rules(family, chain)).collect()
-    }
-
-    fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
-        let chains = listing.0.iter().zip(Chain::ALL);
-        chains.map(|(listing, chain)| plan(listing, &self.wanted(family, chain))).collect()
-    }
-
-    /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
-    /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
-    /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
-    /// exist; what has moved to another set leaves the old one last, unless that may be full.
-    pub fn check_rules(
-        &mut self,
-        family: Family,
-        listing: Option<Listing>,
-        batch: Option<&Batch>,
-        is_pending: bool,
-    ) -> Result<(), ToolError> {
-        let is_distrusted = self.distrusted.contains(&family);
-        let mut moved = Moved::new();
-        if is_distrusted && self.list.sets.is_some() {
-            moved = self.repair_sets(family, batch)?;
-        }
-        let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
-        // One incomplete listing could hide what a failed batch left.
-        if !is_distrusted {
-            let plans = self.plans(family, &listing);
-            let pending = batch.filter(|_| is_pending);
-            if pending.is_some_and(|batch| self.are_expected(&plans, family, batch)) {
-                return self.rewrite_rules(family, plans, batch);
-            }
-            let is_right = |plan: &Plan| plan.edits.is_empty();
-            if pending.is_none() && plans.iter().all(is_right) {
-                self.count_traffic(family, &listing);
-                return Ok(());
-            }
-            // A check may leave foreign rules in front for a while; a request may not.
-            let may_wait = batch.is_none() && self.is_overtaken_often(family);
-            if may_wait && plans.iter().all(|plan| is_right(plan) || plan.is_only_overtaken()) {
-                return Ok(());
-            }
-        }
-        let listing = self.confirmed_rules(family, listing)?;
-        self.rewrite_rules(family, self.plans(family, &listing), batch)?;
-        self.delete_moved(family, &moved)
-    }
-
-    /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
-    /// fails all. So missing rules of sets that ipset does not list, or that have another type, are left
-    /// out, and then all but the guards.
-    fn repair_rules(&mut self, family: Family) -> Result<(), ToolError> {
-        let headers = self.list.sets.map(|_| self.kernel.read_headers(self.limit(0)));
-        // If ipset fails altogether, the sets may well exist.
-        let headers = headers.and_then(Result::ok);
-        let names: Option<HashSet<String>> = headers.map(|headers| {
-            let usable = headers.into_iter().filter(|header| header.is_compatible);
-            usable.map(|header| header.name).collect()
-        });
-        let lacks_set = |rule: &KernelRule| {
-            let name = rule.template().map(|_| rule.to_string());
-            name.zip(names.as_ref()).is_some_and(|(name, names)| !names.contains(&name))
-        };
-        let mut repaired = self.rewrite_except(family, lacks_set);
-        if matches!(repaired, Err(ToolError::Rejected(_))) {
-            repaired = self.rewrite_except(family, |rule| !rule.is_guard());
-        }
-        self.distrusted.insert(family);
-        repaired
-    }
-
-    fn rewrite_except(
-        &mut self,
-        family: Family,
-        is_left: impl Fn(&KernelRule) -> bool,
-    ) -> Result<(), ToolError> {
-        let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
-        let mut plans = self.plans(family, &listing);
-        for plan in &mut plans {
-            let left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
-            plan.edits.retain(|edit| match edit {
-                RuleEdit::Insert(_, tagged) => !left.contains(&tagged.rule),
-                RuleEdit::Delete(_) => true,
-            });
-        }
-        // A rule that is left out is no reason to move the others.
-        let may_wait = self.is_overtaken_often(family);
-        plans.retain(|plan| !may_wait || !plan.is_only_overtaken());
-        self.rewrite_rules(family, plans, None)
-    }
-
-    pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {
-        self.kernel.read_rules(family, self.rules_limit(family, 0))
-    }
-
-    pub fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
-        edits.chunks(self.settings.max_edits).try_for_each(|edits| {
-            self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
-        })
-    }
-
-    /// Reads until two consecutive listings agree; `first` was read before.
-    pub fn confirmed_rules(&self, family: Family, first: Listing) -> Result<Listing, ToolError> {
-        let read = || self.read_rules(family);
-        read_until_agreed(first, read, Listing::agrees_with, "iptables lists other rules")
-    }
-
-    /// Reads the sets of a family and makes them match the list (goals 3 and 4), except what has moved.
-    /// One that fails does not keep the others from being repaired.
-    pub fn repair_sets(
-        &mut self,
-        family: Family,
-        batch: Option<&Batch>,
-    ) -> Result<Moved, ToolError> {
-        let headers = self.kernel.read_headers(self.limit(0))?;
-        let groups: Vec<Group> = self.sets(family).map(|(_, group, _)| *group).collect();
-        let (mut missing, mut unknown, mut result) = (0_usize, 0_usize, Ok(()));
-        let mut moved = Moved::new();
-        for group in groups {
-            if result.is_ok() || self.has_time() {
-                let repaired = self.repair_set(&headers, group, &mut moved);
-                let (added, deleted) = *repaired.as_ref().unwrap_or(&(0, 0));
-                missing = missing.saturating_add(added);
-                unknown = unknown.saturating_add(deleted);
-                result = result.and(repaired.map(|_| ()));
-            }
-        }
-        self.has_repaired |= missing.max(unknown) > 0;
-        let changed = batch.map_or(0, Batch::len);
-        self.report_restored(missing.saturating_sub(changed));
-        self.report_removed(unknown.saturating_sub(changed));
-        result.map(|()| moved)
-    }
-
-    /// Deletes what has moved: for a moment, an address is in both sets rather than in neither.
-    pub fn delete_moved(&mut self, family: Family, moved: &Moved) -> Result<(), ToolError> {
-        let mut edits = moved.iter().flat_map(|(name, nets)| {
-            nets.iter().map(move |net| SetEdit::Delete { name, net: *net })
-        });
-        let limit = self.limit(moved.iter().map(|(_, nets)| nets.len()).sum());
-        let written = self.kernel.write_sets(&mut edits, limit);
-        written.inspect_err(|_| {
-            self.distrusted.insert(family);
-        })
-    }
-
-    /// Returns how many addresses the set lacked, and how many it had that are not in the list.
-    fn repair_set(
-        &mut self,
-        headers: &[SetHeader],
-        group: Group,
-        moved: &mut Moved,
-    ) -> Result<(usize, usize), ToolError> {
-        let (Some(rule), Some(members)) = (group.set(), self.list.members(&group)) else {
-            return Ok((0, 0));
-        };
-        let name = rule.to_string();
-        // The time is that of the listing: to read a large set takes seconds.
-        let planned = |(_, actual): &SetListing| {
-            let has_moved = |net: &Net| self.list.is_elsewhere(group, net);
-            Some(sets::plan(&name, members, actual.as_ref()?, has_moved, self.seconds()))
-        };
-        // ipset reports a set that does not exist; an incomplete listing merely lacks it.
-        let first = self.read_set(&name)?;
-        let mut plan = planned(&first);
-        // A distrusted set is read twice, for the same reason as in `check_rules`.
-        let is_right = plan.as_ref().is_none_or(|plan| plan.edits.is_empty());
-        if self.distrusted.contains(&group.family) || !is_right {
-            plan = planned(&self.confirmed_set(&name, first)?);
-        }
-        let header = headers.iter().find(|header| header.name == name);
-        let (missing, unknown, written) = match (plan, header) {
-            (Some(_), None) => {
-                return Err(ToolError::Transient("ipset lists other sets each time.".into()));
-            }
-            (Some(plan), Some(header)) if self.is_usable(header, members) => {
-                let limit = self.limit(plan.edits.len());
-                let written = self.kernel.write_sets(&mut plan.edits.into_iter(), limit);
-                moved.push((name.clone(), plan.moved));
-                (plan.missing, plan.unknown, written)
-            }
-            (plan, _) => (members.len(), 0, self.make_set(&name, &group, members, plan.is_some())),
-        };
-        if written.is_err() {
-            self.distrusted.insert(group.family);
-        }
-        written.map(|()| (missing, unknown))
-    }
-
-    fn sets(&self, family: Family) -> impl Iterator<Item = (KernelRule, &Group, &Members)> {
-        self.list.sets().filter(move |(_, group, _)| group.family == family)
-    }
-
-    /// The state file may hold more addresses than `maxelem`, if that was reduced.
-    fn is_usable(&self, header: &SetHeader, members: &Members) -> bool {
-        let maxelem = self.list.sets.unwrap_or_default();
-        header.is_compatible
-            && header.maxelem >= members.len()
-            && (header.maxelem == maxelem || members.len() > maxelem)
-    }
-
-    /// Creates a set with its addresses. If one of that name is in use, the new one is completed
-    /// before it replaces that.
-    fn make_set(
-        &self,
-        name: &str,
-        group: &Group,
-        members: &Members,
-        exists: bool,
-    ) -> Result<(), ToolError> {
-        let now = self.seconds();
-        let replaces = exists && self.write_set(SetEdit::Destroy(name)).is_err();
-        let replacement = replacement_name(name);
-        let new = if replaces { &replacement } else { name };
-        if replaces {
-            let _ = self.write_set(SetEdit::Destroy(new));
-        }
-        let (family, entries) = (group.family, members.len());
-        let maxelem = self.list.sets.unwrap_or_default();
-        let create = [SetEdit::Create { name: new, family, entries, maxelem }, SetEdit::Flush(new)];
-        let add = |(net, entry): (&Net, &Entry)| sets::edit(new, *net, Some(*entry), now);
-        let swap = replaces.then_some(SetEdit::Swap(new, name));
-        let mut edits = create.into_iter().chain(members.iter().map(add)).chain(swap);
-        let written = self.kernel.write_sets(&mut edits, self.limit(entries));
-        if matches!(&written, Err(ToolError::Rejected(text)) if text.contains("type does not match"))
-        {
-            // Someone made it with another type. Without its rule, the next repair destroys it.
-            let rule = group.set().map(|rule| RuleEdit::Delete(TaggedRule::new(rule, None)));
-            let _ = self.write_rules(family, rule.as_slice());
-        }
-        if replaces {
-            let _ = self.write_set(SetEdit::Destroy(new));
-        }
-        written
-    }
-
-    /// Makes one edit. A set that something uses cannot be destroyed; the next start tries again.
-    pub fn write_set(&self, edit: SetEdit<'_>) -> Result<(), ToolError> {
-        self.kernel.write_sets(&mut iter::once(edit), self.limit(0))
-    }
-
-    /// Each address of a set, with its timeout.
-    pub fn read_set(&self, name: &str) -> Result<SetListing, ToolError> {
-        let started = Instant::now();
-        Ok((started, self.kernel.read_set(name, self.limit(self.list.count()))?))
-    }
-
-    /// The same, from two consecutive listings that agree; `first` was read before.
-    pub fn confirmed_set(&self, name: &str, first: SetListing) -> Result<SetListing, ToolError> {
-        let agree = |(_, later): &SetListing, (started, earlier): &SetListing| {
-            sets::agree(earlier, later, started.elapsed())
-        };
-        read_until_agreed(first, || self.read_set(name), agree, "ipset lists other addresses")
     }
 
     /// To be called every second. The error is that of a program that hung.
@@ -918,7 +624,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Unix seconds, rounded down: a timeout that is counted from here does not end early either.
-    fn seconds(&self) -> u64 {
+    pub(super) fn seconds(&self) -> u64 {
         self.clock.now().as_secs()
     }
 
@@ -933,7 +639,7 @@ impl<K: Kernel> Engine<K> {
         left > BATCH_LIMIT.saturating_sub(TOOL_LIMIT)
     }
 
-    fn rules_limit(&self, family: Family, edits: usize) -> Duration {
+    pub(super) fn rules_limit(&self, family: Family, edits: usize) -> Duration {
         let held = self.list.count_rules(family).saturating_mul(EDITS_PER_RULE);
         self.limit(held.saturating_add(edits))
     }
@@ -950,23 +656,6 @@ impl<K: Kernel> Engine<K> {
 /// The pause after a check that succeeded.
 fn pause_after(check: &Stopwatch) -> Duration {
     check.processor().saturating_mul(PAUSE_FACTOR).max(check.elapsed())
-}
-
-/// Reads until two consecutive listings agree (goal 3).
-fn read_until_agreed<T>(
-    mut last: T,
-    read: impl Fn() -> Result<T, ToolError>,
-    agree: impl Fn(&T, &T) -> bool,
-    message: &str,
-) -> Result<T, ToolError> {
-    for _ in 1..MAX_READS {
-        let listing = read()?;
-        if agree(&listing, &last) {
-            return Ok(listing);
-        }
-        last = listing;
-    }
-    Err(ToolError::Transient(format!("{message} each time; another program keeps changing them.")))
 }
 
 #[cfg(test)]

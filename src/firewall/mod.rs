@@ -2,8 +2,8 @@
 //!
 //! A change travels [`queue`] → [`engine`] → [`list`] → [`crate::state`] → [`iptables`] or
 //! [`ipset`] → [`process`]. A check of the kernel travels back: [`iptables`] and [`ipset`] read,
-//! [`reconcile`] and [`sets`] compare, and the engine rewrites. [`start`] reads the list first and
-//! does the same.
+//! [`reconcile`] and [`sets`] compare, and [`repair`] rewrites. [`start`] reads the list first and does
+//! the same.
 
 pub mod engine;
 pub mod ipset;
@@ -15,6 +15,7 @@ pub mod prerequisites;
 pub mod process;
 pub mod queue;
 pub mod reconcile;
+pub mod repair;
 pub mod report;
 pub mod sets;
 pub mod start;

@@ -1,12 +1,13 @@
 //! The start, in order: reads the list from the state file or, without one, from the kernel; then
 //! makes the kernel match it, whatever the form in which rfw kept its rules before.
 
-use super::engine::{Engine, Kernel, Moved, Settings};
+use super::engine::{Engine, Kernel, Settings};
 use super::ipset::{NOMATCH, SetEdit};
 use super::iptables::{KernelRule, RuleEdit, RuleKind, TaggedRule};
 use super::list::{List, MAX_RULES};
 use super::process::ToolError;
 use super::reconcile::Listing;
+use super::repair::Moved;
 use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
