@@ -118,6 +118,7 @@ class Round:
         self.failed = False  # since rfw was started
         self.front = self.serial = self.slowest = 0
         self.saved, self.outward = {}, False
+        self.copied = []  # since all was equal
         self.drift = 0  # seconds by which an expiry may be rounded: sets know what is left
 
     def note(self, *words):
@@ -337,6 +338,9 @@ class Round:
         if load:
             self.load(kill=True)
         self.stop()
+        for row in self.copied:  # a DELETE before the next check by rfw leaves the copy to the next rfw
+            self.model.doubt([row.key], row.expires and (row.expires, row.expires))
+        self.copied = []
         self.model.killed(self.mode.file)
         self.note(f"rfw is killed: {why}")
         if not self.mode.file and self.sets:
@@ -420,6 +424,9 @@ class Round:
             self.note(f"IPv{v}: a second time: {line}")
             self.kernel.tool(v, *shlex.split(line), check=False)
             self.damaged = True
+            rows = [row for row in self.kernel.view(self.sets).rows if not (self.sets and in_set(row.key))]
+            count = collections.Counter(row.key for row in rows)
+            self.copied += [row for row in rows if count[row.key] > 1]
 
     def save(self):
         v = self.r.choice([4, 6])
@@ -580,6 +587,7 @@ class Round:
         self.model.resolve(self.found, self.drift, restarted and self.drift > 2)
         self.drift = 2 if self.sets else 0
         self.faulty = self.damaged = self.full = False
+        self.copied = []
         self.note(f"all is equal: {what}, {len(self.found)} rules, {took:.2f} s")
 
     def compare(self):
