@@ -57,12 +57,12 @@ WHITE = {4: ["127.0.0.0/8", "192.0.2.1"], 6: ["::1"]}
 PLACES = [  # what follows the target in a path; T is the number of a client
     "input/any/10.T.0.1", "input/any/10.T.0.2", "input/any/10.T.0.0/24", "input/any/10.T.0.2/31",
     "input/eth0/10.T.0.1", "input/eth0/10.T.0.0/24", "input/ppp/10.T.0.2",
-    "input/any/2001:db8:T::1", "input/any/2001:db8:T::/48", "input/eth0/2001:db8:T::1",
+    "input/any/2001:db8:T::1", "input/any/2001:db8:T::/48", "input/any/2001:db8:T::/64", "input/eth0/2001:db8:T::1",
     "output/any/10.T.0.1", "output/any/10.T.0.0/24", "output/any/2001:db8:T::/48", "output/eth1/2001:db8:T::1",
     "forward/any/10.T.0.1", "forward/any/2001:db8:T::/48", "forward/eth0/10.T.0.1/eth1",
     "forward/abcdefghijklmn7/10.T.0.1/abcdefghijklmn8", "forward/any/0.0.0.0/eth1/10.T.0.9",
     "forward/any/10.T.0.1/any/10.T.1.9", "forward/any/10.T.0.0/24/any/10.T.1.0/24",
-    "forward/eth0/2001:db8:T::1/any/2001:db8:T:1::/64",
+    "forward/eth0/2001:db8:T::1/any/2001:db8:T:1::/64", "forward/eth0/2001:db8:T::1/any/2001:db8:T:1::/80",
 ]
 LIST_PLACES = ["input/any", "input/eth0", "output/any", "forward/any"]
 LIST_LINES = ["10.T.0.1", "10.T.0.2 # a comment", "10.T.0.0/24", "10.T.2.0-10.T.2.3", "2001:db8:T::1", "2001:db8:T::/48"]

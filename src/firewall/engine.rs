@@ -370,7 +370,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The edits that do to the kernel's rules what a batch did to the list: first the deletions in
     /// the order of the chain, which keeps iptables' search for each rule short, then the
-    /// insertions, the newest last. `None` if it is faster to read the chain first.
+    /// insertions, the newest last. `None` if the chain must be read first, or if that is faster.
     fn rule_edits(&self, batch: &Batch, family: Family) -> Option<Vec<RuleEdit>> {
         let (mut deleted, mut inserted) = (Vec::new(), Vec::new());
         for difference in self.rule_differences(batch, family) {
@@ -383,7 +383,8 @@ impl<K: Kernel> Engine<K> {
             deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
             inserted.extend(after.map(|e| tagged(e.expires())));
         }
-        if deleted.len() > MAX_DELETIONS {
+        // ip6tables-nft may delete a rule with a prefix of another length instead.
+        if deleted.len() > MAX_DELETIONS || family == Family::V6 && !deleted.is_empty() {
             return None;
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);

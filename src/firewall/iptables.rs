@@ -14,6 +14,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Iface, Match, Rule, RuleTemplate, Side, Target};
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,6 +97,14 @@ impl TaggedRule {
     /// What distinguishes two rules in the kernel.
     pub fn key(&self) -> (KernelRule, Option<u64>) {
         (self.rule, self.expires)
+    }
+
+    /// What distinguishes them for `-D`: ip6tables-nft compares addresses without the lengths of their
+    /// prefixes.
+    pub fn deletion_key(&self) -> (RuleTemplate, [IpAddr; 2], RuleKind, Option<u64>) {
+        let KernelRule { rule, kind } = self.rule;
+        let addresses = <[Net; 2]>::from(rule.sides()).map(|net| net.addr());
+        (rule.template_of(Side::Source), addresses, kind, self.expires)
     }
 }
 

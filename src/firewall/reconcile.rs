@@ -125,26 +125,33 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
 }
 
 /// For each row that can stay, the number of the wanted rule that it is: it precedes all foreign
-/// rules, follows the wanted rules that precede it, and occurs once.
+/// rules, follows the wanted rules that precede it, and no row that iptables cannot tell from it is
+/// deleted further back: `-D` would delete this one instead.
 fn rows_that_stay(
     chain: &ChainListing,
     wanted: &[TaggedRule],
     numbers: &HashMap<KernelRule, usize>,
 ) -> Vec<Option<usize>> {
-    let mut seen = HashSet::new();
-    let keys = chain.own().map(|(_, tagged)| tagged.key());
-    let twice: HashSet<_> = keys.filter(|key| !seen.insert(*key)).collect();
     let mut next = 0_usize;
     let mut before_foreign = true;
-    let mut stays = |row: &Row| {
+    let stays = |row: &Row| {
         before_foreign &= row.is_some();
-        let tagged = row.filter(|tagged| before_foreign && !twice.contains(&tagged.key()))?;
+        let tagged = row.filter(|_| before_foreign)?;
         let number = numbers.get(&tagged.rule).filter(|number| **number >= next)?;
         wanted.get(*number).filter(|wanted| wanted.expires == tagged.expires)?;
         next = number.saturating_add(1);
         Some(*number)
     };
-    chain.rows.iter().map(&mut stays).collect()
+    let mut stays: Vec<_> = chain.rows.iter().map(stays).collect();
+    let mut deleted = HashSet::new();
+    for (row, stays) in chain.rows.iter().zip(&mut stays).rev() {
+        let Some(key) = row.map(|tagged| tagged.deletion_key()) else { continue };
+        if stays.is_none() || deleted.contains(&key) {
+            *stays = None;
+            deleted.insert(key);
+        }
+    }
+    stays
 }
 
 /// How many rules iptables passes in its searches for those that are deleted.

@@ -97,6 +97,32 @@ fn a_refresh_moves_to_the_front() {
     });
 }
 
+/// ip6tables-nft does not compare the lengths of prefixes: it deletes the first rule with the address.
+#[test]
+fn a_delete_of_an_ipv6_block_deleted_a_smaller_one_with_the_same_address() {
+    both(|lab| {
+        let mut rfw = lab.start("local.server");
+        let blocks = [64, 48, 40, 32].map(|length| format!("2001:db8::/{length}"));
+        let held = |blocks: &[String]| -> Vec<String> {
+            blocks.iter().map(|block| format!("INPUT -s {block} -j DROP [rfw]")).collect()
+        };
+        for block in blocks.iter().rev() {
+            let put = format!("PUT /drop/input/any/{block}");
+            assert_eq!(ask(&put).brief(), "200 inserted");
+        }
+        assert_eq!(lab.rules(), held(&blocks));
+        assert_eq!(ask("DELETE /drop/input/any/2001:db8::/40").brief(), "200 deleted");
+        let left = [64, 48, 32].map(|length| format!("2001:db8::/{length}"));
+        assert_eq!(lab.rules(), held(&left));
+        rfw.restart();
+        assert_eq!(lab.rules(), held(&left));
+        assert_eq!(ask("PUT /drop/input/any/2001:db8::/48?expire=1h").brief(), "200 refreshed");
+        let rules: Vec<_> = lab.rules().iter().map(|rule| rule.contains("/48")).collect();
+        assert_eq!(rules, [true, false, false]);
+        assert!(!lab.log().contains(" WARNING "), "{}", lab.log());
+    });
+}
+
 #[test]
 fn expiry() {
     both(|lab| {

@@ -230,8 +230,12 @@ impl Memory {
         let chain = self.chain(family, tagged.rule.rule.chain());
         match edit {
             RuleEdit::Delete(tagged) => {
-                let is_it =
-                    |row: &FakeRow| matches!(row, FakeRow::Own(o) if o.key() == tagged.key());
+                // Like ip6tables-nft.
+                let key = |tagged: &TaggedRule| match family {
+                    Family::V4 => (tagged.deletion_key(), Some(tagged.rule)),
+                    Family::V6 => (tagged.deletion_key(), None),
+                };
+                let is_it = |row: &FakeRow| matches!(row, FakeRow::Own(o) if key(o) == key(tagged));
                 let Some(at) = chain.iter().position(is_it) else {
                     return rejected("no such rule");
                 };
@@ -1830,23 +1834,42 @@ fn a_failure_of_one_family_does_not_delay_the_expiry_of_the_other() {
     }
 }
 
+/// ip6tables-nft does not compare the lengths of prefixes: DELETE of a block deleted a newer one with the
+/// same first address, and each repair did the same.
+#[test]
+fn ipv6_blocks_with_the_same_first_address() {
+    const NETS: [&str; 4] = ["2001:db8::/32", "2001:db8::/48", "2001:db8::/64", "2001:db8::"];
+    for rule in ["/drop/input/any/NET", "/drop/forward/any/NET/any/2001:db8::9"] {
+        let mut world = World::new(false, false);
+        let rules: Vec<String> = NETS.iter().map(|net| rule.replace("NET", net)).collect();
+        rules.iter().for_each(|rule| world.put(&format!("+ {rule}")));
+        for step in [format!("- {}", rules[1]), format!("+60 {}", rules[0])] {
+            world.put(&step);
+            let held = world.enforced();
+            world.settle();
+            assert_eq!(shown(&world.enforced()), shown(&held), "{step}");
+        }
+        assert_eq!(world.enforced().len(), 3);
+    }
+}
+
 /// Rules that could not be deleted waited for the next check, but only if it had failed, too: a
 /// program that hung was started again every second.
 #[test]
 fn rules_that_cannot_be_deleted_wait_for_a_check() {
     let mut world = World::new(false, false);
-    world.put("+60 /drop/input/any/2001:db8::1");
+    world.put("+60 /drop/input/any/1.1.1.1");
     world.pass(70);
-    let hangs = Fault { family: Some(Family::V6), ..Fault::always(Way::Interrupt) };
+    let hangs = Fault { family: Some(Family::V4), ..Fault::always(Way::Interrupt) };
     world.set_faults(&[hangs]);
     let engine = world.engine();
     engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
     assert!(engine.expire().is_err(), "a request that waits for it must not wait twice");
-    assert_eq!(world.cost(), " w");
+    assert_eq!(world.cost(), "w");
     let engine = world.engine();
     engine.begin();
     assert_eq!(engine.expire(), Ok(()));
-    assert_eq!(world.cost(), " w");
+    assert_eq!(world.cost(), "w");
     world.set_faults(&[]);
     world.settle();
     assert!(world.enforced().is_empty());
@@ -2310,7 +2333,7 @@ impl Random {
     }
 }
 
-const RULES: [&str; 18] = [
+const RULES: [&str; 20] = [
     "/drop/input/any/1.1.1.1",
     "/accept/input/any/1.1.1.1",
     "/reject/input/any/1.1.1.1",
@@ -2322,12 +2345,14 @@ const RULES: [&str; 18] = [
     "/drop/input/any/2001:db8::1",
     "/accept/input/any/2001:db8::1",
     "/drop/input/any/2001:db8::/64",
+    "/drop/input/any/2001:db8::/48",
+    "/drop/forward/any/2001:db8::/64/any/2001:db8::2",
     "/drop/forward/any/1.1.1.1",
     "/accept/forward/any/1.1.1.1/any/2.2.2.2",
     "/drop/forward/any/1.1.1.1/any/2.2.2.2",
     "/drop/forward/any/0.0.0.0/any/2.2.2.2",
     "/accept/forward/eth0/0.0.0.0",
-    "/drop/forward/any/2001:db8::1/any/2001:db8::2",
+    "/drop/forward/any/2001:db8::/48/any/2001:db8::2",
     "/reject/forward/eth0/2001:db8::1",
 ];
 
