@@ -27,7 +27,7 @@ use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Change, Filter};
 use crate::state::StateFile;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::iter;
 use std::mem;
 use std::sync::Arc;
@@ -132,10 +132,10 @@ pub struct Engine<K> {
     pub(super) next_sets_check: Instant,
     /// The last times at which foreign rules preceded rfw's, at most [`MAX_OVERTAKEN`] per family.
     pub(super) overtaken: BTreeMap<Family, VecDeque<Instant>>,
-    /// Packets and bytes that the rules of each label have matched, and the sums of their counters in
-    /// the last complete listing of each family.
+    /// Packets and bytes that the rules of each label have matched.
     pub(super) traffic: BTreeMap<Label, (u64, u64)>,
-    pub(super) listed: BTreeMap<Family, BTreeMap<Label, (u64, u64)>>,
+    /// Those of each rule in the last complete listing of its family, unless it has matched none.
+    pub(super) listed: BTreeMap<Family, HashMap<KernelRule, (u64, u64)>>,
     /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
     /// The same for the last attempt to rewrite the state file.

@@ -10,7 +10,7 @@ use crate::metrics::{Label, Usage};
 use crate::rule::net::Family;
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, RuleTemplate, Target};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 /// How often rfw moves its rules to the front immediately within [`OVERTAKEN_WINDOW`]; after that,
@@ -120,24 +120,23 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// Counts what rules have matched since the last complete listing. A sum that falls, because
-    /// rules were deleted, adds nothing.
+    /// Counts what each rule has matched since the last complete listing. One that was inserted again
+    /// starts at zero.
     pub(super) fn count_traffic(&mut self, family: Family, listing: &Listing) {
-        let mut sums: BTreeMap<Label, (u64, u64)> = BTreeMap::new();
-        for (_, tagged) in listing.own() {
-            let KernelRule { rule, .. } = &tagged.rule;
-            if let (false, Some(counters)) = (tagged.rule.is_guard(), tagged.counters) {
-                let sum = sums.entry((rule.chain(), rule.target, rule.tag)).or_default();
-                *sum = (sum.0.saturating_add(counters.0), sum.1.saturating_add(counters.1));
-            }
-        }
-        let last = self.listed.insert(family, sums.clone()).unwrap_or_default();
-        for (label, (packets, bytes)) in sums {
-            let last = last.get(&label).copied().unwrap_or_default();
+        let last = self.listed.remove(&family).unwrap_or_default();
+        let mut listed = HashMap::new();
+        for (_, TaggedRule { rule, counters, .. }) in listing.own() {
+            let used = counters.filter(|(packets, _)| *packets > 0 && !rule.is_guard());
+            let Some((packets, bytes)) = used else { continue };
+            let before = last.get(rule).copied().unwrap_or_default();
+            let label = (rule.rule.chain(), rule.rule.target, rule.rule.tag);
             let total = self.traffic.entry(label).or_default();
-            total.0 = total.0.saturating_add(packets.saturating_sub(last.0));
-            total.1 = total.1.saturating_add(bytes.saturating_sub(last.1));
+            let since = |now: u64, before| now.checked_sub(before).unwrap_or(now);
+            total.0 = total.0.saturating_add(since(packets, before.0));
+            total.1 = total.1.saturating_add(since(bytes, before.1));
+            listed.insert(*rule, (packets, bytes));
         }
+        self.listed.insert(family, listed);
     }
 
     /// Counts the rules and their traffic by label.
@@ -151,9 +150,7 @@ impl<K: Kernel> Engine<K> {
             let rules = &mut usage.entry((chain, target, tag)).or_default().rules;
             *rules = rules.saturating_add(count);
         }
-        for sums in self.listed.values_mut().chain([&mut self.traffic]) {
-            sums.retain(|label, _| usage.contains_key(label));
-        }
+        self.traffic.retain(|label, _| usage.contains_key(label));
         for (label, usage) in &mut usage {
             (usage.packets, usage.bytes) = self.traffic.get(label).copied().unwrap_or_default();
         }

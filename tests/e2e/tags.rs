@@ -277,8 +277,9 @@ fn rules_about_an_address() {
 fn what_each_source_stops() {
     both(|lab| {
         modes(lab, "", |_, _| {
-            sh("for n in 8 9; do ip addr replace 10.9.9.$n/32 dev lo; done");
-            let sockets = ["10.9.9.9:0", "10.9.9.8:0"].map(|at| UdpSocket::bind(at).unwrap());
+            sh("for n in 7 8 9; do ip addr replace 10.9.9.$n/32 dev lo; done");
+            let sockets =
+                ["10.9.9.9:0", "10.9.9.8:0", "10.9.9.7:0"].map(|at| UdpSocket::bind(at).unwrap());
             let send = |socket: &UdpSocket| {
                 for _ in 0..3 {
                     socket.send_to(b"12345678", socket.local_addr().unwrap()).unwrap();
@@ -303,6 +304,11 @@ fn what_each_source_stops() {
             shows("packets_total", "other", "3"); // so rfw has read the zero, too
             send(&sockets[0]);
             shows("packets_total", "feed", "6");
+            // The packets of a rule that is deleted were subtracted from those of another one.
+            ask("PUT /accept/input/any/10.9.9.7?tag=feed");
+            send(&sockets[2]);
+            ask("DELETE /accept/input/any/10.9.9.9?tag=feed");
+            shows("packets_total", "feed", "9");
         });
     });
 }
