@@ -95,7 +95,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
     /// fails all. So missing rules of sets that ipset does not list, or that have another type, are left
-    /// out, and then all but the guards.
+    /// out, and then all but the guards. The rules of sets that are not in the list stay.
     pub(super) fn repair_rules(&mut self, family: Family) -> Result<(), ToolError> {
         let headers = self.list.sets.map(|_| self.kernel.read_headers(self.limit(0)));
         // If ipset fails altogether, the sets may well exist.
@@ -124,10 +124,13 @@ impl<K: Kernel> Engine<K> {
         let listing = self.confirmed_rules(family, self.read_rules(family)?)?;
         let mut plans = self.plans(family, &listing);
         for plan in &mut plans {
-            let left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
-            plan.edits.retain(|edit| match edit {
-                RuleEdit::Insert(_, tagged) => !left.contains(&tagged.rule),
-                RuleEdit::Delete(_) => true,
+            let mut left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
+            // An address that a refused change moved may still be in such a set only.
+            let is_set = |tagged: &mut TaggedRule| tagged.rule.template().is_some();
+            left.extend(plan.unknown.extract_if(.., is_set).map(|tagged| tagged.rule));
+            plan.edits.retain(|edit| {
+                let (RuleEdit::Insert(_, tagged) | RuleEdit::Delete(tagged)) = edit;
+                !left.contains(&tagged.rule)
             });
         }
         // A rule that is left out is no reason to move the others.
@@ -215,7 +218,8 @@ impl<K: Kernel> Engine<K> {
         // The time is that of the listing: to read a large set takes seconds.
         let planned = |(_, actual): &SetListing| {
             let has_moved = |net: &Net| self.list.is_elsewhere(group, net);
-            Some(sets::plan(&name, members, actual.as_ref()?, has_moved, self.seconds()))
+            let maxelem = self.list.sets.unwrap_or_default();
+            Some(sets::plan(&name, members, actual.as_ref()?, maxelem, has_moved, self.seconds()))
         };
         // ipset reports a set that does not exist; an incomplete listing merely lacks it.
         let first = self.read_set(&name)?;
@@ -236,7 +240,10 @@ impl<K: Kernel> Engine<K> {
                 moved.push((name.clone(), plan.moved));
                 (plan.missing, plan.unknown, written)
             }
-            (plan, _) => (members.len(), 0, self.make_set(&name, &group, members, plan.is_some())),
+            (plan, _) => {
+                let missing = plan.as_ref().map_or(members.len(), |plan| plan.missing);
+                (missing, 0, self.make_set(&name, &group, members, plan.is_some()))
+            }
         };
         if written.is_err() {
             self.distrusted.insert(group.family);

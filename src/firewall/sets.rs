@@ -88,6 +88,7 @@ pub fn plan<'a>(
     name: &'a str,
     members: &Members,
     actual: &[(Net, u32)],
+    maxelem: usize,
     has_moved: impl Fn(&Net) -> bool,
     now: u64,
 ) -> SetPlan<'a> {
@@ -110,8 +111,9 @@ pub fn plan<'a>(
     }
     deleted.extend(actual.filter_map(unless_due));
     let unknown = deleted.len();
-    // A set that lacks addresses may be full: there, those that have moved make room first.
-    let moved = deleted.extract_if(.., |net| missing == 0 && has_moved(net)).collect();
+    // If there is no room for them meanwhile, those that have moved are deleted first.
+    let has_room = members.len().saturating_add(unknown) <= maxelem;
+    let moved = deleted.extract_if(.., |net| has_room && has_moved(net)).collect();
     let mut edits: Vec<_> = deleted.iter().map(|net| edit(name, *net, None, now)).collect();
     edits.append(&mut additions);
     SetPlan { edits, moved, missing, unknown }
@@ -194,10 +196,11 @@ mod tests {
             ("1.1.1.1 4", "", "add 1.1.1.1 4"),
             ("", "1.1.1.1 3", ""),
             ("", "1.1.1.1 4", "del 1.1.1.1"),
-            // 9.9.9.9 is now in another set: it leaves this one last, unless others take its place.
+            // 9.9.9.9 is now in another set: it leaves this one last, unless there is no room.
             ("1.1.1.1", "1.1.1.1,8.8.8.8,9.9.9.9", "del 8.8.8.8,later 9.9.9.9"),
             ("1.1.1.1 60", "1.1.1.1,9.9.9.9", "add 1.1.1.1 60,later 9.9.9.9"),
-            ("1.1.1.1", "8.8.8.8,9.9.9.9", "del 8.8.8.8,del 9.9.9.9,add 1.1.1.1 0"),
+            ("1.1.1.1", "8.8.8.8,9.9.9.9", "del 8.8.8.8,add 1.1.1.1 0,later 9.9.9.9"),
+            ("1.1.1.1,2.2.2.2", "2.2.2.2,8.8.8.8,9.9.9.9", "del 8.8.8.8,del 9.9.9.9,add 1.1.1.1 0"),
         ];
         for (wanted, actual, expected) in table {
             let list = list(wanted);
@@ -206,7 +209,7 @@ mod tests {
             let (.., members) = list.sets().next().unwrap();
             let has_moved = |net: &Net| net.to_string() == "9.9.9.9";
             let SetPlan { edits, moved, missing, unknown } =
-                plan("s", members, &actual, has_moved, NOW);
+                plan("s", members, &actual, 3, has_moved, NOW);
             let lacks = |net: &Net| !actual.iter().any(|(held, _)| held == net);
             let is_missing =
                 |edit: &&SetEdit| matches!(edit, SetEdit::Add { net, .. } if lacks(net));

@@ -3101,6 +3101,26 @@ fn a_rule_that_exists_is_on_the_disk() {
     world.settle();
 }
 
+/// A check deleted the rule of the set that a refused change had made, before it put the address back.
+#[test]
+fn a_refused_move_leaves_no_gap() {
+    for first in 1..8 {
+        let mut world = World::new(true, false);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.settle();
+        world.memory().watched = Net::parse("1.1.1.1");
+        let hangs = Fault::new(first, 1, Way::DoAndInterrupt);
+        world.set_faults(&[Fault { part: Some(Part::Sets), only_writes: true, ..hangs }]);
+        let changes = parse("+ /accept/input/any/1.1.1.1");
+        let engine = world.engine();
+        engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
+        let result = engine.attempt(&changes[0].iter().collect::<Vec<_>>());
+        engine.begin();
+        assert_eq!(engine.check(), Ok(()));
+        assert_eq!(world.enforced().len(), 1, "{first} {result:?}");
+    }
+}
+
 /// A repair emptied the old set first, and then failed to make the new one.
 #[test]
 fn a_move_leaves_no_gap() {
@@ -3112,6 +3132,7 @@ fn a_move_leaves_no_gap() {
         (Some(new_set), None, None, "+ /accept/input/any/1.1.1.1"),
         (None, Net::parse("7.7.7.7"), None, "+ /accept/input/any: 1.1.1.1 7.7.7.7"),
         (None, None, Some(once), "+ /accept/input/any/1.1.1.1"),
+        (None, None, Some(once), "+ /accept/input/any/1.1.1.1, + /drop/input/any/3.3.3.3"),
     ];
     for (bad_set, bad, fault, change) in table {
         let mut world = World::new(true, false);
