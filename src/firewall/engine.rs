@@ -251,14 +251,14 @@ impl<K: Kernel> Engine<K> {
                 let _ = self.write_sets(&batch, true);
             }
             let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
+            if !is_restored {
+                self.next_check = Instant::now();
+                return Err(error.with_note(UNRESTORED));
+            }
             batch.created.iter().filter_map(Group::set).for_each(|set| {
                 let _ = self.write_set(SetEdit::Destroy(&set.to_string()));
             });
-            if is_restored {
-                return Err(error);
-            }
-            self.next_check = Instant::now();
-            return Err(error.with_note(UNRESTORED));
+            return Err(error);
         }
         Ok(batch.outcomes)
     }
