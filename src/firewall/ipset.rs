@@ -142,7 +142,7 @@ impl Ipset {
             parse_header(line.trim_end(), &mut headers);
             true
         })?;
-        headers.retain(|header| is_own_name(&header.name));
+        headers.retain(is_own);
         Ok(headers)
     }
 
@@ -223,6 +223,11 @@ fn parse_header(line: &str, headers: &mut Vec<SetHeader>) {
     }
 }
 
+/// Whether a header is that of one of rfw's sets. In an incomplete listing, the last one lacks its end.
+fn is_own(header: &SetHeader) -> bool {
+    is_own_name(&header.name) && (header.maxelem > 0 || !header.is_compatible)
+}
+
 /// Reads a line of `ipset save`: `add NAME NET [timeout N] [packets N bytes N]`.
 pub fn parse_entry(line: &str) -> Option<SetEntry> {
     let mut words = line.trim_end().strip_prefix("add ")?.split(' ').skip(1);
@@ -296,10 +301,16 @@ Type: hash:ip
 Header: family inet hashsize 1024 maxelem 9 timeout 0 counters
 Name: mine
 Type: hash:net
-Header: family inet hashsize 1024 maxelem x
+Header: family inet hashsize 1024 maxelem 9 timeout 0 counters
+Name: rfw4:reject:in:any
+Type: bitmap:ip
+Header: range 10.0.0.0-10.0.0.9
+Name: rfw4:drop:out:any
+Type: hash:net
 ";
         let mut headers = Vec::new();
         listing.lines().for_each(|line| parse_header(line, &mut headers));
+        headers.retain(is_own);
         let show =
             |h: &SetHeader| format!("{} {} {} {:?}", h.name, h.is_compatible, h.maxelem, h.entries);
         let shown: Vec<String> = headers.iter().map(show).collect();
@@ -307,7 +318,7 @@ Header: family inet hashsize 1024 maxelem x
             "rfw4:drop:in:any true 65536 Some(12)",
             "rfw6:drop:in:any false 9 None",
             "rfw4:accept:in:any false 9 None",
-            "mine false 0 None",
+            "rfw4:reject:in:any false 0 None",
         ];
         assert_eq!(shown, expected);
     }
