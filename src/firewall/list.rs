@@ -221,6 +221,8 @@ pub struct List {
     /// The maximum number of addresses in a set; `None` without sets. In sets, an address has one
     /// target at a time.
     pub(super) sets: Option<usize>,
+    /// Whether this host does not filter IPv6: then lists lack their IPv6 lines.
+    pub(super) lacks_ipv6: bool,
 }
 
 impl List {
@@ -317,14 +319,15 @@ impl List {
 
     /// Deletes the rules of a template that a list does not name.
     fn delete_others(&mut self, template: RuleTemplate, nets: &[Net], batch: &mut Batch) -> usize {
-        let delete = |family| {
-            let group = Group { template, family, second: None };
+        let families: &[Family] = if self.lacks_ipv6 { &[Family::V4] } else { &Family::ALL };
+        let delete = |family: &Family| {
+            let group = Group { template, family: *family, second: None };
             let held = self.members(&group).into_iter().flat_map(Members::keys);
             let others = held.filter(|net| nets.binary_search(net).is_err());
             let others: Vec<Net> = others.copied().collect();
             self.delete(group, &others, batch)
         };
-        Family::ALL.map(delete).into_iter().sum()
+        families.iter().map(delete).sum()
     }
 
     /// Deletes addresses from all groups that differ only in their tags.
@@ -801,6 +804,17 @@ pub(super) mod tests {
                 }
             }
         }
+    }
+
+    /// A feed that is sent again lacks its IPv6 lines if the host has lost IPv6.
+    #[test]
+    fn replace_without_ipv6() {
+        let mut list = list(false, &["+/drop/input/any/{1.1.1.1,2.2.2.2,2001:db8::1}@a"]);
+        list.lacks_ipv6 = true;
+        let batch = apply(&mut list, &["=/drop/input/any/{1.1.1.1}@a"]);
+        assert_eq!(verdicts(&batch), "exists+deleted");
+        let left = ["+/drop/input/any/1.1.1.1@a", "+/drop/input/any/2001:db8::1@a"];
+        assert_eq!(stored(&list), left);
     }
 
     /// Applies a batch, and checks its records for the state file and `undo`.

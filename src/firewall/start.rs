@@ -38,6 +38,7 @@ pub fn start<K: Kernel>(
         }
         _ => twice(|| adopt(&engine, &listings)).map_err(|error| no_sets(&error))?,
     };
+    engine.list.lacks_ipv6 = !engine.kernel.families().contains(&Family::V6);
     let now = engine.clock.now().as_secs();
     for family in Family::ALL {
         while !engine.list.expire(family, now).is_empty() {}
@@ -266,6 +267,6 @@ fn no_sets(error: &ToolError) -> String {
     format!(
         "sets do not work here ({error}); rfw must run as root or with CAP_NET_ADMIN and \
          CAP_NET_RAW, and the kernel must have ip_set_hash_net and xt_set; or remove ipset.path \
-         from rfw.conf"
+         from rfw.conf, and rules for sets from the kernel"
     )
 }
