@@ -53,8 +53,8 @@ impl Setup {
             program.path = find(&program.path);
         }
         let ipv6 = check_ipv6(&config.ip6tables.path);
-        for (_, named) in families(&config, ipv6.is_ok()) {
-            check_iptables(&named.path).map_err(|error| source.locate(named, error))?;
+        for (family, named) in families(&config, ipv6.is_ok()) {
+            check_iptables(&named.path, family).map_err(|error| source.locate(named, error))?;
         }
         if let Some(ipset) = &config.ipset {
             check_program(&ipset.path).map_err(|error| source.locate(ipset, error))?;
@@ -121,10 +121,10 @@ fn families(config: &Config, ipv6: bool) -> impl Iterator<Item = (Family, &Named
     iter::once((Family::V4, iptables)).chain(has_ip6tables.then_some((Family::V6, ip6tables)))
 }
 
-fn check_iptables(path: &Path) -> Result<(), String> {
+fn check_iptables(path: &Path, family: Family) -> Result<(), String> {
     check_program(path)?;
     check_program(&restore_path(path))?;
-    prerequisites::check_version(path)
+    prerequisites::check_version(path, family)
 }
 
 /// The path of a program that rfw.conf names. PATH is not searched: an ordinary user may have set

@@ -100,7 +100,7 @@ fn other_variant(iptables: &Iptables) -> Option<Iptables> {
         Family::V4 => ("iptables", "/proc/net/ip_tables_names"),
         Family::V6 => ("ip6tables", "/proc/net/ip6_tables_names"),
     };
-    let is_nft = Version::of(&iptables.iptables, LIMIT).ok()?.is_nft;
+    let is_nft = Version::of(&iptables.iptables, iptables.family, LIMIT).ok()?.is_nft;
     if is_nft && !fs::read_to_string(tables).ok()?.lines().any(|table| table == "filter") {
         return None;
     }

@@ -131,8 +131,9 @@ impl Firewall {
             families.flat_map(|family| guards(whitelist, family, port)).collect()
         });
         let max_edits = if host::is_rootless() { ROOTLESS_EDITS } else { usize::MAX };
-        let version = |iptables: &Iptables| Version::of(&iptables.iptables, START_TOOL_LIMIT);
-        let is_nft = |iptables| version(iptables).is_ok_and(|version| version.is_nft);
+        let is_nft = |Iptables { family, iptables, .. }: &Iptables| {
+            Version::of(iptables, *family, START_TOOL_LIMIT).is_ok_and(|version| version.is_nft)
+        };
         let has_two = thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         let reads_at_once = has_two && tools.iptables.iter().all(is_nft);
         let settings = Settings { guards, sets, max_edits, reads_at_once };

@@ -21,18 +21,20 @@ pub struct Version {
 
 impl Version {
     /// The error is a sentence.
-    pub fn of(iptables: &Program, limit: Duration) -> Result<Version, String> {
+    pub fn of(iptables: &Program, family: Family, limit: Duration) -> Result<Version, String> {
+        let name = if family == Family::V4 { "iptables" } else { "ip6tables" };
         let mut version = None;
         let read = iptables.read_lines(&["--version"], limit, |line| {
-            version = Version::parse(line);
+            version = Version::parse(line, name);
             version.is_none()
         });
         read.map_err(|error| format!("{iptables} --version failed: {error}"))?;
-        version.ok_or_else(|| format!("{iptables} is not iptables: --version prints no version"))
+        version
+            .ok_or_else(|| format!("{iptables} is not {name}: --version prints no version of it"))
     }
 
-    fn parse(line: &str) -> Option<Version> {
-        let version = line.split_whitespace().nth(1)?.strip_prefix('v')?;
+    fn parse(line: &str, name: &str) -> Option<Version> {
+        let version = line.strip_prefix(name)?.split_whitespace().next()?.strip_prefix('v')?;
         let numbers: Vec<u32> = version.split('.').map_while(|word| word.parse().ok()).collect();
         let is_nft = line.contains("(nf_tables)");
         (!numbers.is_empty()).then_some(Version { numbers, is_nft })
@@ -44,9 +46,9 @@ impl Version {
 }
 
 /// Checks the version. The error is a sentence.
-pub fn check_version(iptables: &Path) -> Result<(), String> {
+pub fn check_version(iptables: &Path, family: Family) -> Result<(), String> {
     let iptables = Program::new(iptables.into(), Arc::default());
-    match Version::of(&iptables, START_TOOL_LIMIT)?.is_too_old() {
+    match Version::of(&iptables, family, START_TOOL_LIMIT)?.is_too_old() {
         true => Err(format!(
             "{iptables} is too old: rfw needs version 1.6.2 or newer, with iptables-restore -w"
         )),
@@ -106,7 +108,8 @@ mod tests {
     fn versions() {
         let table = [
             ("iptables v1.8.9 (nf_tables)\n", "1.8.9 nft"),
-            ("ip6tables v1.8.9 (legacy)\n", "1.8.9"),
+            ("ip6tables v1.8.9 (legacy)\n", "none"),
+            ("iptables v1.8.9 (legacy)\n", "1.8.9"),
             ("iptables v1.8.11 (nf_tables)", "1.8.11 nft"),
             ("iptables v1.6.2", "1.6.2"),
             ("iptables v1.4.21\n", "1.4.21 old"),
@@ -119,7 +122,7 @@ mod tests {
             ("", "none"),
         ];
         for (line, expected) in table {
-            let shown = Version::parse(line).map_or("none".into(), |version| {
+            let shown = Version::parse(line, "iptables").map_or("none".into(), |version| {
                 let numbers: Vec<_> = version.numbers.iter().map(u32::to_string).collect();
                 let old = if version.is_too_old() { " old" } else { "" };
                 let nft = if version.is_nft { " nft" } else { "" };
@@ -133,11 +136,11 @@ mod tests {
     #[test]
     fn remedies() {
         let table = [
-            ("iptables v1.8.9 (nf_tables): no command specified", ""),
-            ("iptables v1.8.9 (legacy): You must specify `--match-set' with proper arguments", ""),
+            (" v1.8.9 (nf_tables): no command specified", ""),
+            (" v1.8.9 (legacy): You must specify `--match-set' with proper arguments", ""),
             ("set: Could not determine whether revision 4 is supported, assuming it is.", ""),
-            ("iptables v1.8.9 (legacy): Couldn't load match `x':No such file or directory", "lib"),
-            ("iptables v1.8.7 (nf_tables): unknown option \"--reject-with\"", "lib"),
+            (" v1.8.9 (legacy): Couldn't load match `x':No such file or directory", "lib"),
+            (" v1.8.7 (nf_tables): unknown option \"--reject-with\"", "lib"),
             (
                 "Warning: Extension x revision 0 not supported, missing kernel module? iptables \
                  v1.8.9 (nf_tables): no command specified",

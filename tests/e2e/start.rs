@@ -316,9 +316,14 @@ fn an_outdated_iptables() {
         lab.stand_in(
             "[ \"$1\" != --version ] || { echo 'nftables v1.0.6 (Lester Gooch #5)'; exit 0; }",
         );
-        assert_refused(lab, &["too old"]);
+        assert_refused(lab, &["is not iptables"]);
         lab.stand_in("[ \"$1\" != --version ] || exit 0");
         assert_refused(lab, &["is not iptables"]);
+        lab.stand_in("");
+        let iptables = lab.dir.join("bin/iptables");
+        lab.configure(&format!("local.server\nip6tables.path = {}", iptables.display()));
+        assert_refused(lab, &["rfw.conf:5: ", "bin/iptables is not ip6tables"]);
+        lab.configure("local.server");
         lab.stand_in("[ \"$1\" != -j ] || exec /bin/sleep 99");
         let (status, text) = lab.rfw("-t -f rfw.conf");
         assert!(status == 1 && text.contains("hung and was killed"), "{text}");
