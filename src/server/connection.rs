@@ -282,7 +282,8 @@ impl Connection<'_> {
         let level = match result.get(..3).unwrap_or_default() {
             status if status.starts_with('5') => Level::Warning,
             "401" | "429" => Level::Info,
-            _ if is_change => Level::Info,
+            // What cannot be parsed may have been meant as a change.
+            _ if is_change || request.is_none() => Level::Info,
             _ => Level::Debug,
         };
         let line = request.map_or("-".into(), Request::line);

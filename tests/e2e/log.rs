@@ -146,6 +146,21 @@ fn password_guesses_are_logged_whatever_the_method() {
     });
 }
 
+/// A PUT that was not a valid request, such as one of an address in brackets, left no line at INFO.
+#[test]
+fn a_request_that_cannot_be_parsed_is_logged() {
+    once(|lab| {
+        let _rfw = lab.start("local.server");
+        let long = format!("PUT /{}", "x".repeat(9_000));
+        for request in ["PUT /drop/input/any/[2001:db8::1]", &long] {
+            let status = curl("-o /dev/null", request, "http://127.0.0.1:7390");
+            await_true(&status, SLACK, || {
+                lab.read("rfw.log").contains(&format!(" INFO 127.0.0.1 - \"-\" {status} "))
+            });
+        }
+    });
+}
+
 #[test]
 fn lines_logged_before_a_failed_start_are_written() {
     once(|lab| {
