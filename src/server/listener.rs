@@ -61,8 +61,8 @@ impl Listener {
         if let Some(Local { port, authentication }) = config.local {
             let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
             listeners.push(Listener::bind(SocketAddr::new(v4, port), None, authentication)?);
-            // Without IPv6, the host has no ::1.
-            if TcpListener::bind((v6, 0)).is_ok() {
+            // Without IPv6, the host has no ::1; before the network, it may have neither address.
+            if TcpListener::bind((v6, 0)).is_ok() || TcpListener::bind((v4, 0)).is_err() {
                 listeners.push(Listener::bind(SocketAddr::new(v6, port), None, authentication)?);
             }
         }

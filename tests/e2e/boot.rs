@@ -168,6 +168,22 @@ fn the_outward_address_comes_later() {
     });
 }
 
+/// rfw decided at its start whether the host has ::1, also before the host had 127.0.0.1.
+#[test]
+fn the_loopback_interface_comes_later() {
+    once(|lab| {
+        sh("ip link set lo down; ip addr flush dev lo");
+        lab.configure("local.server");
+        let supervisor = Supervisor::new("@lo");
+        let _rfw = supervisor.launch(lab);
+        assert_eq!(supervisor.receive(), "READY=1");
+        sh("ip link set lo up");
+        for url in ["http://127.0.0.1:7390", "http://[::1]:7390"] {
+            await_true(url, 5 + SLACK, || curl("", "GET /", url).ends_with("200"));
+        }
+    });
+}
+
 #[test]
 fn a_port_in_use_is_an_error_on_an_address_that_exists() {
     once(|lab| {
