@@ -346,6 +346,8 @@ def feeds():
         done = cron(ipsum)
     check("two runs for a tag do not share a download",
           done.returncode == 1 and "still running" in done.stderr and len(Feeds.answers) == asked)
+    os.unlink("/var/cache/rfw-feed/ipsum")
+    check("a kept file that was removed is downloaded again", cron(ipsum).returncode == 0 and Feeds.answers[-1] == 200)
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
