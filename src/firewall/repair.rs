@@ -8,8 +8,8 @@ use super::list::{Batch, Entry, Group, Members};
 use super::process::ToolError;
 use super::reconcile::{Listing, Plan, plan};
 use super::sets;
-use crate::rule::Chain;
 use crate::rule::net::{Family, Net};
+use crate::rule::{Chain, Target};
 use std::collections::HashSet;
 use std::iter;
 use std::time::Instant;
@@ -28,7 +28,7 @@ impl<K: Kernel> Engine<K> {
     /// Reads the rules of a family, unless `listing` shows them, and makes them match the list
     /// (goals 3 and 4). With `is_pending`, they lack what the batch in progress changes. If they are
     /// distrusted, so are the sets. These come first, because a rule cannot name a set that does not
-    /// exist; what has moved to another set leaves the old one last, unless that may be full.
+    /// exist; what has moved to another set leaves the old one last, unless there is no room.
     pub fn check_rules(
         &mut self,
         family: Family,
@@ -95,7 +95,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Repairs the rules of a distrusted family, as far as possible: one rule that the kernel rejects
     /// fails all. So missing rules of sets that ipset does not list, or that have another type, are left
-    /// out, and then all but the guards. The rules of sets that are not in the list stay.
+    /// out, and then all but the guards. Rules of sets that block and are not in the list stay.
     pub(super) fn repair_rules(&mut self, family: Family) -> Result<(), ToolError> {
         let headers = self.list.sets.map(|_| self.kernel.read_headers(self.limit(0)));
         // If ipset fails altogether, the sets may well exist.
@@ -125,9 +125,12 @@ impl<K: Kernel> Engine<K> {
         let mut plans = self.plans(family, &listing);
         for plan in &mut plans {
             let mut left: HashSet<_> = plan.missing.extract_if(.., |rule| is_left(rule)).collect();
-            // An address that a refused change moved may still be in such a set only.
-            let is_set = |tagged: &mut TaggedRule| tagged.rule.template().is_some();
-            left.extend(plan.unknown.extract_if(.., is_set).map(|tagged| tagged.rule));
+            // An address that a refused change moved may still be blocked by such a set only.
+            let blocks = |tagged: &mut TaggedRule| {
+                let template = tagged.rule.template();
+                template.is_some_and(|template| template.target != Target::Accept)
+            };
+            left.extend(plan.unknown.extract_if(.., blocks).map(|tagged| tagged.rule));
             plan.edits.retain(|edit| {
                 let (RuleEdit::Insert(_, tagged) | RuleEdit::Delete(tagged)) = edit;
                 !left.contains(&tagged.rule)

@@ -97,6 +97,7 @@ pub fn plan<'a>(
         (!is_due).then_some(*net)
     };
     let (mut deleted, mut additions, mut missing) = (Vec::new(), Vec::new(), 0_usize);
+    let held = actual.len();
     let mut actual = actual.iter().peekable();
     for (net, entry) in members {
         while let Some(unknown) = actual.next_if(|(held, _)| held < net) {
@@ -112,7 +113,7 @@ pub fn plan<'a>(
     deleted.extend(actual.filter_map(unless_due));
     let unknown = deleted.len();
     // If there is no room for them meanwhile, those that have moved are deleted first.
-    let has_room = members.len().saturating_add(unknown) <= maxelem;
+    let has_room = missing == 0 || held.saturating_add(missing) <= maxelem;
     let moved = deleted.extract_if(.., |net| has_room && has_moved(net)).collect();
     let mut edits: Vec<_> = deleted.iter().map(|net| edit(name, *net, None, now)).collect();
     edits.append(&mut additions);
@@ -200,6 +201,7 @@ mod tests {
             ("1.1.1.1", "1.1.1.1,8.8.8.8,9.9.9.9", "del 8.8.8.8,later 9.9.9.9"),
             ("1.1.1.1 60", "1.1.1.1,9.9.9.9", "add 1.1.1.1 60,later 9.9.9.9"),
             ("1.1.1.1", "8.8.8.8,9.9.9.9", "del 8.8.8.8,add 1.1.1.1 0,later 9.9.9.9"),
+            ("1.1.1.1 3,2.2.2.2,3.3.3.3", "2.2.2.2,3.3.3.3,9.9.9.9", "later 9.9.9.9"),
             ("1.1.1.1,2.2.2.2", "2.2.2.2,8.8.8.8,9.9.9.9", "del 8.8.8.8,del 9.9.9.9,add 1.1.1.1 0"),
         ];
         for (wanted, actual, expected) in table {
