@@ -134,8 +134,9 @@ pub struct Engine<K> {
     pub(super) overtaken: BTreeMap<Family, VecDeque<Instant>>,
     /// Packets and bytes that the rules of each label have matched.
     pub(super) traffic: BTreeMap<Label, (u64, u64)>,
-    /// Those of each rule in the last complete listing of its family, unless it has matched none.
-    pub(super) listed: BTreeMap<Family, HashMap<KernelRule, (u64, u64)>>,
+    /// The same for each rule in the last complete listing of its family, by its hash, because a rule
+    /// takes 100 bytes. Rules that have matched nothing are left out.
+    pub(super) listed: BTreeMap<Family, HashMap<u64, (u64, u64)>>,
     /// Why the last check failed; logged when it changes.
     pub(super) outage: Option<ToolError>,
     /// The same for the last attempt to rewrite the state file.
@@ -251,14 +252,16 @@ impl<K: Kernel> Engine<K> {
                 let _ = self.write_sets(&batch, true);
             }
             let is_restored = self.has_time() && self.settle(&families, Some(&batch)).is_ok();
-            if !is_restored {
-                self.next_check = Instant::now();
-                return Err(error.with_note(UNRESTORED));
+            for set in batch.created.iter().filter_map(Group::set) {
+                if self.has_time() {
+                    let _ = self.write_set(SetEdit::Destroy(&set.to_string()));
+                }
             }
-            batch.created.iter().filter_map(Group::set).for_each(|set| {
-                let _ = self.write_set(SetEdit::Destroy(&set.to_string()));
-            });
-            return Err(error);
+            if is_restored {
+                return Err(error);
+            }
+            self.next_check = Instant::now();
+            return Err(error.with_note(UNRESTORED));
         }
         Ok(batch.outcomes)
     }
@@ -383,8 +386,8 @@ impl<K: Kernel> Engine<K> {
             deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
             inserted.extend(after.map(|e| tagged(e.expires())));
         }
-        // ip6tables-nft may delete a rule with a prefix of another length instead.
-        if deleted.len() > MAX_DELETIONS || family == Family::V6 && !deleted.is_empty() {
+        let has_twin = |(_, tagged): &(_, TaggedRule)| self.list.has_twin(tagged);
+        if deleted.len() > MAX_DELETIONS || deleted.iter().any(has_twin) {
             return None;
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);

@@ -79,6 +79,8 @@ impl fmt::Display for KernelRule {
     }
 }
 
+type DeletionKey = (Target, Chain, Tag, [IpAddr; 2], RuleKind, Option<u64>);
+
 /// A rule with rfw's comment, as the kernel holds it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TaggedRule {
@@ -99,12 +101,12 @@ impl TaggedRule {
         (self.rule, self.expires)
     }
 
-    /// What distinguishes them for `-D`: ip6tables-nft compares addresses without the lengths of their
-    /// prefixes.
-    pub fn deletion_key(&self) -> (RuleTemplate, [IpAddr; 2], RuleKind, Option<u64>) {
+    /// What distinguishes two rules for `-D`: ip6tables-nft compares addresses without the lengths of
+    /// their prefixes, and 1.8.11 no interfaces.
+    pub fn deletion_key(&self) -> DeletionKey {
         let KernelRule { rule, kind } = self.rule;
         let addresses = <[Net; 2]>::from(rule.sides()).map(|net| net.addr());
-        (rule.template_of(Side::Source), addresses, kind, self.expires)
+        (rule.target, rule.chain(), rule.tag, addresses, kind, self.expires)
     }
 }
 

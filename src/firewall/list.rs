@@ -598,6 +598,24 @@ impl List {
         members.flat_map(move |members| overlapping(members, net)).map(|(net, e)| (*net, *e))
     }
 
+    /// Whether `-D` might delete a rule of the list instead of this one.
+    pub fn has_twin(&self, deleted: &TaggedRule) -> bool {
+        let (group, net) = Group::of(&deleted.rule.rule);
+        let groups = self.groups.iter().filter(|(other, _)| {
+            other.family == group.family
+                && other.template.chain == group.template.chain
+                && !self.is_in_set(other)
+        });
+        let twins = groups.flat_map(|(other, members)| {
+            let others = overlapping(members, net);
+            others.map(|(net, e)| TaggedRule::new(KernelRule::plain(other.rule(*net)), e.expires()))
+        });
+        let is_twin = |other: TaggedRule| {
+            other.rule != deleted.rule && other.deletion_key() == deleted.deletion_key()
+        };
+        twins.into_iter().any(is_twin)
+    }
+
     pub fn contains(&self, rule: &Rule) -> bool {
         let (group, net) = Group::of(rule);
         self.entry(group, &net).is_some()

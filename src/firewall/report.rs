@@ -11,6 +11,7 @@ use crate::rule::net::Family;
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, RuleTemplate, Target};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::time::{Duration, Instant};
 
 /// How often rfw moves its rules to the front immediately within [`OVERTAKEN_WINDOW`]; after that,
@@ -128,13 +129,14 @@ impl<K: Kernel> Engine<K> {
         for (_, TaggedRule { rule, counters, .. }) in listing.own() {
             let used = counters.filter(|(packets, _)| *packets > 0 && !rule.is_guard());
             let Some((packets, bytes)) = used else { continue };
-            let before = last.get(rule).copied().unwrap_or_default();
+            let key = BuildHasherDefault::<DefaultHasher>::default().hash_one(rule);
+            let before = last.get(&key).filter(|(before, _)| *before <= packets);
+            let before = before.copied().unwrap_or_default();
             let label = (rule.rule.chain(), rule.rule.target, rule.rule.tag);
             let total = self.traffic.entry(label).or_default();
-            let since = |now: u64, before| now.checked_sub(before).unwrap_or(now);
-            total.0 = total.0.saturating_add(since(packets, before.0));
-            total.1 = total.1.saturating_add(since(bytes, before.1));
-            listed.insert(*rule, (packets, bytes));
+            total.0 = total.0.saturating_add(packets.saturating_sub(before.0));
+            total.1 = total.1.saturating_add(bytes.saturating_sub(before.1));
+            listed.insert(key, (packets, bytes));
         }
         self.listed.insert(family, listed);
     }

@@ -230,9 +230,9 @@ impl Memory {
         let chain = self.chain(family, tagged.rule.rule.chain());
         match edit {
             RuleEdit::Delete(tagged) => {
-                // Like ip6tables-nft.
+                // Like ip6tables-nft, and like 1.8.11.
                 let key = |tagged: &TaggedRule| match family {
-                    Family::V4 => (tagged.deletion_key(), Some(tagged.rule)),
+                    Family::V4 => (tagged.deletion_key(), Some(tagged.rule.rule.sides())),
                     Family::V6 => (tagged.deletion_key(), None),
                 };
                 let is_it = |row: &FakeRow| matches!(row, FakeRow::Own(o) if key(o) == key(tagged));
@@ -1858,18 +1858,18 @@ fn ipv6_blocks_with_the_same_first_address() {
 #[test]
 fn rules_that_cannot_be_deleted_wait_for_a_check() {
     let mut world = World::new(false, false);
-    world.put("+60 /drop/input/any/1.1.1.1");
+    world.put("+60 /drop/input/any/2001:db8::1");
     world.pass(70);
-    let hangs = Fault { family: Some(Family::V4), ..Fault::always(Way::Interrupt) };
+    let hangs = Fault { family: Some(Family::V6), ..Fault::always(Way::Interrupt) };
     world.set_faults(&[hangs]);
     let engine = world.engine();
     engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
     assert!(engine.expire().is_err(), "a request that waits for it must not wait twice");
-    assert_eq!(world.cost(), "w");
+    assert_eq!(world.cost(), " w");
     let engine = world.engine();
     engine.begin();
     assert_eq!(engine.expire(), Ok(()));
-    assert_eq!(world.cost(), "w");
+    assert_eq!(world.cost(), " w");
     world.set_faults(&[]);
     world.settle();
     assert!(world.enforced().is_empty());
@@ -3111,7 +3111,7 @@ fn a_refused_move_leaves_no_gap() {
         world.memory().watched = Net::parse("1.1.1.1");
         let hangs = Fault::new(first, 1, Way::DoAndInterrupt);
         world.set_faults(&[Fault { part: Some(Part::Sets), only_writes: true, ..hangs }]);
-        let changes = parse("+ /accept/input/any/1.1.1.1");
+        let changes = parse("+ /reject/input/any/1.1.1.1");
         let engine = world.engine();
         engine.deadline = Instant::now() + BATCH_LIMIT - TOOL_LIMIT;
         let result = engine.attempt(&changes[0].iter().collect::<Vec<_>>());
@@ -3119,6 +3119,23 @@ fn a_refused_move_leaves_no_gap() {
         assert_eq!(engine.check(), Ok(()));
         assert_eq!(world.enforced().len(), 1, "{first} {result:?}");
     }
+}
+
+/// The rule of the set that a refused change has made is deleted even if ipset fails, if it accepts.
+#[test]
+fn a_refused_accept_ends_while_ipset_fails() {
+    let mut world = World::new(true, false);
+    world.put("+ /drop/input/any/1.1.1.0/24");
+    world.settle();
+    let written = Fault::new(1, 2, Way::DoAndInterrupt);
+    let written = Fault { part: Some(Part::Rules(Family::V4)), only_writes: true, ..written };
+    let fails = Fault { part: Some(Part::Sets), ..Fault::new(2, usize::MAX, Way::Reject) };
+    world.set_faults(&[written, fails]);
+    let engine = world.engine();
+    assert!(engine.commit(&parse("+ /accept/input/any/1.1.1.1")[0])[0].is_err());
+    engine.begin();
+    assert!(engine.check().is_err());
+    assert_eq!(shown(&world.enforced()), "/drop/input/any/1.1.1.0/24 0");
 }
 
 /// A repair emptied the old set first, and then failed to make the new one.
