@@ -139,7 +139,9 @@ impl Ipset {
     pub fn headers(&self, limit: Duration) -> Result<Vec<SetHeader>, ToolError> {
         let mut headers = Vec::new();
         self.0.read_lines(&["list", "-terse"], limit, |line| {
-            parse_header(line.trim_end(), &mut headers);
+            if let Some(line) = line.strip_suffix('\n') {
+                parse_header(line.trim_end(), &mut headers);
+            }
             true
         })?;
         headers.retain(is_own);
@@ -157,7 +159,10 @@ impl Ipset {
         let mut found = false;
         let read = self.0.read_lines(&["save", name], limit, |line| {
             found |= line.starts_with("create ");
-            parse_entry(line).is_none_or(&mut each)
+            // rfw writes no IPv4-mapped address to a set for IPv6; as IPv4, it could not be deleted.
+            let is_ipv6 = |entry: &SetEntry| entry.net.family() == Family::V6;
+            let entry = parse_entry(line).filter(|e| is_ipv6(e) == name.starts_with("rfw6"));
+            entry.is_none_or(&mut each)
         });
         match read {
             Err(ToolError::Rejected(text)) if text.contains("does not exist") => Ok(false),
@@ -223,7 +228,8 @@ fn parse_header(line: &str, headers: &mut Vec<SetHeader>) {
     }
 }
 
-/// Whether a header is that of one of rfw's sets. In an incomplete listing, the last one lacks its end.
+/// Whether a header is that of one of rfw's sets. In an incomplete listing, the last one lacks its end and
+/// is ignored.
 fn is_own(header: &SetHeader) -> bool {
     is_own_name(&header.name) && (header.maxelem > 0 || !header.is_compatible)
 }
