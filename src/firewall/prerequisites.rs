@@ -136,11 +136,11 @@ mod tests {
     #[test]
     fn remedies() {
         let table = [
-            (" v1.8.9 (nf_tables): no command specified", ""),
-            (" v1.8.9 (legacy): You must specify `--match-set' with proper arguments", ""),
+            ("iptables v1.8.9 (nf_tables): no command specified", ""),
+            ("iptables v1.8.9 (legacy): You must specify `--match-set' with proper arguments", ""),
             ("set: Could not determine whether revision 4 is supported, assuming it is.", ""),
-            (" v1.8.9 (legacy): Couldn't load match `x':No such file or directory", "lib"),
-            (" v1.8.7 (nf_tables): unknown option \"--reject-with\"", "lib"),
+            ("iptables v1.8.9 (legacy): Couldn't load match `x':No such file or directory", "lib"),
+            ("iptables v1.8.7 (nf_tables): unknown option \"--reject-with\"", "lib"),
             (
                 "Warning: Extension x revision 0 not supported, missing kernel module? iptables \
                  v1.8.9 (nf_tables): no command specified",

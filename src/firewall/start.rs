@@ -106,6 +106,10 @@ fn read_listings<K: Kernel>(
     let listings: Result<_, ToolError> = families.map(|family| twice(|| read(family))).collect();
     listings.map_err(|error| {
         let advice = match error.is_transient() {
+            false if error.to_string().contains("incompatible") => {
+                "it shows no table in which other programs made rules for nft only: find them with nft \
+                 list ruleset, and move them to a table of their own"
+            }
             true => "find out which program that is, or what holds it up, and start rfw again",
             false => {
                 "run rfw as root or with CAP_NET_ADMIN, and check iptables.path (for iptables-legacy, \
