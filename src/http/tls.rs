@@ -214,9 +214,13 @@ pub fn describe_handshake_error(error: &io::Error) -> Option<String> {
         ) => "the client supports only older versions of TLS; rfw accepts TLS 1.3, and TLS 1.2 if \
               outward.server.tls12 is set"
             .into(),
-        Error::PeerIncompatible(reason) => format!(
-            "the client supports none of rfw's algorithms ({reason:?}); update it, or use a certificate \
-             with an RSA key"
+        Error::PeerIncompatible(
+            reason @ (Peer::NoSignatureSchemesInCommon
+            | Peer::NoCipherSuitesInCommon
+            | Peer::NoKxGroupsInCommon),
+        ) => format!(
+            "the client and rfw have no algorithm in common ({reason:?}); update the client, or use a \
+             key of another type"
         ),
         Error::AlertReceived(
             alert @ (Alert::UnknownCA

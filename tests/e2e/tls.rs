@@ -201,7 +201,7 @@ fn failed_handshakes_are_logged() {
             ("the client rejects the server's certificate (UnknownCA); give it the CA's", 1),
             ("the client does not speak TLS (InvalidContentType)", 1),
             (
-                "the client supports none of rfw's algorithms (NoSignatureSchemesInCommon); update",
+                "the client and rfw have no algorithm in common (NoSignatureSchemesInCommon); update",
                 1,
             ),
             ("the client supports only older versions of TLS", 7),
