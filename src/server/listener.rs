@@ -10,6 +10,7 @@ use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::http::tls::Acceptor;
 use crate::log::{Level, Log};
+use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
@@ -37,6 +38,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long a port may still be in use at the start: when rfw is killed, the kernel may release its lock
 /// before its sockets.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
+/// `0` if the loopback interface has ::1 when it is up.
+const DISABLE_IPV6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
 
 /// A socket, and the differences between the outward and the local server.
 pub struct Listener {
@@ -61,8 +64,12 @@ impl Listener {
         if let Some(Local { port, authentication }) = config.local {
             let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
             listeners.push(Listener::bind(SocketAddr::new(v4, port), None, authentication)?);
-            // Without IPv6, the host has no ::1; before the network, it may have neither address.
-            if TcpListener::bind((v6, 0)).is_ok() || TcpListener::bind((v4, 0)).is_err() {
+            // Without IPv6, the host has no ::1; before the network, it has none yet.
+            let is_later = |error: io::Error| {
+                let is_missing = error.kind() == ErrorKind::AddrNotAvailable;
+                is_missing && fs::read(DISABLE_IPV6).is_ok_and(|text| text == b"0\n")
+            };
+            if TcpListener::bind((v6, 0)).map_or_else(is_later, |_| true) {
                 listeners.push(Listener::bind(SocketAddr::new(v6, port), None, authentication)?);
             }
         }
