@@ -107,8 +107,8 @@ fn read_listings<K: Kernel>(
     listings.map_err(|error| {
         let advice = match error.is_transient() {
             false if error.to_string().contains("incompatible") => {
-                "it shows no table in which other programs made rules for nft only: find them with nft \
-                 list ruleset, and move them to a table of their own"
+                "iptables lists no table with rules that nft made itself; nft list ruleset shows them; move \
+                 them to a table of their own"
             }
             true => "find out which program that is, or what holds it up, and start rfw again",
             false => {
