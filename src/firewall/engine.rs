@@ -594,7 +594,7 @@ impl<K: Kernel> Engine<K> {
         let is_asked = |family: &Family| filter.net.is_none_or(|net| net.family() == *family);
         for family in self.kernel.families().into_iter().filter(is_asked) {
             let mut listing = self.read_rules(family)?;
-            if self.plans(family, &listing).iter().any(|plan| !plan.edits.is_empty()) {
+            if !self.is_right(family, &listing) {
                 listing = self.confirmed_rules(family, listing)?;
             }
             for (number, tagged) in listing.own() {

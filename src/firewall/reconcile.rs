@@ -96,11 +96,15 @@ impl Plan {
     }
 }
 
+/// Whether the wanted rules are at the front of the chain, and none of rfw's is elsewhere.
+pub fn is_right(chain: &ChainListing, wanted: impl Iterator<Item = TaggedRule>) -> bool {
+    let front = chain.rows.iter().map_while(Option::as_ref).map(TaggedRule::key);
+    front.clone().count() == chain.own().count() && front.eq(wanted.map(|tagged| tagged.key()))
+}
+
 /// Plans the edits after which the wanted rules are at the front of the chain.
 pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
-    let key = |tagged: &TaggedRule| tagged.key();
-    let front = chain.rows.iter().map_while(Option::as_ref).map(key);
-    if front.eq(wanted.iter().map(key)) && chain.own().count() == wanted.len() {
+    if is_right(chain, wanted.iter().copied()) {
         return Plan::default();
     }
     // A chain without an rfw rule, as after a reboot, has none to look up.

@@ -6,7 +6,7 @@ use super::ipset::{SetEdit, SetHeader, replacement_name};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Entry, Group, Members};
 use super::process::ToolError;
-use super::reconcile::{Listing, Plan, plan};
+use super::reconcile::{Listing, Plan, is_right, plan};
 use super::sets;
 use crate::rule::net::{Family, Net};
 use crate::rule::{Chain, Target};
@@ -44,19 +44,19 @@ impl<K: Kernel> Engine<K> {
         let listing = listing.map_or_else(|| self.read_rules(family), Ok)?;
         // One incomplete listing could hide what a failed batch left.
         if !is_distrusted {
-            let plans = self.plans(family, &listing);
-            let pending = batch.filter(|_| is_pending);
-            if pending.is_some_and(|batch| self.are_expected(&plans, family, batch)) {
-                return self.rewrite_rules(family, plans, batch);
-            }
-            let is_right = |plan: &Plan| plan.edits.is_empty();
-            if pending.is_none() && plans.iter().all(is_right) {
+            if let Some(batch) = batch.filter(|_| is_pending) {
+                let plans = self.plans(family, &listing);
+                if self.are_expected(&plans, family, batch) {
+                    return self.rewrite_rules(family, plans, Some(batch));
+                }
+            } else if self.is_right(family, &listing) {
                 self.count_traffic(family, &listing);
                 return Ok(());
             }
             // A check may leave foreign rules in front for a while; a request may not.
             let may_wait = batch.is_none() && self.is_overtaken_often(family);
-            if may_wait && plans.iter().all(|plan| is_right(plan) || plan.is_only_overtaken()) {
+            let may_stay = |plan: &Plan| plan.edits.is_empty() || plan.is_only_overtaken();
+            if may_wait && self.plans(family, &listing).iter().all(may_stay) {
                 return Ok(());
             }
         }
@@ -142,14 +142,21 @@ impl<K: Kernel> Engine<K> {
         self.rewrite_rules(family, plans, None)
     }
 
-    pub(super) fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
+    /// Whether the kernel holds what it should.
+    pub(super) fn is_right(&self, family: Family, listing: &Listing) -> bool {
+        let mut chains = listing.0.iter().zip(Chain::ALL);
+        chains.all(|(listing, chain)| is_right(listing, self.wanted(family, chain)))
+    }
+
+    fn plans(&self, family: Family, listing: &Listing) -> Vec<Plan> {
+        let wanted = |chain| self.wanted(family, chain).collect::<Vec<_>>();
         let chains = listing.0.iter().zip(Chain::ALL);
-        chains.map(|(listing, chain)| plan(listing, &self.wanted(family, chain))).collect()
+        chains.map(|(listing, chain)| plan(listing, &wanted(chain))).collect()
     }
 
     /// All rfw rules that a chain should hold, in order.
-    pub(super) fn wanted(&self, family: Family, chain: Chain) -> Vec<TaggedRule> {
-        self.front(family, chain).chain(self.list.rules(family, chain)).collect()
+    pub(super) fn wanted(&self, family: Family, chain: Chain) -> impl Iterator<Item = TaggedRule> {
+        self.front(family, chain).chain(self.list.rules(family, chain))
     }
 
     pub fn read_rules(&self, family: Family) -> Result<Listing, ToolError> {

@@ -865,7 +865,7 @@ impl World {
                     FakeRow::Own(tagged) => Some(tagged.key()),
                     FakeRow::Foreign(_) => None,
                 };
-                let wanted = self.engine().wanted(family, chain);
+                let wanted: Vec<_> = self.engine().wanted(family, chain).collect();
                 let front = rows.iter().map_while(key);
                 assert!(
                     front.eq(wanted.iter().map(TaggedRule::key)),
