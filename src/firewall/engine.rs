@@ -348,7 +348,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Creates the sets of a batch and adds its addresses or, in a later step, deletes them.
     fn write_sets(&self, batch: &Batch, is_put: bool) -> Result<(), ToolError> {
-        let (now, maxelem) = (self.seconds(), self.list.sets.unwrap_or_default());
+        let (now, maxelem) = (self.seconds(), self.list.maxelem());
         let is_kept = |group: &Group| {
             self.list.is_in_set(group) && self.kernel.families().contains(&group.family)
         };

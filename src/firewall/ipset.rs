@@ -156,12 +156,11 @@ impl Ipset {
         limit: Duration,
         mut each: impl FnMut(SetEntry) -> bool,
     ) -> Result<bool, ToolError> {
-        let mut found = false;
+        let (is_ipv6, mut found) = (name.starts_with("rfw6"), false);
         let read = self.0.read_lines(&["save", name], limit, |line| {
             found |= line.starts_with("create ");
             // rfw writes no IPv4-mapped address to a set for IPv6; as IPv4, it could not be deleted.
-            let is_ipv6 = |entry: &SetEntry| entry.net.family() == Family::V6;
-            let entry = parse_entry(line).filter(|e| is_ipv6(e) == name.starts_with("rfw6"));
+            let entry = parse_entry(line).filter(|e| (e.net.family() == Family::V6) == is_ipv6);
             entry.is_none_or(&mut each)
         });
         match read {

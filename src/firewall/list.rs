@@ -579,6 +579,11 @@ impl List {
         groups.filter_map(|(group, members)| Some((group.set()?, group, members)))
     }
 
+    /// The maximum number of addresses in a set; 0 without sets.
+    pub fn maxelem(&self) -> usize {
+        self.sets.unwrap_or_default()
+    }
+
     pub fn is_in_set(&self, group: &Group) -> bool {
         self.sets.is_some() && group.second.is_none()
     }
@@ -601,19 +606,17 @@ impl List {
     /// Whether `-D` might delete a rule of the list instead of this one.
     pub fn has_twin(&self, deleted: &TaggedRule) -> bool {
         let (group, net) = Group::of(&deleted.rule.rule);
-        let groups = self.groups.iter().filter(|(other, _)| {
-            other.family == group.family
-                && other.template.chain == group.template.chain
-                && !self.is_in_set(other)
-        });
-        let twins = groups.flat_map(|(other, members)| {
+        let chain = |group: &Group| (group.family, group.template.chain);
+        let is_near = |other: &Group| chain(other) == chain(&group) && !self.is_in_set(other);
+        let groups = self.groups.iter().filter(|(other, _)| is_near(other));
+        let mut twins = groups.flat_map(|(other, members)| {
             let others = overlapping(members, net);
             others.map(|(net, e)| TaggedRule::new(KernelRule::plain(other.rule(*net)), e.expires()))
         });
         let is_twin = |other: TaggedRule| {
             other.rule != deleted.rule && other.deletion_key() == deleted.deletion_key()
         };
-        twins.into_iter().any(is_twin)
+        twins.any(is_twin)
     }
 
     pub fn contains(&self, rule: &Rule) -> bool {

@@ -228,8 +228,8 @@ impl<K: Kernel> Engine<K> {
         // The time is that of the listing: to read a large set takes seconds.
         let planned = |(_, actual): &SetListing| {
             let has_moved = |net: &Net| self.list.is_elsewhere(group, net);
-            let maxelem = self.list.sets.unwrap_or_default();
-            Some(sets::plan(&name, members, actual.as_ref()?, maxelem, has_moved, self.seconds()))
+            let (maxelem, now) = (self.list.maxelem(), self.seconds());
+            Some(sets::plan(&name, members, actual.as_ref()?, maxelem, has_moved, now))
         };
         // ipset reports a set that does not exist; an incomplete listing merely lacks it.
         let first = self.read_set(&name)?;
@@ -270,7 +270,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The state file may hold more addresses than `maxelem`, if that was reduced.
     fn is_usable(&self, header: &SetHeader, members: &Members) -> bool {
-        let maxelem = self.list.sets.unwrap_or_default();
+        let maxelem = self.list.maxelem();
         header.is_compatible
             && header.maxelem >= members.len()
             && (header.maxelem == maxelem || members.len() > maxelem)
@@ -293,7 +293,7 @@ impl<K: Kernel> Engine<K> {
             let _ = self.write_set(SetEdit::Destroy(new));
         }
         let (family, entries) = (group.family, members.len());
-        let maxelem = self.list.sets.unwrap_or_default();
+        let maxelem = self.list.maxelem();
         let create = [SetEdit::Create { name: new, family, entries, maxelem }, SetEdit::Flush(new)];
         let add = |(net, entry): (&Net, &Entry)| sets::edit(new, *net, Some(*entry), now);
         let swap = replaces.then_some(SetEdit::Swap(new, name));

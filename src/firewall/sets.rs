@@ -97,7 +97,7 @@ pub fn plan<'a>(
         (!is_due).then_some(*net)
     };
     let (mut deleted, mut additions, mut missing) = (Vec::new(), Vec::new(), 0_usize);
-    let held = actual.len();
+    let size = actual.len();
     let mut actual = actual.iter().peekable();
     for (net, entry) in members {
         while let Some(unknown) = actual.next_if(|(held, _)| held < net) {
@@ -113,7 +113,7 @@ pub fn plan<'a>(
     deleted.extend(actual.filter_map(unless_due));
     let unknown = deleted.len();
     // If there is no room for them meanwhile, those that have moved are deleted first.
-    let has_room = missing == 0 || held.saturating_add(missing) <= maxelem;
+    let has_room = missing == 0 || size.saturating_add(missing) <= maxelem;
     let moved = deleted.extract_if(.., |net| has_room && has_moved(net)).collect();
     let mut edits: Vec<_> = deleted.iter().map(|net| edit(name, *net, None, now)).collect();
     edits.append(&mut additions);
