@@ -338,9 +338,7 @@ class Round:
         if load:
             self.load(kill=True)
         self.stop()
-        for row in self.copied:  # a DELETE before the next check by rfw leaves the copy to the next rfw
-            self.model.doubt([row.key], row.expires and (row.expires, row.expires))
-        self.copied = []
+        self.doubt_rows(self.copied)  # a DELETE before the next check by rfw leaves the copy to the next rfw
         self.model.killed(self.mode.file)
         self.note(f"rfw is killed: {why}")
         if not self.mode.file and self.sets:
@@ -447,8 +445,12 @@ class Round:
             self.front += 1
             self.damage([key for key in self.model.entries if version(key) == v])
             self.model.disordered = True
-            for row in rows:
-                self.model.doubt([row.key], row.expires and (row.expires, row.expires))
+            self.doubt_rows(rows)
+
+    def doubt_rows(self, rows):
+        """The kernel may hold these rules until the next check by rfw, whatever is answered meanwhile."""
+        for row in rows:
+            self.model.doubt([row.key], row.expires and (row.expires, row.expires))
 
     def disturb_sets(self):
         names = [name for name in self.kernel.sets()]
