@@ -158,7 +158,7 @@ pub fn lines_json(lines: &[(usize, RuleError)]) -> String {
 fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
     match error {
         ListError::TooMany => {
-            (413, code(413), format!("A list may have at most {MAX_ENTRIES} entries."))
+            (413, code(413), format!("A list may have at most {MAX_ENTRIES} addresses and blocks."))
         }
         ListError::Empty => (
             400,
