@@ -67,7 +67,7 @@ impl ApiError {
                 (404, code(404), "No such action or chain; GET / shows all paths.".into())
             }
             ApiError::Method(allow) => {
-                (405, code(405), format!("The methods for this path are {allow}."))
+                (405, code(405), format!("This path supports only {allow}."))
             }
             ApiError::Rule(error) => describe_rule_error(error),
             ApiError::Query(message) => (400, "bad_query", message.clone()),
@@ -349,7 +349,7 @@ mod tests {
             (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
             (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_requests", "Too many wrong"),
             (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
-            (ApiError::Method("GET"), 405, "method_not_allowed", "for this path are GET."),
+            (ApiError::Method("GET"), 405, "method_not_allowed", "supports only GET."),
             (ApiError::Rule(RuleError::Shape), 400, "bad_path", "The path must be"),
             (ApiError::Rule(RuleError::NoAddress), 400, "bad_path", "must name an address"),
             (

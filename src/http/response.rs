@@ -229,9 +229,8 @@ mod tests {
         let mut logged = String::new();
         let got = respond(GET, |response| logged = response.refuse(&ApiError::Method("PUT")));
         let head = "HTTP/1.1 405 Method Not Allowed|Content-Type: application/json|";
-        let text =
-            r#"{"error":"method_not_allowed","message":"The methods for this path are PUT."}"#;
-        let rest = format!("Connection: keep-alive|Allow: PUT|Content-Length: 78||{text}\n");
+        let text = r#"{"error":"method_not_allowed","message":"This path supports only PUT."}"#;
+        let rest = format!("Connection: keep-alive|Allow: PUT|Content-Length: 72||{text}\n");
         assert_eq!(got, (format!("{head}{rest}"), true));
         assert_eq!(logged, "405 method_not_allowed");
         let failure = ApiError::Iptables("no\n".into());

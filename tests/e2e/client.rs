@@ -77,7 +77,7 @@ fn one_server() {
                 "1 409 whitelisted: This overlaps 192.0.2.1 of the whitelist; edit white.list to change that.",
             ),
             ("get /nothing", "1 404 not_found: No such action or chain; GET / shows all paths."),
-            ("put /list", "1 405 method_not_allowed: The methods for this path are GET, DELETE."),
+            ("put /list", "1 405 method_not_allowed: This path supports only GET, DELETE."),
             (
                 "put /drop/input/any --list list",
                 "0 200 applied: inserted 2, refreshed 0, exists 0, deleted 0, whitelisted_count 1",
