@@ -22,8 +22,8 @@ const NOBODY: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses of a family; for IPv4, none if no socket can be bound to any of `blocks` and,
-/// if the kernel does not list them, those of `blocks` to which one can be bound.
+/// This host's addresses of a family. For IPv4: none if each of `blocks` is a single address of
+/// another host; if the kernel does not list them, those of `blocks` to which a socket can be bound.
 pub fn own_addresses(family: Family, blocks: &[Net], log: &Log) -> Vec<Net> {
     let is_v4 = family == Family::V4;
     // For a second after it was added, no socket can be bound to an IPv6 address (RFC 4862, 5.4).

@@ -98,7 +98,7 @@ impl Source<'_> {
     }
 }
 
-/// Checks what a start tries itself, the state file and the extensions of iptables: for `-t`, and to
+/// Checks the state file and the extensions of iptables, which a start simply uses: for `-t`, and to
 /// explain why a start failed.
 pub fn check_start(file: &Path, config: &Config, ipv6: bool) -> Result<(), String> {
     let source = Source(file);

@@ -150,7 +150,7 @@ pub struct Engine<K> {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// One that starts, with an empty list.
+    /// An engine that is starting, with an empty list.
     pub fn new(
         kernel: K,
         state: Option<StateFile>,

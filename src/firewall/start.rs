@@ -80,9 +80,9 @@ fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     attempt().or_else(|_| attempt())
 }
 
-/// A listing of each family. If the list is read from it, it must be one that is trusted (goal 3 of
-/// the engine); otherwise the check that compares it with the list sees to that. On two processors,
-/// two that are read at once take little longer than one.
+/// A listing of each family. If the list is read from it, two must agree (goal 3 of the engine);
+/// otherwise the check that compares it with the list sees to that. On two processors, reading two at
+/// once takes little longer than one.
 fn read_listings<K: Kernel>(
     engine: &Engine<K>,
     is_list: bool,
@@ -107,8 +107,8 @@ fn read_listings<K: Kernel>(
     listings.map_err(|error| {
         let advice = match error.is_transient() {
             false if error.to_string().contains("incompatible") => {
-                "iptables lists no table with rules that nft made itself; nft list ruleset shows them; move \
-                 them to a table of their own"
+                "iptables cannot list a table with rules that nft has made; move these, which nft list \
+                 ruleset shows, to a table of their own"
             }
             true => "find out which program that is, or what holds it up, and start rfw again",
             false => {
