@@ -183,6 +183,19 @@ fn make_help_names_every_target() {
     assert!(untimed.is_empty(), "{untimed:#?}");
 }
 
+/// A umask of 027 or 077 is usual on hardened hosts; dpkg-deb refuses what others cannot read.
+#[test]
+fn a_package_is_built_with_any_umask() {
+    once(|_| {
+        let said = sh(&format!(
+            "cd lab; mkdir -p bin package/etc package/usr/share
+             echo 'echo X86-64' > bin/readelf; echo 'stat -c %a package/DEBIAN*' > bin/dpkg-deb
+             chmod 755 bin/*; umask 077; PATH=/run/lab/bin:$PATH '{SOURCE}/contrib/deb/pack' package"
+        ));
+        assert_eq!(said, "755\n");
+    });
+}
+
 /// Those that need no other machine.
 #[test]
 fn the_examples_of_the_manual_work() {
