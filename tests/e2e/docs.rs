@@ -196,6 +196,16 @@ fn a_package_is_built_with_any_umask() {
     });
 }
 
+/// As in a chroot: installed again, rfw would start at the next boot.
+#[test]
+fn a_removal_disables_rfw_without_a_running_systemd() {
+    once(|_| {
+        sh("mkdir lab/bin; echo 'echo $@' > lab/bin/systemctl; chmod 755 lab/bin/systemctl");
+        let said = sh(&format!("PATH=/run/lab/bin:$PATH '{SOURCE}/contrib/deb/prerm' remove"));
+        assert!(said.starts_with("--quiet disable rfw.service\nrfw is disabled, "), "{said}");
+    });
+}
+
 /// Those that need no other machine.
 #[test]
 fn the_examples_of_the_manual_work() {
