@@ -52,6 +52,8 @@ banaction = rfw[server="https://127.0.0.1:{OUTWARD}", target=reject, place="forw
 banaction = rfw[server="https://127.0.0.1:{OUTWARD}", options="{HTTPS} {RUN}/wrong"]
 [fleet]
 banaction = rfw[servers="--servers {RUN}/servers", options="{HTTPS} {RUN}/right", prefix6=64]
+[soon]
+banaction = rfw[server="http://127.0.0.1:1", options="--timeout 1"]
 [junk]
 filter = junk
 """
@@ -220,6 +222,8 @@ def edge(fail2ban):
     seen("prefix6=64: the whole /64", lambda: "-s 2001:db8:1:2::/64 " in rules("ip6tables"))
     fail2ban.client("set", "fleet", "unbanip", "2001:db8:1:2::9")
     seen("(and unbanip)", lambda: "2001:db8:1:2::/64" not in rules("ip6tables"))
+    fails("soon", "203.0.113.31")
+    seen("a --timeout in options replaces the action's 20 s", lambda: errors("'soon'"), 15)
     check("no password in fail2ban's log of commands", logged("/right") and not logged(PASSWORD))
 
 
@@ -348,6 +352,9 @@ def feeds():
           done.returncode == 1 and "still running" in done.stderr and len(Feeds.answers) == asked)
     os.unlink("/var/cache/rfw-feed/ipsum")
     check("a kept file that was removed is downloaded again", cron(ipsum).returncode == 0 and Feeds.answers[-1] == 200)
+    begun = time.monotonic()
+    done = cron("RFWC_OPTIONS='--server http://127.0.0.1:1 --timeout 1' rfw-feed soon https://levels/3.txt")
+    check("a --timeout in RFWC_OPTIONS replaces rfw-feed's 120 s", done.returncode == 1 and time.monotonic() - begun < 60)
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
