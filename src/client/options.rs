@@ -8,6 +8,7 @@ use crate::http::request::is_authority;
 use crate::http::tls::Connector;
 use crate::nearest;
 use crate::rule::is_number;
+use crate::rule::tag::Tag;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -101,7 +102,7 @@ pub fn parse(
             "--server" => arguments.servers.push(Server::parse(&value()?)?),
             "--servers" => arguments.servers.extend(read_servers(&value()?)?),
             "--list" => arguments.list = Some(value()?),
-            "--tag" => arguments.query.push(format!("tag={}", value()?)),
+            "--tag" => arguments.query.push(tag(&value()?)?),
             "--replace" => arguments.query.push("replace=true".into()),
             "--credentials" => {
                 let text = file::read_text(Path::new(&value()?), Access::Secret)?;
@@ -198,6 +199,14 @@ impl Job {
                           escape the rest, such as %20 for a space"
                 .into()),
         }
+    }
+}
+
+/// A tag or `*`, so that nothing else gets into the query.
+fn tag(name: &str) -> Result<String, String> {
+    match name == "*" || Tag::parse(name).is_some() {
+        true => Ok(format!("tag={name}")),
+        false => Err(format!("--tag {name:?}: write 1 to 20 of a-z, 0-9, '.', '_' and '-'")),
     }
 }
 
@@ -389,6 +398,10 @@ mod tests {
             ("batch - --replace", "--replace needs --list FILE"),
             ("put /x --replace --tag a", "--replace needs --list FILE"),
             ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
+            (
+                "batch - --tag a&expire=1",
+                "--tag \"a&expire=1\": write 1 to 20 of a-z, 0-9, '.', '_' and '-'",
+            ),
         ];
         for (line, expected) in table {
             assert_eq!(read(line, None), expected, "{line}");
