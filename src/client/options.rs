@@ -101,6 +101,9 @@ pub fn parse(
             "-V" | "--version" => return Ok(Command::Version),
             "--server" => arguments.servers.push(Server::parse(&value()?)?),
             "--servers" => arguments.servers.extend(read_servers(&value()?)?),
+            "--list" if arguments.list.is_some() => {
+                return Err("write --list once; cat joins files".into());
+            }
             "--list" => arguments.list = Some(value()?),
             "--tag" => arguments.query.push(tag(&value()?)?),
             "--replace" => arguments.query.push("replace=true".into()),
@@ -395,6 +398,7 @@ mod tests {
             ("batch -", "batch "),
             ("Batch Cargo.toml --tag peer", "batch tag=peer"),
             ("batch - --list Cargo.toml", "batch takes no --list"),
+            ("put /x --list a --list b", "write --list once; cat joins files"),
             ("batch - --replace", "--replace needs --list FILE"),
             ("put /x --replace --tag a", "--replace needs --list FILE"),
             ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
