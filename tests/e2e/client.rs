@@ -643,7 +643,8 @@ fn which_failures_are_retried() {
             (vec![busy("Retry-After: 1000\r\n")], "1 503 busy: Later.", 1),
             (vec![refused(409)], "1 409 e: m", 1),
             (vec![refused(302)], "1 302 e: m", 1),
-            (vec![refused(429)], "1 429 e: m", 1),
+            (vec![answer(429, "Retry-After: 1\r\n", refusal), inserted.clone()], done, 2),
+            (vec![answer(429, "Retry-After: 60\r\n", refusal)], "1 429 e: m", 1),
             (vec![refused(500)], "1 500 e: m", 1),
             (vec![answer(502, "", "<html>")], "1 502", 1),
         ];
