@@ -164,9 +164,8 @@ run/rfw.conf:
 	rm -rf run
 	contrib/rfwgen 127.0.0.1 run
 	umask 077; cp white.list run/ && \
-	sed -e 's|^auth.username =|& admin|' \
-	    -e "s|^auth.password =|& $$(openssl rand -hex 16)|" \
-	    -e 's|file = server\.|file = server_127.0.0.1/server.|' rfw.conf >run/new && \
+	echo "s|^auth.password =|& $$(openssl rand -hex 16)|" | \
+	sed -e 's|^auth.username =|& admin|' -e 's|file = server\.|file = server_127.0.0.1/server.|' -f - rfw.conf >run/new && \
 	mv run/new run/rfw.conf
 
 install: $(BIN) ## user: install programs, manual and unit to PREFIX=/usr/local, and new files to /etc (DESTDIR=, BIN=); a second
