@@ -252,7 +252,9 @@ pub fn parse_entry(line: &str) -> Option<SetEntry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::firewall::process::tests::make_program;
     use crate::rule::Iface;
+    use std::fs;
 
     #[test]
     fn names() {
@@ -368,5 +370,46 @@ Type: hash:net
                 });
             assert_eq!(read, entry, "{line}");
         }
+    }
+
+    /// The program's second argument is the set's name.
+    #[test]
+    fn what_is_read_of_the_program() {
+        let limit = Duration::from_secs(60);
+        let path = make_program(
+            "rfw-ipset",
+            r#"case $2 in
+            -terse) printf 'Name: rfw4:drop:x\nType: hash:net\nHeader: family inet maxelem 9\nName: rf' ;;
+            rfw?:none) echo 'The set with the given name does not exist' >&2; exit 1 ;;
+            rfw?:held) echo 'Set cannot be listed' >&2; exit 1 ;;
+            rfw?:cut) ;;
+            *) printf "create $2 hash:net\nadd $2 1.2.3.4\nadd $2 2001:db8::1\nadd $2 5.6.7.8\n" ;;
+            esac"#,
+        );
+        let ipset = Ipset::new(path.clone(), Arc::default());
+        let read = |name, most| {
+            let mut nets = Vec::new();
+            let each = |entry: SetEntry| {
+                nets.push(entry.net.to_string());
+                nets.len() < most
+            };
+            let found = ipset.read(name, limit, each).map_err(|error| error.to_string());
+            (found, nets.join(" "))
+        };
+        let incomplete = format!("{} exited with 0 after an incomplete listing.", path.display());
+        let table = [
+            ("rfw4:all", 9, Ok(true), "1.2.3.4 5.6.7.8"),
+            ("rfw6:all", 9, Ok(true), "2001:db8::1"),
+            ("rfw4:first", 1, Ok(true), "1.2.3.4"),
+            ("rfw4:none", 9, Ok(false), ""),
+            ("rfw4:held", 9, Err("Set cannot be listed".into()), ""),
+            ("rfw4:cut", 9, Err(incomplete), ""),
+        ];
+        for (name, most, found, nets) in table {
+            assert_eq!(read(name, most), (found, nets.into()), "{name}");
+        }
+        let names: Vec<_> = ipset.headers(limit).unwrap().into_iter().map(|h| h.name).collect();
+        assert_eq!(names, ["rfw4:drop:x"]);
+        fs::remove_file(path).unwrap();
     }
 }

@@ -364,6 +364,7 @@ impl Iptables {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::firewall::process::tests::make_program;
     use std::fs;
 
     fn read(line: &str) -> String {
@@ -381,7 +382,6 @@ mod tests {
     /// A listing that lacks a policy, or that does not end, is an error.
     #[test]
     fn listings_that_are_not_complete() {
-        let path = std::env::temp_dir().join(format!("rfw-iptables-{}", std::process::id()));
         for (policies, rules, error) in [
             (3, 0, ""),
             (3, MAX_LISTED - 1, ""),
@@ -390,28 +390,18 @@ mod tests {
             (0, 0, "incomplete listing"),
         ] {
             let script = format!(
-                "#!/bin/sh\nPATH=/usr/bin:/bin; yes -- '-P INPUT ACCEPT' | head -n {policies}\n\
+                "yes -- '-P INPUT ACCEPT' | head -n {policies}\n\
                  yes -- '-A INPUT -j ACCEPT' | head -n {rules}\n"
             );
-            // Another program writes it: a file that a child of another test has open does not run.
-            let name = path.to_str().unwrap();
-            let write = [
-                "-c",
-                "PATH=/usr/bin:/bin; printf %s \"$1\" >\"$2\" && chmod 700 \"$2\"",
-                "sh",
-                &script,
-                name,
-            ];
-            let sh = Program::new("/bin/sh".into(), Arc::default());
-            sh.run(&write, Duration::from_secs(60), |_| Ok(())).unwrap();
+            let path = make_program("rfw-iptables", &script);
             let iptables = Iptables::new(Family::V4, path.clone(), Arc::default());
             let mut count = 0;
             let read = iptables.read(Duration::from_secs(60), |_, _, _| count += 1);
             let text = read.err().map_or(String::new(), |error| error.to_string());
             assert!(text.contains(error) && text.is_empty() == error.is_empty(), "{text}");
             assert_eq!(count, rules);
+            fs::remove_file(path).unwrap();
         }
-        fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -317,11 +317,21 @@ impl Read for ChildOutput<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     fn program(path: &str) -> Program {
         Program::new(path.into(), Arc::default())
+    }
+
+    /// Makes a program of a shell script. Another program writes it: a file that a child of another test
+    /// has open does not run.
+    pub fn make_program(name: &str, script: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+        let write = "PATH=/usr/bin:/bin; printf '#!/bin/sh\nPATH=/usr/bin:/bin\n%s' \"$1\" >\"$2\" && chmod 700 \"$2\"";
+        let args = ["-c", write, "sh", script, path.to_str().unwrap()];
+        program("/bin/sh").run(&args, Duration::from_secs(60), |_| Ok(())).unwrap();
+        path
     }
 
     fn sh(script: &str, input: &str, limit: u64) -> Result<(), ToolError> {
