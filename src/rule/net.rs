@@ -134,7 +134,8 @@ impl Net {
         let (family, first) = (self.family(), number(self.addr));
         let last = first | low_bits(family.width().saturating_sub(self.prefix));
         let prefix = self.prefix.saturating_add(1);
-        [first, last].into_iter().filter_map(move |half| Net::new(address(family, half), prefix))
+        let middle = last & !low_bits(family.width().saturating_sub(prefix));
+        [first, middle].into_iter().filter_map(move |half| Net::new(address(family, half), prefix))
     }
 
     /// Whether the blocks share an address: then one contains the other.
@@ -265,6 +266,13 @@ mod tests {
             let shown: Vec<_> = Net::parse(net).unwrap().halves().map(|n| n.to_string()).collect();
             assert_eq!(shown.join(" "), halves, "{net}");
         }
+    }
+
+    /// The last address of ::/80 is ::ffff:255.255.255.255.
+    #[test]
+    fn the_half_before_the_ipv4_mapped_addresses_is_not_lost() {
+        let halves: Vec<_> = Net::parse("::/80").unwrap().halves().collect();
+        assert_eq!(halves, ["::/81", "::8000:0:0/81"].map(|net| Net::parse(net).unwrap()));
     }
 
     #[test]
