@@ -192,9 +192,14 @@ impl<'a> Entries<'a> {
     }
 
     fn outward(&self) -> Result<Option<Outward>, LineError> {
-        let form = "an address to listen on, such as 0.0.0.0 or ::";
+        let form = "an address to listen on, such as 0.0.0.0 or ::, but not fe80::";
         let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-        let ip = self.get("outward.server.ip", any, form, |value| value.parse().ok())?;
+        let parse = |value: &str| match value.parse() {
+            // No socket can be bound to it without its interface.
+            Ok(IpAddr::V6(ip)) if ip.is_unicast_link_local() => None,
+            parsed => parsed.ok(),
+        };
+        let ip = self.get("outward.server.ip", any, form, parse)?;
         let port = self.port("outward.server.port", 7393)?;
         let Some(line) = self.line("outward.server") else { return Ok(None) };
         Ok(Some(Outward {
@@ -563,6 +568,16 @@ mod tests {
             let error = parse(text).err().unwrap();
             assert_eq!(error.line, line, "{text}: {}", error.message);
             assert!(error.message.contains(part), "{text}: {}", error.message);
+        }
+    }
+
+    /// `rfw -t` accepted it, but no start could listen on it.
+    #[test]
+    fn a_link_local_address_to_listen_on_is_refused() {
+        for (ip, is_valid) in [("fe80::1", false), ("febf::1", false), ("fec0::1", true)] {
+            let parsed = parse(&format!("{LEAST}outward.server.ip = {ip}\n"));
+            let message = parsed.err().map(|error| error.message);
+            assert_eq!(message.is_none(), is_valid, "{ip}: {message:?}");
         }
     }
 }
