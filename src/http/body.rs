@@ -78,16 +78,14 @@ pub fn read<E: From<ApiError>>(
             return Err(CHUNK.into());
         }
     }
-    let mut trailers = Vec::new();
-    loop {
-        match line(source)? {
-            end if end.is_empty() => break,
-            _ if trailers.len() >= MAX_FIELDS => return Err(CHUNK.into()),
-            trailer => trailers.push(trailer),
+    for _ in 0..=MAX_FIELDS {
+        let trailer = line(source)?;
+        if trailer.is_empty() {
+            return Ok(());
         }
+        Fields::parse([&*trailer].into_iter())?;
     }
-    Fields::parse(trailers.iter().map(String::as_str))?;
-    Ok(())
+    Err(CHUNK.into())
 }
 
 fn pass_on<E: From<ApiError>>(
