@@ -6,7 +6,6 @@ use super::json;
 use super::request::{Body, Request};
 use super::stream::HttpStream;
 use crate::clock::{self, Utc};
-use crate::log::printable;
 use std::time::Duration;
 
 const JSON: &str = "application/json";
@@ -91,7 +90,7 @@ impl<'a> ResponseWriter<'a> {
         let (status, code, message) = error.describe();
         if self.has_begun {
             self.keep_alive = false;
-            let message = printable(message.as_bytes());
+            let message = message.as_bytes().escape_ascii();
             return format!("{status} {code} after a part of the response: '{message}'");
         }
         let text = json::string(&message);
@@ -100,7 +99,7 @@ impl<'a> ResponseWriter<'a> {
         self.send_whole(status, JSON, &error.header());
         match status {
             ..500 => format!("{status} {code}"),
-            _ => format!("{status} {code} '{}'", printable(message.as_bytes())),
+            _ => format!("{status} {code} '{}'", message.as_bytes().escape_ascii()),
         }
     }
 
