@@ -55,20 +55,16 @@ impl ApiError {
     /// Status, error code and message.
     pub fn describe(&self) -> (u16, &'static str, String) {
         match self {
-            ApiError::Http(status, message) => (*status, code(*status), message.to_string()),
+            ApiError::Http(status, message) => http(*status, *message),
             ApiError::Unauthorized => {
-                (401, code(401), "Send the user name and password of rfw.conf or auth.file.".into())
+                http(401, "Send the user name and password of rfw.conf or auth.file.")
             }
-            ApiError::TooManyGuesses(_) => {
-                (429, code(429), "Too many wrong credentials; wait a minute.".into())
-            }
-            ApiError::Forbidden(forbidden) => (403, code(403), forbidden.to_string()),
+            ApiError::TooManyGuesses(_) => http(429, "Too many wrong credentials; wait a minute."),
+            ApiError::Forbidden(forbidden) => http(403, forbidden.to_string()),
             ApiError::Rule(RuleError::Unknown) => {
-                (404, code(404), "No such action or chain; GET / shows all paths.".into())
+                http(404, "No such action or chain; GET / shows all paths.")
             }
-            ApiError::Method(allow) => {
-                (405, code(405), format!("This path supports only {allow}."))
-            }
+            ApiError::Method(allow) => http(405, format!("This path supports only {allow}.")),
             ApiError::Rule(error) => describe_rule_error(error),
             ApiError::Query(message) => (400, "bad_query", message.clone()),
             ApiError::Tag(text) => {
@@ -89,7 +85,7 @@ impl ApiError {
             }
             ApiError::List(error) => describe_list_error(error),
             ApiError::SetFull(sentence) => (507, "set_full", not_applied(sentence)),
-            ApiError::Full(sentence) => (507, code(507), not_applied(sentence)),
+            ApiError::Full(sentence) => http(507, not_applied(sentence)),
             ApiError::State(sentence) => (507, "state_failed", not_applied(sentence)),
             ApiError::Whitelisted(conflict) => {
                 let message = match conflict {
@@ -158,7 +154,7 @@ pub fn lines_json(lines: &[(usize, RuleError)]) -> String {
 fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
     match error {
         ListError::TooMany => {
-            (413, code(413), format!("A list may have at most {MAX_ENTRIES} addresses and blocks."))
+            http(413, format!("A list may have at most {MAX_ENTRIES} addresses and blocks."))
         }
         ListError::Empty => (
             400,
@@ -321,8 +317,9 @@ fn not_applied(sentence: &str) -> String {
     format!("{sentence} Nothing was applied.")
 }
 
-fn code(status: u16) -> &'static str {
-    names(status).1
+/// An error whose code is that of its status.
+fn http(status: u16, message: impl Into<String>) -> (u16, &'static str, String) {
+    (status, names(status).1, message.into())
 }
 
 #[cfg(test)]
