@@ -262,20 +262,16 @@ fn tick(server: &Arc<Server>, config: &Config) -> ! {
     let shared = server.clone();
     let report = move || shared.firewall.report_leftovers(&shared.log);
     let _ = thread::Builder::new().name("leftovers".into()).spawn(report);
+    let expires = server.metrics.certificate_expires;
     loop {
-        report_certificate(server, config);
+        if let Some((level, notice)) = certificate_notice(config, expires) {
+            server.log.write(level, format_args!("{notice}"));
+        }
         for _ in 0..SECONDS_PER_DAY {
             thread::sleep(Duration::from_secs(1));
             server.firewall.tick();
             server.log.tick(Instant::now());
         }
-    }
-}
-
-fn report_certificate(server: &Server, config: &Config) {
-    let expires = server.metrics.certificate_expires;
-    if let Some((level, notice)) = certificate_notice(config, expires) {
-        server.log.write(level, format_args!("{notice}"));
     }
 }
 
