@@ -37,7 +37,6 @@ use std::time::{Duration, Instant};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const SECONDS_PER_DAY: u32 = 86_400;
-const NO_IPV6: &str = "IPv6 rules are not accepted: ";
 /// How long rfw waits for another instance to end; the message of [`take_lock`] names it, too.
 const LOCK_LIMIT: Duration = Duration::from_secs(15);
 const USAGE: &str = "\
@@ -154,34 +153,26 @@ impl Options {
 
 /// Checks the configuration and returns the output of `-t`.
 fn check(file: &Path) -> Result<String, String> {
-    let Setup { config, users, acceptor, ipv6, .. } = Setup::load(file)?;
-    check_start(file, &config, ipv6.is_ok())?;
-    let warnings = config.warnings.iter();
-    let mut text: String = warnings.map(|line| format!("WARNING: {}\n", line.at(file))).collect();
+    let Setup { config, users, acceptor, ipv6, warnings, .. } = Setup::load(file)?;
+    check_start(file, &config, ipv6)?;
+    let mut text: String = warnings.iter().map(|line| format!("WARNING: {line}\n")).collect();
     let notice = certificate_notice(&config, acceptor.map(|acceptor| acceptor.expires));
     if let Some((level, notice)) = notice {
         text += &format!("{}: {notice}\n", level.name());
     }
-    if let Err(reason) = &ipv6 {
-        text += &format!("WARNING: {NO_IPV6}{reason}\n");
-    }
-    Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count(), ipv6.is_ok())))
+    Ok(format!("{text}{}: OK\n{}", file.display(), config.summary(users.count(), ipv6)))
 }
 
 /// Starts rfw and runs until it is killed. The error is a sentence.
 fn run(options: &Options) -> Result<Infallible, String> {
-    let Setup { config, whitelist, users, acceptor, ipv6 } = Setup::load(&options.file)?;
+    let Setup { config, whitelist, users, acceptor, ipv6, warnings } = Setup::load(&options.file)?;
     let opened = open_log(options);
     let (log, file_only) = opened.map_err(|error| format!("cannot start the log: {error}"))?;
-    for warning in &config.warnings {
-        log.warning(format_args!("{}", warning.at(&options.file)));
+    for warning in warnings {
+        log.warning(format_args!("{warning}"));
     }
     let log = Arc::new(log);
     let lock = take_lock(&log, file_only)?;
-    if let Err(reason) = &ipv6 {
-        log.warning(format_args!("{NO_IPV6}{reason}"));
-    }
-    let ipv6 = ipv6.is_ok();
     let tools = open_tools(&config, lock, ipv6);
     let mut metrics = Metrics::default();
     metrics.certificate_expires = acceptor.as_ref().map(|acceptor| acceptor.expires);

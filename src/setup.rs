@@ -25,8 +25,10 @@ pub struct Setup {
     pub users: Users,
     /// For the outward server.
     pub acceptor: Option<Acceptor>,
-    /// Whether this host can filter IPv6, or why not.
-    pub ipv6: Result<(), String>,
+    /// Whether this host can filter IPv6.
+    pub ipv6: bool,
+    /// Each is a sentence.
+    pub warnings: Vec<String>,
 }
 
 impl Setup {
@@ -52,14 +54,17 @@ impl Setup {
         for program in [iptables, ip6tables].into_iter().chain(ipset) {
             program.path = find(&program.path);
         }
-        let ipv6 = check_ipv6(&config.ip6tables.path);
-        for (family, named) in families(&config, ipv6.is_ok()) {
+        let mut warnings: Vec<_> = config.warnings.iter().map(|warning| warning.at(file)).collect();
+        let problem = ipv6_problem(&config.ip6tables.path);
+        let ipv6 = problem.is_none();
+        warnings.extend(problem.map(|problem| format!("IPv6 rules are not accepted: {problem}")));
+        for (family, named) in families(&config, ipv6) {
             check_iptables(&named.path, family).map_err(|error| source.locate(named, error))?;
         }
         if let Some(ipset) = &config.ipset {
             check_program(&ipset.path).map_err(|error| source.locate(ipset, error))?;
         }
-        Ok(Setup { config, whitelist, users, acceptor, ipv6 })
+        Ok(Setup { config, whitelist, users, acceptor, ipv6, warnings })
     }
 }
 
@@ -134,14 +139,14 @@ fn find(program: &Path) -> PathBuf {
     paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]).clone()
 }
 
-/// Checks whether this host has IPv6 and ip6tables. A kernel without IPv6 has no such file in /proc.
-fn check_ipv6(ip6tables: &Path) -> Result<(), String> {
+/// Why this host cannot filter IPv6. A kernel without it has no such file in /proc.
+fn ipv6_problem(ip6tables: &Path) -> Option<String> {
     if Path::new("/proc/self/net/dev").exists() && !Path::new("/proc/self/net/if_inet6").exists() {
-        return Err("this host has no IPv6".into());
+        return Some("this host has no IPv6".into());
     }
     match ip6tables.try_exists() {
-        Ok(false) => Err(format!("{} does not exist", ip6tables.display())),
-        _ => Ok(()),
+        Ok(false) => Some(format!("{} does not exist", ip6tables.display())),
+        _ => None,
     }
 }
 
