@@ -3,7 +3,7 @@
 use super::json;
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
-use crate::rule::rights::Forbidden;
+use crate::rule::tag::Tag;
 use crate::rule::whitelist::Conflict;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -21,8 +21,8 @@ pub enum ApiError {
     Unauthorized,
     /// Too many wrong credentials from this address; how long it must wait.
     TooManyGuesses(Duration),
-    /// The user lacks the right to make this change.
-    Forbidden(Forbidden),
+    /// The user may make changes only with these tags.
+    Forbidden(Vec<Tag>),
     /// The path supports only these methods.
     Method(&'static str),
     Rule(RuleError),
@@ -60,7 +60,14 @@ impl ApiError {
                 http(401, "Send the user name and password of rfw.conf or auth.file.")
             }
             ApiError::TooManyGuesses(_) => http(429, "Too many wrong credentials; wait a minute."),
-            ApiError::Forbidden(forbidden) => http(403, forbidden.to_string()),
+            ApiError::Forbidden(tags) => {
+                let tags: Vec<_> = tags.iter().map(|tag| format!("tag={}", tag.name())).collect();
+                let message = match &*tags.join(" or ") {
+                    "" => "This user may send GET only.".into(),
+                    tags => format!("This user may send GET, and changes with {tags}."),
+                };
+                http(403, message)
+            }
             ApiError::Rule(RuleError::Unknown) => {
                 http(404, "No such action or chain; GET / shows all paths.")
             }
@@ -342,8 +349,8 @@ mod tests {
         let table = [
             (ApiError::Http(414, "x"), 414, "uri_too_long", "x"),
             (ApiError::Unauthorized, 401, "unauthorized", "of rfw.conf or auth.file."),
-            (ApiError::Forbidden(Forbidden(vec![])), 403, "forbidden", "may send GET only."),
-            (ApiError::Forbidden(Forbidden(tags)), 403, "forbidden", "with tag=a or tag=b."),
+            (ApiError::Forbidden(vec![]), 403, "forbidden", "may send GET only."),
+            (ApiError::Forbidden(tags), 403, "forbidden", "with tag=a or tag=b."),
             (ApiError::TooManyGuesses(Duration::ZERO), 429, "too_many_requests", "Too many wrong"),
             (ApiError::Rule(RuleError::Unknown), 404, "not_found", "No such action"),
             (ApiError::Method("GET"), 405, "method_not_allowed", "supports only GET."),

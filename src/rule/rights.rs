@@ -2,7 +2,6 @@
 
 use super::tag::Tag;
 use super::{Action, Change, Rule, RuleTemplate, Rules};
-use std::fmt;
 
 /// The rights of a user; every user may read.
 ///
@@ -27,10 +26,6 @@ pub struct Intent {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Allowed(Intent);
 
-/// The change is refused; these are the tags with which the user may make changes.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Forbidden(pub Vec<Tag>);
-
 impl Rights {
     pub fn parse(text: &str) -> Option<Rights> {
         match text {
@@ -43,8 +38,9 @@ impl Rights {
         }
     }
 
-    /// An intent without a tag gets the first one of the user.
-    pub fn allow(&self, intent: Intent) -> Result<Allowed, Forbidden> {
+    /// An intent without a tag gets the first one of the user. The error has the tags with which the
+    /// user may make changes.
+    pub fn allow(&self, intent: Intent) -> Result<Allowed, Vec<Tag>> {
         let Rights::Tags(tags) = self else { return Ok(Allowed(intent)) };
         let tag = match intent {
             Intent { action: Action::DeleteAnyTag, .. } => None,
@@ -53,7 +49,7 @@ impl Rights {
         };
         match tag {
             Some(tag) => Ok(Allowed(Intent { tag: *tag, ..intent })),
-            None => Err(Forbidden(tags.clone())),
+            None => Err(tags.clone()),
         }
     }
 }
@@ -77,17 +73,6 @@ impl Allowed {
             Rules::Tagged(_, chain) => Rules::Tagged(tag, chain),
         };
         Change { rules, action }
-    }
-}
-
-/// What the user may do instead.
-impl fmt::Display for Forbidden {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tags: Vec<String> = self.0.iter().map(|tag| format!("tag={}", tag.name())).collect();
-        match tags.join(" or ").as_str() {
-            "" => f.write_str("This user may send GET only."),
-            tags => write!(f, "This user may send GET, and changes with {tags}."),
-        }
     }
 }
 
@@ -159,7 +144,7 @@ mod tests {
                         assert_eq!(allowed.action(), action);
                         allowed.tag()
                     }
-                    Err(Forbidden(tags)) => {
+                    Err(tags) => {
                         assert_eq!(*rights, Rights::Tags(tags));
                         assert_eq!(expected, "-", "{action:?} {name} {rights:?}");
                         continue;
