@@ -188,18 +188,10 @@ fn target_parts<'a>(
 
 /// Whether all characters are pchar (RFC 3986, 3.3) or in `also`.
 fn is_pchars(text: &str, also: &str) -> bool {
-    let mut pieces = text.split('%');
-    let plain = |piece: &str| {
-        piece.chars().all(|c| {
-            c.is_ascii_alphanumeric() || "-._~!$&'()*+,;=:@".contains(c) || also.contains(c)
-        })
-    };
-    let hex = |b: Option<&u8>| b.is_some_and(u8::is_ascii_hexdigit);
-    pieces.next().is_none_or(plain)
-        && pieces.all(|piece| {
-            let bytes = piece.as_bytes();
-            hex(bytes.first()) && hex(bytes.get(1)) && plain(piece)
-        })
+    let is_known =
+        |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=:@".contains(c) || also.contains(c);
+    let is_escape = |rest: &str| rest.bytes().take(2).filter(u8::is_ascii_hexdigit).count() == 2;
+    text.chars().all(is_known) && text.split('%').skip(1).all(is_escape)
 }
 
 /// The field lines of one head, or those after a body (trailers); names as sent.
