@@ -123,10 +123,7 @@ impl Net {
 
     /// Whether every address of `other` is in this block.
     pub fn contains(&self, other: &Net) -> bool {
-        let host_bits = low_bits(self.family().width().saturating_sub(self.prefix));
-        self.family() == other.family()
-            && self.prefix <= other.prefix
-            && (number(self.addr) ^ number(other.addr)) & !host_bits == 0
+        self.prefix <= other.prefix && Net::new(other.addr, self.prefix) == Some(*self)
     }
 
     /// Its two halves; none for a single address.
