@@ -155,13 +155,11 @@ fn check_program(program: &Path) -> Result<(), String> {
     let name = program.display();
     let data = fs::metadata(program)
         .map_err(|error| format!("{name}: {error}; install it, or correct its path"))?;
-    match data.mode() {
-        mode if !data.is_file() || mode & 0o111 == 0 => {
-            Err(format!("{name} is not an executable file; correct its path"))
-        }
-        mode if mode & 0o022 != 0 => {
-            Err(format!("{name}: other users can write to it; run chmod go-w {name}"))
-        }
-        _ => Ok(()),
+    if !data.is_file() || data.mode() & 0o111 == 0 {
+        return Err(format!("{name} is not an executable file; correct its path"));
     }
+    if data.mode() & 0o022 != 0 {
+        return Err(format!("{name}: other users can write to it; run chmod go-w {name}"));
+    }
+    Ok(())
 }
