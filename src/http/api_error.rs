@@ -288,12 +288,9 @@ fn prefix_of(netmask: &str) -> Option<u32> {
 
 /// Quotes a client's text, escaped and cut to [`MAX_SHOWN`] characters.
 fn quoted(text: &str) -> String {
-    match text.char_indices().nth(MAX_SHOWN) {
-        None => format!("'{}'", text.escape_debug()),
-        Some((end, _)) => {
-            format!("'{}...'", text.get(..end).unwrap_or_default().escape_debug())
-        }
-    }
+    let shown: String = text.chars().take(MAX_SHOWN).collect();
+    let dots = if shown == text { "" } else { "..." };
+    format!("'{}{dots}'", shown.escape_debug())
 }
 
 /// The reason phrase (RFC 9110, 15) and error code of a status.
