@@ -125,7 +125,6 @@ pub fn parse(
     arguments.command()
 }
 
-/// The arguments so far.
 #[derive(Default)]
 struct Arguments {
     servers: Vec<Server>,

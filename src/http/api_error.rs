@@ -28,9 +28,7 @@ pub enum ApiError {
     Rule(RuleError),
     /// A parameter that is unknown, given twice, or has an invalid value.
     Query(String),
-    /// An invalid tag.
     Tag(String),
-    /// An invalid interval.
     Expire(String),
     /// An interval longer than a set can keep an address.
     LongExpire,

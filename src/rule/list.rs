@@ -19,7 +19,6 @@ const MAX_REPORTED: usize = 20;
 /// In UTF-8; some editors and spreadsheets write it.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// How a list is parsed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ListOptions {
     /// Whether invalid lines are skipped, if they are at most half of all.

@@ -247,7 +247,6 @@ impl Action {
     }
 }
 
-/// The rules of a change.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Rules {
     One(Rule),

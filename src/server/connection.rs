@@ -50,7 +50,6 @@ const HOST: ApiError = ApiError::Http(400, "The Host must be localhost, 127.0.0.
 const NO_BODY: ApiError = ApiError::Http(413, "This request takes no body; send none.");
 const EVICTED: ApiError = ApiError::Http(408, "The body arrived too slowly while others waited.");
 
-/// One connection that is being served.
 pub struct Connection<'a> {
     pub server: &'a Server,
     pub listener: &'a Listener,

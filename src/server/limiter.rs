@@ -28,7 +28,6 @@ const MIN_PATIENCE: Duration = Duration::from_millis(20);
 /// How many bytes of a body or response count as progress; single bytes do not.
 const PIECE: usize = 16 * 1024;
 
-/// The parameters of a limiter.
 pub struct Limits {
     pub slots: usize,
     /// How many evicted connections may still be closing when the next one is admitted.
