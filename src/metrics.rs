@@ -4,7 +4,7 @@ use crate::mutex::lock;
 use crate::rule::tag::Tag;
 use crate::rule::{Chain, Filter, Target};
 use std::collections::BTreeMap;
-use std::fmt::{self, Write};
+use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -72,10 +72,9 @@ impl Metrics {
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &str| {
-            // Writing to a String never fails.
-            let _ = writeln!(text, "# HELP rfw_{name} {help}\n# TYPE rfw_{name} {kind}");
+            text += &format!("# HELP rfw_{name} {help}\n# TYPE rfw_{name} {kind}\n");
             for sample in samples.lines() {
-                let _ = writeln!(text, "rfw_{name}{sample}");
+                text += &format!("rfw_{name}{sample}\n");
             }
         };
         let version = env!("CARGO_PKG_VERSION");

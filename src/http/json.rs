@@ -1,16 +1,12 @@
 //! JSON output (RFC 8259). rfw parses no JSON.
 
-use std::fmt::Write;
-
 /// A string, escaped and in quotes.
 pub fn string(text: &str) -> String {
     let mut out = String::from('"');
     for c in text.chars() {
         match c {
             '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{:04x}", u32::from(c));
-            }
+            c if c.is_control() => out += &format!("\\u{:04x}", u32::from(c)),
             c => out.push(c),
         }
     }
