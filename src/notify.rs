@@ -13,9 +13,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Sends `READY=1` to the socket that NOTIFY_SOCKET names, a path or `@` and an abstract name.
 pub fn ready(log: &Log) {
-    let Some(name) = env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
+    let Some(name) = env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send(&name) {
         let name = name.display();
         log.warning(format_args!("cannot send READY=1 to NOTIFY_SOCKET={name}: {error}"));

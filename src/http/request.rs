@@ -72,9 +72,7 @@ pub fn head_length(received: &[u8]) -> Result<Option<usize>, ApiError> {
         match rest.get(length..).unwrap_or_default() {
             [] | [b'\r'] => return Ok(None),
             [b'\r', b'\n', ..] => {}
-            _ => {
-                return Err(bad("A line must end in CRLF, and contain no other CR or LF."));
-            }
+            _ => return Err(bad("A line must end in CRLF, and contain no other CR or LF.")),
         }
         // One empty line before the request line is ignored (2.2).
         if length == 0 && start > 0 {
