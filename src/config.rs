@@ -152,10 +152,8 @@ impl Config {
 /// The ip6tables of the same variant: `/sbin/ip6tables-nft` for `/sbin/iptables-nft`.
 fn ip6tables_for(iptables: &Path) -> PathBuf {
     let name = iptables.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    match name.strip_prefix("iptables") {
-        Some(variant) => iptables.with_file_name(format!("ip6tables{variant}")),
-        None => iptables.with_file_name("ip6tables"),
-    }
+    let variant = name.strip_prefix("iptables").unwrap_or_default();
+    iptables.with_file_name(format!("ip6tables{variant}"))
 }
 
 struct Entries<'a> {
