@@ -208,18 +208,15 @@ impl Connection<'_> {
     /// would look like success.
     fn send_outcome(
         &self,
-        json: String,
+        mut json: String,
         ifaces: [Iface; 2],
         response: &mut ResponseWriter<'_>,
         subject: &str,
     ) {
-        let json = match host::missing_interface(ifaces) {
-            None => json,
-            Some(note) => {
-                self.server.log.warning(format_args!("{subject}: {note}"));
-                api::with_note(&json, &note)
-            }
-        };
+        if let Some(note) = host::missing_interface(ifaces) {
+            self.server.log.warning(format_args!("{subject}: {note}"));
+            json = api::with_note(&json, &note);
+        }
         response.end(&json);
     }
 
