@@ -142,11 +142,8 @@ impl Utc {
     /// IMF-fixdate, RFC 9110, 5.6.7: `Sun, 06 Nov 1994 08:49:37 GMT`.
     pub fn http(self) -> impl fmt::Display {
         let ((year, month, day), (hour, minute, second)) = (self.date(), self.time());
-        let pick = |names: &[&'static str], at: u64| {
-            usize::try_from(at).ok().and_then(|at| names.get(at)).copied().unwrap_or_default()
-        };
-        let weekday = pick(&DAYS, self.0.as_secs() / 86_400 % 7);
-        let month = pick(&MONTHS, month.saturating_sub(1));
+        let weekday = DAYS.get((self.0.as_secs() / 86_400 % 7) as usize).unwrap_or(&"");
+        let month = MONTHS.get(month.saturating_sub(1) as usize).unwrap_or(&"");
         format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
     }
 }
