@@ -99,13 +99,11 @@ impl Users {
                 added.map_err(|message| LineError { line: number, message })?;
             }
         }
-        match self.0.len() > before {
-            true => Ok(()),
-            false => Err(LineError {
-                line: 0,
-                message: "the file names no user; write NAME:PASSWORD RIGHTS".into(),
-            }),
+        if self.0.len() == before {
+            let message = "the file names no user; write NAME:PASSWORD RIGHTS".into();
+            return Err(LineError { line: 0, message });
         }
+        Ok(())
     }
 
     fn add_line(&mut self, line: &str) -> Result<(), String> {
