@@ -245,12 +245,10 @@ impl<'a> Entries<'a> {
         form: &str,
         parse: impl Fn(&str) -> Option<T>,
     ) -> Result<T, LineError> {
-        match self.keys.get(key) {
-            None => Ok(default),
-            Some((line, value)) => match parse(value) {
-                Some(parsed) => Ok(parsed),
-                None => error(*line, format!("{key} = {value} is not valid; write {form}")),
-            },
+        let Some((line, value)) = self.keys.get(key) else { return Ok(default) };
+        match parse(value) {
+            Some(parsed) => Ok(parsed),
+            None => error(*line, format!("{key} = {value} is not valid; write {form}")),
         }
     }
 
