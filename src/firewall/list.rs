@@ -605,18 +605,16 @@ impl List {
 
     /// Whether `-D` might delete a rule of the list instead of this one.
     pub fn has_twin(&self, deleted: &TaggedRule) -> bool {
-        let (group, net) = Group::of(&deleted.rule.rule);
-        let chain = |group: &Group| (group.family, group.template.chain);
-        let is_near = |other: &Group| chain(other) == chain(&group) && !self.is_in_set(other);
-        let groups = self.groups.iter().filter(|(other, _)| is_near(other));
-        let mut twins = groups.flat_map(|(other, members)| {
+        let (_, net) = Group::of(&deleted.rule.rule);
+        let groups = self.groups.iter().filter(|(group, _)| !self.is_in_set(group));
+        let mut near = groups.flat_map(|(group, members)| {
             let others = overlapping(members, net);
-            others.map(|(net, e)| TaggedRule::new(KernelRule::plain(other.rule(*net)), e.expires()))
+            others.map(|(net, e)| TaggedRule::new(KernelRule::plain(group.rule(*net)), e.expires()))
         });
         let is_twin = |other: TaggedRule| {
             other.rule != deleted.rule && other.deletion_key() == deleted.deletion_key()
         };
-        twins.any(is_twin)
+        near.any(is_twin)
     }
 
     pub fn contains(&self, rule: &Rule) -> bool {
@@ -1355,6 +1353,27 @@ pub(super) mod tests {
         assert!(list.apply(&[&put(nets(1))], NOW).is_ok());
         assert!(list.apply(&[&change("+/drop/output/any/255.1.1.1")], NOW).is_err());
         assert!(list.apply(&[&change("+/drop/output/any/::1")], NOW).is_ok());
+    }
+
+    /// iptables may compare neither the lengths of prefixes nor interfaces.
+    #[test]
+    fn twins() {
+        let rules = ["+/drop/input/eth0/1.1.1.1", "+/drop/input/any/2001:db8::/64 60"];
+        let table = [
+            ("/drop/input/eth1/1.1.1.1", None, true),
+            ("/drop/input/eth0/1.1.1.1", None, false),
+            ("/drop/input/eth1/1.1.1.1@a", None, false),
+            ("/drop/output/eth1/1.1.1.1", None, false),
+            ("/reject/input/eth1/1.1.1.1", None, false),
+            ("/drop/input/any/2001:db8::/48", Some(NOW + 60), true),
+            ("/drop/input/any/2001:db8::/48", Some(NOW + 61), false),
+            ("/drop/input/any/2001:db9::/48", Some(NOW + 60), false),
+        ];
+        for (path, expires, expected) in table {
+            let deleted = TaggedRule::new(KernelRule::plain(rule(path)), expires);
+            assert_eq!(list(false, &rules).has_twin(&deleted), expected, "{path}");
+            assert!(!list(true, &rules).has_twin(&deleted), "{path} in a set");
+        }
     }
 
     #[test]
