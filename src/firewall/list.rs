@@ -337,12 +337,23 @@ impl List {
             group == Group { template, ..**other }
         };
         let alike: Vec<Group> = self.groups.keys().filter(is_alike).copied().collect();
-        let held: Vec<&Members> = alike.iter().filter_map(|group| self.members(group)).collect();
-        let is_absent = |net: &&Net| held.iter().all(|members| !members.contains_key(net));
-        tally.add(Verdict::Absent, nets.iter().filter(is_absent).count());
+        let mut held = BTreeSet::new();
         for group in alike {
-            tally.add(Verdict::Deleted, self.delete(group, nets, batch));
+            let nets = self.held(group, nets);
+            tally.add(Verdict::Deleted, self.delete(group, &nets, batch));
+            held.extend(nets);
         }
+        tally.add(Verdict::Absent, nets.len().saturating_sub(held.len()));
+    }
+
+    /// Which of these addresses, which are sorted, a group has. A long list is not looked up in a
+    /// short group: there may be many.
+    fn held(&self, group: Group, nets: &[Net]) -> Vec<Net> {
+        let Some(members) = self.members(&group) else { return Vec::new() };
+        if members.len() < nets.len() {
+            return members.keys().filter(|net| nets.binary_search(net).is_ok()).copied().collect();
+        }
+        nets.iter().filter(|net| members.contains_key(net)).copied().collect()
     }
 
     /// The groups of the rules that a change names, each with its addresses.
@@ -1240,6 +1251,24 @@ pub(super) mod tests {
         let started = Instant::now();
         assert_eq!(verdicts(&list.apply(&[&put], NOW).unwrap()), "exists 20000");
         assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    }
+
+    /// Each of its addresses was looked up for each tag, which took 25 s for 1,000,000 and 60 tags.
+    #[test]
+    fn a_long_list_that_is_deleted_whatever_its_tag_takes_no_time_for_each_tag() {
+        let mut list = List::new(Some(100));
+        let nets = (1..=200_000_u32).map(|n| Net::host(Ipv4Addr::from(n).into())).collect();
+        for n in 0..60 {
+            let addresses = format!("{{0.0.0.{},0.0.1.{n},9.9.9.9}}", n / 2 + 1);
+            apply(&mut list, &[&format!("+/drop/input/any/{addresses}@t{n}")]);
+        }
+        let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
+        let rules = Rules::List(template, nets);
+        let started = Instant::now();
+        let delete = Change { rules, action: Action::DeleteAnyTag };
+        let batch = list.apply(&[&delete], NOW).unwrap();
+        assert_eq!(verdicts(&batch), "deleted 120+absent 199910");
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
     }
 
     #[test]
