@@ -1976,7 +1976,7 @@ fn time_limit() {
         engine.deadline = Instant::now() + left;
         assert!(engine.attempt(&changes).is_err());
         assert_eq!(world.memory().calls.len(), calls, "{left:?}");
-        assert!(world.memory().limit <= left.min(TOOL_LIMIT + 11 * EDIT_LIMIT), "{left:?}");
+        assert!(world.memory().limit <= left.min(TOOL_LIMIT + 30 * EDIT_LIMIT), "{left:?}");
         world.set_faults(&[]);
         world.settle();
     }
@@ -1996,6 +1996,8 @@ fn time_limit() {
     assert_eq!(engine.limit(0), TOOL_LIMIT);
     assert_eq!(engine.limit(100_000), TOOL_LIMIT + Duration::from_secs(2));
     assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
+    // On a slow processor, iptables-nft was killed each time it moved 20,000 rules to the front.
+    assert!(engine.rules_limit(Family::V4, 40_000) > Duration::from_secs(5 * 5));
 }
 
 /// A large list moves the guards out of its way and back, in one transaction.
