@@ -17,7 +17,8 @@ use crate::mutex::lock;
 use crate::rule::net::Net;
 use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 /// How long a connection waits for a slot.
@@ -59,14 +60,13 @@ pub struct Client {
 struct Table {
     /// The connections that have a slot, or were evicted from one and are still closing.
     holders: Vec<Arc<Client>>,
-    /// The waiting connections, in order of arrival.
-    queue: Vec<Arc<Client>>,
+    /// The waiting connections, in order of arrival, each with the thread that waits.
+    queue: Vec<(Arc<Client>, Thread)>,
 }
 
 pub struct ConnectionLimiter {
     limits: Limits,
     table: Mutex<Table>,
-    changed: Condvar,
 }
 
 /// A slot, released when it is dropped.
@@ -77,13 +77,13 @@ pub struct Slot {
 
 impl ConnectionLimiter {
     pub fn new(limits: Limits) -> Arc<ConnectionLimiter> {
-        Arc::new(ConnectionLimiter { limits, table: Mutex::default(), changed: Condvar::new() })
+        Arc::new(ConnectionLimiter { limits, table: Mutex::default() })
     }
 
     /// Waits for a slot; `None` after the deadline, or if the client is evicted meanwhile.
     pub fn acquire(self: &Arc<Self>, client: &Arc<Client>, deadline: Instant) -> Option<Slot> {
         let mut table = lock(&self.table);
-        table.queue.push(client.clone());
+        table.queue.push((client.clone(), thread::current()));
         let has_slot = loop {
             if table.make_room(client, &self.limits) {
                 break true;
@@ -91,16 +91,17 @@ impl ConnectionLimiter {
             if Instant::now() >= deadline || client.is_evicted() {
                 break false;
             }
-            let waited = self.changed.wait_timeout(table, self.limits.poll);
-            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+            drop(table);
+            thread::park_timeout(self.limits.poll);
+            table = lock(&self.table);
         };
-        table.queue.retain(|waiting| !Arc::ptr_eq(waiting, client));
-        self.changed.notify_all();
-        has_slot.then(|| {
+        table.queue.retain(|(waiting, _)| !Arc::ptr_eq(waiting, client));
+        if has_slot {
             client.update(|state| *state = State::Working);
             table.holders.push(client.clone());
-            Slot { limiter: self.clone(), client: client.clone() }
-        })
+        }
+        table.wake_next();
+        has_slot.then(|| Slot { limiter: self.clone(), client: client.clone() })
     }
 
     /// Whether connections wait for a slot, or an evicted one is still closing.
@@ -111,11 +112,23 @@ impl ConnectionLimiter {
 }
 
 impl Table {
-    /// Whether there is a slot, perhaps by eviction, and this client is next: the first in the
-    /// queue from the address that holds the fewest slots.
+    /// The first in the queue from the address that holds the fewest slots.
+    fn next(&self) -> Option<&(Arc<Client>, Thread)> {
+        let held = |(waiting, _): &&(Arc<Client>, Thread)| self.held_by(waiting.source);
+        let first_without = self.queue.iter().find(|waiting| held(waiting) == 0);
+        first_without.or_else(|| self.queue.iter().min_by_key(held))
+    }
+
+    /// Only this one: to wake all takes longer than to serve them.
+    fn wake_next(&self) {
+        if let Some((_, thread)) = self.next() {
+            thread.unpark();
+        }
+    }
+
+    /// Whether there is a slot, perhaps by eviction, and this client is next.
     fn make_room(&self, client: &Arc<Client>, limits: &Limits) -> bool {
-        let next = self.queue.iter().min_by_key(|waiting| self.held_by(waiting.source));
-        if next.is_some_and(|next| !Arc::ptr_eq(next, client)) {
+        if self.next().is_some_and(|(next, _)| !Arc::ptr_eq(next, client)) {
             return false;
         }
         if self.active() >= limits.slots {
@@ -127,6 +140,7 @@ impl Table {
 
     /// Evicts the connection that has kept rfw waiting longest, those of greedy addresses first.
     fn evict_for(&self, newcomer: Net, limits: &Limits) {
+        let now = Instant::now();
         let mut held = HashMap::with_capacity(self.holders.len());
         for source in self.holders.iter().map(|holder| holder.source).chain([newcomer]) {
             let count = held.entry(source).or_insert(0_usize);
@@ -137,7 +151,7 @@ impl Table {
         let (mut victim, mut waits_for_greedy) = (None, false);
         for (at, holder) in self.holders.iter().enumerate() {
             let State::Waiting(since, _) = *lock(&holder.state) else { continue };
-            let (count, waited) = (count_of(holder.source), since.elapsed());
+            let (count, waited) = (count_of(holder.source), now.saturating_duration_since(since));
             let is_greedy = count > share;
             waits_for_greedy |= is_greedy;
             let is_hasty = is_greedy && count > own;
@@ -235,8 +249,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut table = lock(&self.limiter.table);
         table.holders.retain(|holder| !Arc::ptr_eq(holder, &self.client));
-        // Only one of those that wait is next, perhaps not the one that `notify_one` would wake.
-        self.limiter.changed.notify_all();
+        table.wake_next();
     }
 }
 
