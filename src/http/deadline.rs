@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// A socket whose reads and writes all end at one deadline. Each wait gets only
 /// the time left, so a peer gains nothing by sending byte by byte.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DeadlineSocket {
     /// Shared with the limiter, which shuts it down to evict the connection.
     pub stream: Arc<TcpStream>,

@@ -3,9 +3,8 @@
 use super::api_error::ApiError;
 use super::deadline::DeadlineSocket;
 use super::request::{Request, head_length};
-use super::tls::Acceptor;
+use super::tls::{Acceptor, Session};
 use crate::clock;
-use rustls::{ServerConnection, Stream};
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -24,16 +23,16 @@ const PLAIN_HTTP: ApiError =
     ApiError::Http(400, "This port speaks HTTPS; use https:// instead of http://.");
 const TIMEOUT: ApiError = ApiError::Http(408, "The request did not arrive in time.");
 
-pub(super) struct Io {
-    socket: DeadlineSocket,
-    tls: Option<ServerConnection>,
+pub(super) enum Io {
+    Plain(DeadlineSocket),
+    Tls(Box<Session>),
 }
 
 impl Read for Io {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut self.tls {
-            None => self.socket.read(buffer),
-            Some(tls) => Stream::new(tls, &mut self.socket).read(buffer),
+        match self {
+            Io::Plain(socket) => socket.read(buffer),
+            Io::Tls(session) => session.read(buffer),
         }
     }
 }
@@ -50,8 +49,11 @@ impl HttpStream {
         stream.set_nodelay(true)?;
         let deadline = Rc::new(Cell::new(Instant::now()));
         let socket = DeadlineSocket { stream, deadline: deadline.clone() };
-        let tls = acceptor.map(Acceptor::session).transpose()?;
-        Ok(HttpStream { input: BufReader::with_capacity(PIECE, Io { socket, tls }), deadline })
+        let io = match acceptor {
+            None => Io::Plain(socket),
+            Some(acceptor) => Io::Tls(Box::new(acceptor.session(socket)?)),
+        };
+        Ok(HttpStream { input: BufReader::with_capacity(PIECE, io), deadline })
     }
 
     /// Sets the deadline of all reads and writes that follow.
@@ -89,11 +91,11 @@ impl HttpStream {
     /// Whether the peer's first byte is a letter, as in HTTP, and not a TLS record (22): then the
     /// connection continues without TLS.
     fn is_plain_http(&mut self) -> io::Result<bool> {
-        let Io { socket, tls } = self.input.get_mut();
-        let is_handshaking = tls.as_ref().is_some_and(|tls| tls.is_handshaking());
-        let is_plain = is_handshaking && socket.peek()?.is_ascii_alphabetic();
+        let io = self.input.get_mut();
+        let Io::Tls(session) = io else { return Ok(false) };
+        let is_plain = session.conn.is_handshaking() && session.sock.peek()?.is_ascii_alphabetic();
         if is_plain {
-            *tls = None;
+            *io = Io::Plain(session.sock.clone());
         }
         Ok(is_plain)
     }
@@ -104,26 +106,24 @@ impl HttpStream {
     }
 
     pub fn send(&mut self, text: &str) -> io::Result<()> {
-        let Io { socket, tls } = self.input.get_mut();
-        match tls {
-            None => socket.write_all(text.as_bytes()),
-            Some(tls) => {
-                let mut stream = Stream::new(tls, socket);
-                stream.write_all(text.as_bytes())?;
-                stream.flush()
-            }
+        match self.input.get_mut() {
+            Io::Plain(socket) => socket.write_all(text.as_bytes()),
+            Io::Tls(session) => session.write_all(text.as_bytes()).and_then(|()| session.flush()),
         }
     }
 
     /// Closes the connection such that the peer can still read the response.
     pub fn close(mut self) {
         self.set_deadline(LINGER);
-        let Io { socket, tls } = self.input.get_mut();
-        if let Some(tls) = tls {
-            // With close_notify, the peer can tell the end from a cut (RFC 8446, 6.1).
-            tls.send_close_notify();
-            let _ = tls.complete_io(socket);
-        }
+        let socket = match self.input.get_mut() {
+            Io::Plain(socket) => socket,
+            Io::Tls(session) => {
+                // With close_notify, the peer can tell the end from a cut (RFC 8446, 6.1).
+                session.conn.send_close_notify();
+                let _ = session.conn.complete_io(&mut session.sock);
+                &mut session.sock
+            }
+        };
         if socket.stream.shutdown(Shutdown::Write).is_ok() {
             let _ = io::copy(socket, &mut io::sink());
         }

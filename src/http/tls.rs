@@ -12,6 +12,9 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The server's side of one TLS connection.
+pub type Session = StreamOwned<ServerConnection, DeadlineSocket>;
+
 /// The TLS settings of the outward server.
 #[derive(Debug)]
 pub struct Acceptor {
@@ -66,9 +69,10 @@ impl Acceptor {
         Ok(Acceptor { config: Arc::new(config), expires })
     }
 
-    /// The server's side of one TLS connection; the first read performs the handshake.
-    pub fn session(&self) -> io::Result<ServerConnection> {
-        ServerConnection::new(self.config.clone()).map_err(io::Error::other)
+    /// Starts TLS on a connection; the first read performs the handshake.
+    pub fn session(&self, socket: DeadlineSocket) -> io::Result<Session> {
+        let connection = ServerConnection::new(self.config.clone()).map_err(io::Error::other)?;
+        Ok(StreamOwned::new(connection, socket))
     }
 }
 
