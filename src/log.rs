@@ -87,8 +87,7 @@ impl Log {
         Ok(())
     }
 
-    /// Logs one event without waiting. Text from a client must have passed through
-    /// [`slice::escape_ascii`], so that it cannot end a line or a quotation.
+    /// Logs one event without waiting. Text from a client must have passed through [`printable`].
     pub fn write(&self, level: Level, event: fmt::Arguments<'_>) {
         if self.is_enabled(level) {
             let line = line(level, event);
@@ -239,6 +238,12 @@ impl<const MAX: usize> Limiter<MAX> {
     }
 }
 
+/// Escapes a client's text for the log: quotes and everything but printable
+/// ASCII, so that it cannot end a line or a quotation.
+pub fn printable(text: &[u8]) -> impl fmt::Display + '_ {
+    text.escape_ascii()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,6 +353,19 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), b"");
         }
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn client_text_stays_on_its_line() {
+        let table: [(&[u8], &str); 4] = [
+            (b"PUT /drop", "PUT /drop"),
+            (b"a\r\n2026-11-22 INFO forged", r"a\r\n2026-11-22 INFO forged"),
+            (b"\"\\\x1b[2J\x00", r#"\"\\\x1b[2J\x00"#),
+            ("é".as_bytes(), r"\xc3\xa9"),
+        ];
+        for (text, shown) in table {
+            assert_eq!(printable(text).to_string(), shown);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::engine::{Engine, Kernel};
 use super::iptables::{KernelRule, TaggedRule};
 use super::list::{Batch, Group};
 use super::reconcile::{Listing, Plan};
-use crate::log::Level;
+use crate::log::{Level, printable};
 use crate::metrics::{Label, Usage};
 use crate::rule::net::Family;
 use crate::rule::tag::Tag;
@@ -107,7 +107,7 @@ impl<K: Kernel> Engine<K> {
         for line in lines {
             self.log.warning(format_args!(
                 "moved rfw's rules back to the front; another program's rule preceded them: {}{notice}",
-                line.as_bytes().escape_ascii()
+                printable(line.as_bytes())
             ));
         }
     }

@@ -8,7 +8,7 @@ use super::list::{List, MAX_RULES};
 use super::process::ToolError;
 use super::reconcile::Listing;
 use super::repair::Moved;
-use crate::log::Log;
+use crate::log::{Log, printable};
 use crate::metrics::Metrics;
 use crate::rule::net::{Family, Net};
 use crate::rule::tag::Tag;
@@ -132,7 +132,7 @@ fn replay(state: &mut StateFile, sets: Option<usize>, log: &Log) -> Result<List,
         let Some(tail) = contents.tail else { return Ok(list) };
         log.warning(format_args!("{}", tail.at(state.path())));
         for line in contents.dropped {
-            log.warning(format_args!("dropped: {}", line.escape_ascii()));
+            log.warning(format_args!("dropped: {}", printable(&line)));
         }
     }
 }

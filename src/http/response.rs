@@ -6,6 +6,7 @@ use super::json;
 use super::request::{Body, Request};
 use super::stream::HttpStream;
 use crate::clock::{self, Utc};
+use crate::log::printable;
 use std::time::Duration;
 
 const JSON: &str = "application/json";
@@ -90,7 +91,7 @@ impl<'a> ResponseWriter<'a> {
         let (status, code, message) = error.describe();
         if self.has_begun {
             self.keep_alive = false;
-            let message = message.as_bytes().escape_ascii();
+            let message = printable(message.as_bytes());
             return format!("{status} {code} after a part of the response: '{message}'");
         }
         let text = json::string(&message);
@@ -99,7 +100,7 @@ impl<'a> ResponseWriter<'a> {
         self.send_whole(status, JSON, &error.header());
         match status {
             ..500 => format!("{status} {code}"),
-            _ => format!("{status} {code} '{}'", message.as_bytes().escape_ascii()),
+            _ => format!("{status} {code} '{}'", printable(message.as_bytes())),
         }
     }
 

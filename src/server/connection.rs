@@ -13,7 +13,7 @@ use crate::http::request::{Body, Request};
 use crate::http::response::ResponseWriter;
 use crate::http::stream::HttpStream;
 use crate::http::tls;
-use crate::log::Level;
+use crate::log::{Level, printable};
 use crate::rule::list::{List, ListReport};
 use crate::rule::rights::{Allowed, Intent};
 use crate::rule::tag::Tag;
@@ -284,7 +284,7 @@ impl Connection<'_> {
         };
         let line = request.map_or("-".into(), Request::line);
         let line = line.as_bytes().get(..MAX_LOGGED).unwrap_or(line.as_bytes());
-        let (line, took) = (line.escape_ascii(), took.as_secs_f64() * 1e3);
+        let (line, took) = (printable(line), took.as_secs_f64() * 1e3);
         let event = format_args!("{subject} \"{line}\" {result} {took:.1} ms");
         match result.starts_with(['4', '5']) {
             true => self.server.log.refusal(self.client.ip, level, event),
