@@ -8,7 +8,7 @@ use crate::http::request::is_authority;
 use crate::http::tls::Connector;
 use crate::nearest;
 use crate::rule::is_number;
-use crate::rule::tag::Tag;
+use crate::rule::tag::{self, Tag};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -208,7 +208,7 @@ impl Job {
 fn tag(name: &str) -> Result<String, String> {
     match name == "*" || Tag::parse(name).is_some() {
         true => Ok(format!("tag={name}")),
-        false => Err(format!("--tag {name:?}: write 1 to 20 of a-z, 0-9, '.', '_' and '-'")),
+        false => Err(format!("--tag {name:?}: write {}", tag::FORM)),
     }
 }
 
@@ -403,7 +403,7 @@ mod tests {
             ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
             (
                 "batch - --tag a&expire=1",
-                "--tag \"a&expire=1\": write 1 to 20 of a-z, 0-9, '.', '_' and '-'",
+                "--tag \"a&expire=1\": write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit",
             ),
         ];
         for (line, expected) in table {

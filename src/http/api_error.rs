@@ -3,7 +3,7 @@
 use super::json;
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
-use crate::rule::tag::Tag;
+use crate::rule::tag::{self, Tag};
 use crate::rule::whitelist::Conflict;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -73,9 +73,7 @@ impl ApiError {
             ApiError::Rule(error) => describe_rule_error(error),
             ApiError::Query(message) => (400, "bad_query", message.clone()),
             ApiError::Tag(text) => {
-                let write =
-                    "write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit";
-                (400, "bad_tag", format!("{} is not a tag; {write}.", quoted(text)))
+                (400, "bad_tag", format!("{} is not a tag; write {}.", quoted(text), tag::FORM))
             }
             ApiError::Expire(text) => {
                 let write = interval::FORM;

@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+/// What a tag may be, for messages.
+pub const FORM: &str = "1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit";
+
 /// The longest tag in bytes.
 const MAX_LEN: usize = 20;
 
