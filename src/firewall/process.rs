@@ -317,7 +317,7 @@ impl Read for ChildOutput<'_> {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn program(path: &str) -> Program {

@@ -12,6 +12,7 @@ use super::stream::{HttpStream, is_timeout};
 use crate::clock;
 use std::cell::Cell;
 use std::io::{self, BufRead, Read};
+use std::iter;
 use std::time::{Duration, Instant};
 
 /// The longest body in bytes, including the extensions of its chunks.
@@ -83,7 +84,7 @@ pub fn read<E: From<ApiError>>(
         if trailer.is_empty() {
             return Ok(());
         }
-        Fields::parse([&*trailer].into_iter())?;
+        Fields::parse(iter::once(&*trailer))?;
     }
     Err(CHUNK.into())
 }

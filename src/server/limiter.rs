@@ -115,6 +115,7 @@ impl Table {
     /// The first in the queue from the address that holds the fewest slots.
     fn next(&self) -> Option<&(Arc<Client>, Thread)> {
         let held = |(waiting, _): &&(Arc<Client>, Thread)| self.held_by(waiting.source);
+        // Usually the search ends at once.
         let first_without = self.queue.iter().find(|waiting| held(waiting) == 0);
         first_without.or_else(|| self.queue.iter().min_by_key(held))
     }
