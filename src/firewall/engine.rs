@@ -17,7 +17,7 @@ use super::ipset::{SetEdit, SetHeader};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
 use super::process::ToolError;
-use super::reconcile::Listing;
+use super::reconcile::{Listing, is_slow};
 use super::sets;
 use crate::clock::{self, Clock, Stopwatch};
 use crate::http::api_error::ApiError;
@@ -65,7 +65,8 @@ const COMPACTION_PAUSE: Duration = Duration::from_secs(60);
 const MAX_REPAIRS: usize = 5;
 /// How many addresses of a set are looked up one by one; for more, the whole set is read.
 const MAX_FEW: usize = 8;
-/// If more rules than this are deleted at once, the chain is read first: see `reconcile`.
+/// If more rules than this are deleted at once, and they are replaced or the searches for them are long,
+/// the chain is read first: see `reconcile`.
 const MAX_DELETIONS: usize = 64;
 /// If more rules than this are inserted at once, the guards are moved instead of counted over: to
 /// find the position of each rule, iptables-nft takes time that grows with their square.
@@ -389,8 +390,17 @@ impl<K: Kernel> Engine<K> {
             deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
             inserted.extend(after.map(|e| tagged(e.expires())));
         }
-        let has_twin = |(_, tagged): &(_, TaggedRule)| self.list.has_twin(tagged);
-        if deleted.len() > MAX_DELETIONS || deleted.iter().any(has_twin) {
+        let is_slow = |chain: &Chain| {
+            let is_here = |(_, tagged): &&(_, TaggedRule)| tagged.rule.rule.chain() == *chain;
+            let deleted = deleted.iter().filter(is_here).count();
+            let stay = self.wanted(family, *chain).count();
+            is_slow(deleted.saturating_mul(stay), deleted.saturating_add(stay))
+        };
+        let may_be_slow = deleted.len() > MAX_DELETIONS;
+        if may_be_slow && (!inserted.is_empty() || Chain::ALL.iter().any(is_slow)) {
+            return None;
+        }
+        if deleted.iter().any(|(_, tagged)| self.list.has_twin(tagged)) {
             return None;
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);

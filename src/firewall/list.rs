@@ -616,8 +616,12 @@ impl List {
 
     /// Whether `-D` might delete a rule of the list instead of this one.
     pub fn has_twin(&self, deleted: &TaggedRule) -> bool {
-        let (_, net) = Group::of(&deleted.rule.rule);
-        let groups = self.groups.iter().filter(|(group, _)| !self.is_in_set(group));
+        let (own, net) = Group::of(&deleted.rule.rule);
+        let key = |Group { template, family, .. }: &Group| {
+            (*family, template.target, template.chain, template.tag)
+        };
+        let is_near = |group: &Group| !self.is_in_set(group) && key(group) == key(&own);
+        let groups = self.groups.iter().filter(|(group, _)| is_near(group));
         let mut near = groups.flat_map(|(group, members)| {
             let others = overlapping(members, net);
             others.map(|(net, e)| TaggedRule::new(KernelRule::plain(group.rule(*net)), e.expires()))

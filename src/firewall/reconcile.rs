@@ -111,7 +111,7 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let known = if chain.own().next().is_none() { &[] } else { wanted };
     let numbers: HashMap<KernelRule, usize> = known.iter().map(|t| t.rule).zip(0..).collect();
     let mut stays = rows_that_stay(chain, wanted, &numbers);
-    if walks(&stays, chain) > chain.rows.len().saturating_mul(MAX_WALKS) {
+    if is_slow(walks(&stays, chain), chain.rows.len()) {
         stays.fill(None);
     }
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
@@ -156,6 +156,11 @@ fn rows_that_stay(
         }
     }
     stays
+}
+
+/// Whether the searches for those that are deleted pass too many rules of a chain.
+pub fn is_slow(walks: usize, rows: usize) -> bool {
+    walks > rows.saturating_mul(MAX_WALKS)
 }
 
 /// How many rules iptables passes in its searches for those that are deleted.

@@ -1519,26 +1519,28 @@ fn a_false_listing_after_an_error() {
     }
 }
 
+/// A list of as many addresses as are deleted only after a listing, if as many rules stay.
+fn many(verb_and_path: &str, block: &str) -> String {
+    let nets: Vec<String> = (0..150).map(|n| format!("{block}.{n}")).collect();
+    format!("{verb_and_path}: {}", nets.join(" "))
+}
+
 /// A batch that reads the rules first deletes all of its own, though the listing lacks some.
 #[test]
 fn a_false_listing_while_many_rules_are_deleted() {
+    let list = |verb, block| many(&format!("{verb} /drop/input/any"), block);
     for kind in [Lie::Empty, Lie::FirstHalf, Lie::WithoutSecond, Lie::Twice] {
-        let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("3.3.3.{n}")).collect();
-        let list = |verb| format!("{verb} /drop/input/any: {}", nets.join(" "));
         let mut world = World::new(false, false);
-        world.put(&format!("+ /drop/input/any/1.1.1.1; {}; + /drop/input/any/2.2.2.2", list("+")));
+        world.put(&format!("{}; {}", list("+", "3.3.3"), list("+", "4.4.4")));
+        world.put("+ /drop/input/any/2.2.2.2");
         world.settle();
         world.set_faults(&[Fault::new(1, 1, Way::Lie(kind))]);
-        world.put(&list("-"));
+        world.put(&list("-", "3.3.3"));
         world.set_faults(&[]);
         world.settle();
         assert_eq!(world.memory().writes(), 0, "{kind:?}");
     }
     // The listing lacks exactly the rules that are to be deleted.
-    let list = |verb, block| {
-        let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("{block}.{n}")).collect();
-        format!("{verb} /drop/input/any: {}", nets.join(" "))
-    };
     let mut world = World::new(false, false);
     world.engine().settings.guards.clear();
     world.put(&format!("{}; {}", list("+", "3.3.3"), list("+", "4.4.4")));
@@ -1720,18 +1722,24 @@ fn one_family_failing_does_not_block_the_other() {
 /// cost.
 #[test]
 fn what_a_change_costs() {
-    let list = |verb: &str, last: usize| {
+    let list = |verb_and_path: &str, last: usize| {
         let nets: Vec<String> = (1..=last).map(|n| format!("3.3.3.{n}")).collect();
-        format!("{verb} /drop/input/any: {}", nets.join(" "))
+        format!("{verb_and_path}: {}", nets.join(" "))
     };
-    let (few, many) = (list("-", MAX_DELETIONS), list("-", MAX_DELETIONS + 1));
+    let deleted = list("- /drop/input/any", MAX_DELETIONS + 1);
+    let found_slowly = many("- /drop/output/any", "3.3.3");
+    let put_twice =
+        |n| format!("{}; {}", list("+ /drop/forward/any", n), list("+60 /drop/forward/any", n));
+    let (few, many_refreshed) = (put_twice(MAX_DELETIONS), put_twice(MAX_DELETIONS + 1));
     let nets: Vec<String> =
         (0..=MAX_NUMBERED).map(|n| format!("4.4.{}.{}", n / 256, n % 256)).collect();
     let large = format!("+ /drop/input/any: {}", nets.join(" "));
     let before = format!(
-        "{}; + /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.1; \
+        "{}; {}; {}; + /drop/input/any/1.1.1.1; + /drop/output/any/1.1.1.1; \
          + /drop/forward/any/1.1.1.1/any/2.2.2.2; + /accept/input/any/1.1.1.3",
-        list("+", 70)
+        list("+ /drop/input/any", 70),
+        many("+ /drop/output/any", "3.3.3"),
+        many("+ /drop/output/any", "4.4.4")
     );
     let table = [
         (false, "+ /drop/input/any/5.5.5.5", "rw"),
@@ -1747,8 +1755,10 @@ fn what_a_change_costs() {
         (false, "+ /drop/input/any/1.1.1.1, + /drop/output/any/5.5.5.5", "rw"),
         (false, "+ /drop/forward/any: 5.5.5.5 2001:db8::5", "w w"),
         (false, "+ /drop/input/any: 1.1.1.1 2001:db8::5", "r rw"),
-        (false, &few, "w"),
-        (false, &many, "rw"),
+        (false, &few, "ww"),
+        (false, &many_refreshed, "rww"),
+        (false, &deleted, "w"),
+        (false, &found_slowly, "rw"),
         (false, "=60 /drop/input/any: 3.3.3.1 3.3.3.2", "rw"),
         (false, &large, "w"),
         (true, "+ /drop/output/any/5.5.5.5", "Wr"),
@@ -1763,7 +1773,7 @@ fn what_a_change_costs() {
     ];
     for (sets, changes, cost) in table {
         let mut world = World::new(sets, false);
-        world.engine().list.sets = world.model.sets.then_some(100);
+        world.engine().list.sets = world.model.sets.then_some(400);
         world.put(&before);
         world.settle();
         world.set_faults(&[]);
@@ -2266,11 +2276,16 @@ fn a_batch_that_the_disk_refuses_is_attempted_once() {
 /// whatever that cost.
 #[test]
 fn a_batch_that_reads_the_rules_first_is_not_a_repair() {
-    let nets: Vec<String> = (0..=MAX_DELETIONS).map(|n| format!("3.3.3.{n}")).collect();
     let mut world = World::new(false, false);
-    world.put(&format!("+60 /drop/input/any: {0}; + /drop/output/any: {0}", nets.join(" ")));
+    let [input, output] = ["/drop/input/any", "/drop/output/any"];
+    world.put(&many(&format!("+60 {input}"), "3.3.3"));
+    world.put(&many(&format!("+ {input}"), "4.4.4"));
+    world.put(&many(&format!("+ {output}"), "3.3.3"));
+    world.put(&many(&format!("+ {output}"), "4.4.4"));
     world.settle();
-    world.put(&format!("- /drop/output/any: {}", nets.join(" ")));
+    world.set_faults(&[]);
+    world.put(&many(&format!("- {output}"), "3.3.3"));
+    assert_eq!(world.cost(), "rw");
     assert!(!world.engine().has_repaired);
     world.pass(70);
     assert_eq!(world.engine().expire(), Ok(()));
