@@ -390,20 +390,20 @@ impl<K: Kernel> Engine<K> {
             deleted.extend(before.map(|e| (Reverse(e.serial), tagged(e.expires()))));
             inserted.extend(after.map(|e| tagged(e.expires())));
         }
+        deleted.sort_unstable_by_key(|(order, _)| *order);
+        let deleted: Vec<TaggedRule> = deleted.into_iter().map(|(_, tagged)| tagged).collect();
         let is_slow = |chain: &Chain| {
-            let is_here = |(_, tagged): &&(_, TaggedRule)| tagged.rule.rule.chain() == *chain;
+            let is_here = |tagged: &&TaggedRule| tagged.rule.rule.chain() == *chain;
             let deleted = deleted.iter().filter(is_here).count();
             let stay = self.wanted(family, *chain).count();
             is_slow(deleted.saturating_mul(stay), deleted.saturating_add(stay))
         };
         let may_be_slow = deleted.len() > MAX_DELETIONS;
-        if may_be_slow && (!inserted.is_empty() || Chain::ALL.iter().any(is_slow)) {
+        if may_be_slow && (!inserted.is_empty() || Chain::ALL.iter().any(is_slow))
+            || self.list.has_twin(&deleted)
+        {
             return None;
         }
-        if deleted.iter().any(|(_, tagged)| self.list.has_twin(tagged)) {
-            return None;
-        }
-        deleted.sort_unstable_by_key(|(order, _)| *order);
         let is_large = inserted.len() > MAX_NUMBERED;
         let chains = Chain::ALL.iter().filter(|_| is_large);
         let moved: Vec<_> = chains.flat_map(|chain| self.front(family, *chain)).collect();
@@ -411,7 +411,7 @@ impl<K: Kernel> Engine<K> {
             true => 1,
             false => self.front(family, tagged.rule.rule.chain()).count().saturating_add(1),
         };
-        let deleted = deleted.iter().map(|(_, tagged)| tagged).chain(&moved);
+        let deleted = deleted.iter().chain(&moved);
         let mut edits: Vec<_> = deleted.map(|tagged| RuleEdit::Delete(*tagged)).collect();
         edits.extend(inserted.iter().map(|tagged| RuleEdit::Insert(number(tagged), *tagged)));
         edits.extend(moved.iter().rev().map(|tagged| RuleEdit::Insert(1, *tagged)));

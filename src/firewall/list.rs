@@ -12,7 +12,7 @@ use crate::rule::{Action, Chain, Change, Filter, Match, Rule, RuleTemplate, Rule
 use crate::state::{Record, StoredRule};
 use std::borrow::Cow;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::mem;
 use std::num::NonZeroU64;
 
@@ -614,20 +614,20 @@ impl List {
         members.flat_map(move |members| overlapping(members, net)).map(|(net, e)| (*net, *e))
     }
 
-    /// Whether `-D` might delete a rule of the list instead of this one.
-    pub fn has_twin(&self, deleted: &TaggedRule) -> bool {
-        let (own, net) = Group::of(&deleted.rule.rule);
-        let key = |Group { template, family, .. }: &Group| {
-            (*family, template.target, template.chain, template.tag)
-        };
-        let is_near = |group: &Group| !self.is_in_set(group) && key(group) == key(&own);
-        let groups = self.groups.iter().filter(|(group, _)| is_near(group));
+    /// Whether `-D` might delete a rule of the list instead of one of these.
+    pub fn has_twin(&self, deleted: &[TaggedRule]) -> bool {
+        let addr = |tagged: &TaggedRule| Group::of(&tagged.rule.rule).1.addr();
+        let (first, last) = (deleted.iter().map(addr).min(), deleted.iter().map(addr).max());
+        let Some((first, last)) = first.zip(last) else { return false };
+        let rules: HashMap<_, _> = deleted.iter().map(|t| (t.deletion_key(), t.rule)).collect();
+        let groups = self.groups.iter().filter(|(group, _)| !self.is_in_set(group));
         let mut near = groups.flat_map(|(group, members)| {
-            let others = overlapping(members, net);
-            others.map(|(net, e)| TaggedRule::new(KernelRule::plain(group.rule(*net)), e.expires()))
+            let near = members.range(..=Net::host(last)).rev();
+            let near = near.take_while(|(net, _)| net.addr() >= first);
+            near.map(|(net, e)| TaggedRule::new(KernelRule::plain(group.rule(*net)), e.expires()))
         });
         let is_twin = |other: TaggedRule| {
-            other.rule != deleted.rule && other.deletion_key() == deleted.deletion_key()
+            rules.get(&other.deletion_key()).is_some_and(|deleted| *deleted != other.rule)
         };
         near.any(is_twin)
     }
@@ -1402,8 +1402,13 @@ pub(super) mod tests {
         ];
         for (path, expires, expected) in table {
             let deleted = TaggedRule::new(KernelRule::plain(rule(path)), expires);
-            assert_eq!(list(false, &rules).has_twin(&deleted), expected, "{path}");
-            assert!(!list(true, &rules).has_twin(&deleted), "{path} in a set");
+            let others = ["/drop/input/any/0.1.1.1", "/drop/input/any/255.1.1.1"];
+            let [a, b] = others.map(|path| TaggedRule::new(KernelRule::plain(rule(path)), None));
+            for deleted in [vec![deleted], vec![deleted, a], vec![b, deleted], vec![a, b, deleted]]
+            {
+                assert_eq!(list(false, &rules).has_twin(&deleted), expected, "{path}");
+                assert!(!list(true, &rules).has_twin(&deleted), "{path} in a set");
+            }
         }
     }
 
