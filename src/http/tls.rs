@@ -3,7 +3,7 @@
 use super::certificate::Certificate;
 use super::deadline::DeadlineSocket;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, InconsistentKeys,
     PeerIncompatible, RootCertStore, ServerConfig, ServerConnection, StreamOwned, version,
@@ -65,6 +65,8 @@ impl Acceptor {
             .with_single_cert(chain, key)
             .map_err(|error| (Part::Key, unusable(&error, "outward.server.certfile")))?;
         config.ignore_client_order = true;
+        // A resumed session would not check again whether the client's certificate has expired.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Acceptor { config: Arc::new(config), expires })
     }

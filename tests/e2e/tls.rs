@@ -408,6 +408,30 @@ fn client_certificates() {
     });
 }
 
+/// They outlived the client's certificate.
+#[test]
+fn sessions_are_not_resumed() {
+    once(|lab| {
+        keys(lab);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/rfwgen");
+        sh(&format!("cd lab; '{script}' --client alice keys < /dev/null"));
+        let ca = "outward.server.clientca = keys/client/ca.crt\noutward.server.tls12";
+        let _rfw = lab.start(&format!("local.server\n{CONF}\n{ca}"));
+        let alice = "keys/client_alice/client";
+        let first = format!("-cert {alice}.crt -key {alice}.key -sess_out session");
+        for version in ["-tls1_3", "-tls1_2"] {
+            for (options, expected) in [(&*first, 1), ("-sess_in session", 0)] {
+                let count = sh(&format!(
+                    "cd lab; printf 'GET / HTTP/1.0\\r\\n\\r\\n' |
+                     openssl s_client -quiet -connect 127.0.0.1:7393 {version} {options} 2>&1 |
+                     grep -c '^HTTP/1.1 401 ' || true"
+                ));
+                assert_eq!(count.trim(), expected.to_string(), "{version} {options}");
+            }
+        }
+    });
+}
+
 #[test]
 fn a_peer_that_vanishes_at_any_byte_of_the_handshake_leaks_nothing() {
     once(|lab| {
