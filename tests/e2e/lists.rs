@@ -542,6 +542,32 @@ fn a_refused_list_costs_no_memory() {
     });
 }
 
+/// With the environment of contrib/rfw.service. Without it, 16 peers could exceed its MemoryMax.
+#[test]
+fn simultaneous_lists_leave_no_memory_behind() {
+    once(|lab| {
+        lab.configure("local.server");
+        let unit = include_str!("../../contrib/rfw.service");
+        let variable = unit.lines().find_map(|line| line.strip_prefix("Environment=")).unwrap();
+        let mut rfw = lab.launch(&["env", variable]);
+        rfw.await_ready();
+        let ranges = (0..4_000)
+            .map(|n| format!("2001:db8:{n:x}::1-2001:db8:{n:x}:ffff:ffff:ffff:ffff:fffe\n"));
+        let body: &str = &ranges.collect::<String>();
+        for round in 0..3 {
+            let send = || list("PUT /drop/input/any", body).brief();
+            thread::scope(|scope| {
+                let sent: Vec<_> = (0..16).map(|_| scope.spawn(send)).collect();
+                for thread in sent {
+                    assert_eq!(thread.join().unwrap(), "507 insufficient_storage");
+                }
+            });
+            let now = rfw.memory("VmRSS");
+            assert!(now < 32 << 20, "{now} bytes after round {round}");
+        }
+    });
+}
+
 #[test]
 fn a_connection_is_kept_alive_after_a_list() {
     once(|lab| {
