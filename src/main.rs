@@ -205,8 +205,8 @@ fn run(options: &Options) -> Result<Infallible, String> {
     };
     let server = Arc::new(server);
     for listener in listeners {
-        let server = server.clone();
-        thread::spawn(move || listener.listen(server));
+        let started = listener.start(server.clone());
+        started.map_err(|error| format!("cannot start a thread: {error}"))?;
     }
     notify::ready(&server.log);
     tick(&server, &config)
@@ -273,7 +273,7 @@ fn certificate_notice(config: &Config, expires: Option<Duration>) -> Option<(Lev
 
 /// Writes to standard error from its own thread, because a stopped terminal (Ctrl-S) blocks.
 fn print_notice(text: String) {
-    thread::spawn(move || writeln!(io::stderr(), "rfw: {text}"));
+    let _ = thread::Builder::new().spawn(move || writeln!(io::stderr(), "rfw: {text}"));
 }
 
 /// Opens the log and returns whether it goes only to a file. If the file cannot be opened, rfw

@@ -13,7 +13,8 @@ use crate::log::{Level, Log};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,9 @@ const RETRY: Duration = Duration::from_secs(1);
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 /// `0` if the loopback interface has ::1 when it is up.
 const DISABLE_IPV6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
+
+/// Where accepted connections wait for a slot, each with its deadline.
+type Arrivals = SyncSender<(Arc<Client>, Instant)>;
 
 /// A socket, and the differences between the outward and the local server.
 pub struct Listener {
@@ -108,23 +112,29 @@ impl Listener {
         format!("{scheme}://{}", self.address)
     }
 
-    /// Accepts connections until rfw ends, and passes on those that are permitted.
-    pub fn listen(mut self, server: Arc<Server>) {
-        let socket = self.socket.take().unwrap_or_else(|| self.await_address(&server.log));
+    /// Starts the threads that accept and dispatch connections until rfw ends.
+    pub fn start(mut self, server: Arc<Server>) -> io::Result<()> {
+        let socket = self.socket.take();
         let listener = Arc::new(self);
         let (arrive, arrivals) = mpsc::sync_channel(MAX_ARRIVALS);
         let (dispatcher, shared) = (listener.clone(), server.clone());
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             for (client, deadline) in arrivals {
                 dispatcher.dispatch(&shared, client, deadline);
             }
-        });
+        })?;
+        thread::Builder::new().spawn(move || listener.listen(socket, &server, &arrive)).map(drop)
+    }
+
+    /// Accepts connections, and passes on those that are permitted.
+    fn listen(&self, socket: Option<TcpListener>, server: &Server, arrive: &Arrivals) {
+        let socket = socket.unwrap_or_else(|| self.await_address(&server.log));
         loop {
             match socket.accept() {
                 Ok((socket, address)) => {
                     let peer = address.ip().to_canonical();
                     // With net.ipv4.conf.*.route_localnet, 127.0.0.1 has neighbours (CVE-2020-8558).
-                    let is_admitted = match &listener.tls {
+                    let is_admitted = match &self.tls {
                         Some(_) => server.whitelist.admits(peer),
                         None => peer.is_loopback(),
                     };

@@ -121,6 +121,33 @@ fn system_calls_that_fail() {
     });
 }
 
+/// The first threads and programs that rfw cannot start, each in turn: it panicked.
+#[test]
+fn a_start_without_a_thread_or_program() {
+    if !has_strace("faults::a_start_without_a_thread_or_program") {
+        return;
+    }
+    once(|lab| {
+        lab.configure("local.server");
+        for number in 1.. {
+            let fault = format!("inject=clone,clone3,fork,vfork:error=EAGAIN:when={number}");
+            // Only the main thread is traced, and rfw is the child, not strace.
+            let mut rfw = lab.launch(&["strace", "-D", "-qq", "-o", "trace", "-e", &fault]);
+            let ended = rfw.await_start(10 + SLACK);
+            let said = lab.read("stderr");
+            assert!(
+                matches!(ended, None | Some(1)) && !said.contains("panicked"),
+                "{fault}: {said}"
+            );
+            rfw.kill();
+            if !lab.read("trace").contains("(INJECTED)") {
+                assert!(number > 9, "{number}");
+                break; // each has failed once
+            }
+        }
+    });
+}
+
 #[test]
 fn no_descriptors_left() {
     both(|lab| {
