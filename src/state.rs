@@ -135,10 +135,7 @@ impl StateFile {
         mut records: impl Iterator<Item = Record> + Clone,
     ) -> Result<(), String> {
         self.before = self.size;
-        if !self.is_unchanged().map_err(|error| self.failed("written", &error))? {
-            let path = self.path.display();
-            return Err(format!("another program changed or removed {path}; restart rfw."));
-        }
+        self.check_unchanged("written")?;
         let count = records.clone().count();
         let written = self.repair_tail().and_then(|()| {
             if count == 0 {
@@ -179,10 +176,17 @@ impl StateFile {
         }
     }
 
-    /// Whether the file is still as rfw left it, under its name.
-    fn is_unchanged(&self) -> io::Result<bool> {
-        let has_size = self.needs_repair || self.file.metadata()?.len() == self.size;
-        Ok(has_size && is_same_file(&self.file, &self.path)?)
+    /// Checks that the file is still as rfw left it, under its name.
+    fn check_unchanged(&self, to_be: &str) -> Result<(), String> {
+        let is_unchanged = || {
+            let has_size = self.needs_repair || self.file.metadata()?.len() == self.size;
+            Ok(has_size && is_same_file(&self.file, &self.path)?)
+        };
+        if is_unchanged().map_err(|error| self.failed(to_be, &error))? {
+            return Ok(());
+        }
+        let path = self.path.display();
+        Err(format!("another program changed or removed {path}; restart rfw."))
     }
 
     /// Removes what an append that failed or was undone left in the file.
@@ -204,6 +208,7 @@ impl StateFile {
     /// Replaces the file by one with these rules, the oldest first. The error is a sentence; the file
     /// is then unchanged, or replaced but not certain to survive a power cut.
     pub fn replace(&mut self, rules: impl Iterator<Item = StoredRule>) -> Result<(), String> {
+        self.check_unchanged("compacted")?;
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
         self.write_new(new.as_ref(), rules).map_err(|error| {
@@ -709,21 +714,22 @@ mod tests {
         let mut state = StateFile::open(&path).unwrap();
         let locked = StateFile::open(&path).map(|_| ()).unwrap_err().message;
         assert!(locked.contains("another rfw uses it"), "{locked}");
-        let mut append = |text| {
-            let result = state.append([put(A, 0)].into_iter());
-            let message = result.unwrap_err();
-            assert!(message.contains(text), "{message}");
+        let mut is_refused = || {
+            let results = [state.append([put(A, 0)].into_iter()), state.replace([].into_iter())];
+            for message in results.map(Result::unwrap_err) {
+                assert!(message.contains("another program changed or removed "), "{message}");
+            }
             state.undo_append();
         };
         let mut other = OpenOptions::new().append(true).open(&path).unwrap();
         other.write_all(b"+").unwrap();
-        append("another program changed or removed ");
+        is_refused();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{HEADER}+"), "what they wrote");
         other.set_len(HEADER.len() as u64).unwrap();
         fs::rename(&path, directory.0.join("old")).unwrap();
-        append("another program changed or removed ");
+        is_refused();
         fs::write(&path, HEADER).unwrap();
-        append("another program changed or removed ");
+        is_refused();
         fs::rename(directory.0.join("old"), &path).unwrap();
         state.append([put(A, 0)].into_iter()).unwrap();
         // An error is not the absence of the file.
@@ -824,7 +830,7 @@ mod tests {
         let mut state = StateFile::open(&directory.file(HEADER)).unwrap();
         assert!(state.is_large(), "at its start, rfw rewrites it");
         state.replace([].into_iter()).unwrap();
-        for (size, is_large) in [(12, false), (65_536, false), (65_537, true)] {
+        for (size, is_large) in [(65_536, false), (65_537, true), (12, false)] {
             state.size = size;
             assert_eq!(state.is_large(), is_large);
         }
