@@ -216,6 +216,8 @@ pub struct List {
     groups: BTreeMap<Group, Members>,
     /// The serial number of the newest rule.
     last_serial: u64,
+    /// That of the newest rule of an earlier run; 0 once the clock has shown a real time.
+    last_loaded: u64,
     /// No rule is due before this second; after a refresh or a deletion, perhaps none is due then.
     next_due: u64,
     /// The maximum number of addresses in a set; `None` without sets. In sets, an address has one
@@ -230,10 +232,11 @@ impl List {
         List { sets, ..List::default() }
     }
 
-    /// Puts or replaces a rule, without a record of it.
+    /// Puts or replaces a rule of an earlier run, without a record of it.
     pub fn insert(&mut self, rule: &Rule, expires: Option<u64>) {
         let (group, net) = Group::of(rule);
         let entry = self.new_entry(expires.filter(|second| *second > 0).unwrap_or(NEVER));
+        self.last_loaded = self.last_serial;
         self.set(group, net, Some(entry));
     }
 
@@ -517,11 +520,14 @@ impl List {
     }
 
     /// Moves every expiry after the wall clock, which showed `before`, was set by this number of
-    /// seconds. If `before` was not a real time, as on a router that has just booted, an expiry in
-    /// real time is from an earlier run, and correct.
+    /// seconds. Until it has shown a real time, as on a router that has just booted, an expiry in
+    /// real time is correct if it is from an earlier run.
     pub fn shift(&mut self, before: u64, seconds: i64) {
+        if before >= REAL_TIME {
+            self.last_loaded = 0;
+        }
         for entry in self.groups.values_mut().flat_map(Members::values_mut) {
-            let moves = before >= REAL_TIME || entry.expires < REAL_TIME;
+            let moves = entry.serial.get() > self.last_loaded || entry.expires < REAL_TIME;
             if moves && entry.expires != NEVER {
                 entry.expires = entry.expires.saturating_add_signed(seconds).max(1);
             }
@@ -1167,17 +1173,20 @@ pub(super) mod tests {
         list.shift(NOW, -3_000_000_000);
         assert_eq!(expiries(&list), [None, Some(1)]);
         check(&list);
-        // Booted in 1970, with one rule of an earlier run and one of this run.
+        // Booted in 1970, with rules of an earlier run in 1970 and in real time, and one of this run.
         let mut list = List::new(None);
         list.insert(&rule("/drop/input/any/1.1.1.1"), Some(REAL_TIME - 1));
         list.insert(&rule("/drop/input/any/2.2.2.2"), Some(160));
         list.insert(&rule("/drop/input/any/3.3.3.3"), Some(REAL_TIME));
+        list.apply(&[&change(&format!("+/drop/input/any/4.4.4.4 {REAL_TIME}"))], 100).unwrap();
         list.shift(100, 1_000);
-        assert_eq!(expiries(&list), [Some(REAL_TIME + 999), Some(1_160), Some(REAL_TIME)]);
+        let after = |seconds| Some(REAL_TIME + seconds);
+        assert_eq!(expiries(&list), [after(999), Some(1_160), after(0), after(1_100)]);
         check(&list);
-        // From then on, all of them are in real time.
-        list.shift(REAL_TIME, 10);
-        assert_eq!(expiries(&list), [Some(REAL_TIME + 1_009), Some(1_170), Some(REAL_TIME + 10)]);
+        // From then on, all of them are in real time, even if it is set back for a while.
+        list.shift(REAL_TIME, -10);
+        list.shift(REAL_TIME - 10, 20);
+        assert_eq!(expiries(&list), [after(1_009), Some(1_170), after(10), after(1_110)]);
         check(&list);
     }
 

@@ -2634,6 +2634,7 @@ fn a_timeout_that_is_corrected_was_not_removed_by_someone() {
     let mut world = World::new(true, true);
     world.put("+600 /drop/input/any/1.1.1.1");
     world.settle();
+    assert_eq!(world.start(), Ok(()));
     let engine = world.engine();
     // The start at a time when the clock showed 1970
     engine.clock.follow(Duration::from_secs(1_000));
