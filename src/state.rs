@@ -243,12 +243,18 @@ fn whole_file(message: String) -> LineError {
 }
 
 /// Checks that reading the file does not block, and who can write to it. With `of_service`, it may
-/// belong to the owner of its directory: root checks the file of a service that runs as another user.
+/// belong to the owner of its directory, and must where systemd keeps the directories of units with
+/// DynamicUser=: root checks the file of a service that runs as another user.
 fn check_kind(path: &Path, of_service: bool) -> Result<(), LineError> {
-    let of_owner = |uid| fs::metadata(directory(path)).is_ok_and(|data| data.uid() == uid);
+    let owner = fs::metadata(directory(path)).map_or(0, |data| data.uid());
+    let of_unit = || fs::canonicalize(path).is_ok_and(|path| path.starts_with("/var/lib/private"));
     match fs::metadata(path) {
         Ok(data) if !data.is_file() => Err(whole_file("it is not a regular file".into())),
-        Ok(data) if of_service && data.mode() & 0o022 == 0 && of_owner(data.uid()) => Ok(()),
+        Ok(data) if of_service && data.uid() != owner && of_unit() => Err(whole_file(format!(
+            "the user of the systemd unit does not own it; run chown {owner} {}",
+            path.display()
+        ))),
+        Ok(data) if of_service && data.mode() & 0o022 == 0 && data.uid() == owner => Ok(()),
         Ok(data) => file::check(path, &data, Access::Readable).map_err(whole_file),
         Err(error) if !directory(path).is_dir() => Err(whole_file(format!(
             "its directory does not exist ({error}); create it with mkdir -m 700"

@@ -355,3 +355,23 @@ fn files_of_other_users_are_refused() {
         assert_eq!(lab.rfw("-t -f rfw.conf").0, 0);
     });
 }
+
+/// A copy by root of the state file of the unit, which cannot open it: `rfw -t`, as root, accepted it.
+#[test]
+fn a_state_file_of_root_in_the_directory_of_the_unit() {
+    if !has_users("users::a_state_file_of_root_in_the_directory_of_the_unit") {
+        return;
+    }
+    once(|lab| {
+        lab.configure("local.server\nstate.file = /var/lib/rfw/state");
+        // As systemd makes them.
+        sh("mount -t tmpfs lab /var/lib; cd /var/lib; mkdir -m 700 private
+            install -d -m 700 -o 4321 private/rfw; ln -s private/rfw rfw
+            echo rfw state 2 > rfw/state; chown root /run/lab/*");
+        let check = concat!("cd lab; ", env!("CARGO_BIN_EXE_rfw"), " -t -f rfw.conf 2>&1 || true");
+        let said = sh(check);
+        let (_, advice) = said.rsplit_once(" unit does not own it; run ").expect(&said);
+        sh(advice);
+        assert!(sh(check).starts_with("rfw.conf: OK\n"), "{}", sh(check));
+    });
+}
