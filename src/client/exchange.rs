@@ -141,7 +141,7 @@ fn read_result(head: &Head, link: &mut impl BufRead) -> Result<String, Failure> 
     match head.status {
         200 if text.starts_with(RESULT) => Ok(summary.into()),
         200 => Err(permanent("200, but the response is not from rfw")),
-        401 => Err(permanent(format!("{summary} Pass them with --credentials."))),
+        401 => Err(permanent(format!("{summary} Pass the right ones with --credentials."))),
         429 | 503 => Err(Failure { message: summary.into(), retry_after: Some(head.retry_after) }),
         _ => Err(permanent(summary)),
     }

@@ -199,7 +199,7 @@ fn credentials_come_from_a_file_or_the_environment() {
         tls::keys(lab);
         let _rfw = lab.start(&format!("local.server\nlocal.server.authentication\n{}", tls::CONF));
         let ca = "--cacert keys/client/ca.crt";
-        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file. Pass them with --credentials.";
+        let unauthorized = "1 401 unauthorized: Send the user name and password of rfw.conf or auth.file. Pass the right ones with --credentials.";
         for url in [LOCAL_URL, OUTWARD_URL] {
             let ask = |more: &str| result(url, &format!("get /list {ca} {more}"));
             assert_eq!(ask(""), unauthorized);
