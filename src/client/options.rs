@@ -186,7 +186,10 @@ impl Job {
     /// Parses a method and a path, and appends `query` to the path's query.
     pub fn parse(words: &[impl AsRef<str>], query: &[String]) -> Result<Job, String> {
         let [method, path] = words else {
-            return Err("write put, delete or get and a path; rfwc -h shows the usage".into());
+            return Err(
+                "write put, delete or get and a path, or batch and a file; rfwc -h shows the usage"
+                    .into(),
+            );
         };
         let mut methods = ["PUT", "DELETE", "GET"].into_iter();
         let method = methods.find(|known| known.eq_ignore_ascii_case(method.as_ref()));
@@ -400,7 +403,10 @@ mod tests {
             ("put /x --list a --list b", "write --list once; cat joins files"),
             ("batch - --replace", "--replace needs --list FILE"),
             ("put /x --replace --tag a", "--replace needs --list FILE"),
-            ("batch", "write put, delete or get and a path; rfwc -h shows the usage"),
+            (
+                "batch",
+                "write put, delete or get and a path, or batch and a file; rfwc -h shows the usage",
+            ),
             (
                 "batch - --tag a&expire=1",
                 "--tag \"a&expire=1\": write 1 to 20 of a-z, 0-9, '.', '_' and '-', the first a letter or digit",
