@@ -355,6 +355,9 @@ def feeds():
     begun = time.monotonic()
     done = cron("RFWC_OPTIONS='--server http://127.0.0.1:1 --timeout 1' rfw-feed soon https://levels/3.txt")
     check("a --timeout in RFWC_OPTIONS replaces rfw-feed's 120 s", done.returncode == 1 and time.monotonic() - begun < 60)
+    cron("RFW_PLACE=forward/any rfw-feed docker https://levels/3.txt")
+    blocked = [line for line in rules().splitlines() if "rfw@docker" in line]
+    check("RFW_PLACE=forward/any", len(blocked) == 2 and all(line.startswith("-A FORWARD -s 198.18.0.") for line in blocked))
     check("a tag that is none is refused", cron("rfw-feed ../x https://levels/3.txt").returncode == 2)
     Feeds.mode, FEEDS["levels/3.txt"] = "", "198.18.0.2\n198.18.0.3\n"
     check("what has left the feed is unblocked, what is new is blocked",
