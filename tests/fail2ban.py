@@ -337,7 +337,8 @@ def feeds():
         FEEDS["levels/3.txt"] = "198.18.0.9\n198.18.0.1\n198.18.0.2\n"
         done = cron(ipsum)
         check(f"a failed download unblocks no address: {Feeds.mode}", sources("ipsum") == WANTED["levels/3.txt"]
-              and done.returncode != 0 and done.stderr + done.stdout != "")
+              and done.returncode != 0 and done.stdout == "" and done.stderr != ""
+              and ("bad_list" in done.stderr) == (Feeds.mode == "html"))
     largest = max(os.stat(f"/var/cache/rfw-feed/{name}").st_size for name in os.listdir("/var/cache/rfw-feed"))
     check("an endless download does not fill the disk", largest <= 64 << 20)
     Feeds.mode, FEEDS["levels/3.txt"] = "", original
