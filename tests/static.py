@@ -8,7 +8,7 @@ foreign ones under qemu-user, in network namespaces with real iptables-nft.
 Exit status 1 if a goal is missed.
 """
 
-import filecmp, os, shutil, subprocess, sys, tempfile, time
+import filecmp, os, re, shutil, subprocess, sys, tempfile, time
 from lab import OUTWARD, OUTWARD_CONF, PASSWORD, ROOT, RUN, USER, Rfw, Table, inside, keys, write
 
 MOST = {"x86_64": 1600000, "aarch64": 1350000, "armv7": 1150000, "mips": 1600000, "mipsel": 1600000}
@@ -58,7 +58,7 @@ def judge(table, target):
     emulator = f"qemu-{QEMU[target]}-static " if target in QEMU else ""
     program = write("rfw", f'#!/bin/sh\nexec {emulator}{binary} "$@"\n')
     version = said(program, "-V")
-    table.row(f"{target}: -V", "rfw and a version", version, version.startswith("rfw 0."))
+    table.row(f"{target}: -V", "rfw and a version", version, bool(re.fullmatch(r"rfw \d+\.\d+\.\d+", version)))
 
     rfw = Rfw(program, OUTWARD_CONF)
     checked = said(program, "-t", "-f", RUN + "/rfw.conf")
