@@ -138,7 +138,7 @@ packages_peers := fail2ban crowdsec crowdsec-firewall-bouncer firewalld python3-
 $(fail2ban) $(crowdsec) $(mqtt) $(firewalls) $(peers) $(CARGO_TARGET_DIR)/prometheus:
 	rm -rf $@.new
 	mkdir -p $@.new
-	cd $@.new && apt-get -qq download $(or $(packages_$(@F)),$(@F)) && \
+	cd $@.new && apt-get -qq -o APT::Sandbox::User=root download $(or $(packages_$(@F)),$(@F)) && \
 	    for package in *.deb; do dpkg -x $$package . || exit; done
 	mv $@.new $@
 
