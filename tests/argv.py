@@ -88,7 +88,7 @@ def seconds(text):
     return result
 
 
-Meaning = collections.namedtuple("Meaning", "put chain target inp out source destination version expire")
+Meaning = collections.namedtuple("Meaning", "put chain target inp out source destination version expire tag")
 
 
 def meaning(method, target, sets):
@@ -99,12 +99,14 @@ def meaning(method, target, sets):
     values = {}
     for pair in filter(None, query.split(b"&") if query else []):
         name, _, value = pair.partition(b"=")
-        need(name in (b"expire", b"wait") and name not in values)
+        need(name in (b"expire", b"wait", b"tag") and name not in values)
         values[name] = decode(value)
     need(not (query and b"" in query.split(b"&")))
     need(values.get(b"wait", "true") == "true")
     need(method == "PUT" or b"expire" not in values)
     expire = seconds(values[b"expire"]) if b"expire" in values else 0
+    tag = values.get(b"tag", "")
+    need(b"tag" not in values or re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,19}", tag) or tag == "*" and method == "DELETE")
 
     segments = [decode(segment) for segment in path.removesuffix(b"/").split(b"/")[1:]]
     need(len(segments) >= 4)
@@ -127,7 +129,7 @@ def meaning(method, target, sets):
     need(source or destination or method == "DELETE")
     if sets and (source is None) != (destination is None):
         need(expire <= 2147483)
-    return Meaning(method == "PUT", chain, target, inp, out, source, destination, version, expire)
+    return Meaning(method == "PUT", chain, target, inp, out, source, destination, version, expire, tag and "@" + tag)
 
 
 def plain(net):
@@ -135,13 +137,13 @@ def plain(net):
 
 
 def rule(m, verb):
-    """The arguments of iptables, with TAG for the comment."""
+    """The arguments of iptables, with COMMENT for the comment."""
     line = [verb, m.chain]
     for option, value in ("-i", m.inp), ("-o", m.out):
         line += [option, value] if value else []
     for option, net in ("-s", m.source), ("-d", m.destination):
         line += [option, plain(net)] if net else []
-    return [*line, "-m", "comment", "--comment", "TAG", "-j", m.target]
+    return [*line, "-m", "comment", "--comment", "COMMENT", "-j", m.target]
 
 
 def in_set(m):
@@ -152,8 +154,8 @@ def set_name(m):
     at = {"INPUT": "in:", "OUTPUT": "out:", "FORWARD": "fwd:"}[m.chain]
     ends = [m.inp or "any"] if m.chain == "INPUT" else [m.out or "any"] if m.chain == "OUTPUT" else \
         [m.inp or "any", m.out or "any", "src" if m.source else "dst"]
-    name = f"rfw{m.version}:{m.target.lower()}:{at}{':'.join(ends)}"
-    return name if len(name) <= 31 and "@" not in name else name.split(at)[0] + at + "~HASH"
+    name = f"rfw{m.version}:{m.target.lower()}:{at}{':'.join(ends)}{m.tag}"
+    return name if len(name) <= 31 and "@" not in name.removesuffix(m.tag) else name.split(at)[0] + at + "~HASH"
 
 
 # --- What reached the programs ---------------------------------------------------------------------
@@ -218,14 +220,14 @@ def changes(calls):
             yield name, args[2:]
 
 
-def untag(words_, expire, since):
-    """Replaces rfw's comment by TAG, if it is right for a request made since then."""
+def uncomment(words_, m, since):
+    """Replaces rfw's comment by COMMENT, if it is right for a request made since then."""
     out = list(words_)
     for i, word in enumerate(out):
-        if i and out[i - 1] == "--comment":
-            timed = re.fullmatch(r"rfw:(\d+)", word)
-            if not expire and word == "rfw" or expire and timed and since - 1 <= int(timed[1]) - expire <= time.time() + 2:
-                out[i] = "TAG"
+        if i and out[i - 1] == "--comment" and m:
+            timed = re.fullmatch(r"rfw:(\d+)" + re.escape(m.tag), word)
+            if not m.expire and word == "rfw" + m.tag or m.expire and timed and since - 1 <= int(timed[1]) - m.expire <= time.time() + 2:
+                out[i] = "COMMENT"
     return out
 
 
@@ -233,6 +235,7 @@ def untag(words_, expire, since):
 
 FACES = ["any", "eth0", "ppp", "ppp+", "wlan0.12", "all+", "br-lan", "eth0@if3", "a" * 14 + "1", "a" * 14, "a" * 15, "x_1", "any+",
          "Any", "all", "ALL", "-i", "--jump", ".1", "eth0/", "", "+", "eth 0", "lo;id", "$(id)", "`id`", "eth0\n-j", "0", "veth@9"]
+TAGS = ["feed", "feed", "0", "a.b_c-d", "a-tag-of-20-letters.", "a-tag-of-21-letters..", "Feed", "-a", ".a", "*", "", "rfw", "guard", "a@b", "a%20b"]
 MASKS = ["/8", "/9", "/16", "/24", "/31", "/32", "/33", "/64", "/128", "/129", "/0", "/16/16", "/024", "/-1", "/+24", "/a", "/"]
 EVIL = [b"%00", b"%0a", b"%0d%0a", b"%20", b" ", b"\t", b"\0", b"\r\n", b"\n", b"%2f", b"%2F", b"%252f", b"..", b"./", b"//", b"/",
         b"%", b"%2", b"%zz", b";", b"|", b"&", b"$(reboot)", b"`reboot`", b"'", b'"', b"\\", b"<", b">", b"#", b"?", b"=", b"!",
@@ -284,6 +287,8 @@ class Requests:
             number = self.some(["0", "60", "3600", "90s", "10m", "25h", "1d", "24d", "25d", "315360000", "315360001", "3650d", "3651d", "999999999d", "1000000000", "", "-1", "1w", "1.5h", "+1", "1h2m", "7%64"])
             path += self.some(["?expire=", "?expire=", "?expire=", "?wait=true&expire=", "?Expire=", "?x=1&expire="]) + number
             path += self.some(["", "", "", "", "&wait=true", "&wait=no", "&expire=5", "&modify=insert", "&"])
+        if chance() < 0.3:
+            path += ("&" if "?" in path else "?") + "tag=" + self.some(TAGS)
         target = path.encode()
         if chance() < 0.1:  # the same, written with escapes: it means the same
             at = self.random.randrange(1, len(target))
@@ -338,12 +343,12 @@ def expected(m, sets, first):
 FRAME = (  # what sets are made, looked at and taken away with
     r"ipset create rfw[46]:\S+ hash:net family inet6? hashsize 1024 maxelem 1048576 timeout 0 counters|ipset (destroy|flush) rfw[46]:\S+"
     r"|ip6?tables -[ID] (INPUT|OUTPUT|FORWARD)( \d+)?( -i \S+)?( -o \S+)? -m set --match-set rfw[46]:\S+ (src|dst)"
-    r" -m comment --comment (TAG|rfw) -j (DROP|ACCEPT|REJECT)")
+    r" -m comment --comment (COMMENT|rfw(@\S+)?) -j (DROP|ACCEPT|REJECT)")
 
 
 def reached(recorder, m, sets, since):
     """The changes that were made, as texts."""
-    made = [" ".join([name, *untag(words_, m.expire if m else 0, since)]) for name, words_ in changes(recorder.take())]
+    made = [" ".join([name, *uncomment(words_, m, since)]) for name, words_ in changes(recorder.take())]
     if not sets or not m:
         return made
     made = [re.sub(r":~[0-9a-f]{14}", ":~HASH", line) for line in made]
@@ -375,7 +380,7 @@ def round_(wire, recorder, requests, sets, count):
             print(f"{method} {target!r} -> {status}\n    reached {made}\n    meant   {want}", flush=True)
         if m and m.put:
             meant += 1
-            status = wire.ask("DELETE", target.partition(b"?")[0])
+            status = wire.ask("DELETE", target.partition(b"?")[0] + m.tag.replace("@", "?tag=").encode())
             made, want = reached(recorder, m._replace(put=False), sets, since), expected(m, sets, False)
             if made != want or status != 200:
                 wrong += 1
@@ -393,7 +398,7 @@ def batches(requests, recorder, count):
         while len(todo) < len(wires):
             method, target = requests.one()
             try:
-                m = meaning("PUT", target, False)._replace(expire=3600)  # one comment for all
+                m = meaning("PUT", target, False)._replace(expire=3600, tag="")  # one comment for all
             except Nothing:
                 continue
             todo.append((m, target.partition(b"?")[0] + b"?expire=3600"))
