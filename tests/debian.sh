@@ -17,8 +17,12 @@ make_root() { # RELEASE ROOT
 		"$host" "$2" >"$2.log"
 	echo "deb http://deb.debian.org/debian $1 main" >"$2/etc/apt/sources.list.d/$1.list"
 	chroot "$2" apt-get -qq update
-	DEBIAN_FRONTEND=noninteractive chroot "$2" apt-get -qq install -y --allow-downgrades -t "$1" \
-		iptables ipset libxtables12 libip4tc2 libip6tc2 libnftnl11 >>"$2.log"
+	packages='iptables ipset libxtables12 libip4tc2 libip6tc2 libnftnl11'
+	[ "$1" != bullseye ] || packages="$packages libipset13" # has another name in trixie
+	# PACKAGE/RELEASE: with -t alone, apt keeps a newer version.
+	# shellcheck disable=SC2046,SC2086 # lists of words
+	DEBIAN_FRONTEND=noninteractive chroot "$2" apt-get -qq install -y -o Dpkg::Use-Pty=0 --allow-downgrades \
+		-t "$1" $(printf "%s/$1 " $packages) >>"$2.log"
 	touch "$2/ready"
 }
 
