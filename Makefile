@@ -74,7 +74,7 @@ hostile: $(rfw) ## serve a well-behaved client among 4,000 hostile ones; ROWS=; 
 	contrib/deps.sh bench
 	python3 tests/hostile.py $(rfw) $(ROWS)
 
-argv: $(rfw) ## send 100,000 random requests and check what reaches iptables; COUNT=, SEED=; 15 minutes
+argv: $(rfw) ## send 100,000 random requests and check what reaches iptables; COUNT=, SEED=; 5 minutes
 	contrib/deps.sh bench
 	python3 tests/argv.py $(rfw) $(or $(COUNT),100000) $(SEED)
 
@@ -86,7 +86,7 @@ soak: $(rfw) ## send 1,000,000 commands: memory and descriptors must not grow; C
 	contrib/deps.sh bench
 	python3 tests/soak.py $(rfw) $(COUNT)
 
-conformance: $(rfw) $(schemathesis) $(promtool) ## compare contrib/openapi.yaml with the running server; EXAMPLES=; needs PyPI; 5 minutes
+conformance: $(rfw) $(schemathesis) $(promtool) ## compare contrib/openapi.yaml with the running server; EXAMPLES=; needs PyPI; 2 minutes
 	$(dir $(schemathesis))python tests/conformance.py $(rfw) $(promtool) $(EXAMPLES)
 
 $(schemathesis):
