@@ -62,7 +62,7 @@ def judge(table, target):
 
     rfw = Rfw(program, OUTWARD_CONF)
     checked = said(program, "-t", "-f", RUN + "/rfw.conf")
-    table.row(f"{target}: -t", "FILE: OK", checked, checked.startswith(RUN + "/rfw.conf: OK\n"))
+    table.row(f"{target}: -t", "FILE: OK", checked.partition("\n")[0], checked.startswith(RUN + "/rfw.conf: OK\n"))
     before, put, during = in_kernel(), https("PUT", RULE), in_kernel()
     deleted, after = https("DELETE", RULE), in_kernel()
     right = '"inserted"' in put and '"deleted"' in deleted
