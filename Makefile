@@ -62,7 +62,7 @@ fuzz-%:
 mutants: ## put in small defects that the unit tests must detect; needs cargo-mutants; 4 hours
 	CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo mutants --output $(CARGO_TARGET_DIR)
 
-confined: ## run the end-to-end tests with the privileges of contrib/rfw.service (iptables-nft, as root); 10 minutes
+confined: $(rfw) ## run the end-to-end tests with the privileges of contrib/rfw.service (iptables-nft, as root); 10 minutes
 	contrib/deps.sh test
 	RFW_CONFINED=1 cargo test --locked --test e2e
 
