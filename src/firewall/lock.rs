@@ -20,8 +20,12 @@ impl InstanceLock {
         let run = if Path::new("/run").is_dir() { "/run" } else { "/var/run" };
         let directory = Path::new(run).join("rfw");
         let unusable = |error: io::Error| {
+            let link = match error.kind() {
+                ErrorKind::AlreadyExists => "remove it, if it is a link that a stopped unit left; ",
+                _ => "",
+            };
             format!(
-                "cannot lock {0}: {error}; if the systemd unit runs rfw, use systemctl; otherwise, as \
+                "cannot lock {0}: {error}; {link}if the systemd unit runs rfw, use systemctl; otherwise, as \
                  root, run install -d -m 700 -o USER {0}, where USER runs rfw",
                 directory.display()
             )

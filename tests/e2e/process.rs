@@ -82,12 +82,13 @@ fn network_namespaces_that_share_run_have_one_rfw_each() {
 }
 
 /// How /run/rfw is made unsafe, and rfw's message.
-const BAD_FOLDERS: [(&str, &str, &str); 5] = [
+const BAD_FOLDERS: [(&str, &str, &str); 6] = [
     ("mkdir -m 755 rfw", "", "other users can enter it (owner 0, mode 755)"),
     ("install -d -m 700 -o 4321 rfw", "", "other users can enter it (owner 4321, mode 700)"),
     ("mkdir -m 700 rfw", "AS_USER", "Permission denied"),
     ("true", "AS_USER", "Permission denied"),
     ("mount -o remount,bind,ro /run", "", "Read-only file system"),
+    ("ln -s private/rfw rfw", "", "remove it, if it is a link that a stopped unit left; "),
 ];
 
 #[test]
