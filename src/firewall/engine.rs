@@ -15,7 +15,7 @@
 
 use super::ipset::{SetEdit, SetHeader};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
-use super::list::{Batch, Difference, Entry, Group, List, Members, Outcome};
+use super::list::{Batch, Difference, Entry, Group, List, MANY_SETS, Members, Outcome};
 use super::process::ToolError;
 use super::reconcile::{Listing, is_slow};
 use super::sets;
@@ -445,6 +445,7 @@ impl<K: Kernel> Engine<K> {
         self.follow_clock();
         self.compact_if_needed();
         let expired = self.expire();
+        self.destroy_empty_sets();
         let hung = self.hung(expired.err());
         if hung.is_some() || Instant::now() < self.next_check {
             return hung;
@@ -561,6 +562,30 @@ impl<K: Kernel> Engine<K> {
             self.log_each(Level::Info, "expired", &rules);
         }
         result
+    }
+
+    /// Makes room for others if there are many sets: a source that is gone must not keep its sets.
+    fn destroy_empty_sets(&mut self) {
+        if self.list.sets().count() < MANY_SETS {
+            return;
+        }
+        for family in self.kernel.families() {
+            let empty = self.sets(family).filter(|(.., members)| members.is_empty());
+            let empty: Vec<_> = empty.map(|(rule, group, _)| (rule, *group)).collect();
+            let delete = |(rule, _): &_| RuleEdit::Delete(TaggedRule::new(*rule, None));
+            let edits: Vec<_> = empty.iter().map(delete).collect();
+            if self.distrusted.contains(&family) || self.write_rules(family, &edits).is_err() {
+                self.distrusted.insert(family);
+                continue;
+            }
+            for (rule, group) in empty {
+                self.list.forget(&group);
+                if self.has_time() {
+                    // One that a foreign rule uses stays; it is used again, or the next start sees to it.
+                    let _ = self.write_set(SetEdit::Destroy(&rule.to_string()));
+                }
+            }
+        }
     }
 
     /// If the wall clock was set, all expiries move with it: in the list, the kernel and the file.

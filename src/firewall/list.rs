@@ -31,10 +31,10 @@ const TOO_MANY_ADDRESSES: ApiError = ApiError::Full(
 );
 /// The maximum number of tags.
 const MAX_TAGS: usize = 64;
-/// The maximum number of sets, empty ones included: each makes every check slower.
+/// The maximum number of sets: each makes every check slower. Empty ones stay until there are many.
 const MAX_SETS: usize = 1_024;
-const TOO_MANY_SETS: ApiError =
-    ApiError::Full("rfw keeps at most 1,024 sets; empty ones are destroyed when it is restarted.");
+pub const MANY_SETS: usize = MAX_SETS / 2;
+const TOO_MANY_SETS: ApiError = ApiError::Full("rfw keeps at most 1,024 sets.");
 const SAME_NAME: ApiError =
     ApiError::Full("Another set has the same name by chance; choose another tag.");
 const TOO_MANY_TAGS: ApiError =
@@ -244,6 +244,11 @@ impl List {
     pub fn remove(&mut self, rule: &Rule) {
         let (group, net) = Group::of(rule);
         self.set(group, net, None);
+    }
+
+    /// Removes the group of an empty set.
+    pub fn forget(&mut self, group: &Group) {
+        self.groups.remove(group);
     }
 
     /// In sets, an address has one target: removes all but the newest. Returns whether it removed
@@ -514,9 +519,7 @@ impl List {
                 self.set(*group, *net, *before);
             }
         }
-        for group in &batch.created {
-            self.groups.remove(group);
-        }
+        batch.created.iter().for_each(|group| self.forget(group));
     }
 
     /// Moves every expiry after the wall clock, which showed `before`, was set by this number of
@@ -695,7 +698,7 @@ impl List {
         }
         let members = self.groups.get_mut(&group)?;
         let old = members.remove(&net);
-        // An empty set stays until the next start.
+        // An empty set stays until there are many sets.
         if members.is_empty() && !self.is_in_set(&group) {
             self.groups.remove(&group);
         }

@@ -2662,6 +2662,29 @@ fn what_waits_for_a_check_is_not_rejected() {
     assert_eq!(engine.hung(Some(hung.clone())), Some(hung));
 }
 
+/// A source that was deleted kept its sets until a restart, and nobody else got one.
+#[test]
+fn empty_sets_keep_no_others_out() {
+    let [rejected, done] = [Way::Reject, Way::DoAndInterrupt].map(|way| Fault::new(1, 2, way));
+    for fault in [vec![], vec![rejected], vec![done]] {
+        let mut world = World::new(true, false);
+        let all = |verb| {
+            let changes = (1..MANY_SETS).map(|n| format!("{verb} /drop/input/eth{n}/1.1.1.1"));
+            changes.collect::<Vec<_>>().join(", ")
+        };
+        world.put(&format!("{}; {}", all("+"), all("-")));
+        world.settle();
+        assert_eq!(world.engine().list.sets().count(), MANY_SETS - 1);
+        world.put("+ /drop/input/any/1.1.1.1");
+        world.set_faults(&fault);
+        world.settle();
+        assert_eq!(world.engine().list.sets().count(), 1, "{fault:?}");
+        world.set_faults(&[]);
+        world.put(&all("+"));
+        world.settle();
+    }
+}
+
 /// Someone changes the rules between the listing and the first write of a start.
 #[test]
 fn a_start_survives_a_flush_between_listing_and_write() {
