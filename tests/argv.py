@@ -15,7 +15,6 @@ from lab import *
 
 WHITE = [ipaddress.ip_network(net) for net in ("192.0.2.1", "127.0.0.0/8", "::1")]
 HOST = {4: 32, 6: 128}
-RESTARTED = 10000  # after so many requests: empty sets remain until then, and there may be 1,024
 WIDEST = {4: 9, 6: 17}
 
 
@@ -426,14 +425,10 @@ def main(program, count=100000, seed=None):
     requests, recorder, wrong = Requests(seed), Recorder(), 0
     have_ipset = os.path.exists("/usr/sbin/ipset")
     for sets in [False, True][:1 + have_ipset]:
-        start = lambda: Rfw(program, f"ipset.path = {RUN}/bin/ipset\n" if sets else "", RUN + "/bin/iptables")
-        rfw, begin, part, bad, meant = start(), time.monotonic(), int(count) // (4 if sets else 1), 0, 0
-        for done in range(0, part, RESTARTED):
-            rfw.stop()
-            rfw = start()
-            recorder.take()
-            more_bad, more_meant = round_(Wire(), recorder, requests, sets, min(RESTARTED, part - done))
-            bad, meant = bad + more_bad, meant + more_meant
+        rfw = Rfw(program, f"ipset.path = {RUN}/bin/ipset\n" if sets else "", RUN + "/bin/iptables")
+        recorder.take()
+        begin, part = time.monotonic(), int(count) // (4 if sets else 1)
+        bad, meant = round_(Wire(), recorder, requests, sets, part)
         wrong += bad
         print(f"{part} requests with {'sets' if sets else 'rules'}: {meant} were to insert something, "
               f"{bad} did another thing; {time.monotonic() - begin:.0f} s", flush=True)
