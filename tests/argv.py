@@ -344,11 +344,14 @@ FRAME = (  # what sets are made, looked at and taken away with
     r"ipset create rfw[46]:\S+ hash:net family inet6? hashsize 1024 maxelem 1048576 timeout 0 counters|ipset (destroy|flush) rfw[46]:\S+"
     r"|ip6?tables -[ID] (INPUT|OUTPUT|FORWARD)( \d+)?( -i \S+)?( -o \S+)? -m set --match-set rfw[46]:\S+ (src|dst)"
     r" -m comment --comment (COMMENT|rfw(@\S+)?) -j (DROP|ACCEPT|REJECT)")
+# Empty sets go at any moment, once there are many.
+GONE = rf"(?!ipset (create|flush)|\S+ -I)({FRAME})"
 
 
 def reached(recorder, m, sets, since):
     """The changes that were made, as texts."""
     made = [" ".join([name, *uncomment(words_, m, since)]) for name, words_ in changes(recorder.take())]
+    made = [line for line in made if not (sets and re.fullmatch(GONE, line))]
     if not sets or not m:
         return made
     made = [re.sub(r":~[0-9a-f]{14}", ":~HASH", line) for line in made]
