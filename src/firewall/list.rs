@@ -34,7 +34,8 @@ const MAX_TAGS: usize = 64;
 /// The maximum number of sets: each makes every check slower. Empty ones stay until there are many.
 const MAX_SETS: usize = 1_024;
 pub const MANY_SETS: usize = MAX_SETS / 2;
-const TOO_MANY_SETS: ApiError = ApiError::Full("rfw keeps at most 1,024 sets.");
+const TOO_MANY_SETS: ApiError =
+    ApiError::Full("rfw keeps at most 1,024 sets; delete the rules in those that are not used.");
 const SAME_NAME: ApiError =
     ApiError::Full("Another set has the same name by chance; choose another tag.");
 const TOO_MANY_TAGS: ApiError =
