@@ -13,7 +13,7 @@ round of a failed run. CLASSES below are what --without and --only name. In name
 with the real iptables and ipset behind scripts that fail on demand. Exit status 1 if a round fails.
 """
 
-import argparse, contextlib, http.client, itertools, json, os, random, shlex, subprocess, sys, threading, time
+import argparse, collections, contextlib, http.client, itertools, json, os, random, re, shlex, subprocess, sys, threading, time
 import traceback
 from faults import *
 from lab import *
@@ -34,6 +34,14 @@ CLASSES = {
     "sets": "others flush or destroy sets, or delete an entry",
     "foreign": "others add rules behind rfw's, and delete them",
     "front": "others insert rules in front of or between rfw's",
+    "twice": "tools that do their work twice",
+    "order": "restores that insert in another order",
+    "swap": "others swap sets of rfw",
+    "timeout": "others add entries to sets, with timeouts of their own, or change those of rfw's",
+    "kind": "others replace a set by one of another kind",
+    "comment": "others change the comment of a rule of rfw",
+    "double": "others load a save of the tables on top of them",
+    "policy": "others change policies, and chains with names of sets",
     "user": "a foreign rule uses a set of rfw",
     "fail": "tools that fail before they do anything",
     "commit": "tools that do their work, then fail or die",
@@ -45,7 +53,7 @@ CLASSES = {
     "disk": "the disk of the state file is full",
 }
 SLACK = 4  # seconds that a busy machine may add
-RECOVERY = 30  # seconds until all is repaired, once nothing fails any more
+RECOVERY = 45  # seconds until all is repaired, once nothing fails any more; all addresses in sets are compared every 30 s
 ANSWER = 75  # seconds until a request is answered, whatever hangs
 LONG = 3600  # an expiry beyond the end of any round
 FRONT_MOST = 8  # rfw fights for the first position ten times in ten minutes, then once a minute
@@ -526,6 +534,113 @@ class Round:
             self.kernel.tool(v, "-D", *shlex.split(line)[1:])
             self.foreign[v].remove(line)
 
+    # What others do, each followed by requests and a repair
+
+    def disturb(self, what):
+        self.settle("before " + what)
+        if self.front >= FRONT_MOST:
+            return
+        self.front += 1
+        self.damaged = True
+        getattr(self, "do_" + what)(self.r.choice([4, 6]))
+        for _ in range(self.r.randrange(3)):
+            self.single()
+        self.settle("after " + what)
+
+    def do_swap(self, v):
+        names = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
+        if len(names) > 1:
+            pair = self.r.sample(names, 2)
+            self.note("others: swap", *pair)
+            self.kernel.ipset("swap", *pair)
+
+    def do_timeout(self, v):
+        names = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
+        for _ in range(self.r.randrange(1, 4) if names else 0):
+            name = self.r.choice(names)
+            entries = list(self.kernel.sets().get(name, {})) + ["10.7.7.7" if v == 4 else "2001:db8:77::7"]
+            words = [name, self.r.choice(entries), "timeout", str(self.r.choice([0, 1, 2, 5, 4000]))]
+            words += ["nomatch"] if self.r.random() < 0.2 else []
+            self.note("others: add", *words)
+            self.kernel.ipset("-exist", "add", *words)
+
+    def do_kind(self, v):
+        sets = self.kernel.sets()
+        names = [name for name in sets if name.startswith(f"rfw{v}:")]
+        if not names:
+            return
+        name, family = self.r.choice(names), {4: "inet", 6: "inet6"}[v]
+        kind = self.r.choice([
+            "hash:net timeout 0", "hash:net counters", "hash:net timeout 0 counters maxelem 4", "hash:net timeout 0 counters skbinfo",
+            "hash:net timeout 0 counters comment", "hash:net timeout 5 counters", "hash:ip timeout 0 counters",
+            "hash:ip timeout 0 counters netmask 24", "hash:net,iface timeout 0 counters", "hash:net timeout 0 counters forceadd",
+            "hash:net timeout 0 counters maxelem 65536 bucketsize 2", "hash:net timeout 0 counters comment skbinfo maxelem 65536"])
+        how = self.r.choice(["swap", "swap", "remake", "early"])
+        self.note("others:", how, name, kind)
+        create = [*kind.split()[:1], "family", family, *kind.split()[1:]]
+        if how == "swap":
+            self.kernel.ipset("create", "other", *create)
+            if self.r.random() < 0.5 and "net,iface" not in kind:
+                for entry in list(sets[name])[:4]:
+                    more = ["comment", "x timeout 7 nomatch"] if "comment" in kind else []
+                    more += ["packets", "3", "bytes", "7"] if "counters" in kind else []
+                    self.kernel.ipset("add", "other", entry, *more, check=False)
+            self.kernel.ipset("swap", "other", name, check=False)
+            self.kernel.ipset("destroy", "other")
+        else:
+            rows = [(n, line) for n, line in enumerate(self.kernel.rules(v)) if f"--match-set {name} " in line]
+            for _, line in rows:
+                self.kernel.tool(v, "-D", *shlex.split(line)[1:], check=False)
+            self.kernel.ipset("destroy", name, check=False)
+            self.kernel.ipset("create", name, *create, check=False)
+            for _, line in rows if how == "early" else []:
+                self.kernel.tool(v, "-I", *shlex.split(line)[1:], check=False)
+
+    def do_comment(self, v):
+        lines = [line for line in self.ours(v) if "--match-set" not in line]  # its name contains the tag
+        if not lines:
+            return
+        line = self.r.choice(lines)
+        chain = line.split(" ")[1]
+        numbers = [other for other in self.kernel.rules(v) if other.startswith(f"-A {chain} ")]
+        if line not in numbers:
+            return
+        comment = self.r.choice(["rfw", "rfw@a", "rfw@zzz", "rfw:1", "rfw:0", "rfw:18446744073709551615", f"rfw:{int(time.time()) + 5000}@feed.1", "rfw:guard", "rfw:9@a"])
+        changed = re.sub(r"--comment \S+", "--comment " + comment, line)
+        self.note("others: ", chain, numbers.index(line) + 1, changed)
+        if options_of(changed) and ("guard" in comment) == ("-p tcp" in line):
+            self.kernel.tool(v, "-R", chain, str(numbers.index(line) + 1), *shlex.split(changed)[2:], check=False)
+
+    def do_double(self, v):
+        self.note(f"IPv{v}: others: iptables-save | iptables-restore --noflush")
+        text = self.kernel.tool(v, "-t", "filter", restore="-save")
+        before = self.foreign[v]
+        if self.kernel.tool(v, "--noflush", restore="-restore", input=text, check=False) is None:
+            self.note("it fails")
+            return
+        rules = [line for line in before if line.startswith("-A")]
+        chains = list(dict.fromkeys(line.split(" ")[1] for line in rules))
+        again = [line for line in before if not line.startswith("-A")]
+        # To load a chain that is not built in empties it first.
+        for chain in chains:
+            mine = [line for line in rules if line.split(" ")[1] == chain]
+            again += mine * (1 if chain not in CHAINS else 2)
+        self.foreign[v] = again
+
+    def do_policy(self, v):
+        chain, policy = self.r.choice(["FORWARD", "OUTPUT"] if v == 6 else ["FORWARD"]), self.r.choice(["ACCEPT", "DROP"])
+        self.note(f"IPv{v}: others: -P {chain} {policy}")
+        self.kernel.tool(v, "-P", chain, policy)
+        self.foreign[v] = [line if not line.startswith(f"-P {chain}") else f"-P {chain} {policy}" for line in self.foreign[v]]
+        name = f"rfw{v}:drop:in:any"
+        if not any(line == f"-N {name}" for line in self.foreign[v]):
+            self.kernel.tool(v, "-N", name)
+            self.kernel.tool(v, "-A", name, "-m", "comment", "--comment", "hers", "-j", "RETURN")
+        else:
+            self.kernel.tool(v, "-F", name)
+            self.kernel.tool(v, "-X", name)
+        self.foreign[v] = self.kernel.foreign(v)
+
     # Faults
 
     def fault(self, wait=True):
@@ -659,6 +774,9 @@ STEPS = [  # operation, weight, classes that it needs
     (Round.flush, 4, ["flush"]), (Round.remove, 4, ["flush"]), (Round.copy, 3, ["copy"]),
     (Round.save, 3, ["reload"]), (Round.reload, 3, ["reload"]), (Round.disturb_sets, 8, ["sets"]),
     (Round.add_foreign, 3, ["foreign"]), (Round.delete_foreign, 2, ["foreign"]), (Round.insert_foreign, 4, ["front"]),
+    (lambda self: self.disturb("swap"), 3, ["sets", "swap"]), (lambda self: self.disturb("timeout"), 3, ["sets", "timeout"]),
+    (lambda self: self.disturb("kind"), 3, ["sets", "kind"]), (lambda self: self.disturb("comment"), 3, ["comment"]),
+    (lambda self: self.disturb("double"), 2, ["double"]), (lambda self: self.disturb("policy"), 2, ["policy"]),
     (Round.fault, 12, []), (Round.lift, 4, []), (Round.fill, 2, ["disk"]),
 ]
 

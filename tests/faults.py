@@ -48,6 +48,14 @@ FAULT = {  # class: what a tool does; K is a small random number
         Fault("write", PROGRAMS, False, '$real "$@"; kill -9 $$'),
         Fault("write", PROGRAMS[:4], False, '$real "$@"; exit 4'),
     ],
+    "twice": [
+        Fault("write", TABLES + ["ipset"], False, '[ $# -gt 2 ] || exec $real "$@"; $real "$@"; $real "$@"; exit 0'),
+        Fault("write", RESTORES, False, 'cat >in.$$; $real "$@" <in.$$; exec $real "$@" <in.$$'),
+    ],
+    "order": [
+        Fault("write", RESTORES[:2], False, '(echo "*filter"; cat >in.$$; grep ^-D in.$$; grep ^-I in.$$ | tac; echo COMMIT) | $real "$@"; exit $?'),
+        Fault("write", RESTORES[:2], False, '(echo "*filter"; cat >in.$$; grep ^-D in.$$; grep ^-I in.$$ | sed "s/^\\(-I [A-Z]*\\) [0-9]* /\\1 /"; echo COMMIT) | $real "$@"; exit $?'),
+    ],
     "half": [
         Fault("write", RESTORES, False, HALF + '| $real "$@"; kill -9 $$'),
         Fault("write", RESTORES, False, 'head -n K | $real "$@"; exit 1'),

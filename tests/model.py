@@ -203,7 +203,8 @@ class Kernel:
             if words[1].startswith("rfw") and words[0] == "create":
                 sets[words[1]] = {}
             elif words[1].startswith("rfw"):
-                sets[words[1]][plain(words[2])] = int(words[words.index("timeout") + 1])
+                left = words[words.index("timeout") + 1] if "timeout" in words else 0  # a set that others made
+                sets[words[1]][plain(words[2].partition(",")[0])] = int(left)
         return sets
 
     def view(self, with_sets):
