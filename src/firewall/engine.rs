@@ -392,14 +392,14 @@ impl<K: Kernel> Engine<K> {
         }
         deleted.sort_unstable_by_key(|(order, _)| *order);
         let deleted: Vec<TaggedRule> = deleted.into_iter().map(|(_, tagged)| tagged).collect();
-        let is_slow = |chain: &Chain| {
+        let is_slow_in = |chain: &Chain| {
             let is_here = |tagged: &&TaggedRule| tagged.rule.rule.chain() == *chain;
             let deleted = deleted.iter().filter(is_here).count();
             let stay = self.wanted(family, *chain).count();
             is_slow(deleted.saturating_mul(stay), deleted.saturating_add(stay))
         };
         let may_be_slow = deleted.len() > MAX_DELETIONS;
-        if may_be_slow && (!inserted.is_empty() || Chain::ALL.iter().any(is_slow))
+        if may_be_slow && (!inserted.is_empty() || Chain::ALL.iter().any(is_slow_in))
             || self.list.has_twin(&deleted)
         {
             return None;

@@ -31,8 +31,9 @@ const TOO_MANY_ADDRESSES: ApiError = ApiError::Full(
 );
 /// The maximum number of tags.
 const MAX_TAGS: usize = 64;
-/// The maximum number of sets: each makes every check slower. Empty ones stay until there are many.
+/// The maximum number of sets: each makes every check slower.
 const MAX_SETS: usize = 1_024;
+/// From this number on, empty sets are destroyed.
 pub const MANY_SETS: usize = MAX_SETS / 2;
 const TOO_MANY_SETS: ApiError =
     ApiError::Full("rfw keeps at most 1,024 sets; delete the rules in those that are not used.");
