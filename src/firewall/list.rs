@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::mem;
+use std::net::IpAddr;
 use std::num::NonZeroU64;
 
 /// The expiry of a permanent rule.
@@ -627,14 +628,15 @@ impl List {
 
     /// Whether `-D` might delete a rule of the list instead of one of these.
     pub fn has_twin(&self, deleted: &[TaggedRule]) -> bool {
-        let addr = |tagged: &TaggedRule| Group::of(&tagged.rule.rule).1.addr();
-        let (first, last) = (deleted.iter().map(addr).min(), deleted.iter().map(addr).max());
-        let Some((first, last)) = first.zip(last) else { return false };
+        let addrs = deleted.iter().map(|tagged| Group::of(&tagged.rule.rule).1.addr());
+        let addrs: BTreeSet<IpAddr> = addrs.collect();
+        let (Some(first), Some(last)) = (addrs.first(), addrs.last()) else { return false };
         let rules: HashMap<_, _> = deleted.iter().map(|t| (t.deletion_key(), t.rule)).collect();
         let groups = self.groups.iter().filter(|(group, _)| !self.is_in_set(group));
         let mut near = groups.flat_map(|(group, members)| {
-            let near = members.range(..=Net::host(last)).rev();
-            let near = near.take_while(|(net, _)| net.addr() >= first);
+            let near = members.range(..=Net::host(*last)).rev();
+            let near = near.take_while(|(net, _)| net.addr() >= *first);
+            let near = near.filter(|(net, _)| addrs.contains(&net.addr()));
             near.map(|(net, e)| TaggedRule::new(KernelRule::plain(group.rule(*net)), e.expires()))
         });
         let is_twin = |other: TaggedRule| {
