@@ -204,8 +204,9 @@ impl<K: Kernel> Engine<K> {
             slots.into_iter().zip(committed).for_each(|(slot, result)| *slot = result);
         }
         self.metrics.batches.add(1);
-        let has_failed =
-            |result: &&_| matches!(result, Err(ApiError::Iptables(_) | ApiError::Busy(_)));
+        let has_failed = |result: &&_| {
+            matches!(result, Err(ApiError::Iptables(_) | ApiError::Busy(_) | ApiError::State(_)))
+        };
         self.metrics.kernel_failures.add(results.iter().filter(has_failed).count());
         results
     }

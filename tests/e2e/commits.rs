@@ -4,7 +4,7 @@
 
 use crate::faults::trace;
 use crate::lab::*;
-use crate::repair::{FORMS, Form, READS, enforced, in_forms, listed, of_form};
+use crate::repair::{FORMS, Form, READS, enforced, in_forms, listed, metric, of_form};
 use crate::sets::spoil;
 use crate::tls;
 use std::thread;
@@ -633,6 +633,7 @@ fn messages_about_a_state_file_that_a_person_has_edited() {
             edit("$a + 0 /drop/input/any/5.5.5.5");
             let answer = ask("PUT /drop/input/any/6.6.6.6");
             assert_eq!(answer.brief(), "507 state_failed");
+            assert_eq!(metric("rfw_kernel_failures_total"), 1);
             let message = answer.field("message").to_lowercase();
             assert!(
                 !message.contains("room") && !message.contains("take state.file out"),
