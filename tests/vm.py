@@ -41,7 +41,7 @@ WantedBy=multi-user.target
 CREDENTIALS = "[Service]\nLoadCredential=\nLoadCredential=rfw.conf:/etc/rfw/rfw.conf\nLoadCredential=white.list:/etc/rfw/white.list\n"
 # Prints what rfw holds after the boot, then what it changes, before and after each response.
 GUEST = r"""
-import http.client, random, re, subprocess
+import http.client, random, re, subprocess, termios
 def run(*words):
     return subprocess.run(words, capture_output=True, text=True).stdout
 def since(unit, what):
@@ -62,6 +62,7 @@ while True:
     if len(nets) == 1:
         path, body = f"{path}/{body}", None
     print("SENT", verb, *nets)
+    termios.tcdrain(1)
     client.request(verb, path, body)
     response = client.getresponse()
     text = response.read().decode().strip()
@@ -108,7 +109,7 @@ def configure(root, form):
 
 
 def boot(root, disk):
-    """Boots the machine, cuts its power while clients change rules -> the lines it has printed."""
+    """Boots the machine, cuts its power while clients change rules -> the whole lines it has printed."""
     kernel, initrd = (max(glob.glob(f"{root}/boot/{name}-*")) for name in ("vmlinuz", "initrd.img"))
     log = disk + ".log"
     with open(log, "wb") as out:
@@ -126,7 +127,7 @@ def boot(root, disk):
         finally:
             qemu.kill()
             qemu.wait()
-    return read(log).split("\n")
+    return read(log).split("\n")[:-1]
 
 
 def read(log):
