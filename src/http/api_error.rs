@@ -171,6 +171,10 @@ fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
                 format!(" Line {line}: {}", describe_rule_error(error).2)
             });
             let end = match *count > entries / 2 {
+                // As curl -d sends a list
+                true if *entries == 1 => {
+                    "; to send a file, use curl -T FILE or --data-binary @FILE (-d strips the newlines)."
+                }
                 true => "; a body with more invalid lines than valid ones is not a list.",
                 false => "; lenient=true skips invalid lines.",
             };
@@ -371,6 +375,7 @@ mod tests {
             (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
             (invalid(3, 6), 400, "bad_list", "comment. Nothing was applied; lenient=true"),
             (invalid(3, 5), 400, "bad_list", "more invalid lines than valid ones"),
+            (invalid(1, 1), 400, "bad_list", "-T FILE or --data-binary @FILE"),
             (ApiError::List(ListError::TooMany), 413, "content_too_large", "at most 1000000"),
             (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
             (ApiError::SetFull("No room."), 507, "set_full", "Nothing was applied"),

@@ -279,6 +279,10 @@ fn a_body_without_an_address_changes_nothing() {
                 assert!(message.contains("-T") && message.contains("--data-binary"), "{answer:?}");
             }
         }
+        // Without a comment, -d makes one invalid line of a list.
+        lab.write("plain", "1.2.3.4\n5.6.7.8\n");
+        let answer = sh("curl -sS -X PUT -d @lab/plain http://localhost:7390/drop/input/any");
+        assert!(answer.contains("bad_list") && answer.contains("--data-binary"), "{answer}");
         assert_eq!(lab.rules(), [""; 0]);
         let answer = sh("curl -sS -T lab/feed http://localhost:7390/drop/input/any");
         assert!(answer.contains("\"inserted\":2"), "{answer}");
