@@ -170,13 +170,12 @@ fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
             let first = lines.first().map_or(String::new(), |(line, error)| {
                 format!(" Line {line}: {}", describe_rule_error(error).2)
             });
-            let end = match *count > entries / 2 {
-                // As curl -d sends a list
-                true if *entries == 1 => {
-                    "; to send a file, use curl -T FILE or --data-binary @FILE (-d strips the newlines)."
+            let end = match *entries {
+                1 => "; for a file, use curl -T FILE or --data-binary @FILE (-d strips the newlines).",
+                _ if *count > entries / 2 => {
+                    "; a body with more invalid lines than valid ones is not a list."
                 }
-                true => "; a body with more invalid lines than valid ones is not a list.",
-                false => "; lenient=true skips invalid lines.",
+                _ => "; lenient=true skips invalid lines.",
             };
             let message =
                 format!("{count} of {entries} lines are invalid.{first} Nothing was applied{end}");
