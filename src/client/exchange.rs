@@ -22,9 +22,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 /// The time limit for connecting to one address of a host.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// The time limit for the response to a change of one rule: rfw takes at most 30 s. After that, the
-/// connection is considered dead, even if more time is left.
-const CHANGE_TIME: Duration = Duration::from_secs(35);
+/// The time limit for the response to a change of one rule: then the connection is considered dead
+/// (the address of this host has changed, for example), and the next one has time left. A request
+/// that has not reached rfw by then never will: 5 s to connect, 5 s without a slot, 9 s for the head.
+const CHANGE_TIME: Duration = Duration::from_secs(20);
 /// How long a connection is reused: rfw closes it when it has been idle for nine seconds.
 const MAX_AGE: Duration = Duration::from_secs(5);
 /// The longest body of a response in bytes, except that of a `get`.
