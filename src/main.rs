@@ -259,7 +259,9 @@ fn tick(server: &Arc<Server>, config: &Config) -> ! {
             server.log.write(level, format_args!("{notice}"));
         }
         for _ in 0..SECONDS_PER_DAY {
-            thread::sleep(Duration::from_secs(1));
+            // Expiries are whole seconds, so rules are due when one begins.
+            let passed = Duration::from_nanos(clock::wall().subsec_nanos().into());
+            thread::sleep(Duration::from_secs(1).saturating_sub(passed));
             server.firewall.tick();
             server.log.tick(Instant::now());
         }

@@ -3,7 +3,7 @@
 use crate::lab::*;
 use crate::tls;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 const DAY: u64 = 86_400;
 
@@ -264,6 +264,24 @@ fn a_jump_of_the_clock_expires_nothing_early_or_late() {
             stamped(born + day - 100_000, &lab.rules()[0])
         });
         assert_eq!(ask("PUT /drop/input/any/1.1.1.1").brief(), "200 refreshed");
+    });
+}
+
+/// The ticker counted its seconds from the start of rfw: with 5,000 rules, some expired 2.3 s late.
+#[test]
+fn rules_expire_when_a_second_begins() {
+    once(|lab| {
+        let part = || SystemTime::UNIX_EPOCH.elapsed().unwrap().subsec_millis();
+        for started in [0, 300, 600] {
+            await_true("the part of a second", 2, || (started..started + 100).contains(&part()));
+            let _rfw = lab.start("local.server");
+            let is_in_time = |_| {
+                await_time(ask("PUT /drop/input/any/1.2.3.4?expire=1").expires());
+                await_true("the rule expires", 2 + SLACK, || lab.rules().is_empty());
+                part() < 300
+            };
+            assert!((0..3).any(is_in_time), "started at {started} ms");
+        }
     });
 }
 
