@@ -280,7 +280,7 @@ fn rules_expire_when_a_second_begins() {
                 await_true("the rule expires", 2 + SLACK, || lab.rules().is_empty());
                 part() < 300
             };
-            assert!((0..3).any(is_in_time), "started at {started} ms");
+            assert!((0..10).any(is_in_time), "started at {started} ms");
         }
     });
 }
