@@ -41,7 +41,7 @@ fn hung_batch(lab: &Lab, form: Form, faults: &[(&str, &str)]) {
         assert_eq!(list("PUT /drop/input/any", "3.3.3.3\n3::3\n").sums(), "inserted 2");
         assert_eq!(ask(&format!("PUT {due}?expire=4")).brief(), "200 inserted");
         let file = format!("next-{program}");
-        lab.write(&file, fault);
+        lab.write_data(&file, fault);
         let from = Instant::now();
         let in_time = |what: &str, seconds: u64| {
             let took = from.elapsed();
