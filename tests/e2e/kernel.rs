@@ -377,8 +377,8 @@ case $me in
     *-restore) echo "$me $*" >> $lab/calls; /usr/bin/tee -a $lab/calls | INPUT "$@"; exit $?;;
 esac"#;
 
-/// Sends these PUTs while another change holds the lock, so that they become one batch.
-fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
+/// Sends these PUTs while the first one waits, so that they become one batch.
+fn batch(lab: &Lab, rfw: &Rfw, first: &str, requests: &[String]) -> Vec<String> {
     lab.write("gate", "");
     let before = rfw.await_idle();
     let send = |request: &str| {
@@ -390,7 +390,7 @@ fn batch(lab: &Lab, rfw: &Rfw, requests: &[String]) -> Vec<String> {
         await_true("rfw accepts them", 10 + SLACK, || rfw.threads() == before + count);
         rfw.await_queued();
     };
-    let mut first = send("PUT /drop/input/any/1.1.1.1");
+    let mut first = send(first);
     come(1);
     let mut rest: Vec<_> = requests.iter().map(|request| send(request)).collect();
     come(1 + requests.len());
@@ -408,7 +408,8 @@ fn waiting_requests_become_one_restore_per_family() {
         let put = |n| format!("PUT /drop/input/any/1.1.2.{n}");
         let mut requests: Vec<_> = (1..=8).map(put).collect();
         requests.extend((1..=4).map(|n| format!("PUT /drop/output/any/2001:db8::{n}")));
-        assert!(batch(lab, &rfw, &requests).iter().all(|answer| answer == "200 inserted"));
+        let answers = batch(lab, &rfw, "PUT /drop/input/any/1.1.1.1", &requests);
+        assert!(answers.iter().all(|answer| answer == "200 inserted"));
         let calls = lab.read("calls");
         let mut restores: Vec<_> = calls.lines().filter(|line| line.contains("restore ")).collect();
         restores.sort_unstable();
@@ -433,7 +434,7 @@ fn a_rule_that_the_kernel_rejects_fails_alone() {
         let requests: Vec<_> = (1..=8).map(|n| format!("PUT /drop/input/any/1.1.2.{n}")).collect();
         let mut want = ["200 inserted"; 8];
         want[4] = "500 iptables_failed";
-        assert_eq!(batch(lab, &rfw, &requests), want);
+        assert_eq!(batch(lab, &rfw, "PUT /drop/input/any/1.1.1.1", &requests), want);
         let rules = lab.rules();
         assert_eq!(rules.len(), 8, "{rules:#?}");
         assert!(!rules.iter().any(|rule| rule.contains("1.1.2.5/")));
@@ -692,20 +693,18 @@ fn children_have_an_empty_environment() {
 #[test]
 fn a_large_batch_of_refreshed_rules_moves_them_all_to_the_front() {
     both(|lab| {
-        let _rfw = lab.start("local.server");
-        let put = || {
-            thread::scope(|scope| {
-                for n in 0..100 {
-                    scope.spawn(move || ask(&format!("PUT /drop/input/any/10.5.0.{n}")));
-                }
-            });
-        };
-        put();
+        lab.stand_in("");
+        let rfw = lab.start("local.server");
+        lab.stand_in_for_changes(&GATE.replace("INPUT", "$real"));
+        let puts: Vec<_> = (0..100).map(|n| format!("PUT /drop/input/any/10.5.0.{n}")).collect();
+        assert_eq!(batch(lab, &rfw, "PUT /drop/input/any/1.1.1.1", &puts), ["200 inserted"; 100]);
         assert_eq!(ask("PUT /accept/input/any/10.5.0.0/24").status, 200);
-        put();
+        assert_eq!(batch(lab, &rfw, "PUT /drop/input/any/1.1.1.2", &puts), ["200 refreshed"; 100]);
         let rules = lab.rules();
-        assert_eq!(rules.len(), 101);
-        assert!(rules[100].contains("ACCEPT"), "{rules:?}");
+        assert_eq!(rules.len(), 103);
+        let last: Vec<_> =
+            rules[100..].iter().map(|rule| rule.split(' ').nth(2).unwrap()).collect();
+        assert_eq!(last, ["1.1.1.2/32", "10.5.0.0/24", "1.1.1.1/32"]);
     });
 }
 
