@@ -623,6 +623,10 @@ fn unread_listings_delay_no_change() {
         for conn in &mut unread {
             conn.send("GET /list HTTP/1.1\r\nHost: localhost\r\n\r\n");
         }
+        await_true("as many begin as rfw sends at a time", 10 + SLACK, || {
+            let begun = sh("ss -Htn dport = :7390 | awk '$2 > 0' | wc -l");
+            begun.trim().parse::<usize>().unwrap() >= 4
+        });
         let began = Instant::now();
         assert_eq!(ask("PUT /drop/input/any/1.2.3.4").status, 200);
         let limit = Duration::from_secs(3) + 9 * alone;
