@@ -12,6 +12,7 @@ nothing on this host is changed. Exit status 1 at the first failure.
 """
 
 import glob, os, platform, random, shutil, subprocess, sys, time
+from lab import die_with_parent
 
 PACKAGES = "systemd,systemd-sysv,udev,kmod,dbus,iproute2,iptables,ipset,initramfs-tools,linux-image-cloud-amd64,python3"
 RAW = "CapabilityBoundingSet=CAP_NET_RAW\nAmbientCapabilities=CAP_NET_RAW\n"
@@ -117,7 +118,7 @@ def boot(root, disk):
             ["qemu-system-x86_64", "-cpu", "max", "-m", "512", "-nographic", "-no-reboot", "-nic", "none",
              "-drive", f"file={disk},format=raw,if=virtio", "-kernel", kernel, "-initrd", initrd,
              "-append", "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=0"],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
         try:
             deadline, changes = time.monotonic() + 300, random.randint(20, 60)
             while (text := read(log)).count("\nANSWER") < changes:
