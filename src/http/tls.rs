@@ -67,7 +67,7 @@ impl Acceptor {
         config.ignore_client_order = true;
         // A resumed session would not check again whether the client's certificate has expired.
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
         Ok(Acceptor { config: Arc::new(config), expires })
     }
 

@@ -61,9 +61,11 @@ fn curl_over_https() {
         keys(lab);
         let _rfw = lab.start(CONF);
         let put = "PUT /drop/input/any/1.2.3.4";
+        let http10 = format!("--http1.0 {USER}"); // curl then offers no other protocol
         let rows = [
             (put, USER, "200 inserted"),
             (put, USER, "200 exists"),
+            (put, &http10, "200 exists"),
             ("PUT /drop/input/any/2001:db8::1?expire=1h", USER, "200 inserted"),
             ("PUT /drop/input/any/127.0.0.1", USER, "409 whitelisted"),
             (put, "", "401 unauthorized"),
