@@ -99,8 +99,8 @@ fn attempt(
     kept: &mut Option<Connection>,
     sink: &mut Sink<'_>,
 ) -> Result<String, Failure> {
-    let is_single = request.job.list.is_empty() && request.job.method != "GET";
-    let deadline = if is_single { deadline.min(clock::after(CHANGE_TIME)) } else { deadline };
+    let limit = if is_single(request.job) { clock::after(CHANGE_TIME) } else { deadline };
+    let deadline = deadline.min(limit);
     let mut connection = match kept.take().filter(|kept| Instant::now() < kept.until) {
         Some(connection) => connection,
         None => connect(request, deadline)?,
@@ -124,6 +124,11 @@ fn attempt(
     let result = read_result(&head, wire);
     *kept = Some(connection).filter(|_| head.keep_alive && result.is_ok());
     result
+}
+
+/// Whether it is a change of one rule, unlike `DELETE /list?tag=NAME`, which may take rfw 30 s.
+fn is_single(job: &Job) -> bool {
+    job.method != "GET" && job.list.is_empty() && !job.path.starts_with("/list")
 }
 
 /// Reads the body of a response that contains a result or an error.
@@ -312,6 +317,22 @@ mod tests {
         for (body, expected) in table {
             assert_eq!(summarize(body), expected, "{body}");
             assert_eq!(summarize(&format!("{body}\n")).trim_end(), expected, "{body}");
+        }
+    }
+
+    #[test]
+    fn changes_of_one_rule() {
+        let table = [
+            ("put", "/drop/input/any/1.2.3.4", "", true),
+            ("delete", "/drop/input/any/1.2.3.4?tag=*", "", true),
+            ("put", "/drop/input/any", "1.2.3.4", false),
+            ("delete", "/list?tag=feed", "", false),
+            ("delete", "/list/input?tag=feed", "", false),
+            ("get", "/list", "", false),
+        ];
+        for (method, path, list, expected) in table {
+            let job = Job { list: list.into(), ..Job::parse(&[method, path], &[]).unwrap() };
+            assert_eq!(is_single(&job), expected, "{method} {path} {list}");
         }
     }
 
