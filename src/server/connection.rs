@@ -2,10 +2,10 @@
 
 use super::Server;
 use super::limiter::{Client, ConnectionLimiter, Limits, Slot};
-use super::listener::{Listener, has_left};
+use super::listener::Listener;
 use crate::api::{self, Command};
 use crate::firewall::iptables::TaggedRule;
-use crate::firewall::list::{Outcome, Tally, Verdict};
+use crate::firewall::list::{Tally, Verdict};
 use crate::host;
 use crate::http::api_error::ApiError;
 use crate::http::auth::{self, Principal};
@@ -48,8 +48,6 @@ const MAX_LOGGED: usize = 300;
 
 const HOST: ApiError = ApiError::Http(400, "The Host must be localhost, 127.0.0.1 or [::1].");
 const NO_BODY: ApiError = ApiError::Http(413, "This request takes no body; send none.");
-const LEFT: ApiError =
-    ApiError::Http(400, "The client closed the connection before the change; nothing was applied.");
 const EVICTED: ApiError = ApiError::Http(408, "The body arrived too slowly while others waited.");
 
 pub struct Connection<'a> {
@@ -124,7 +122,8 @@ impl Connection<'_> {
             Command::DeleteTag(intent, chain) => {
                 let allowed = allow(&principal, intent, subject)?;
                 let change = Permitted::delete_tag(allowed, chain);
-                let tally = self.apply(&principal, change)?.tally;
+                let apply = || self.server.firewall.apply(&principal, change);
+                let tally = self.client.work(apply)?.tally;
                 response.end(&api::tally_json(Action::Delete, &tally, &ListReport::default()));
                 Ok(format!("applied: {} deleted", tally.of(Verdict::Deleted)))
             }
@@ -134,7 +133,8 @@ impl Connection<'_> {
                 let own = || host::own_addresses(rule.family(), &blocks, &self.server.log);
                 let permitted = self.server.whitelist.permit(rule, allowed, own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
-                let outcome = self.apply(&principal, change)?;
+                let apply = || self.server.firewall.apply(&principal, change);
+                let outcome = self.client.work(apply)?;
                 let json = api::outcome_json(&rule, allowed.tag(), &outcome);
                 self.send_outcome(json, rule.ifaces().into(), response, subject);
                 Ok(outcome.tally.single().map_or("", Verdict::name).into())
@@ -198,17 +198,10 @@ impl Connection<'_> {
             list.push(bytes).map_err(ApiError::List)
         });
         received.map_err(|error| if self.client.is_evicted() { EVICTED } else { error })?;
-        let (change, report) = self.client.work(|| list.finish()).map_err(ApiError::List)?;
-        Ok((self.apply(principal, change)?.tally, report))
-    }
-
-    /// Makes a change, unless the client has given up: a request that the network has delayed must not
-    /// undo what the client has requested since. A client without TLS is on this host.
-    fn apply(&self, principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
-        if self.listener.tls.is_some() && has_left(&self.client.socket).unwrap_or(true) {
-            return Err(LEFT);
-        }
-        self.client.work(|| self.server.firewall.apply(principal, change))
+        self.client.work(|| {
+            let (change, report) = list.finish().map_err(ApiError::List)?;
+            Ok((self.server.firewall.apply(principal, change)?.tally, report))
+        })
     }
 
     /// Sends the JSON of a change, with a note if this host lacks an interface of the rule: a typo

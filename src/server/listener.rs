@@ -172,7 +172,6 @@ impl Listener {
     /// Waits for a slot until the deadline, then serves the connection in a new thread.
     fn dispatch(self: &Arc<Self>, server: &Arc<Server>, client: Arc<Client>, deadline: Instant) {
         let peer = client.ip;
-        // Then it needs neither a slot nor a thread.
         if has_left(&client.socket).unwrap_or(true) {
             return;
         }
@@ -210,8 +209,8 @@ impl Listener {
     }
 }
 
-/// Whether the client has disconnected, and no byte is left to read.
-pub fn has_left(socket: &TcpStream) -> io::Result<bool> {
+/// Whether the client has disconnected without a byte: it needs neither a slot nor a thread.
+fn has_left(socket: &TcpStream) -> io::Result<bool> {
     socket.set_nonblocking(true)?;
     let next = socket.peek(&mut [0]);
     socket.set_nonblocking(false)?;
