@@ -68,6 +68,11 @@ impl Clock {
         self.base.saturating_add(self.started.elapsed())
     }
 
+    pub fn until_next_second(&self) -> Duration {
+        let passed = Duration::from_nanos(self.now().subsec_nanos().into());
+        Duration::from_secs(1).saturating_sub(passed)
+    }
+
     /// Adopts the wall clock if it was set. Returns the jump in seconds, rounded
     /// up: the caller must move every time read from this clock before by it.
     pub fn follow(&mut self, wall: Duration) -> Option<i64> {
@@ -181,6 +186,15 @@ mod tests {
             assert_eq!(Utc::parse((digits + "Z").as_bytes()).unwrap().0, utc.0);
         }
         assert!(Utc(Duration::from_millis(7)).to_string().ends_with(":00.007Z"));
+    }
+
+    /// Of this clock, not of the wall clock, from which it may differ by a part of a second.
+    #[test]
+    fn the_next_second() {
+        let clock = Clock { started: Instant::now(), base: Duration::from_millis(1_200) };
+        let (before, left, after) = (clock.now(), clock.until_next_second(), clock.now());
+        let next = Duration::from_secs(before.as_secs() + 1);
+        assert!(before + left <= next && next <= after + left, "{before:?} {left:?} {after:?}");
     }
 
     #[test]

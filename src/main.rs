@@ -254,15 +254,14 @@ fn tick(server: &Arc<Server>, config: &Config) -> ! {
     let report = move || shared.firewall.report_leftovers(&shared.log);
     let _ = thread::Builder::new().name("leftovers".into()).spawn(report);
     let expires = server.metrics.certificate_expires;
+    let mut pause = Duration::from_secs(1);
     loop {
         if let Some((level, notice)) = certificate_notice(config, expires) {
             server.log.write(level, format_args!("{notice}"));
         }
         for _ in 0..SECONDS_PER_DAY {
-            // Expiries are whole seconds, so rules are due when one begins.
-            let passed = Duration::from_nanos(clock::wall().subsec_nanos().into());
-            thread::sleep(Duration::from_secs(1).saturating_sub(passed));
-            server.firewall.tick();
+            thread::sleep(pause);
+            pause = server.firewall.tick();
             server.log.tick(Instant::now());
         }
     }

@@ -222,9 +222,13 @@ impl Firewall {
     }
 
     /// To be called every second: follows the wall clock, deletes rules that are due, and checks
-    /// that the kernel matches the list.
-    pub fn tick(&self) {
-        self.queue.with(|engine| ((), engine.tick().map(|error| Err(error.into()))));
+    /// that the kernel matches the list. Returns when to call it again: expiries are whole seconds, so
+    /// rules are due when one begins.
+    pub fn tick(&self) -> Duration {
+        self.queue.with(|engine| {
+            let hung = engine.tick().map(|error| Err(error.into()));
+            (engine.clock.until_next_second(), hung)
+        })
     }
 }
 
