@@ -411,6 +411,9 @@ class Round:
     def ours(self, v):
         return [line for line in self.kernel.rules(v) if line.startswith("-A") and options_of(line)]
 
+    def own_sets(self, v):
+        return {name: entries for name, entries in self.kernel.sets().items() if name.startswith(f"rfw{v}:")}
+
     def remove(self):
         """Deletes a rule of rfw, as another program would."""
         v = self.r.choice([4, 6])
@@ -494,7 +497,7 @@ class Round:
         text = self.r.choice(FOREIGN).format(n=self.serial)
         if v == 6:
             text = text.replace("198.51.100.", "2001:db8:f::").replace("10.0.0.0/16", "2001:db8::/32")
-        used = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
+        used = list(self.own_sets(v))
         if "user" in self.classes and used and self.r.random() < 0.2:
             text = f"-m set --match-set {self.r.choice(used)} src -m comment --comment hers{self.serial} -j RETURN"
         if chain == "OUTPUT":
@@ -548,14 +551,14 @@ class Round:
         self.settle("after " + what)
 
     def do_swap(self, v):
-        names = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
+        names = list(self.own_sets(v))
         if len(names) > 1:
             pair = self.r.sample(names, 2)
             self.note("others: swap", *pair)
             self.kernel.ipset("swap", *pair)
 
     def do_timeout(self, v):
-        names = [name for name in self.kernel.sets() if name.startswith(f"rfw{v}:")]
+        names = list(self.own_sets(v))
         for _ in range(self.r.randrange(1, 4) if names else 0):
             name = self.r.choice(names)
             entries = list(self.kernel.sets().get(name, {})) + ["10.7.7.7" if v == 4 else "2001:db8:77::7"]
@@ -565,11 +568,10 @@ class Round:
             self.kernel.ipset("-exist", "add", *words)
 
     def do_kind(self, v):
-        sets = self.kernel.sets()
-        names = [name for name in sets if name.startswith(f"rfw{v}:")]
-        if not names:
+        sets = self.own_sets(v)
+        if not sets:
             return
-        name, family = self.r.choice(names), {4: "inet", 6: "inet6"}[v]
+        name, family = self.r.choice(list(sets)), {4: "inet", 6: "inet6"}[v]
         kind = self.r.choice([
             "hash:net timeout 0", "hash:net counters", "hash:net timeout 0 counters maxelem 4", "hash:net timeout 0 counters skbinfo",
             "hash:net timeout 0 counters comment", "hash:net timeout 5 counters", "hash:ip timeout 0 counters",
@@ -631,9 +633,8 @@ class Round:
         chain, policy = self.r.choice(["FORWARD", "OUTPUT"] if v == 6 else ["FORWARD"]), self.r.choice(["ACCEPT", "DROP"])
         self.note(f"IPv{v}: others: -P {chain} {policy}")
         self.kernel.tool(v, "-P", chain, policy)
-        self.foreign[v] = [line if not line.startswith(f"-P {chain}") else f"-P {chain} {policy}" for line in self.foreign[v]]
         name = f"rfw{v}:drop:in:any"
-        if not any(line == f"-N {name}" for line in self.foreign[v]):
+        if f"-N {name}" not in self.foreign[v]:
             self.kernel.tool(v, "-N", name)
             self.kernel.tool(v, "-A", name, "-m", "comment", "--comment", "hers", "-j", "RETURN")
         else:
