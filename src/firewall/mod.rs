@@ -145,8 +145,8 @@ impl Firewall {
     /// none of it.
     pub fn apply(&self, _principal: &Principal, change: Permitted) -> Result<Outcome, ApiError> {
         let change = change.into_change();
-        // Only IPv6 can be missing.
-        if !self.tools.families().contains(&Family::V6) && change.rules.has(Family::V6) {
+        // Only IPv6 can be missing; a list then has none of it.
+        if change.family() == Some(Family::V6) && !self.tools.families().contains(&Family::V6) {
             return Err(ApiError::NoIpv6);
         }
         let is_long = change.family().is_none();

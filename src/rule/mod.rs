@@ -256,17 +256,6 @@ pub enum Rules {
     Tagged(Tag, Option<Chain>),
 }
 
-impl Rules {
-    /// Whether it names a rule of a family.
-    pub fn has(&self, family: Family) -> bool {
-        match self {
-            Rules::One(rule) => rule.family() == family,
-            Rules::List(_, nets) => nets.iter().any(|net| net.family() == family),
-            Rules::Tagged(..) => false,
-        }
-    }
-}
-
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Change {
     pub rules: Rules,
@@ -285,8 +274,12 @@ impl Change {
 
     /// Whether rules of a family may change.
     pub fn concerns(&self, family: Family) -> bool {
-        let is_by_tag = matches!(self.rules, Rules::Tagged(..));
-        is_by_tag || matches!(self.action, Action::Replace(_)) || self.rules.has(family)
+        match &self.rules {
+            Rules::One(rule) => rule.family() == family,
+            Rules::List(..) if matches!(self.action, Action::Replace(_)) => true,
+            Rules::List(_, nets) => nets.iter().any(|net| net.family() == family),
+            Rules::Tagged(..) => true,
+        }
     }
 }
 
@@ -741,20 +734,21 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_a_change() {
+    fn families_of_a_change() {
         let nets = ["1.2.3.4", "2.0.0.0/9", "5::"].map(|net| Net::parse(net).unwrap());
         let template = RuleTemplate::parse(&["drop", "input", "any"]).unwrap();
-        let one = Rules::One(template.rule(nets[2]));
-        let list = Rules::List(template, nets.into());
+        let list = |count| Rules::List(template, nets[..count].into());
         let table = [
-            (&list, "/drop/input/any/1.2.3.4 /drop/input/any/2.0.0.0/9 /drop/input/any/5::"),
-            (&one, "/drop/input/any/5::"),
+            (Rules::One(template.rule(nets[0])), Action::Put(0), [true, false]),
+            (Rules::One(template.rule(nets[2])), Action::Put(0), [false, true]),
+            (list(2), Action::Delete, [true, false]),
+            (list(3), Action::Delete, [true, true]),
+            (list(2), Action::Replace(0), [true, true]),
+            (Rules::Tagged(Tag::NONE, None), Action::Delete, [true, true]),
         ];
-        for (rules, paths) in table {
-            let shown: Vec<String> = rules.iter().map(|rule| rule.to_string()).collect();
-            assert_eq!(shown.join(" "), paths);
+        for (rules, action, expected) in table {
+            let change = Change { rules, action };
+            assert_eq!(Family::ALL.map(|family| change.concerns(family)), expected, "{change:?}");
         }
-        assert!(list.has(Family::V4) && list.has(Family::V6));
-        assert!(!one.has(Family::V4) && one.has(Family::V6));
     }
 }
