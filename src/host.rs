@@ -3,8 +3,8 @@
 //! They are read from `/proc/self/net`, which `ProcSubset=pid` does not hide.
 
 use crate::log::Log;
-use crate::rule::Iface;
 use crate::rule::net::{Family, Net};
+use crate::rule::{Iface, Rule};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -22,18 +22,18 @@ const NOBODY: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
 /// Enough for most hosts in one read(2), each of which starts from the first route again.
 const READ_SIZE: usize = 8 << 10;
 
-/// This host's addresses of a family. For IPv4: none if each of `blocks` is a single address of
-/// another host; if the kernel does not list them, those of `blocks` to which a socket can be bound.
-pub fn own_addresses(family: Family, blocks: &[Net], log: &Log) -> Vec<Net> {
-    let is_v4 = family == Family::V4;
+/// This host's addresses of a rule's family. For IPv4: none if each address of the rule is a single
+/// one of another host; if the kernel does not list them, those of the rule to which a socket can be
+/// bound.
+pub fn own_addresses(rule: &Rule, log: &Log) -> Vec<Net> {
+    let is_v4 = rule.family() == Family::V4;
     // For a second after it was added, no socket can be bound to an IPv6 address (RFC 4862, 5.4).
-    if is_v4 && blocks.iter().all(|net| is_bindable(net) == Some(false)) {
+    if is_v4 && rule.addresses().all(|net| is_bindable(&net) == Some(false)) {
         return Vec::new();
     }
-    list(family, log).unwrap_or_else(|| {
+    list(rule.family(), log).unwrap_or_else(|| {
         let is_reliable = is_v4 && is_bindable(&Net::host(NOBODY.into())) == Some(false);
-        let is_own = |net: &&Net| is_reliable && is_bindable(net) == Some(true);
-        blocks.iter().filter(is_own).copied().collect()
+        rule.addresses().filter(|net| is_reliable && is_bindable(net) == Some(true)).collect()
     })
 }
 
@@ -204,9 +204,9 @@ x 1
         {
             assert_eq!(is_bindable(&Net::parse(net).unwrap()), expected, "{net}");
         }
-        let own = |blocks: &[Net]| own_addresses(Family::V4, blocks, &log);
-        assert!(own(&[loopback]).contains(&loopback));
-        assert_eq!(own(&[Net::host(NOBODY.into())]), []);
+        let own = |path: &str| own_addresses(&path.parse().unwrap(), &log);
+        assert!(own("/drop/input/any/127.0.0.1").contains(&loopback));
+        assert_eq!(own("/drop/input/any/240.0.0.1"), []);
         let error = read("/proc/self/net/none").unwrap_err();
         assert!(error.to_string().starts_with("/proc/self/net/none: "), "{error}");
         // An endless file.

@@ -129,8 +129,7 @@ impl Connection<'_> {
             }
             Command::Change(rule, intent) => {
                 let allowed = allow(&principal, intent, subject)?;
-                let blocks: Vec<_> = rule.addresses().collect();
-                let own = || host::own_addresses(rule.family(), &blocks, &self.server.log);
+                let own = || host::own_addresses(&rule, &self.server.log);
                 let permitted = self.server.whitelist.permit(rule, allowed, own);
                 let change = permitted.map_err(ApiError::Whitelisted)?;
                 let apply = || self.server.firewall.apply(&principal, change);
