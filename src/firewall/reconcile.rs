@@ -66,13 +66,12 @@ impl Listing {
         self.0.iter().flat_map(ChainListing::own)
     }
 
-    /// Whether another listing shows the same rules; counters may differ. Of foreign rules, only
-    /// the positions matter.
+    /// Whether another listing shows the same rules of rfw; their counters may differ. Foreign rules may
+    /// come and go meanwhile, as while a script adds hundreds of them.
     pub fn agrees_with(&self, other: &Listing) -> bool {
-        let keys = |chain: &ChainListing| -> Vec<_> {
-            chain.rows.iter().map(|row| row.map(|tagged| tagged.key())).collect()
-        };
-        self.0.iter().map(keys).eq(other.0.iter().map(keys))
+        let keys = |chain: &ChainListing| chain.own().map(|(_, tagged)| tagged.key()).collect();
+        let keys = |listing: &Listing| -> Vec<Vec<_>> { listing.0.iter().map(keys).collect() };
+        keys(self) == keys(other)
     }
 }
 
@@ -426,8 +425,9 @@ mod tests {
                 &["-A INPUT -c 1 2 -j LOG", &counted(A), B, "-A INPUT -c 1 2 -j LOG", &counted(C)],
                 true,
             ),
-            (&[A, "-A INPUT -c 1 2 -j LOG", B, "-A INPUT -c 1 2 -j LOG", C], false),
-            (&["-A INPUT -c 1 2 -j LOG", A, B, C], false),
+            // Another program has inserted or deleted a rule of its own
+            (&[A, "-A INPUT -c 1 2 -j LOG", B, "-A INPUT -c 1 2 -j LOG", C], true),
+            (&["-A INPUT -c 1 2 -j LOG", A, B, C], true),
             (&["-A INPUT -c 1 2 -j LOG", A, A, B, "-A INPUT -c 1 2 -j LOG", C], false),
             (&["-A INPUT -c 1 2 -j LOG", A, B, "-A INPUT -c 1 2 -j LOG"], false),
             (
