@@ -73,19 +73,23 @@ impl Clock {
         Duration::from_secs(1).saturating_sub(passed)
     }
 
-    /// Adopts the wall clock if it was set. Returns the jump in seconds, rounded
-    /// up: the caller must move every time read from this clock before by it.
+    /// Follows the wall clock if it was set. Returns by how many seconds: the caller must move every
+    /// time read from this clock before as far. The rest, up to half a second, is ignored: otherwise,
+    /// each jump would move these times a little against the monotonic clock.
     pub fn follow(&mut self, wall: Duration) -> Option<i64> {
         let now = self.now();
-        if wall.abs_diff(now) < Clock::MIN_JUMP {
+        let jump = wall.abs_diff(now);
+        if jump < Clock::MIN_JUMP {
             return None;
         }
-        *self = Clock { started: Instant::now(), base: wall };
-        let seconds = |time: Duration| i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-        Some(match wall.checked_sub(now) {
-            Some(ahead) => seconds(ahead).saturating_add(1),
-            None => seconds(now.saturating_sub(wall)).saturating_neg(),
-        })
+        let jump = Duration::from_secs(jump.saturating_add(Duration::from_millis(500)).as_secs());
+        let seconds = i64::try_from(jump.as_secs()).unwrap_or(i64::MAX);
+        let (base, seconds) = match wall > now {
+            true => (now.saturating_add(jump), seconds),
+            false => (now.saturating_sub(jump), seconds.saturating_neg()),
+        };
+        *self = Clock { started: Instant::now(), base };
+        Some(seconds)
     }
 }
 
@@ -208,5 +212,18 @@ mod tests {
         assert_eq!(clock.follow(clock.now() - Duration::from_secs(7_200)), Some(-7_200));
         let back = clock.follow(Duration::from_secs(5)).unwrap();
         assert!(back < -1_000_000_000 && at(&clock) < 60, "a router that boots in 1970");
+    }
+
+    /// Each jump forward moved all expiries a part of a second further than the clock.
+    #[test]
+    fn a_clock_that_is_set_back_and_forth() {
+        let mut clock = Clock::start();
+        let (before, mut moved) = (clock.now(), 0);
+        for _ in 0..100 {
+            moved += clock.follow(clock.now() + Duration::from_millis(3_600)).unwrap();
+            moved += clock.follow(clock.now() - Duration::from_millis(3_400)).unwrap();
+        }
+        let passed = clock.now().as_secs() as i64 - before.as_secs() as i64;
+        assert!((passed - moved).abs() < 60, "{passed} {moved}");
     }
 }
