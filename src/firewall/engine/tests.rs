@@ -2009,6 +2009,9 @@ fn time_limit() {
     assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
     // On a slow processor, iptables-nft was killed each time it moved 20,000 rules to the front.
     assert!(engine.rules_limit(Family::V4, 40_000) > Duration::from_secs(5 * 5));
+    // The same at a start, each time it replaced 100,000 rules with sets.
+    (engine.is_starting, engine.deadline) = (true, clock::after(START_LIMIT));
+    assert!(engine.rules_limit(Family::V4, 100_000) > Duration::from_secs(180));
 }
 
 /// A large list moves the guards out of its way and back, in one transaction.
