@@ -10,7 +10,7 @@ use crate::http::tls::{Acceptor, Part};
 use crate::rule::net::Family;
 use crate::rule::whitelist::{LineError, Whitelist};
 use crate::state::StateFile;
-use std::fs;
+use std::fs::{self, File};
 use std::iter;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -80,7 +80,8 @@ impl Source<'_> {
     /// The same for the contents of a file that rfw.conf names, with a hint for the systemd unit.
     fn locate_read<T>(&self, named: &Named, read: Result<T, String>) -> Result<T, String> {
         read.map_err(|message| {
-            let is_hidden = self.0.starts_with("/run/credentials") && !named.path.is_file();
+            let is_unit = self.0.starts_with("/run/credentials");
+            let is_hidden = is_unit && File::open(&named.path).is_err();
             let hint = if is_hidden { HIDDEN } else { "" };
             self.locate(named, message + hint)
         })

@@ -20,6 +20,11 @@ fn files_that_the_unit_does_not_pass() {
             let has_hint = said.contains("LoadCredential=");
             assert_eq!((status, has_hint), (i32::from(is_hidden), is_hidden), "{file}: {said}");
         }
+        // One that exists, for root only: the unit does not run as root.
+        sh("chmod 000 lab/etc/users");
+        let rfw = format!("{PROGRAM} -t -f /run/credentials/rfw.service/rfw.conf");
+        let said = sh(&format!("setpriv --bounding-set=-all {rfw} 2>&1 || true"));
+        assert!(said.contains("Permission denied") && said.contains("LoadCredential="), "{said}");
     });
 }
 
