@@ -3,6 +3,7 @@
 use super::json;
 use crate::rule::interval::{self, LONGEST_IN_SET};
 use crate::rule::list::{Invalid, ListError, MAX_ENTRIES, MAX_LINE};
+use crate::rule::net::Net;
 use crate::rule::tag::{self, Tag};
 use crate::rule::whitelist::Conflict;
 use crate::rule::{RuleError, WIDEST_V4, WIDEST_V6, widest};
@@ -170,12 +171,11 @@ fn describe_list_error(error: &ListError) -> (u16, &'static str, String) {
             let first = lines.first().map_or(String::new(), |(line, error)| {
                 format!(" Line {line}: {}", describe_rule_error(error).2)
             });
-            let end = match *entries {
-                1 => "; for a file, use curl -T FILE or --data-binary @FILE (-d strips the newlines).",
-                _ if *count > entries / 2 => {
-                    "; a body with more invalid lines than valid ones is not a list."
-                }
-                _ => "; lenient=true skips invalid lines.",
+            let end = if *count > entries / 2 {
+                "; a body with more invalid lines than valid ones is not a list. Send one entry per \
+                 line, a file with curl -T FILE or --data-binary @FILE (-d strips the newlines)."
+            } else {
+                "; lenient=true skips invalid lines."
             };
             let message =
                 format!("{count} of {entries} lines are invalid.{first} Nothing was applied{end}");
@@ -251,6 +251,8 @@ fn address_message(text: &str) -> String {
         format!("a rule covers all ports, so write {}", socket.ip())
     } else if let (Ok(ip), true) = (bare.parse::<IpAddr>(), bare != text) {
         format!("write {ip}, without brackets")
+    } else if Net::parse(text).is_some() {
+        "write its / as /, not as %2F".into()
     } else if let (Ok(ip), true) = (first.parse::<IpAddr>(), first != text) {
         let rest = text.get(first.len()..).unwrap_or_default().trim();
         match prefix_of(rest) {
@@ -328,7 +330,6 @@ fn http(status: u16, message: impl Into<String>) -> (u16, &'static str, String) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rule::net::Net;
     use crate::rule::tag::Tag;
 
     #[test]
@@ -373,7 +374,7 @@ mod tests {
             (ApiError::LongExpire, 400, "bad_expire", "at most 2147483 s (24 days); 0"),
             (invalid(3, 6), 400, "bad_list", "3 of 6 lines are invalid. Line 2: A line may have"),
             (invalid(3, 6), 400, "bad_list", "comment. Nothing was applied; lenient=true"),
-            (invalid(3, 5), 400, "bad_list", "more invalid lines than valid ones"),
+            (invalid(3, 5), 400, "bad_list", "is not a list. Send one entry per line, a file"),
             (invalid(1, 1), 400, "bad_list", "-T FILE or --data-binary @FILE"),
             (ApiError::List(ListError::TooMany), 413, "content_too_large", "at most 1000000"),
             (ApiError::List(ListError::Empty), 400, "empty_list", "-T FILE or --data-binary @FILE"),
@@ -405,6 +406,7 @@ mod tests {
                 "[2001:db8::1]",
                 "'[2001:db8::1]' is not an address; write 2001:db8::1, without brackets.",
             ),
+            ("1.2.3.0/24", "'1.2.3.0/24' is not an address; write its / as /, not as %2F."),
             (
                 "1.2.3.4:80",
                 "'1.2.3.4:80' is not an address; a rule covers all ports, so write 1.2.3.4.",

@@ -115,8 +115,9 @@ impl Users {
         let credentials = Credentials::new(name, password)
             .ok_or("write NAME:PASSWORD; neither may be empty or contain a control character")?;
         // The text itself is not shown: it may be the end of a password with a space.
-        let rights = Rights::parse(rights)
-            .ok_or("the rights are not valid; write all, read or tag=NAME[,NAME...]")?;
+        let rights = Rights::parse(rights).ok_or(
+            "the rights are not valid; write all, read or tag=NAME[,NAME...], in lower case",
+        )?;
         if self.0.iter().any(|user| user.credentials.user == name) {
             return Err(format!("user '{name}' exists already, in this file or as auth.username"));
         }

@@ -178,7 +178,8 @@ fn target_parts<'a>(
         || !is_pchars(query.unwrap_or_default(), "/?")
     {
         return Err(bad(
-            "The target must be a path of letters, digits, -._~!$&'()*+,;=:@ and %XX escapes.",
+            "The path may contain only letters, digits, -._~!$&'()*+,;=:@ and %XX escapes; write an IPv6 \
+             address without brackets.",
         ));
     }
     Ok((authority, path, query))
@@ -453,6 +454,9 @@ mod tests {
         }
         let text = with("Content-Length: x\r\n");
         assert_eq!(Request::parse(text.as_bytes()), Err(bad("Content-Length must be digits.")));
+        let text = "GET /drop/input/any/[2001:db8::1] HTTP/1.1\r\nHost: h\r\n\r\n";
+        let error = format!("{:?}", Request::parse(text.as_bytes()));
+        assert!(error.contains("write an IPv6 address without brackets"), "{error}");
         let hosts = ["a b", "a/b", "a@b", "a:x", ":80", "[::1", "[x]", "a]", "::1"];
         for host in hosts {
             let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");

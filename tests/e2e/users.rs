@@ -267,7 +267,10 @@ fn rfw_does_not_start_with_an_invalid_auth_file() {
             ("# none\n", "users: the file names no user"),
             ("a:secret all\nb:secret\n", "users:2: write NAME:PASSWORD RIGHTS"),
             ("a:secret all\n\nb: all\n", "users:3: write NAME:PASSWORD;"),
-            ("a:secret tag=A\n", "users:1: the rights are not valid"),
+            (
+                "a:secret tag=A\n",
+                "users:1: the rights are not valid; write all, read or tag=NAME[,NAME...], in lower case",
+            ),
             ("a:secret all\na:secret2 read\n", "users:2: user 'a' exists already"),
             ("admin:secret all\n", "users:1: user 'admin' exists already"),
         ];
