@@ -10,10 +10,11 @@ pub fn hint<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
     }
 }
 
-/// The same for an option in a usage text.
+/// The same for an option in a usage text; a value may be joined to the unknown one: `--tag=bob`.
 pub fn option_hint(unknown: &str, usage: &str) -> String {
     let words = usage.split(['[', ']', ' ', ',', '\n']);
-    hint(unknown, words.filter(|word| word.starts_with('-')))
+    let (name, _) = unknown.split_once('=').unwrap_or((unknown, ""));
+    hint(name, words.filter(|word| word.starts_with('-')))
 }
 
 /// How many characters to insert, delete or replace to get from one word to the other
@@ -62,6 +63,7 @@ mod tests {
         let table = [
             ("--lgfile", " (did you mean --logfile?)"),
             ("--HLEP", " (did you mean --help?)"),
+            ("--logfile=/var/log/x", " (did you mean --logfile?)"),
             ("-tt", " (did you mean -t?)"),
             ("-x", ""),
             ("xyz", ""),
