@@ -47,8 +47,8 @@ const EDIT_LIMIT: Duration = Duration::from_micros(20);
 /// reads all, which takes up to 0.1 ms each on a busy processor.
 const EDITS_PER_RULE: usize = 5;
 /// The same for each edit of the rules: to move 20,000 that a foreign rule precedes to the front,
-/// iptables-nft takes 4.5 s. Its time grows with their square (180 s if a start moves 100,000 to sets
-/// on a busy host), so this counts once for each [`MANY_EDITS`].
+/// iptables-nft takes 4.5 s. Its time grows with their square (180 s for 100,000 at a start), so this
+/// counts once for each [`MANY_EDITS`].
 const EDITS_PER_RULE_EDIT: usize = 20;
 const MANY_EDITS: usize = 20_000;
 /// The shortest pause after a check of the kernel, and the pause as a multiple of its processor time:
@@ -116,6 +116,8 @@ pub struct Settings {
     pub sets: Option<usize>,
     /// The maximum number of edits in one transaction.
     pub max_edits: usize,
+    /// The maximum number of deletions in one transaction, if it may be divided.
+    pub max_deletions: usize,
     /// Whether it is faster if two programs read rules at once: not with one processor, nor with
     /// iptables-legacy, which holds a lock meanwhile.
     pub reads_at_once: bool,

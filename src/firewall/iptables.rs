@@ -118,6 +118,13 @@ pub enum RuleEdit {
     Insert(usize, TaggedRule),
 }
 
+impl RuleEdit {
+    pub fn tagged(&self) -> &TaggedRule {
+        let (RuleEdit::Delete(tagged) | RuleEdit::Insert(_, tagged)) = self;
+        tagged
+    }
+}
+
 impl fmt::Display for RuleEdit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -38,7 +38,7 @@ use list::Outcome;
 use prerequisites::Version;
 use process::ToolError;
 use queue::Queue;
-use reconcile::Listing;
+use reconcile::{Listing, MAX_DELETED};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -135,8 +135,10 @@ impl Firewall {
             Version::of(iptables, *family, START_TOOL_LIMIT).is_ok_and(|version| version.is_nft)
         };
         let has_two = thread::available_parallelism().is_ok_and(|count| count.get() > 1);
-        let reads_at_once = has_two && tools.iptables.iter().all(is_nft);
-        let settings = Settings { guards, sets, max_edits, reads_at_once };
+        let is_nft = tools.iptables.iter().all(is_nft);
+        let reads_at_once = has_two && is_nft;
+        let max_deletions = if is_nft { MAX_DELETED } else { usize::MAX };
+        let settings = Settings { guards, sets, max_edits, max_deletions, reads_at_once };
         let engine = start::start(tools.clone(), state, settings, whitelist, log, metrics)?;
         Ok(Firewall { queue: Queue::new(engine), tools })
     }

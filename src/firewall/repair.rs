@@ -1,7 +1,7 @@
 //! The only way to repair: reads the rules and sets of a family, compares them with the list, and
 //! rewrites what differs. The goals are those of the [`super::engine`].
 
-use super::engine::{Engine, Kernel};
+use super::engine::{Engine, Kernel, Settings};
 use super::ipset::{SetEdit, SetHeader, replacement_name};
 use super::iptables::{KernelRule, RuleEdit, TaggedRule};
 use super::list::{Batch, Entry, Group, Members};
@@ -73,6 +73,8 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), ToolError> {
         let mut edits = Vec::new();
         plans.iter_mut().for_each(|plan| edits.append(&mut plan.edits));
+        let later = plans.iter().filter(|plan| plan.deletes_later);
+        edits.extend(later.flat_map(|plan| plan.unknown.iter().copied().map(RuleEdit::Delete)));
         // If this fails, the kernel may lack a set, too.
         self.distrusted.insert(family);
         self.write_rules(family, &edits)?;
@@ -131,10 +133,7 @@ impl<K: Kernel> Engine<K> {
                 template.is_some_and(|template| template.target != Target::Accept)
             };
             left.extend(plan.unknown.extract_if(.., blocks).map(|tagged| tagged.rule));
-            plan.edits.retain(|edit| {
-                let (RuleEdit::Insert(_, tagged) | RuleEdit::Delete(tagged)) = edit;
-                !left.contains(&tagged.rule)
-            });
+            plan.edits.retain(|edit| !left.contains(&edit.tagged().rule));
         }
         // A rule that is left out is no reason to move the others.
         let may_wait = self.is_overtaken_often(family);
@@ -163,10 +162,17 @@ impl<K: Kernel> Engine<K> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
+    /// In one transaction if possible; many deletions that no insertion follows are divided.
     pub fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
-        edits.chunks(self.settings.max_edits).try_for_each(|edits| {
-            self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))
-        })
+        let Settings { max_edits, max_deletions, .. } = self.settings;
+        let is_insertion = |edit: &RuleEdit| matches!(edit, RuleEdit::Insert(..));
+        let last = edits.iter().rposition(is_insertion).filter(|_| edits.len() > max_deletions);
+        let (replaced, deleted) = edits.split_at(last.map_or(0, |last| last.saturating_add(1)));
+        let parts = replaced.chunks(max_edits).chain(deleted.chunks(max_edits.min(max_deletions)));
+        for edits in parts {
+            self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))?;
+        }
+        Ok(())
     }
 
     /// Reads until two consecutive listings agree; `first` was read before.

@@ -537,6 +537,40 @@ fn switching_moves_all_and_unblocks_nothing() {
     });
 }
 
+/// In one transaction of iptables-nft, 100,000 deletions occupied the kernel for minutes.
+#[test]
+fn a_switch_of_many_rules_is_divided() {
+    both(|lab| {
+        sh(STRANGERS);
+        lab.stand_in(
+            "case $me in iptables-restore)
+                /bin/cat > $lab/in.$$
+                /bin/grep -c '^-D' $lab/in.$$ >> $lab/deletions
+                $real \"$@\" < $lab/in.$$
+                exit $?
+            esac",
+        );
+        let mut rfw = lab.start("local.server");
+        let many: String = (0..6_000).map(|n| format!("5.5.{}.{}\n", n / 250, n % 250)).collect();
+        assert_eq!(list("PUT /drop/input/any", &many).sums(), "inserted 6000");
+        assert_eq!(ask("PUT /drop/input/any/10.9.9.9").brief(), "200 inserted");
+        assert_eq!(ask("PUT /drop/input/any/fd09::/64").brief(), "200 inserted");
+        never_unblocked(|| {
+            rfw.kill();
+            lab.write("deletions", "");
+            lab.configure(&format!("local.server\n{SETS}"));
+            rfw.restart();
+        });
+        assert_eq!((lab.entries().len(), lab.rules().len()), (6_002, 2));
+        let deletions = lab.read("deletions");
+        let deletions: Vec<usize> = deletions.lines().map(|count| count.parse().unwrap()).collect();
+        assert!(deletions.iter().sum::<usize>() >= 6_001);
+        let most = deletions.into_iter().max().unwrap();
+        let is_nft = lab.real("iptables").contains("nft");
+        assert!(if is_nft { most <= 5_000 } else { most == 6_001 }, "{most}");
+    });
+}
+
 #[test]
 fn a_change_unblocks_nothing_meanwhile() {
     both(|lab| {

@@ -638,7 +638,8 @@ impl World {
         let max_edits = self.memory().max_edits.unwrap_or(usize::MAX);
         let sets = self.model.sets.then_some(MAXELEM);
         let reads_at_once = self.starts.is_multiple_of(2);
-        let settings = Settings { guards, sets, max_edits, reads_at_once };
+        let max_deletions = if self.starts.is_multiple_of(3) { 2 } else { usize::MAX };
+        let settings = Settings { guards, sets, max_edits, max_deletions, reads_at_once };
         let log = Arc::new(Log::default());
         let metrics = self.metrics.clone();
         let engine = start::start(self.kernel.clone(), state, settings, &whitelist, log, metrics);
@@ -2009,9 +2010,44 @@ fn time_limit() {
     assert!(engine.limit(2_000_000) <= BATCH_LIMIT);
     // On a slow processor, iptables-nft was killed each time it moved 20,000 rules to the front.
     assert!(engine.rules_limit(Family::V4, 40_000) > Duration::from_secs(5 * 5));
-    // The same at a start, each time it replaced 100,000 rules with sets.
+    // The same at a start, each time it moved 100,000.
     (engine.is_starting, engine.deadline) = (true, clock::after(START_LIMIT));
     assert!(engine.rules_limit(Family::V4, 100_000) > Duration::from_secs(180));
+}
+
+/// Deletions are divided unless an insertion follows them; in one transaction, the kernel takes time that
+/// grows with their square.
+#[test]
+fn deletions_in_parts() {
+    // The maximum, the edits, and how many transactions they take
+    let table = [
+        (3, "DDD", 1),
+        (3, "DDDD", 2),
+        (3, "DDDDDDD", 3),
+        (3, "DDDDDDI", 1),
+        (3, "DIDDDDD", 3),
+        (usize::MAX, "DDDDDDD", 1),
+    ];
+    for (max, edits, transactions) in table {
+        let mut world = World::new(false, false);
+        let put: Vec<String> = (1..8).map(|n| format!("+ /drop/input/any/1.1.1.{n}")).collect();
+        world.put(&put.join("; "));
+        let writes = world.memory().writes();
+        let edit = |(number, kind): (usize, char)| {
+            let path = format!(
+                "/drop/input/any/{kind}.1.1.{number}",
+                kind = if kind == 'D' { 1 } else { 2 }
+            );
+            let tagged = TaggedRule::new(KernelRule::plain(path.parse().unwrap()), None);
+            if kind == 'D' { RuleEdit::Delete(tagged) } else { RuleEdit::Insert(1, tagged) }
+        };
+        let edits: Vec<RuleEdit> = (1..).zip(edits.chars()).map(edit).collect();
+        let engine = world.engine();
+        engine.settings.max_deletions = max;
+        engine.begin();
+        engine.write_rules(Family::V4, &edits).unwrap();
+        assert_eq!(world.memory().writes() - writes, transactions, "{max} {edits:?}");
+    }
 }
 
 /// A large list moves the guards out of its way and back, in one transaction.
