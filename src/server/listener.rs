@@ -98,7 +98,8 @@ impl Listener {
                     let (ip, port) = (address.ip(), address.port());
                     return Err(format!(
                         "cannot listen on {ip} port {port} ({key}): {error}; choose another port, \
-                         or stop the program that uses this one"
+                         or stop the program that uses this one; below 1024, rfw needs \
+                         CAP_NET_BIND_SERVICE"
                     ));
                 }
             }
