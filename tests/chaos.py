@@ -590,12 +590,12 @@ class Round:
             self.kernel.ipset("swap", "other", name, check=False)
             self.kernel.ipset("destroy", "other")
         else:
-            rows = [(n, line) for n, line in enumerate(self.kernel.rules(v)) if f"--match-set {name} " in line]
-            for _, line in rows:
+            rows = [line for line in self.ours(v) if f"--match-set {name} " in line]
+            for line in rows:
                 self.kernel.tool(v, "-D", *shlex.split(line)[1:], check=False)
             self.kernel.ipset("destroy", name, check=False)
             self.kernel.ipset("create", name, *create, check=False)
-            for _, line in rows if how == "early" else []:
+            for line in rows if how == "early" else []:
                 self.kernel.tool(v, "-I", *shlex.split(line)[1:], check=False)
 
     def do_comment(self, v):
