@@ -120,9 +120,14 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let numbers: HashMap<KernelRule, usize> = known.iter().map(|t| t.rule).zip(0..).collect();
     let unknown = chain.own().map(|(_, tagged)| *tagged);
     let unknown: Vec<_> = unknown.filter(|tagged| !numbers.contains_key(&tagged.rule)).collect();
-    let deletes_later = may_delete_later(&unknown, wanted);
+    let is_known = |row: &Row| row.is_some_and(|tagged| numbers.contains_key(&tagged.rule));
+    let is_slow = |walks| is_slow(walks, chain.rows.len());
+    // The known rules are deleted first, perhaps from behind the unknown ones.
+    let deletes_later =
+        may_delete_later(&unknown, wanted) && !is_slow(walks(chain.rows.iter().map(is_known)));
     let mut stays = rows_that_stay(chain, wanted, &numbers);
-    if deletes_later || is_slow(walks(&stays, chain), chain.rows.len()) {
+    let is_deleted = |(row, stays): (&Row, &Option<_>)| row.is_some() && stays.is_none();
+    if deletes_later || is_slow(walks(chain.rows.iter().zip(&stays).map(is_deleted))) {
         stays.fill(None);
     }
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
@@ -185,13 +190,14 @@ pub fn is_slow(walks: usize, rows: usize) -> bool {
     walks > rows.saturating_mul(MAX_WALKS)
 }
 
-/// How many rules iptables passes in its searches for those that are deleted.
-fn walks(stays: &[Option<usize>], chain: &ChainListing) -> usize {
+/// How many rules iptables passes in its searches for those that are deleted, in the order of the chain.
+fn walks(are_deleted: impl Iterator<Item = bool>) -> usize {
     let (mut passed, mut walks) = (0_usize, 0_usize);
-    for (row, stays) in chain.rows.iter().zip(stays) {
-        match (row, stays) {
-            (Some(_), None) => walks = walks.saturating_add(passed),
-            _ => passed = passed.saturating_add(1),
+    for is_deleted in are_deleted {
+        if is_deleted {
+            walks = walks.saturating_add(passed);
+        } else {
+            passed = passed.saturating_add(1);
         }
     }
     walks
@@ -428,22 +434,27 @@ mod tests {
             |number: usize| path(format!("/drop/input/any/10.0.{}.{}", number / 256, number % 256));
         let wanted = |number: usize| path(format!("/accept/input/any/11.0.0.{number}"));
         let twin = path("/drop/input/any/10.0.0.0/24".into());
-        // The numbers of rules that are wanted and listed, wanted only, and unknown
+        // The numbers of rules that are wanted and listed, wanted only, unknown, and wanted behind these
         let table = [
-            (1, 1, MAX_DELETED, false),
-            (1, 1, MAX_DELETED + 1, true),
-            (0, 1, MAX_DELETED + 1, true),
-            (77, 1, 78 * MANY, false),
-            (78, 1, 79 * MANY, true),
-            (78, 2, 79 * MANY, false),
-            (0, 0, MAX_DELETED + 1, false),
+            (1, 1, MAX_DELETED, 0, false),
+            (1, 1, MAX_DELETED + 1, 0, true),
+            (0, 1, MAX_DELETED + 1, 0, true),
+            (77, 1, 78 * MANY, 0, false),
+            (78, 1, 79 * MANY, 0, true),
+            (78, 2, 79 * MANY, 0, false),
+            (0, 0, MAX_DELETED + 1, 0, false),
+            // To delete these first, iptables would pass all unknown ones, once for each.
+            (0, 1, 79 * MANY, MAX_WALKS, true),
+            (0, 1, 79 * MANY, MAX_WALKS + 1, false),
         ];
-        for (listed, missing, count, is_later) in table {
+        for (listed, missing, count, behind, is_later) in table {
             let mut chain = ChainListing::default();
             (0..listed).for_each(|number| chain.push(Some(wanted(number)), ""));
             (0..count).for_each(|number| chain.push(Some(unknown(number)), ""));
-            let mut rules: Vec<_> = (0..listed + missing).map(wanted).collect();
-            let case = format!("{listed} {missing} {count}");
+            let mut rules: Vec<_> = (0..listed + missing + behind).map(wanted).collect();
+            let last = rules.iter().skip(listed + missing);
+            last.for_each(|tagged| chain.push(Some(*tagged), ""));
+            let case = format!("{listed} {missing} {count} {behind}");
             let with = plan(&chain, &rules);
             assert_eq!(with.deletes_later, is_later, "{case}");
             assert_eq!(with.unknown.len(), count, "{case}");
