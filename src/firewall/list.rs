@@ -506,7 +506,10 @@ impl List {
             return batch;
         }
         let rules = self.members_of(|group| group.family == family);
-        let mut rules: Vec<_> = rules.filter(|(.., entry)| entry.expires <= now).collect();
+        let rules = rules.filter(|(.., entry)| entry.expires <= now);
+        // There may be millions of addresses in sets, whose order does not matter.
+        let most = if self.sets.is_some() { MAX_EXPIRED } else { MAX_RULES };
+        let mut rules: Vec<_> = rules.take(most).collect();
         rules.sort_unstable_by_key(|(.., entry)| Reverse(entry.serial));
         rules.truncate(MAX_EXPIRED);
         let mut due: BTreeMap<Group, Vec<Net>> = BTreeMap::new();
