@@ -162,13 +162,17 @@ impl<K: Kernel> Engine<K> {
         self.kernel.read_rules(family, self.rules_limit(family, 0))
     }
 
-    /// In one transaction if possible; many deletions that no insertion follows are divided.
+    /// In one transaction if possible; many deletions that no insertion follows are divided. If nothing is
+    /// inserted, ACCEPT rules go first: one must not outlast a newer rule that blocks some of its addresses.
     pub fn write_rules(&self, family: Family, edits: &[RuleEdit]) -> Result<(), ToolError> {
         let Settings { max_edits, max_deletions, .. } = self.settings;
-        let is_insertion = |edit: &RuleEdit| matches!(edit, RuleEdit::Insert(..));
-        let last = edits.iter().rposition(is_insertion).filter(|_| edits.len() > max_deletions);
-        let (replaced, deleted) = edits.split_at(last.map_or(0, |last| last.saturating_add(1)));
-        let parts = replaced.chunks(max_edits).chain(deleted.chunks(max_edits.min(max_deletions)));
+        let last = |is_one: fn(&RuleEdit) -> bool| edits.iter().rposition(is_one);
+        let last_insertion = last(|edit| matches!(edit, RuleEdit::Insert(..)));
+        let last_whole = last_insertion
+            .or_else(|| last(|edit| edit.tagged().rule.rule.target == Target::Accept))
+            .filter(|_| edits.len() > max_deletions);
+        let (whole, deleted) = edits.split_at(last_whole.map_or(0, |last| last.saturating_add(1)));
+        let parts = whole.chunks(max_edits).chain(deleted.chunks(max_edits.min(max_deletions)));
         for edits in parts {
             self.kernel.write_rules(family, edits, self.rules_limit(family, edits.len()))?;
         }
