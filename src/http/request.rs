@@ -178,8 +178,8 @@ fn target_parts<'a>(
         || !is_pchars(query.unwrap_or_default(), "/?")
     {
         return Err(bad(
-            "The path may contain only letters, digits, -._~!$&'()*+,;=:@ and %XX escapes; write an IPv6 \
-             address without brackets.",
+            "The path and the query may contain only letters, digits, -._~!$&'()*+,;=:@ and %XX escapes; \
+             write an IPv6 address without brackets.",
         ));
     }
     Ok((authority, path, query))
