@@ -43,7 +43,7 @@ impl ChainListing {
     }
 
     /// rfw's rules, each with its number in the chain, counted from 1.
-    pub fn own(&self) -> impl Iterator<Item = (usize, &TaggedRule)> {
+    pub fn own(&self) -> impl Iterator<Item = (usize, &TaggedRule)> + Clone {
         (1..).zip(&self.rows).filter_map(|(number, row)| Some((number, row.as_ref()?)))
     }
 }
@@ -118,16 +118,13 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     // A chain without an rfw rule, as after a reboot, has none to look up.
     let known = if chain.own().next().is_none() { &[] } else { wanted };
     let numbers: HashMap<KernelRule, usize> = known.iter().map(|t| t.rule).zip(0..).collect();
-    let unknown = chain.own().map(|(_, tagged)| *tagged);
-    let unknown: Vec<_> = unknown.filter(|tagged| !numbers.contains_key(&tagged.rule)).collect();
-    let is_known = |row: &Row| row.is_some_and(|tagged| numbers.contains_key(&tagged.rule));
-    let is_slow = |walks| is_slow(walks, chain.rows.len());
-    // The known rules are deleted first, perhaps from behind the unknown ones.
-    let deletes_later =
-        may_delete_later(&unknown, wanted) && !is_slow(walks(chain.rows.iter().map(is_known)));
+    let is_known = |tagged: &TaggedRule| numbers.contains_key(&tagged.rule);
+    let own = chain.own().map(|(_, tagged)| tagged);
+    let unknown: Vec<_> = own.clone().filter(|tagged| !is_known(tagged)).copied().collect();
+    let are_last = own.skip_while(|tagged| is_known(tagged)).count() == unknown.len();
+    let deletes_later = are_last && may_delete_later(&unknown, wanted);
     let mut stays = rows_that_stay(chain, wanted, &numbers);
-    let is_deleted = |(row, stays): (&Row, &Option<_>)| row.is_some() && stays.is_none();
-    if deletes_later || is_slow(walks(chain.rows.iter().zip(&stays).map(is_deleted))) {
+    if is_slow(walks(&stays, chain), chain.rows.len()) {
         stays.fill(None);
     }
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
@@ -135,7 +132,7 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some()).flatten();
     let is_overtaken = from_foreign.any(|tagged| numbers.contains_key(&tagged.rule));
     let mut edits = edits(chain, wanted, &stays, &listed);
-    edits.retain(|edit| !deletes_later || numbers.contains_key(&edit.tagged().rule));
+    edits.retain(|edit| !deletes_later || is_known(edit.tagged()));
     let missing = wanted.iter().map(|tagged| tagged.rule);
     Plan {
         edits,
@@ -176,7 +173,7 @@ fn rows_that_stay(
     stays
 }
 
-/// Whether few rules replace many, as at the switch to sets, and `-D` tells them apart.
+/// Whether few rules replace many that follow them, as at the switch to sets, and `-D` tells them apart.
 fn may_delete_later(unknown: &[TaggedRule], wanted: &[TaggedRule]) -> bool {
     if unknown.len() <= MAX_DELETED || !(1..=unknown.len() / MANY).contains(&wanted.len()) {
         return false;
@@ -190,14 +187,13 @@ pub fn is_slow(walks: usize, rows: usize) -> bool {
     walks > rows.saturating_mul(MAX_WALKS)
 }
 
-/// How many rules iptables passes in its searches for those that are deleted, in the order of the chain.
-fn walks(are_deleted: impl Iterator<Item = bool>) -> usize {
+/// How many rules iptables passes in its searches for those that are deleted.
+fn walks(stays: &[Option<usize>], chain: &ChainListing) -> usize {
     let (mut passed, mut walks) = (0_usize, 0_usize);
-    for is_deleted in are_deleted {
-        if is_deleted {
-            walks = walks.saturating_add(passed);
-        } else {
-            passed = passed.saturating_add(1);
+    for (row, stays) in chain.rows.iter().zip(stays) {
+        match (row, stays) {
+            (Some(_), None) => walks = walks.saturating_add(passed),
+            _ => passed = passed.saturating_add(1),
         }
     }
     walks
@@ -443,9 +439,8 @@ mod tests {
             (78, 1, 79 * MANY, 0, true),
             (78, 2, 79 * MANY, 0, false),
             (0, 0, MAX_DELETED + 1, 0, false),
-            // To delete these first, iptables would pass all unknown ones, once for each.
-            (0, 1, 79 * MANY, MAX_WALKS, true),
-            (0, 1, 79 * MANY, MAX_WALKS + 1, false),
+            // One that follows them would be moved, and iptables would search for it behind all of them.
+            (0, 1, 79 * MANY, 1, false),
         ];
         for (listed, missing, count, behind, is_later) in table {
             let mut chain = ChainListing::default();
