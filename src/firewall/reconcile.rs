@@ -121,8 +121,8 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let is_known = |tagged: &TaggedRule| numbers.contains_key(&tagged.rule);
     let own = chain.own().map(|(_, tagged)| tagged);
     let unknown: Vec<_> = own.clone().filter(|tagged| !is_known(tagged)).copied().collect();
-    let are_last = own.skip_while(|tagged| is_known(tagged)).count() == unknown.len();
-    let deletes_later = are_last && may_delete_later(&unknown, wanted);
+    let deletes_later = may_delete_later(&unknown, wanted)
+        && own.skip_while(|tagged| is_known(tagged)).count() == unknown.len();
     let mut stays = rows_that_stay(chain, wanted, &numbers);
     if is_slow(walks(&stays, chain), chain.rows.len()) {
         stays.fill(None);
@@ -130,9 +130,11 @@ pub fn plan(chain: &ChainListing, wanted: &[TaggedRule]) -> Plan {
     let listed: HashMap<KernelRule, Option<(u64, u64)>> =
         chain.own().map(|(_, tagged)| (tagged.rule, tagged.counters)).collect();
     let mut from_foreign = chain.rows.iter().skip_while(|row| row.is_some()).flatten();
-    let is_overtaken = from_foreign.any(|tagged| numbers.contains_key(&tagged.rule));
+    let is_overtaken = from_foreign.any(is_known);
     let mut edits = edits(chain, wanted, &stays, &listed);
-    edits.retain(|edit| !deletes_later || is_known(edit.tagged()));
+    if deletes_later {
+        edits.retain(|edit| is_known(edit.tagged()));
+    }
     let missing = wanted.iter().map(|tagged| tagged.rule);
     Plan {
         edits,
@@ -173,7 +175,7 @@ fn rows_that_stay(
     stays
 }
 
-/// Whether few rules replace many that follow them, as at the switch to sets, and `-D` tells them apart.
+/// Whether few rules replace many, as at the switch to sets, and `-D` tells them apart.
 fn may_delete_later(unknown: &[TaggedRule], wanted: &[TaggedRule]) -> bool {
     if unknown.len() <= MAX_DELETED || !(1..=unknown.len() / MANY).contains(&wanted.len()) {
         return false;

@@ -218,7 +218,7 @@ impl Memory {
     }
 
     fn edit_rule(&mut self, family: Family, edit: &RuleEdit) -> Result<(), ToolError> {
-        let (RuleEdit::Delete(tagged) | RuleEdit::Insert(_, tagged)) = edit;
+        let tagged = edit.tagged();
         assert_eq!(tagged.rule.rule.family(), family);
         if tagged.rule.rule.addresses().any(|net| Some(net) == self.bad) {
             return rejected("bad address");
